@@ -1,0 +1,295 @@
+"""AutoCoA: the method, without a framework (arXiv 2503.06580).
+
+    python autocoa.py --ask "Who directed Silver River?"        # one question, by the newest trained model in out/
+
+Top to bottom: what a trajectory is, how an answer is scored, the losses, and Algorithm 1 as one batched loop.
+
+A trajectory is one sequence of token ids. Its parts were written by different hands, and each token carries that with
+it from the moment it is made:
+
+    Who directed Silver River? <think> director of Silver River? <begin_search> Silver River</end_search>
+    |------- PROMPT -----------------| |------- THINK ----------| |------------- ACTION -----------------|
+    <search_result> Silver River (film): ... </search_result> It is Eva Moss.</think>\\boxed{ Eva Moss}<eos>
+    |----------------- OBSERVATION ------------------------| |------ THINK ---------||------ ANSWER ------|
+
+Tags are single tokens and observations are encoded as plain text, so no retrieved text can open or close one.
+"""
+import re
+import string
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from common import Problem
+
+PROMPT, THINK, ACTION, OBSERVATION, ANSWER = range(5)
+ROLE_NAMES = ("prompt", "think", "action", "observation", "answer")
+IMAGINE = "imagine"     # in place of a search tool: the policy writes the observation itself (RL stage 1)
+
+TAGS = {"think": "<think>", "end_think": "</think>", "search": "<begin_search>", "end_search": "</end_search>",
+        "result": "<search_result>", "end_result": "</search_result>", "boxed": "\\boxed{"}
+
+
+# ---- trajectories -------------------------------------------------------------------------------------------------------
+@dataclass
+class Trajectory:
+    """ids, mask (1: the policy wrote this token as policy), role; and what was found on the way. All lists have one length."""
+    ids: list = field(default_factory=list)
+    mask: list = field(default_factory=list)
+    role: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)    # of sampled tokens, at the sampling temperature; 0 for all others
+    queries: list = field(default_factory=list)     # text of each action that was run
+    observations: list = field(default_factory=list)
+    forced: bool = False                            # a budget ran out and the answer tag was appended for it
+
+    def add(self, ids, role, mask, logprobs=None):
+        self.ids += ids
+        self.role += [role] * len(ids)
+        self.mask += [mask] * len(ids)
+        self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
+
+
+class Codec:
+    """A tokenizer and the ids of the tags: text to trajectories and back. `tok` is a transformers fast tokenizer."""
+
+    def __init__(self, tok):
+        self.tok = tok
+        ids = tok.convert_tokens_to_ids(list(TAGS.values()))
+        if None in ids or tok.unk_token_id in ids:
+            raise Problem("model: this tokenizer lacks the tags; run train_sft.py, which adds them")
+        for name, i in zip(TAGS, ids):
+            setattr(self, name, i)
+        self.close = tok.convert_tokens_to_ids("}")     # ends the answer; an ordinary token in every byte-level vocabulary
+        self.eos = tok.eos_token_id
+        self.plain = Tokenizer.from_str(tok.backend_tokenizer.to_str())     # ten times the speed of tok.encode
+        self.plain.encode_special_tokens = True                             # the spelling of a tag is not a tag
+        self.memo = {}
+
+    def encode(self, text):
+        """Plain text to ids, with one leading space; the spelling of a tag in it is plain text too."""
+        if text not in self.memo:
+            if len(self.memo) > 100_000:
+                self.memo.clear()
+            self.memo[text] = self.plain.encode(" " + text.strip(), add_special_tokens=False).ids
+        return list(self.memo[text])
+
+    def decode(self, ids):
+        return self.tok.decode(ids, skip_special_tokens=False)
+
+    def prompt(self, question):
+        """Question to prompt ids: a chat template where the tokenizer has one, then the opening of the thought."""
+        if self.tok.chat_template:
+            messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+            text = self.tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return self.tok.encode(text, add_special_tokens=False) + [self.think]
+        return ([] if self.tok.bos_token_id is None else [self.tok.bos_token_id]) + self.encode(question) + [self.think]
+
+    def build(self, question, parts):
+        """[("think", text), ("search", query), ("result", text), ("answer", text)] after a question -> Trajectory.
+
+        >>> codec.build("Who?", [("think", "Hm."), ("answer", "Eva")]).mask     # prompt 0, all that the policy writes 1
+        [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
+        """
+        t = Trajectory()
+        t.add(self.prompt(question), PROMPT, 0)
+        for kind, text in parts:
+            if kind == "think":
+                t.add(self.encode(text), THINK, 1)
+            elif kind == "search":
+                t.add([self.search] + self.encode(text) + [self.end_search], ACTION, 1)
+                t.queries.append(text)
+            elif kind == "result":
+                t.add([self.result] + self.encode(text) + [self.end_result], OBSERVATION, 0)
+                t.observations.append(text)
+            elif kind == "answer":
+                t.add([self.end_think], THINK, 1)
+                t.add([self.boxed] + self.encode(text) + [self.close, self.eos], ANSWER, 1)
+        return t
+
+    def answer(self, t):
+        """The text in the last box of a trajectory, "" where there is none."""
+        ids = t.ids[t.role.index(THINK) if THINK in t.role else 0:]
+        if self.boxed not in ids:
+            return ""
+        ids = ids[len(ids) - ids[::-1].index(self.boxed):]
+        ends = [i for i, token in enumerate(ids) if token in (self.close, self.eos)]
+        return self.decode(ids[:ends[0]] if ends else ids).strip()
+
+    def well_formed(self, t):
+        """Whether the policy closed every step in order and answered by itself: (think | action observation)* answer eos.
+
+        Roles say whose tokens these are; the tags are read from ids, never from text.
+        """
+        letter = {self.think: "!", self.end_think: "K", self.search: "S", self.end_search: "E", self.result: "[",
+                  self.end_result: "]", self.boxed: "A", self.eos: "$"}
+        shape = "".join("o" if r == OBSERVATION and i not in (self.result, self.end_result) else letter.get(i, "x")
+                        for i, r in zip(t.ids, t.role) if r != PROMPT)
+        return (not t.forced and re.fullmatch(r"(x*Sx+E\[o*\])*x*KAx+\$", shape) is not None
+                and t.ids[-2] == self.close)
+
+
+SYSTEM = ("Think step by step. When you need a fact, search: write <begin_search> query </end_search> and read the "
+          "<search_result>. Then give the answer as \\boxed{answer}.")
+
+
+# ---- scores -------------------------------------------------------------------------------------------------------------
+def normalize(text):
+    """Lower case, no punctuation, no articles, single spaces: as the SQuAD and HotpotQA scripts do."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(answer, golden):
+    return float(normalize(answer) in [normalize(g) for g in golden])
+
+
+def f1(answer, golden):
+    """Word-overlap F1, the best over the golden answers."""
+    def one(a, g):
+        a, g = normalize(a).split(), normalize(g).split()
+        same = sum((Counter(a) & Counter(g)).values())
+        return 2 * same / (len(a) + len(g)) if same else float(a == g)
+    return max(one(answer, g) for g in golden)
+
+
+def reward(codec, t, golden, format_penalty=0.5, call_cost=0.0):
+    """Exact match (paper 3.3), less a penalty for a malformed trajectory and, if set, a small cost a call."""
+    return exact_match(codec.answer(t), golden) - format_penalty * (not codec.well_formed(t)) - call_cost * len(t.queries)
+
+
+def group_advantages(rewards, std=False):
+    """(questions, rollouts) -> the same: r - mean of the group (paper eq. for GRPO). std: also divide by the group's
+    deviation, as the authors' code does; it inflates groups that nearly agree."""
+    advantages = rewards - rewards.mean(axis=1, keepdims=True)
+    return advantages / (rewards.std(axis=1, keepdims=True) + 1e-6) if std else advantages
+
+
+# ---- losses, once for every array library: xp is numpy, torch or mlx.core ---------------------------------------------
+def nll_loss(xp, logp, b):
+    """Next-token loss of SFT-2 and SFT-3. logp (B, T), b["mask"] (B, T): 1 where a token is learned; b["norm"]: how many
+    such tokens the whole optimizer step holds, so that micro-batches add up to the mean over tokens."""
+    return -(logp * b["mask"]).sum() / b["norm"]
+
+
+def contrastive_loss(xp, logp, b):
+    """SFT-1: -log sigmoid(P(chosen|c) - P(rejected|c)) - alpha P(chosen|c), P the mean log-probability of the tokens.
+
+    Rows 0..n-1 are chosen, rows n..2n-1 the rejected of the same pairs; b["mask"] marks the continuations.
+    """
+    score = (logp * b["mask"]).sum(1) / b["mask"].sum(1)                # (2n,)
+    n = score.shape[0] // 2
+    gap = score[:n] - score[n:]
+    return (xp.logaddexp(0 * gap, -gap) - b["alpha"] * score[:n]).sum() / b["norm"]
+
+
+def grpo_loss(xp, logp, b):
+    """Clipped policy gradient, mean over the policy's own tokens (observations have mask 0), and k3 KL to a reference.
+
+    b: mask, old (log-probs when sampled), advantage (B, 1), clip_low, clip_high, norm; ref and beta where KL is on.
+    """
+    ratio = xp.exp((logp - b["old"]) * b["mask"])                       # (B, T)
+    clipped = xp.clip(ratio, 1 - b["clip_low"], 1 + b["clip_high"])
+    loss = -xp.minimum(ratio * b["advantage"], clipped * b["advantage"])
+    if b["beta"]:
+        loss = loss + b["beta"] * k3(xp, logp, b)
+    return (loss * b["mask"]).sum() / b["norm"]
+
+
+def k3(xp, logp, b):
+    """Schulman's k3 estimate of KL(policy || reference), per token, never negative: exp(d) - d - 1, d = ref - logp."""
+    d = (b["ref"] - logp) * b["mask"]
+    return xp.exp(d) - d - 1
+
+
+# ---- Algorithm 1 --------------------------------------------------------------------------------------------------------
+def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_answer=16, max_observation=128,
+            temperature=0.0, rng=None, react=None):
+    """Algorithm 1 for a batch: generate until an action ends, append its observation, go on until the answer ends.
+
+    decoder: a twin's `Decoder` class bound to a model, `decoder(prompts, max_len)`.
+    prompts: list of id lists; equal ones share their prefill.
+    search: list of action texts -> list of observations, or IMAGINE: the policy writes the observation as well, and it
+    still counts as the environment's (role OBSERVATION, mask 0).
+    react: if set, the id after which the workflow (not the model) decides to act: see eval.py.
+    When max_actions or max_len is spent before an answer, `</think>\\boxed{` is appended and the model answers.
+    Returns a Trajectory for each prompt, in order. temperature 0 is greedy.
+    """
+    done = [Trajectory() for _ in prompts]
+    for t, p in zip(done, prompts):
+        if len(p) + max_answer + 2 >= max_len:
+            raise Problem(f"max_len: {max_len} leaves no room for a prompt of {len(p)} tokens and an answer; raise --max_len")
+        t.add(list(p), PROMPT, 0)
+    live = list(done)                                       # row i of the decoder is live[i]
+    dec = decoder(prompts, max_len)
+    state = {id(t): THINK for t in live}
+    stops = [codec.eos, codec.end_search] + ([react] if react is not None else [])
+
+    def room(t):                                            # tokens left before the forced answer must begin
+        return max_len - max_answer - 3 - len(t.ids)
+
+    while live:
+        limits = [max(1, max_answer if t.forced else room(t)) for t in live]
+        ids, logps = dec.decode(stops, limits, temperature, rng)
+        feeds, acting, keep = [], [], []
+        for row, t in enumerate(live):
+            for token, logp in zip(ids[row], logps[row]):
+                if token == codec.search:
+                    state[id(t)] = ACTION
+                elif token == codec.boxed:
+                    state[id(t)] = ANSWER
+                t.add([token], state[id(t)], 1, [logp])
+            last = t.ids[-1]
+            if last == codec.end_search and state[id(t)] == ACTION and not t.forced:
+                state[id(t)] = THINK
+                if len(t.queries) < max_actions:
+                    text = codec.decode(t.ids[len(t.ids) - t.ids[::-1].index(codec.search):-1]).strip()
+                    t.queries.append(text)
+                    acting.append(len(keep))
+                    feeds.append([codec.result])
+                else:
+                    feeds.append(force(codec, t))
+            elif last == react and not t.forced and state[id(t)] == THINK and len(t.queries) < max_actions:
+                t.add([codec.search], ACTION, 0)
+                state[id(t)] = ACTION
+                feeds.append([codec.search])
+            elif last == react and not t.forced and state[id(t)] == ACTION:
+                feeds.append([])
+            elif last in (codec.eos, codec.end_search) or t.forced or state[id(t)] == ANSWER:
+                continue                                    # answered, or beyond repair
+            else:
+                feeds.append(force(codec, t))
+            keep.append(row)
+        live = [live[row] for row in keep]
+        if not live:
+            break
+        dec.keep(keep)
+        if acting and search is IMAGINE:
+            rows = set(acting)
+            dec.feed([f if i in rows else [] for i, f in enumerate(feeds)])
+            limits = [min(max_observation, max(0, room(t) - 1)) if i in rows else 0 for i, t in enumerate(live)]
+            ids, _ = dec.decode([codec.end_result], limits, temperature, rng)
+            for i in acting:
+                seen = [codec.result] + ids[i]
+                feeds[i] = [] if ids[i] and ids[i][-1] == codec.end_result else [codec.end_result]
+                live[i].observations.append(codec.decode(seen[1:]).replace(TAGS["end_result"], "").strip())
+                live[i].add(seen + feeds[i], OBSERVATION, 0)
+        elif acting:
+            for i, text in zip(acting, search([live[i].queries[-1] for i in acting])):
+                live[i].observations.append(text)
+                feeds[i] = [codec.result] + codec.encode(text) + [codec.end_result]
+                if len(feeds[i]) > room(live[i]):           # never cut an observation silently: it does not fit, so answer now
+                    feeds[i] = force(codec, live[i])
+                else:
+                    live[i].add(feeds[i], OBSERVATION, 0)
+        dec.feed(feeds)
+    return done
+
+
+def force(codec, t):
+    """The forced answer: close the thought and open the box. Not the policy's tokens."""
+    t.forced = True
+    t.add([codec.end_think, codec.boxed], ANSWER, 0)
+    return [codec.end_think, codec.boxed]

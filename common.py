@@ -1,0 +1,201 @@
+"""What all scripts share: settings, errors, logs and checkpoints."""
+import dataclasses
+import difflib
+import json
+import runpy
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Problem(Exception):
+    """Bad input: one line that names the file, line or setting and the way out. The scripts print it and exit with 2."""
+
+
+@dataclass
+class Settings:
+    """Every setting of every script; the defaults are the nano path. A config file sets some, the command line wins:
+    python train_sft.py config/smollm2.py --quick --seed=1"""
+    # -- run
+    run: str = "nano"                   # name of the run: all output goes to out/<run>/
+    seed: int = 0                       # of everything random
+    device: str = "auto"                # auto, cpu, cuda or mps
+    quick: bool = False                 # the config file's short form: the same story, weaker numbers
+    # -- model and data of the real path (empty: the nano path makes its own)
+    model: str = ""                     # Hugging Face folder, hub id or GGUF file
+    train_data: list = dataclasses.field(default_factory=list)  # FlashRAG question files to learn from
+    eval_data: list = dataclasses.field(default_factory=list)   # FlashRAG question files to be judged on
+    corpus: str = ""                    # FlashRAG passage file, .jsonl or .jsonl.gz
+    # -- the nano model and its base stage
+    vocab_size: int = 2048              # of the nano tokenizer
+    width: int = 128                    # hidden size
+    layers: int = 4
+    base_tokens: int = 2_500_000        # tokens of pretraining
+    # -- SFT (paper 3.2; counts are the authors')
+    pairs: int = 1500                   # CoT+A pairs of SFT-1
+    coa: int = 5000                     # chain-of-action trajectories of SFT-2 and SFT-3
+    cot: int = 1000                     # chain-of-thought trajectories mixed in
+    epochs: int = 2                     # over them, in each stage
+    alpha: float = 0.2                  # weight of SFT-1's auxiliary term
+    muon: bool = True                   # Muon for the matrices; false: AdamW for all, as for pretrained models
+    batch_tokens: int = 6000            # tokens of an optimizer step
+    micro_tokens: int = 1600            # tokens that go through the network at once
+    lr: float = 3e-3                    # AdamW in the base stage and SFT-2
+    muon_lr: float = 2e-2               # Muon there
+    sft1_scale: float = 0.1             # SFT-1's rates are this part of those
+    sft2_scale: float = 0.5             # SFT-2's
+    sft3_scale: float = 0.3             # SFT-3's
+    # -- RL (paper 3.3)
+    rl1_steps: int = 80                 # in the imagined environment
+    rl2_steps: int = 16                 # in the real one
+    questions: int = 48                 # a step
+    rollouts: int = 5                   # a question
+    rl_questions: int = 4608            # the pool they come from
+    temperature: float = 0.6
+    rl_lr: float = 1e-3
+    rl_muon_lr: float = 2e-3
+    minibatches: int = 1                # optimizer steps a batch of rollouts is cut into
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl: float = 0.0                     # weight of the k3 KL to the SFT policy
+    advantage_std: bool = False         # divide advantages by the group's standard deviation, as the authors' code does
+    format_penalty: float = 0.5
+    call_cost: float = 0.0              # taken off the reward for each call
+    # -- ablations
+    stage: str = ""                     # run this stage only: base, sft1, sft2, sft3; rl1, rl2
+    start: str = ""                     # .. from this folder of the run, instead of the stage before
+    out: str = ""                       # .. into this folder, instead of the stage's own
+    # -- rollouts and evaluation
+    top_k: int = 2                      # passages an observation holds
+    max_actions: int = 6
+    max_len: int = 512                  # tokens of a trajectory, observations included
+    max_answer: int = 12                # tokens of a forced answer
+    max_thought: int = 48               # tokens that a workflow lets the model write at a time
+    max_observation: int = 128          # tokens of an imagined observation
+    eval_questions: int = 150           # of each set
+    rows: str = "main"                  # rows of the table: main, or all that are trained
+    batch_rows: int = 256               # rollouts decoded together
+
+
+def read_settings(doc):
+    """[config file] [--key=value ..] -> Settings. Raises Problem for an unknown or ill-typed setting."""
+    args, chosen, quick = sys.argv[1:], {}, {}
+    fields = {f.name: f for f in dataclasses.fields(Settings)}
+    if "-h" in args or "--help" in args:
+        print(doc.strip() + "\n\nSettings:\n" + settings_help())
+        sys.exit(0)
+    files = [a for a in args if not a.startswith("--")]
+    for path in files or [str(Path(__file__).parent / "config" / "nano.py")]:
+        if not path.endswith(".py") or not Path(path).is_file():
+            raise Problem(f"{path}: no such config file; give one of config/*.py, and settings as --key=value")
+        for key, value in runpy.run_path(path).items():
+            if key == "QUICK":
+                quick = value
+            elif not key.startswith("_"):
+                chosen[key] = check(fields, key, value, path)
+    given = {}
+    for a in args:
+        if a.startswith("--"):
+            key, eq, text = a[2:].partition("=")
+            key = key.replace("-", "_")
+            given[key] = check(fields, key, parse(fields, key, text, eq), "--" + key)
+    if given.get("quick", chosen.get("quick")):
+        chosen.update({k: check(fields, k, v, "QUICK") for k, v in quick.items()})
+    chosen.update(given)
+    s = Settings(**chosen)
+    shown = ", ".join(f"{k}={v}" for k, v in given.items())
+    print(f"{Path(sys.argv[0]).name}: run {s.run}, seed {s.seed}" + (f"; set here: {shown}" if shown else ""), flush=True)
+    return s
+
+
+def parse(fields, key, text, eq):
+    if key not in fields:
+        return None
+    kind = fields[key].type
+    try:
+        if kind is bool:
+            return {"": True, "true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is list:
+            return [p for p in text.split(",") if p]
+        if not eq:
+            raise ValueError
+        return kind(text.replace("_", "")) if kind is int else kind(text)
+    except (ValueError, KeyError):
+        raise Problem(f"--{key}: {text!r} is not {kind.__name__}; write --{key}=VALUE") from None
+
+
+def check(fields, key, value, where):
+    if key not in fields:
+        near = difflib.get_close_matches(key, fields, 1)
+        raise Problem(f"{where}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists them"))
+    kind = fields[key].type
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise Problem(f"{where}: {key} must be {kind.__name__}, not {value!r}")
+    return value
+
+
+def settings_help():
+    """The fields of Settings with their comments, read from this file, so that help and code can't part."""
+    source = Path(__file__).read_text().split("class Settings:")[1].split("def read_settings")[0].splitlines()
+    out = []
+    for line in source:
+        if line.strip().startswith("# --"):
+            out.append("\n " + line.strip()[5:])
+        elif ": " in line and "=" in line:
+            name, rest = line.strip().split(":", 1)
+            default, _, comment = rest.partition("#")
+            out.append(f"  --{name:<16} {comment.strip()} [{default.split('=', 1)[1].strip().replace('dataclasses.field(default_factory=list)', '')}]")
+    return "\n".join(out)
+
+
+def main(run, doc):
+    """Run a script: read the settings, print a Problem as one line and exit with 2."""
+    try:
+        run(read_settings(doc))
+    except Problem as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; finished stages are kept", file=sys.stderr)
+        sys.exit(130)
+
+
+def progress(total, desc, unit):
+    """A tqdm bar, silent where there is nothing to call it."""
+    return tqdm(total=total, desc=desc, unit=unit, disable=desc is None, leave=False, smoothing=0.1)
+
+
+class Log:
+    """One JSON line a step, in log.jsonl beside the checkpoint: in <folder>.partial until the stage is complete."""
+
+    def __init__(self, folder):
+        folder = folder.with_name(folder.name + ".partial")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(folder / "log.jsonl", "w")
+        self.start = time.time()
+
+    def write(self, **figures):
+        figures["seconds"] = time.time() - self.start
+        self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}) + "\n")
+        self.file.flush()
+
+
+def read_jsonl(path, what, setting):
+    """(line number, object) of a jsonl file. Raises Problem with file:line."""
+    path = Path(path)
+    if not path.is_file():
+        raise Problem(f"{setting}: no such file: {path}; expected {what}")
+    rows = []
+    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append((n, json.loads(line)))
+        except ValueError:
+            raise Problem(f"{path}:{n}: not JSON; expected {what}, one a line") from None
+    if not rows:
+        raise Problem(f"{path}: empty; expected {what}, one a line")
+    return rows

@@ -1,0 +1,332 @@
+"""Questions in, trajectories out: the nano tokenizer, the base model's skills, the teacher, contrastive pairs, batches."""
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import miniwiki
+import tools
+from autocoa import PROMPT, TAGS, Trajectory, exact_match, normalize
+from common import Problem, read_jsonl
+
+TO_QUERY, TO_READ = "Write a query.", "Read the passages."      # how the nano base model is prompted for a single skill
+
+
+# ---- tokenizer ----------------------------------------------------------------------------------------------------------
+def nano_tokenizer(vocab_size, text):
+    """A byte-level BPE of the nano world. The words that names are made of come out as single tokens."""
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>", "<bos>", "<eos>", *TAGS.values()], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+                                   additional_special_tokens=list(TAGS.values()), clean_up_tokenization_spaces=False)
+
+
+def nano_text(world):
+    """What the nano tokenizer is trained on: articles and questions of a training world."""
+    rng = random.Random("text")
+    for title, text in world.articles.items():
+        yield f" {title}: {text}"
+    for name in miniwiki.SETS:
+        for q in world.questions(name, 400, rng):
+            yield " " + q["question"]
+            for s in q["metadata"]["steps"]:
+                yield f" {s['ask']} {s['recall']} {s['found']} {' '.join(s['queries'])}"
+    words = (miniwiki.FIRST + miniwiki.LAST + miniwiki.STEM + miniwiki.CITY + miniwiki.ADJ + miniwiki.NOUN + miniwiki.FIRM + miniwiki.LAND
+             + miniwiki.SIDE + miniwiki.JOBS + miniwiki.MONEY + miniwiki.TONGUE + [str(y) for y in range(1900, 2000)])
+    for word in words:
+        yield f" {word}" * 40
+    yield f" {TO_QUERY} {TO_READ} I recall it. It is so. Not found. In order: 1, 2. 1 is before 2. Nothing found." * 40
+
+
+# ---- base stage: documents and single skills ----------------------------------------------------------------------------
+def base_data(codec, worlds, search, rng, tokens):
+    """Pretraining of the nano base model: [Trajectory], in the order of training, about `tokens` tokens in all.
+
+    Head articles; closed-book chains of thought on head facts, whose hops grow; and single skills on articles of other
+    worlds: to write a query, to read passages, to compare years. Never a chain of thought with an action inside.
+    worlds: list of World; search: one search tool for each.
+    """
+    out, count = [], 0
+    heads = [e for e in worlds[0].entities if e.head]
+    while count < tokens:
+        grown = count > 0.4 * tokens
+        kind, i = rng.random(), rng.randrange(len(worlds))
+        world = worlds[i]
+        if kind < 0.10:
+            e = rng.choice(heads)
+            t = Trajectory()
+            t.add([codec.tok.bos_token_id], PROMPT, 0)
+            t.add(codec.encode(f"{e.title}: {miniwiki.article(e, rng)}") + [codec.eos], PROMPT, 1)
+        elif kind < 0.40:
+            sets = ["single", "typed", "bridge", "compare", "chain"] if grown else ["single", "typed", "single", "bridge"]
+            t = cot(codec, world.questions(rng.choice(sets), 1, rng, p_head=1.0)[0])
+        elif kind < 0.50:
+            years = [str(y) for y in rng.sample(range(1900, 2000), 2 if rng.random() < 0.4 else 6)]
+            t = codec.build(f"In order: {', '.join(years)}.", [("think", " is before ".join(sorted(years)) + "."), ("answer", min(years))])
+        else:
+            q = world.questions(rng.choice(["single", "typed"]), 1, rng, p_head=0.1)[0]
+            s = q["metadata"]["steps"][0]
+            if kind < 0.65:
+                t = codec.build(f"{TO_QUERY} {q['question']}", [("think", s["ask"]), ("search", s["queries"][0])])
+            elif kind < 0.80:
+                seen = search[i](s["queries"][:1])[0]
+                if not found(s, seen):
+                    continue
+                t = codec.build(f"{TO_READ} {q['question']}",
+                                [("think", s["ask"]), ("result", seen), ("think", s["found"]), ("answer", s["answer"])])
+            else:       # several facts of two articles: more to read for the tokens
+                pair = rng.sample([e for e in world.entities if not e.head], 2)
+                steps = [miniwiki.step(e, r, e.title != e.name) for e in pair for r in e.facts]
+                steps = rng.sample(steps, min(4, len(steps)))
+                seen = "\n".join(f"{e.title}: {world.articles[e.title]}" for e in pair)
+                t = codec.build(TO_READ, [("result", seen)] + [part for s in steps for part in (("think", s["ask"]), ("think", s["found"]))])
+        out.append(t)
+        count += len(t.ids)
+    return out
+
+
+def cot(codec, q):
+    """A chain of thought from memory: what is asked, then what is recalled, for each fact."""
+    parts, said = [], set()
+    for s in q["metadata"]["steps"]:
+        if s["fact"] not in said:
+            parts += [("think", s["ask"]), ("think", s["recall"])]
+            said.add(s["fact"])
+    return codec.build(q["question"], parts + ending(q))
+
+
+def ending(q):
+    conclusion = q["metadata"].get("conclusion")
+    return ([("think", conclusion)] if conclusion else []) + [("answer", q["golden_answers"][-1])]
+
+
+# ---- the teacher --------------------------------------------------------------------------------------------------------
+def teach(codec, questions, known, search):
+    """Chains of action by a scripted teacher: recall what the base model knows, search for the rest, reword on a miss.
+
+    A question's plan is `metadata.steps`, one fact a step (see miniwiki.step, real_steps): what is asked, queries to try in
+    order, what must turn up, what to say then. known: the facts that the base model answered right when it was asked.
+    Searches run with the real tool, batched; a miss stays in the chain as a miss. Returns (question, Trajectory) of the
+    plans that found all they needed, and counts.
+    """
+    asked = sorted({text for q in questions for s in q["metadata"]["steps"] if s["fact"] not in known for text in s["queries"]})
+    seen = dict(zip(asked, search(asked)))
+    out, counts = [], {"searches": 0, "misses": 0, "dropped": 0}
+    for q in questions:
+        parts, recalled = [], set()
+        for s in q["metadata"]["steps"]:
+            if s["fact"] in known:
+                if s["fact"] not in recalled:
+                    parts += [("think", s["ask"]), ("think", s["recall"])]
+                    recalled.add(s["fact"])
+                continue
+            parts.append(("think", s["ask"]))
+            for query in s["queries"]:
+                parts += [("search", query), ("result", seen[query])]
+                counts["searches"] += 1
+                evidence = found(s, seen[query])
+                if evidence:
+                    parts.append(("think", evidence))
+                    break
+                parts.append(("think", "Not found."))
+                counts["misses"] += 1
+            else:
+                counts["dropped"] += 1
+                break
+        else:
+            out.append((q, codec.build(q["question"], parts + ending(q))))
+    return out, counts
+
+
+def found(s, observation):
+    """What to say of an observation, "" where it does not hold what the step needs: the passage of that title (where the
+    step names one) and, for a real question, a sentence with one of the texts in s["holds"]."""
+    lines = [x for x in observation.split("\n") if not s["title"] or x.startswith(s["title"] + ":")]
+    if "holds" not in s:
+        return s["found"] if lines else ""
+    for text in s["holds"]:
+        for line in lines:
+            for sentence in re.split(r"(?<=[.!?]) ", line.removeprefix(s["title"] + ":").strip()):
+                if f" {normalize(text)} " in f" {normalize(sentence)} ":
+                    return " ".join(sentence.split()[:40])
+    return ""
+
+
+def facts_of(questions):
+    """fact -> the wordings in which to ask for it, and its golden answers; of all steps of some questions."""
+    return {s["fact"]: (s["wordings"], s["answers"]) for q in questions for s in q["metadata"]["steps"]}
+
+
+def pairs(codec, questions, recalled, acted):
+    """CoT+A pairs for SFT-1, cut where acting and thinking part: [(chosen, rejected)], and how many of each direction.
+
+    recalled: fact -> what the base model recalls when asked. acted: question id -> whether the base model got the question
+    right by acting at every step (the workflow). Acting is chosen at the first fact that recall got wrong, where acting
+    got the question right; thinking is chosen at a recalled fact where recall was right throughout and acting went wrong.
+    """
+    out, counts = [], {"act": 0, "think": 0}
+    for q in questions:
+        steps = q["metadata"]["steps"]
+        wrong = [i for i, s in enumerate(steps) if not exact_match(recalled[s["fact"]], s["answers"])]
+        if bool(wrong) != acted[q["id"]]:
+            continue                                    # both right or both wrong: nothing to learn about when
+        for cut in wrong[:1] or range(len(steps)):
+            s = steps[cut]
+            prefix = [part for before in steps[:cut] for part in (("think", before["ask"]), ("think", before["recall"]))] + [("think", s["ask"])]
+            act = codec.build(q["question"], prefix + [("search", s["queries"][0])])
+            think = codec.build(q["question"], prefix + [("think", f"I recall {recalled[s['fact']]}.")])
+            shared = len(codec.build(q["question"], prefix).ids)
+            for t in (act, think):
+                t.mask[:shared] = [0] * shared
+            out.append((act, think) if wrong else (think, act))
+            counts["act" if wrong else "think"] += 1
+    return out, counts
+
+
+# ---- the task: questions, and the tools that answer them ------------------------------------------------------------
+@dataclass
+class Task:
+    train: object           # (n, which pool) -> n questions to learn from
+    evaluation: dict        # set -> questions to be judged on
+    search: object          # the search tool of training
+    eval_search: object     # and of evaluation
+
+
+MIX = {"single": 0.1, "typed": 0.1, "bridge": 0.3, "compare": 0.2, "chain": 0.3}     # of training questions; no `compose`
+
+
+def nano_task(s):
+    """Training questions on one world, evaluation on a world that training never sees."""
+    world, unseen = miniwiki.World(s.seed, "train"), miniwiki.World(s.seed, "eval")
+    taken = set()
+
+    def train(n, pool, p_head=0.10):
+        rng, out = random.Random(f"{pool} {s.seed}"), []
+        for name, share in MIX.items():
+            rows = world.questions(name, round(n * share), rng, p_head, taken)
+            out += [dict(q, id=f"{pool}_{q['id']}") for q in rows]
+        rng.shuffle(out)
+        return out
+    rng = random.Random(f"evaluation {s.seed}")
+    sets = {name: unseen.questions(name, s.eval_questions, rng) for name in miniwiki.SETS}
+    return Task(train, sets, tools.BM25(world.passages(), s.top_k), tools.BM25(unseen.passages(), s.top_k))
+
+
+def load_task(s):
+    """The nano task, or real questions where the settings name a model."""
+    if not s.model:
+        return nano_task(s)
+    if not (s.train_data and s.eval_data and s.corpus):
+        raise Problem("train_data, eval_data, corpus: a run with --model needs all three; see config/smollm2.py")
+    pool = [q for path in s.train_data for q in read_questions(path)]
+    sets = {Path(path).stem: read_questions(path) for path in s.eval_data}
+    search = tools.BM25(tools.read_passages(s.corpus), s.top_k)
+
+    def train(n, pool_name, p_head=0.0):
+        """n questions, the sets mixed; the pools of one run go on where the last one stopped, and begin again at the end."""
+        at = {"coa": 0, "cot": 0, "act": 0, "think": 0, "rl": s.coa}[pool_name]
+        order = random.Random(s.seed).sample(range(len(pool)), len(pool))
+        return [pool[order[(at + i) % len(pool)]] for i in range(min(n, len(pool)))]
+    rng = random.Random(f"evaluation {s.seed}")
+    sets = {name: rng.sample(rows, min(s.eval_questions, len(rows))) for name, rows in sets.items()}
+    return Task(train, sets, search, search)
+
+
+def read_questions(path):
+    """A FlashRAG question file -> rows with `metadata.steps`. Raises Problem with file:line for a malformed row."""
+    out = []
+    for n, q in read_jsonl(path, 'questions, {"id", "question", "golden_answers"}', "train_data, eval_data"):
+        if not isinstance(q, dict) or not isinstance(q.get("question"), str) or "id" not in q:
+            raise Problem(f"{path}:{n}: not a question; expected {{\"id\", \"question\", \"golden_answers\"}}")
+        golden = q.get("golden_answers")
+        if not isinstance(golden, list) or not golden or not all(isinstance(g, str) and g.strip() for g in golden):
+            raise Problem(f"{path}:{n}: question {q['id']!r} has no answers; golden_answers must be a list of texts")
+        q["metadata"] = dict(q.get("metadata") or {})
+        q["metadata"]["steps"] = real_steps(q)
+        out.append(q)
+    return out
+
+
+def real_steps(q):
+    """A teacher's plan for a real question, from what its gold passages name.
+
+    Where gold titles are marked: a search a title, in the order in which the question names them, and the last passage
+    must hold the answer. Else one search with the question itself. A title that shares no word with the question is
+    nothing a reader could ask for, so the question goes first and the title is the rewording.
+    """
+    question, golden = q["question"], q["golden_answers"]
+    said = set(normalize(question).split())
+
+    def overlap(title):
+        words = normalize(re.sub(r"\(.*?\)", "", title)).split()
+        return sum(w in said for w in words) / max(1, len(words))
+    titles = sorted(dict.fromkeys(q["metadata"].get("gold_titles") or []), key=lambda t: -overlap(t))[:2]
+    fact = {"fact": str(q["id"]), "wordings": [question], "answers": golden, "recall": f"I recall {golden[0]}.", "head": False}
+    if not titles or (len(titles) == 1 and overlap(titles[0]) < 0.5):
+        return [dict(fact, ask="What do the passages say?", title=titles[0] if titles else "", subject=question, queries=[question] + titles, holds=golden)]
+    if q["metadata"].get("hops", len(titles)) == 1 or not str(q["id"]).startswith(("hotpot", "musique", "2wiki", "bamboogle")):
+        titles = titles[:1]                             # further gold passages of a single-hop question are alternatives
+    steps = []
+    for i, title in enumerate(titles):
+        last = i == len(titles) - 1
+        holds = golden if last else [titles[i + 1], re.sub(r" \(.*?\)", "", titles[i + 1])]
+        steps.append(dict(fact, ask=f"I look for {title}.", title=title, subject=title, queries=[title, f"{title} {question}"], holds=holds))
+    return steps
+
+
+# ---- batches ------------------------------------------------------------------------------------------------------------
+def pad(trajectories, keys=("mask",)):
+    """-> {"ids": (B, T) int64, "mask": (B, T) float32}, padded on the right with zeros, which the mask leaves out.
+
+    >>> pad([Trajectory([5, 6, 7], [0, 1, 1], [0, 1, 1])])["mask"]
+    array([[0., 1., 1.]], dtype=float32)
+    """
+    T = max(len(t.ids) for t in trajectories)
+    out = {"ids": np.zeros((len(trajectories), T), np.int64), "mask": np.zeros((len(trajectories), T), np.float32)}
+    for i, t in enumerate(trajectories):
+        out["ids"][i, :len(t.ids)] = t.ids
+        out["mask"][i, :len(t.ids)] = t.mask
+    return out
+
+
+def pad_floats(rows):
+    out = np.zeros((len(rows), max(map(len, rows))), np.float32)
+    for i, r in enumerate(rows):
+        out[i, :len(r)] = r
+    return out
+
+
+def by_tokens(lengths, limit, waste=0.15):
+    """Indices in order of length, cut where rows x longest would pass `limit`, or padding a share of `waste`."""
+    groups, now, used = [], [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        area = (len(now) + 1) * lengths[i]
+        if now and (area > limit or area - used - lengths[i] > max(waste * area, 64)):
+            groups.append(now)
+            now, used = [], 0
+        now.append(i)
+        used += lengths[i]
+    return groups + [now] if now else groups
+
+
+def steps_of(trajectories, batch_tokens, rng, window=2000):
+    """One epoch: shuffled inside windows (the order of the windows is kept), cut into optimizer steps of about
+    batch_tokens. Lengths are mixed in a step, so that no step sees one kind of text alone. -> list of lists"""
+    out, now, count = [], [], 0
+    for w in range(0, len(trajectories), window):
+        part = trajectories[w:w + window]
+        for t in rng.sample(part, len(part)):
+            now.append(t)
+            count += len(t.ids)
+            if count >= batch_tokens:
+                out.append(now)
+                now, count = [], 0
+    return out + [now] if now else out

@@ -1,0 +1,115 @@
+"""The benchmark: every trained row on the same questions, with the same tool and budgets, as a table and one JSON line.
+
+    python eval.py                          # the models in out/nano, in a world they have never seen
+    python eval.py config/smollm2.py        # the same for a real checkpoint
+
+model only           the base model, no tool
+ReAct workflow       the base model, and a script that decides: a thought, a search, a thought, a search ..
+SFT-1 .. +RL-1&2     agent models after each stage: they decide by themselves
+
+EM and F1; actions a question; of the facts that a question needs, the share that was searched for, apart for those that
+the base model knows and those that it does not; malformed trajectories. Averages are over the sets, with a 95% bootstrap
+interval over questions.
+"""
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+import autocoa
+import data
+import model
+import workflows
+from common import main
+from train_sft import recall
+
+ROWS = {"model only": "base", "ReAct workflow": "base", "SFT-1": "sft1", "SFT-2": "sft2_alone", "SFT-1&2": "sft2", "SFT-1&2&3": "sft3",
+        "RL-2 alone": "rl2_alone", "SFT-1&2&3+RL-1": "rl1", "SFT-1&2&3+RL-1&2": "rl2", "SFT-1&2+RL-2": "rl2_from_sft2"}
+
+
+def run_row(row, lm, questions, task, s):
+    """-> a record a question: answer, trajectory and figures."""
+    if row == "ReAct workflow":
+        done = workflows.react(lm, questions, task.eval_search, s, examples=data.EXAMPLES, desc=row)
+    else:
+        actions = {"max_actions": 0} if row == "model only" else {}
+        done = [(lm.codec.answer(t), t) for t in workflows.answers(lm, questions, task.eval_search, s, desc=row, **actions)]
+    agent = row not in ("model only", "ReAct workflow")
+    return [{"id": q["id"], "question": q["question"], "golden_answers": q["golden_answers"], "answer": a, "em": autocoa.exact_match(a, q["golden_answers"]),
+             "f1": autocoa.f1(a, q["golden_answers"]), "actions": len(t.queries), "queries": t.queries,
+             "malformed": float(agent and not lm.codec.well_formed(t)), "text": lm.codec.decode(t.ids)}
+            for q, (a, t) in zip(questions, done)]
+
+
+def searched(q, record, known):
+    """For each fact a question needs: (whether the base model knows it, whether a query named its subject)."""
+    out = []
+    for step in q["metadata"].get("steps", []):
+        asked = any(step["queries"][0].lower() in query.lower() or step["subject"].lower() in query.lower() for query in record["queries"])
+        out.append((step["fact"] in known, asked))
+    return out
+
+
+def mean(values):
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
+def summary(records, by_set, known):
+    """Figures of one row: {set: {..}, "avg": {.., "em_low", "em_high"}}; EM, F1 and shares in percent."""
+    out, facts = {}, []
+    for name, questions in by_set.items():
+        rows = records[name]
+        out[name] = {"em": 100 * mean([r["em"] for r in rows]), "f1": 100 * mean([r["f1"] for r in rows]),
+                     "actions": mean([r["actions"] for r in rows]), "malformed": 100 * mean([r["malformed"] for r in rows])}
+        facts += [f for q, r in zip(questions, rows) for f in searched(q, r, known)]
+    avg = {k: mean([v[k] for v in out.values()]) for k in ("em", "f1", "actions", "malformed")}
+    avg["search_known"] = mean([asked for knows, asked in facts if knows])
+    avg["search_unknown"] = mean([asked for knows, asked in facts if not knows])
+    avg["em_low"], avg["em_high"] = interval([[100 * r["em"] for r in rows] for rows in records.values()])
+    return {**out, "avg": avg}
+
+
+def interval(sets, draws=2000):
+    """95% bootstrap interval of the average over sets of the mean over questions; questions are drawn anew in each set."""
+    rng = np.random.default_rng(0)
+    means = np.zeros(draws)
+    for values in sets:
+        values = np.array(values)
+        means += values[rng.integers(0, len(values), (draws, len(values)))].mean(1) / len(sets)
+    return [float(x) for x in np.percentile(means, [2.5, 97.5])]
+
+
+def table(rows, sets):
+    lines = [f"{'EM':24}" + "".join(f"{n[:10]:>11}" for n in sets) + f"{'avg':>8}{'95% interval':>15}{'F1':>7}{'actions':>9}{'known':>7}{'unknown':>9}{'malformed':>11}"]
+    for name, r in rows.items():
+        a = r["avg"]
+        lines.append(f"{name:24}" + "".join(f"{r[n]['em']:11.1f}" for n in sets) + f"{a['em']:8.1f}{a['em_low']:8.1f} -{a['em_high']:5.1f}{a['f1']:7.1f}"
+                     f"{a['actions']:9.2f}{a['search_known']:7.2f}{a['search_unknown']:9.2f}{a['malformed']:10.1f}%")
+    return "\n".join(lines)
+
+
+def run(s):
+    start, root, task = time.time(), Path("out", s.run), data.load_task(s)
+    questions = [q for rows in task.evaluation.values() for q in rows]
+    base = model.load(root / "base", s.device, "python train_sft.py")
+    known, _ = recall(base, questions, s)
+    rows, predictions = {}, {}
+    for row, stage in ROWS.items():
+        if not (root / stage / "config.json").is_file():
+            continue
+        records = iter(run_row(row, base if stage == "base" else model.load(root / stage, s.device), questions, task, s))
+        predictions[row] = {name: [next(records) for _ in qs] for name, qs in task.evaluation.items()}
+        rows[row] = summary(predictions[row], task.evaluation, known)
+    print(table(rows, list(task.evaluation)))
+    with open(root / "predictions.jsonl", "w") as f:
+        for row, sets in predictions.items():
+            for name, records in sets.items():
+                f.writelines(json.dumps({"row": row, "set": name, **r}) + "\n" for r in records)
+    result = {"rows": rows, "model": str(root), "seed": s.seed, "seconds": round(time.time() - start, 1)}
+    (root / "eval.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(run, __doc__)

@@ -1,0 +1,156 @@
+"""Which network: sizes, Hugging Face folders, and the choice of a backend. The networks are in model_torch.py (and its twin).
+
+A checkpoint is a Hugging Face folder: config.json, model.safetensors and the tokenizer's files, with Hugging Face's own
+parameter names, so weights load and leave without a map.
+"""
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from autocoa import TAGS, Codec
+from common import Problem
+
+SUPPORTED = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+
+
+@dataclass
+class ModelConfig:
+    """The part of a Hugging Face config.json that the network needs, under the same names."""
+    architectures: list
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 2048
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    @property
+    def qkv_bias(self):
+        return self.architectures[0] == "Qwen2ForCausalLM"
+
+    @property
+    def qk_norm(self):
+        return self.architectures[0] == "Qwen3ForCausalLM"
+
+    @classmethod
+    def from_dict(cls, raw, where):
+        """A config.json's content -> ModelConfig. Raises Problem for what this network can't compute."""
+        arch = (raw.get("architectures") or ["none named"])[0]
+        if arch not in SUPPORTED:
+            raise Problem(f"{where}: architecture {arch} is not supported; supported: {', '.join(SUPPORTED)}")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default" or raw.get("use_sliding_window"):
+            raise Problem(f"{where}: rope scaling and sliding windows are not supported; take a checkpoint without them")
+        if raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias") or (raw.get("attention_bias") and arch != "Qwen2ForCausalLM"):
+            raise Problem(f"{where}: only silu and no extra biases are supported")
+        raw = dict(raw, rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+                   num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+                   head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+                   tie_word_embeddings=raw.get("tie_word_embeddings", False))
+        return cls(**{k: raw[k] for k in cls.__dataclass_fields__ if k in raw})
+
+    def to_dict(self):
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        return {**asdict(self), "model_type": SUPPORTED[self.architectures[0]], "hidden_act": "silu", "attention_bias": False,
+                "rope_parameters": rope, "torch_dtype": "float32", "use_cache": True}
+
+
+def nano_config(vocab_size, eos, bos, width=128, layers=4):
+    """The nano model: a Llama of about a million parameters."""
+    return ModelConfig(["LlamaForCausalLM"], vocab_size, width, 3 * width, layers, width // 32, width // 32, 32,
+                       max_position_embeddings=1024, bos_token_id=bos, eos_token_id=eos)
+
+
+def read_config(folder):
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise Problem(f"model: {folder} has no config.json; give a Hugging Face folder, a GGUF file or a hub id")
+    return ModelConfig.from_dict(json.loads(path.read_text()), path)
+
+
+def backend():
+    """The one place that chooses a framework."""
+    import model_torch
+    return model_torch
+
+
+class LM:
+    """A network with its tokenizer: what the scripts pass around."""
+
+    def __init__(self, model, tok):
+        self.backend, self.model, self.codec = backend(), model, Codec(tok)
+        if len(tok) > model.config.vocab_size:
+            raise Problem(f"model: the tokenizer has {len(tok)} entries, the network {model.config.vocab_size}; they are not a pair")
+
+    def decoder(self, prompts, max_len):
+        return self.backend.Decoder(self.model, prompts, max_len)
+
+    def save(self, folder):
+        """Write a Hugging Face folder. All or nothing: the files lie beside it until they are complete."""
+        folder = Path(folder)
+        parts = folder.with_name(folder.name + ".partial")
+        parts.mkdir(parents=True, exist_ok=True)
+        self.codec.tok.save_pretrained(parts)
+        (parts / "config.json").write_text(json.dumps(self.model.config.to_dict(), indent=2))
+        self.backend.save_weights(self.model, parts)
+        if folder.exists():
+            shutil.rmtree(folder)
+        parts.rename(folder)
+
+    def copy(self):
+        return LM(self.backend.copy(self.model), self.codec.tok)
+
+
+def new(config, tok, seed, device):
+    return LM(backend().build(config, seed, backend().pick_device(device)), tok)
+
+
+def load(folder, device="auto", made_by=""):
+    """A folder that `LM.save` wrote -> LM. made_by: the command that makes it, for the message where it is missing."""
+    if not (Path(folder) / "config.json").is_file():
+        raise Problem(f"{folder} is missing" + (f"; make it with: {made_by}" if made_by else ""))
+    b = backend()
+    model = b.build(read_config(folder), 0, b.pick_device(device))
+    b.load_weights(model, folder)
+    return LM(model, AutoTokenizer.from_pretrained(folder))
+
+
+def load_pretrained(name, device):
+    """A checkpoint from elsewhere: Hugging Face folder, hub id or GGUF file, read by transformers -> LM.
+
+    The tags become new tokens; their embeddings start as the mean of the pieces that spelled them.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    path, options = Path(name), {}
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise Problem(f"model: no such file: {name}")
+        name, options = str(path.parent), {"gguf_file": path.name}
+    elif path.is_dir():
+        read_config(path)                       # an unsupported architecture is said before gigabytes are read
+    try:
+        config = ModelConfig.from_dict(AutoConfig.from_pretrained(name, **options).to_dict(), name)
+        tok = AutoTokenizer.from_pretrained(name, **options)
+        source = AutoModelForCausalLM.from_pretrained(name, dtype="float32", **options)
+    except (OSError, ValueError) as e:
+        raise Problem(f"model: {name} can't be read by transformers: {str(e).splitlines()[0]}") from None
+    if len(tok) > config.vocab_size:
+        raise Problem(f"model: the tokenizer of {name} has {len(tok)} entries, its weights {config.vocab_size}; they are not a pair")
+    pieces = [tok.encode(t, add_special_tokens=False) for t in TAGS.values()]
+    missing = [t for t in TAGS.values() if t not in tok.get_vocab()]
+    tok.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    b = backend()
+    rows = {tok.convert_tokens_to_ids(t): p for t, p in zip(TAGS.values(), pieces) if t in missing}
+    config.eos_token_id, config.bos_token_id = tok.eos_token_id, tok.bos_token_id
+    model = b.from_pretrained(config, source.state_dict(), max(config.vocab_size, len(tok)), rows, b.pick_device(device), name)
+    return LM(model, tok)

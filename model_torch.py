@@ -1,0 +1,358 @@
+"""The network in PyTorch: Llama, Qwen2 and Qwen3, a KV cache that survives tool calls, log-probs, optimizer, train step.
+
+Parameter names are Hugging Face's. Everything that crosses to other files is a list or a NumPy array.
+"""
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from common import Problem
+
+
+# ---- network ------------------------------------------------------------------------------------------------------------
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(q, c.hidden_size, bias=False)
+        if c.qk_norm:
+            self.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+
+    def forward(self, x, cos, sin, cache=None, mask=None):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.c.head_dim)              # (B, T, heads, head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.c.head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.c.head_dim).transpose(1, 2)
+        if self.c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin)
+        if cache is not None:
+            k, v = cache(k, v)                                          # (B, kv heads, keys, head_dim)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.c.num_key_value_heads != self.c.num_attention_heads)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding, Hugging Face's layout: the two halves of a head are the pairs."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, cache=None, mask=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Ids to hidden states. `logits` is apart, since most positions of a trajectory never need them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                # residual branches start small, so that depth does not raise the variance (GPT-2)
+                deep = math.sqrt(2 * config.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                nn.init.normal_(p, std=0.02 / deep if "embed" in name else p.shape[1] ** -0.5 / deep)
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+    def forward(self, ids, positions, caches=None, mask=None):
+        """ids (B, T), positions (1 or B, T) -> hidden states (B, T, hidden)."""
+        c = self.config
+        inv = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=ids.device, dtype=torch.float32) / c.head_dim)
+        angle = (positions[..., None].float() * inv).repeat(1, 1, 2)[:, None]       # (1 or B, 1, T, head_dim)
+        x = self.model.embed_tokens(ids)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, cos, sin, caches[i] if caches else None, mask)
+        return self.model.norm(x)
+
+    def logits(self, x):
+        return F.linear(x, self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight).float()
+
+
+def logprobs(model, ids, mask, temperature=1.0):
+    """Log-probability of each token given those before it. ids, mask (B, T) -> (B, T), 0 where mask is 0.
+
+    The head runs on masked positions only. Column t is the log-prob of ids[:, t]; column 0 is always 0.
+    """
+    x = model(ids[:, :-1], torch.arange(ids.shape[1] - 1, device=ids.device)[None])
+    want = mask[:, 1:] > 0
+    logits = model.logits(x[want]) / temperature                                    # (masked, vocab)
+    picked = -F.cross_entropy(logits, ids[:, 1:][want], reduction="none")
+    out = torch.zeros(ids.shape, device=ids.device)
+    out[:, 1:][want] = picked
+    return out
+
+
+def score(model, batch, temperature=1.0):
+    """`logprobs` without gradient, NumPy in and out."""
+    with torch.no_grad():
+        ids, mask = (torch.as_tensor(batch[k], device=model.device) for k in ("ids", "mask"))
+        return logprobs(model, ids, mask, temperature).cpu().numpy()
+
+
+# ---- decoding -----------------------------------------------------------------------------------------------------------
+class Decoder:
+    """Rows that grow at their own pace on one KV cache: `decode` until a stop, `keep` the live rows, `feed` observations.
+
+    Row b holds length[b] tokens; a key is visible to a query at position p if its own position is <= p, so a row needs no
+    left padding and what lies beyond its length is never seen.
+    """
+
+    def __init__(self, model, prompts, max_len):
+        self.model, c = model, model.config
+        first = {}
+        order = [first.setdefault(tuple(p), len(first)) for p in prompts]           # equal prompts are prefilled once
+        self.length = np.zeros(len(first), dtype=np.int64)
+        dtype = model.model.embed_tokens.weight.dtype
+        shape = (len(first), c.num_key_value_heads, max_len, c.head_dim)
+        self.k = [torch.zeros(shape, device=model.device, dtype=dtype) for _ in range(c.num_hidden_layers)]
+        self.v = [torch.zeros(shape, device=model.device, dtype=dtype) for _ in range(c.num_hidden_layers)]
+        self.logits = torch.zeros(len(first), c.vocab_size, device=model.device)
+        self.pending = [[] for _ in first]          # a sampled token enters the cache with what comes after it
+        self.feed([list(p) for p in first])
+        self.keep(order)
+
+    def keep(self, rows):
+        """Rows of the cache to go on with, in this order; a row may be named more than once."""
+        if rows == list(range(len(self.length))):
+            return
+        index = torch.as_tensor(rows, device=self.model.device)
+        self.length = self.length[rows]
+        self.k, self.v = [k[index] for k in self.k], [v[index] for v in self.v]
+        self.logits = self.logits[index]
+        self.pending = [list(self.pending[r]) for r in rows]
+
+    @torch.no_grad()
+    def feed(self, sequences):
+        """Append ids to each row, one list a row (may be empty)."""
+        sequences = [p + s for p, s in zip(self.pending, sequences)]
+        self.pending = [[] for _ in sequences]
+        counts = np.array([len(s) for s in sequences])
+        ids = np.zeros((len(sequences), max(counts.max(), 1)), dtype=np.int64)
+        for i, s in enumerate(sequences):
+            ids[i, :len(s)] = s
+        x = self._forward(torch.as_tensor(ids, device=self.model.device))           # (rows, T, hidden)
+        some = np.flatnonzero(counts)
+        self.logits[some] = self.model.logits(x[some, counts[some] - 1])
+        self.length += counts
+
+    def _forward(self, ids):
+        rows, T = ids.shape
+        start = torch.as_tensor(self.length, device=ids.device)
+        keys = min(int(self.length.max()) + T, self.k[0].shape[2])
+        positions = start[:, None] + torch.arange(T, device=ids.device)             # (rows, T)
+        slots = positions.clamp(max=self.k[0].shape[2] - 1)                         # padding may reach past the end
+        mask = torch.arange(keys, device=ids.device) <= positions[..., None]        # (rows, T, keys)
+        every = torch.arange(rows, device=ids.device)[:, None]
+
+        def write(i):
+            def cache(k, v):
+                self.k[i][every, :, slots] = k.transpose(1, 2)
+                self.v[i][every, :, slots] = v.transpose(1, 2)
+                return self.k[i][:, :, :keys], self.v[i][:, :, :keys]
+            return cache
+        return self.model(ids, positions, [write(i) for i in range(len(self.k))], mask[:, None])
+
+    @torch.no_grad()
+    def decode(self, stops, limits, temperature, rng=None):
+        """Sample each row until a stop id or its limit (0: the row waits). Returns (ids, logprobs), a list a row.
+
+        rng draws one uniform a row and step, whatever the backend; temperature 0 is greedy, with log-probs at 1.
+        """
+        device, limits = self.model.device, np.asarray(limits)
+        stop = torch.as_tensor(stops, device=device)
+        left = torch.as_tensor(limits, device=device)
+        running = left > 0
+        ids, logps, steps = [], [], int(limits.max())
+        for step in range(steps):
+            logits = self.logits / (temperature or 1.0)
+            logp = logits.log_softmax(-1)                                           # (rows, vocab)
+            if temperature:
+                u = torch.as_tensor(rng.random((len(limits), 1)), device=device, dtype=torch.float32)
+                token = (logp.exp().cumsum(-1) < u).sum(-1).clamp(max=logp.shape[1] - 1)
+            else:
+                token = logits.argmax(-1)
+            ids.append(torch.where(running, token, -1))
+            logps.append(logp.gather(1, token[:, None])[:, 0])
+            running = running & ~torch.isin(token, stop) & (step + 1 < left)
+            if not running.any():
+                break
+            x = self._forward(token[:, None])                                       # stopped rows write beyond their length
+            self.logits = torch.where(running[:, None], self.model.logits(x[:, 0]), self.logits)
+            self.length += running.cpu().numpy()
+        ids, logps = torch.stack(ids, 1).cpu().numpy(), torch.stack(logps, 1).cpu().numpy()
+        counts = (ids >= 0).sum(1)
+        self.pending = [p + list(map(int, r[n - 1:n])) for p, r, n in zip(self.pending, ids, counts)]
+        return [r[:n].tolist() for r, n in zip(ids, counts)], [r[:n].tolist() for r, n in zip(logps, counts)]
+
+
+# ---- training -----------------------------------------------------------------------------------------------------------
+class Optimizer:
+    """Muon for the matrices of the blocks, AdamW for the rest; or AdamW for all (muon=False, as for pretrained models).
+
+    Muon (Jordan 2024): momentum, then five Newton-Schulz steps towards the nearest orthogonal matrix, scaled by
+    sqrt(max(1, rows/columns)). Matrices of one shape go through the iteration together.
+    """
+
+    def __init__(self, model, muon=True, weight_decay=0.0):
+        self.params = dict(model.named_parameters())
+        self.matrices = [n for n, p in self.params.items() if muon and p.dim() == 2 and ".layers." in n]
+        self.weight_decay, self.step_count = weight_decay, 0
+        self.m = {n: torch.zeros_like(p) for n, p in self.params.items()}
+        self.v = {n: torch.zeros_like(p) for n, p in self.params.items() if n not in self.matrices}
+
+    @torch.no_grad()
+    def step(self, lr, muon_lr, momentum=0.95, beta1=0.9, beta2=0.98, eps=1e-8):
+        self.step_count += 1
+        shapes = {}
+        for name in self.matrices:
+            m = self.m[name].lerp_(self.params[name].grad, 1 - momentum)
+            shapes.setdefault(m.shape, []).append((name, self.params[name].grad.lerp(m, momentum)))
+        for shape, group in shapes.items():
+            update = orthogonalize(torch.stack([u for _, u in group]))
+            scale = muon_lr * max(1, shape[0] / shape[1]) ** 0.5
+            for (name, _), u in zip(group, update):
+                self.params[name].mul_(1 - muon_lr * self.weight_decay).sub_(u, alpha=scale)
+        for name, v in self.v.items():
+            p, m = self.params[name], self.m[name]
+            m.lerp_(p.grad, 1 - beta1)
+            v.lerp_(p.grad.square(), 1 - beta2)
+            fix1, fix2 = 1 - beta1 ** self.step_count, 1 - beta2 ** self.step_count
+            p.mul_(1 - lr * self.weight_decay).sub_(m / fix1 / ((v / fix2).sqrt() + eps), alpha=lr)
+
+
+def orthogonalize(x):
+    """Newton-Schulz on a stack of matrices (n, rows, columns), Muon's quintic coefficients."""
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
+def train_step(model, optimizer, loss_fn, batches, lr, muon_lr, temperature=1.0, max_norm=1.0):
+    """One optimizer step over micro-batches (dicts of NumPy arrays, see autocoa's losses). -> {"loss", "grad_norm"}.
+
+    Where loss or gradient is not finite, nothing is changed and the caller sees it in the figures.
+    """
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    for batch in batches:
+        b = {k: torch.as_tensor(v, device=model.device) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
+        loss = loss_fn(torch, logprobs(model, b["ids"], b["mask"], temperature), b)
+        loss.backward()
+        total += loss.item()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    if math.isfinite(total) and math.isfinite(norm):
+        optimizer.step(lr, muon_lr)
+    return {"loss": total, "grad_norm": norm}
+
+
+# ---- in and out ---------------------------------------------------------------------------------------------------------
+def pick_device(name):
+    """"auto" takes CUDA where there is one, else the CPU. Raises Problem for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda", "mps"):
+        raise Problem(f"--device: {name!r} is not one of auto, cpu, cuda, mps")
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
+        raise Problem(f"--device={name}: there is none here; use --device=cpu")
+    return name
+
+
+def build(config, seed=0, device="cpu"):
+    torch.manual_seed(seed)
+    return Transformer(config).to(device)
+
+
+def load_weights(model, folder):
+    """model.safetensors (or its shards) of a Hugging Face folder into the network. Raises Problem by parameter name."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise Problem(f"model: {folder} holds no .safetensors file")
+    put(model, {k: v for f in files for k, v in load_file(f).items()}, folder)
+    return model
+
+
+def put(model, state, where):
+    own = dict(model.named_parameters())
+    if model.config.tie_word_embeddings:
+        state = {k: v for k, v in state.items() if k != "lm_head.weight"}
+    state = {k: v for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}
+    odd = sorted(set(own) ^ set(state))
+    if odd:
+        raise Problem(f"model: {where}: parameter {odd[0]} is {'missing' if odd[0] in own else 'not one of this architecture'}")
+    for name, p in own.items():
+        if p.shape != state[name].shape:
+            raise Problem(f"model: {where}: {name} has shape {tuple(state[name].shape)}, config.json says {tuple(p.shape)}")
+        p.data.copy_(state[name])
+
+
+def from_pretrained(config, state, vocab_size, new_rows, device, where):
+    """Weights of another program's state dict, with the vocabulary grown to vocab_size. new_rows: id -> ids of the pieces
+    whose mean it starts from."""
+    config.vocab_size = vocab_size
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in state:
+            old = state[name].float()
+            grown = torch.cat([old, old.mean(0).expand(vocab_size - len(old), -1)])
+            for i, pieces in new_rows.items():
+                grown[i] = old[pieces].mean(0)
+            state[name] = grown
+    model = Transformer(config).to(device)
+    put(model, state, where)
+    return model
+
+
+def save_weights(model, folder):
+    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, Path(folder) / "model.safetensors",
+              metadata={"format": "pt"})
+
+
+def copy(model):
+    twin = Transformer(model.config).to(model.device)
+    twin.load_state_dict(model.state_dict())
+    return twin

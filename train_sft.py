@@ -1,0 +1,158 @@
+"""Supervised training: the base model (nano path only), then the three SFT stages of AutoCoA (paper 3.2).
+
+    python train_sft.py                                        # nano, about 7 minutes on two cores
+    python train_sft.py config/smollm2.py --model=FOLDER       # a real checkpoint on real questions
+
+base    nano: pretraining from scratch on head articles and single skills, so that there is a reasoning model to start from
+sft1    when to act: pairs that part inside the reasoning, one side acts, the other goes on thinking
+sft2    how to act: whole trajectories, observations masked
+sft3    the same without the mask: the policy learns what the tool would say, and becomes its own world model
+
+`--stage=` runs one of them (its predecessor must be there), `--from=` and `--to=` name other folders, for ablations.
+Each stage leaves a Hugging Face folder, log.jsonl and rollouts.jsonl in out/<run>/<stage>/.
+"""
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import autocoa
+import data
+import miniwiki
+import model
+import tools
+import workflows
+from common import Log, Problem, main
+
+STAGES = ("base", "sft1", "sft2", "sft3")
+
+
+def train(lm, s, stage, steps, loss_fn, make_batches, scale=1.0):
+    """The loop that all supervised stages share. steps: optimizer steps, each a list of items for make_batches.
+
+    The rate warms up over 5% of the steps and falls linearly to a tenth. A loss that is not finite stops the run before
+    the weights change.
+    """
+    folder = Path("out", s.run, stage)
+    log, optimizer = Log(folder), lm.backend.Optimizer(lm.model, muon=s.muon)
+    bar = tqdm(steps, desc=f"{stage:5}", unit="step", smoothing=0.05)
+    mean = None
+    for i, items in enumerate(bar):
+        start = time.time()
+        rate = scale * min(1.0, (i + 1) / (0.05 * len(steps) + 1)) * (1 - 0.9 * i / len(steps))
+        batches = make_batches(items)
+        figures = lm.backend.train_step(lm.model, optimizer, loss_fn, batches, s.lr * rate, s.muon_lr * rate)
+        if not math.isfinite(figures["loss"] + figures["grad_norm"]):
+            raise Problem(f"{stage}: loss is {figures['loss']} at step {i}; the stage before is kept; lower --lr and --muon_lr")
+        mean = figures["loss"] if mean is None else 0.95 * mean + 0.05 * figures["loss"]
+        tokens = int(sum((b["ids"] > 0).sum() for b in batches))
+        speed = tokens / (time.time() - start)
+        log.write(step=i, **figures, lr=s.lr * rate, tokens=tokens, tokens_per_second=speed)
+        bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tok/s")
+    lm.save(folder)
+
+
+def language_batches(trajectories, micro_tokens):
+    """One optimizer step of next-token loss as micro-batches that share one normalizer."""
+    norm = float(sum(sum(t.mask[1:]) for t in trajectories))
+    groups = data.by_tokens([len(t.ids) for t in trajectories], micro_tokens)
+    return [dict(data.pad([trajectories[i] for i in g]), norm=norm) for g in groups]
+
+
+def pair_batches(pairs, micro_tokens, alpha):
+    """One optimizer step of SFT-1: chosen rows first, rejected rows after."""
+    longest = [max(len(c.ids), len(r.ids)) * 2 for c, r in pairs]
+    groups = [[pairs[i] for i in g] for g in data.by_tokens(longest, micro_tokens)]
+    return [dict(data.pad([c for c, _ in g] + [r for _, r in g]), alpha=alpha, norm=float(len(pairs))) for g in groups]
+
+
+def unmask(trajectories):
+    """SFT-3: the same ids, with loss on observations too."""
+    return [autocoa.Trajectory(t.ids, [int(r != autocoa.PROMPT) for r in t.role], t.role) for t in trajectories]
+
+
+def recall(lm, questions, s):
+    """Ask the model, without a tool, for every fact that the questions need, in each wording. -> (facts it answered right
+    in every wording, fact -> its answer to the first wording)"""
+    facts = data.facts_of(questions)
+    asked = [(fact, w) for fact, (wordings, _) in facts.items() for w in wordings]
+    done = workflows.answers(lm, [{"question": w} for _, w in asked], None, s, max_actions=0, desc="what the base model knows")
+    said, known = {}, set(facts)
+    for (fact, _), t in zip(asked, done):
+        answer = lm.codec.answer(t)
+        said.setdefault(fact, answer)
+        if not autocoa.exact_match(answer, facts[fact][1]):
+            known.discard(fact)
+    return known, said
+
+
+def make_data(lm, task, s, folder):
+    """The three data sets of SFT, built by asking the base model and searching with the real tool. Kept as token ids."""
+    rng = random.Random(f"sft {s.seed}")
+    chains, thoughts = task.train(s.coa, "coa"), task.train(s.cot, "cot", p_head=1.0)
+    contrast = task.train(s.pairs, "act") + task.train(s.pairs, "think", p_head=1.0)
+    known, said = recall(lm, chains + thoughts + contrast, s)
+    coa, counts = data.teach(lm.codec, chains, known, task.search)
+    cot = [data.cot(lm.codec, q) for q in thoughts if all(step["fact"] in known for step in q["metadata"]["steps"])]
+    found = workflows.react(lm, contrast, task.search, s, desc="where acting and thinking part")
+    acted = {q["id"]: bool(autocoa.exact_match(answer, q["golden_answers"])) for q, (answer, _) in zip(contrast, found)}
+    pairs, ways = data.pairs(lm.codec, contrast, said, acted)
+    rng.shuffle(pairs)
+    facts = data.facts_of(chains)
+    print(f"base model knows {len(known & set(facts))} of {len(facts)} facts; {len(coa)} chains of action ({counts['searches']} searches, "
+          f"{counts['misses']} missed, {counts['dropped']} chains dropped), {len(cot)} chains of thought; "
+          f"{min(s.pairs, len(pairs))} of {len(pairs)} pairs ({ways['act']} where acting was right, {ways['think']} where thinking was)", flush=True)
+    for split, rows in (("coa", [t for _, t in coa]), ("cot", cot), ("pairs", [t for p in pairs[:s.pairs] for t in p])):
+        write_trajectories(folder / f"{split}.jsonl", rows)
+
+
+def write_trajectories(path, trajectories):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"ids": t.ids, "mask": t.mask, "role": t.role}) + "\n" for t in trajectories))
+
+
+def read_trajectories(path):
+    return [autocoa.Trajectory(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def make_base(s, task, rng):
+    """The model to start from: pretrained here (nano), or a checkpoint from elsewhere with the tags added."""
+    if s.model:
+        lm = model.load_pretrained(s.model, s.device)
+        lm.save(Path("out", s.run, "base"))
+        return lm
+    worlds = [miniwiki.World(1000 + i, "train") for i in range(8)]      # to read about: not the world of training
+    tok = data.nano_tokenizer(s.vocab_size, data.nano_text(worlds[0]))
+    lm = model.new(model.nano_config(len(tok), tok.eos_token_id, tok.bos_token_id, s.width, s.layers), tok, s.seed, s.device)
+    texts = data.base_data(lm.codec, worlds, [tools.BM25(w.passages(), s.top_k) for w in worlds], rng, s.base_tokens)
+    train(lm, s, "base", data.steps_of(texts, s.batch_tokens, rng), autocoa.nll_loss, lambda b: language_batches(b, s.micro_tokens))
+    return lm
+
+
+def run(s):
+    if s.stage not in ("", *STAGES):
+        raise Problem(f"--stage: {s.stage!r} is not one of {', '.join(STAGES)}")
+    todo = [s.stage] if s.stage else STAGES
+    rng, root, task = random.Random(f"train {s.seed}"), Path("out", s.run), data.load_task(s)
+    if "base" in todo:
+        lm = make_base(s, task, rng)
+        make_data(lm, task, s, root / "data")
+    else:
+        lm = model.load(root / (s.start or STAGES[STAGES.index(s.stage) - 1]), s.device, f"python train_sft.py --run={s.run}")
+    coa, cot, flat = (read_trajectories(root / "data" / f"{split}.jsonl") for split in ("coa", "cot", "pairs"))
+    if "sft1" in todo:      # when to act
+        pairs = list(zip(flat[0::2], flat[1::2]))
+        steps = [pairs[i:i + 16] for i in range(0, len(pairs), 16)]
+        train(lm, s, s.out or "sft1", steps, autocoa.contrastive_loss, lambda b: pair_batches(b, s.micro_tokens, s.alpha), s.sft1_scale)
+    for stage, scale, view in (("sft2", s.sft2_scale, lambda b: b), ("sft3", s.sft3_scale, unmask)):
+        if stage in todo:   # how to act, observations masked; then the world model, observations learned too
+            steps = [step for _ in range(s.epochs) for step in data.steps_of(rng.sample(coa + cot, len(coa + cot)), s.batch_tokens, rng)]
+            train(lm, s, s.out or stage, steps, autocoa.nll_loss, lambda b: language_batches(view(b), s.micro_tokens), scale)
+
+
+if __name__ == "__main__":
+    main(run, __doc__)

@@ -1,0 +1,110 @@
+"""Ways to have questions answered: by a model alone or as an agent (`answers`), or by a workflow around it (`react`)."""
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from autocoa import ACTION, ANSWER, OBSERVATION, PROMPT, THINK, Trajectory, rollout
+from common import progress
+from data import TO_QUERY, TO_READ
+
+
+def answers(lm, questions, search, s, max_actions=None, desc=None, **sampling):
+    """Roll out every question, those of like length together. -> [Trajectory], in order."""
+    prompts = [lm.codec.prompt(q["question"]) for q in questions]
+    out = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    with progress(len(prompts), desc, "question") as bar:
+        for at in range(0, len(order), s.batch_rows):
+            rows = order[at:at + s.batch_rows]
+            done = rollout(lm.decoder, lm.codec, [prompts[i] for i in rows], search, s.max_actions if max_actions is None else max_actions,
+                           s.max_len, s.max_answer, s.max_observation, **sampling)
+            for i, t in zip(rows, done):
+                out[i] = t
+            bar.update(len(rows))
+    return out
+
+
+@dataclass
+class Words:
+    """How a workflow speaks to a model: ids to put in, and ids at which the model's turn ends."""
+    prompt: object          # question -> ids
+    thought_ends: list
+    act: list               # opens a query
+    act_ends: list
+    observe: list           # stands before an observation
+    observed: list          # and after it
+    ask: list               # asks for the final answer
+    answer_ends: list
+    pattern: str            # finds an answer that the model gives by itself, in the text of a thought
+
+
+def words(codec, examples):
+    """The nano base model is prompted by the tags of the single skills it has; an instruct model by lines of text with
+    `examples`, as ReAct's own prompts do (Yao et al. 2022)."""
+    if not codec.tok.chat_template:
+        return Words(lambda q: codec.prompt(f"{TO_QUERY} {TO_READ} {q}"), [codec.encode("so?")[-1], codec.eos], [codec.search], [codec.end_search, codec.eos],
+                     [codec.result], [codec.end_result], [codec.end_think, codec.boxed], [codec.close, codec.eos], r"\\boxed\{([^}]*)")
+    line = [i for token, i in codec.tok.get_vocab().items() if "Ċ" in token] + [codec.eos]
+
+    def text(x):
+        return codec.tok.encode(x, add_special_tokens=False, split_special_tokens=True)
+    return Words(lambda q: text(f"{examples}Question: {q}\nThought:"), line, text("Search:"), line, text("Observation:"),
+                 text("\nThought:"), text("Answer:"), line, r"[Aa]nswer(?: is|:)\s*(.+)")
+
+
+def react(lm, questions, search, s, max_steps=4, examples="", desc=None):
+    """The ReAct workflow: a script outside the model makes it think, then act, then observe, again and again, until it
+    gives an answer in a thought or max_steps are spent; then it is asked for one. Greedy. -> [(answer, Trajectory)]"""
+    codec, w = lm.codec, words(lm.codec, examples)
+    out = [Trajectory() for _ in questions]
+    found = [None] * len(questions)
+    with progress(len(questions), desc, "question") as bar:
+        for at in range(0, len(questions), s.batch_rows):
+            live = list(range(at, min(at + s.batch_rows, len(questions))))
+            for i in live:
+                out[i].add(w.prompt(questions[i]["question"]), PROMPT, 0)
+            dec = lm.decoder([out[i].ids for i in live], s.max_len)
+
+            def write(stops, role, budget):
+                """Let the model write on each live row; its text, without the stop."""
+                room = [max(1, min(budget, s.max_len - len(out[i].ids) - 1)) for i in live]
+                ids, _ = dec.decode(stops, room, 0.0)
+                for i, new in zip(live, ids):
+                    out[i].add(new, role, 1)
+                return [codec.decode(new).strip() for new in ids]
+
+            def put(sequences, role):
+                for i, ids in zip(live, sequences):
+                    out[i].add(ids, role, 0)
+                dec.feed(sequences)
+
+            for step in range(max_steps + 1):
+                thoughts = write(w.thought_ends, THINK, s.max_thought)
+                keep = []
+                for row, (i, thought) in enumerate(zip(live, thoughts)):
+                    match = re.search(w.pattern, thought)
+                    if match:
+                        found[i] = match.group(1).strip()
+                    else:
+                        keep.append(row)
+                live = [live[row] for row in keep]
+                if not live:
+                    break
+                dec.keep(keep)
+                fits = max(len(out[i].ids) for i in live) + len(w.act) + s.max_thought + s.max_observation + s.max_answer + 16 < s.max_len
+                if step == max_steps or not fits:
+                    break
+                put([list(w.act) for _ in live], ACTION)
+                queries = [q.replace("</end_search>", "").strip() for q in write(w.act_ends, ACTION, s.max_thought)]
+                seen = search(queries)
+                for i, query, observation in zip(live, queries, seen):
+                    out[i].queries.append(query)
+                    out[i].observations.append(observation)
+                put([w.observe + codec.encode(o)[:s.max_observation] + w.observed for o in seen], OBSERVATION)
+            if live:
+                put([list(w.ask) for _ in live], ANSWER)
+                for i, text in zip(live, write(w.answer_ends, ANSWER, s.max_answer)):
+                    found[i] = text.replace("}", "").replace(codec.tok.eos_token, "").strip()
+            bar.update(min(s.batch_rows, len(questions) - at))
+    return [(answer or "", t) for answer, t in zip(found, out)]
