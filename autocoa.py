@@ -1,6 +1,6 @@
 """AutoCoA: the method, without a framework (arXiv 2503.06580).
 
-    python autocoa.py --ask "Who directed Silver River?"        # one question, by the newest trained model in out/
+    python autocoa.py --ask "Who directed Silver River?"        # one question, by the last trained stage of out/nano
 
 Top to bottom: what a trajectory is, how an answer is scored, the losses, and Algorithm 1 as one batched loop.
 
@@ -19,11 +19,12 @@ import string
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from common import Problem
+from common import Problem, main
 
 PROMPT, THINK, ACTION, OBSERVATION, ANSWER = range(5)
 ROLE_NAMES = ("prompt", "think", "action", "observation", "answer")
@@ -206,33 +207,32 @@ def k3(xp, logp, b):
 
 # ---- Algorithm 1 --------------------------------------------------------------------------------------------------------
 def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_answer=16, max_observation=128,
-            temperature=0.0, rng=None, react=None):
+            temperature=0.0, rng=None):
     """Algorithm 1 for a batch: generate until an action ends, append its observation, go on until the answer ends.
 
     decoder: a twin's `Decoder` class bound to a model, `decoder(prompts, max_len)`.
     prompts: list of id lists; equal ones share their prefill.
     search: list of action texts -> list of observations, or IMAGINE: the policy writes the observation as well, and it
     still counts as the environment's (role OBSERVATION, mask 0).
-    react: if set, the id after which the workflow (not the model) decides to act: see eval.py.
     When max_actions or max_len is spent before an answer, `</think>\\boxed{` is appended and the model answers.
     Returns a Trajectory for each prompt, in order. temperature 0 is greedy.
     """
     done = [Trajectory() for _ in prompts]
     for t, p in zip(done, prompts):
-        if len(p) + max_answer + 2 >= max_len:
+        if len(p) + max_answer + 8 >= max_len:
             raise Problem(f"max_len: {max_len} leaves no room for a prompt of {len(p)} tokens and an answer; raise --max_len")
         t.add(list(p), PROMPT, 0)
     live = list(done)                                       # row i of the decoder is live[i]
     dec = decoder(prompts, max_len)
     state = {id(t): THINK for t in live}
-    stops = [codec.eos, codec.end_search] + ([react] if react is not None else [])
+    stops = [codec.eos, codec.end_search]
 
     def room(t):                                            # tokens left before the forced answer must begin
-        return max_len - max_answer - 3 - len(t.ids)
+        return max_len - max_answer - 8 - len(t.ids)
 
     while live:
-        limits = [max(1, max_answer if t.forced else room(t)) for t in live]
-        ids, logps = dec.decode(stops, limits, temperature, rng)
+        limits = [max(1, min(max_answer, max_len - 1 - len(t.ids)) if t.forced else room(t)) for t in live]
+        ids, logps = dec.decode(stops, limits, temperature, rng, leave=0.25)
         feeds, acting, keep = [], [], []
         for row, t in enumerate(live):
             for token, logp in zip(ids[row], logps[row]):
@@ -251,12 +251,8 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
                     feeds.append([codec.result])
                 else:
                     feeds.append(force(codec, t))
-            elif last == react and not t.forced and state[id(t)] == THINK and len(t.queries) < max_actions:
-                t.add([codec.search], ACTION, 0)
-                state[id(t)] = ACTION
-                feeds.append([codec.search])
-            elif last == react and not t.forced and state[id(t)] == ACTION:
-                feeds.append([])
+            elif last not in stops and len(ids[row]) < limits[row]:
+                feeds.append([])                            # still writing: it goes on in the next turn
             elif last in (codec.eos, codec.end_search) or t.forced or state[id(t)] == ANSWER:
                 continue                                    # answered, or beyond repair
             else:
@@ -269,7 +265,7 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
         if acting and search is IMAGINE:
             rows = set(acting)
             dec.feed([f if i in rows else [] for i, f in enumerate(feeds)])
-            limits = [min(max_observation, max(0, room(t) - 1)) if i in rows else 0 for i, t in enumerate(live)]
+            limits = [max(1, min(max_observation, room(t))) if i in rows else 0 for i, t in enumerate(live)]
             ids, _ = dec.decode([codec.end_result], limits, temperature, rng)
             for i in acting:
                 seen = [codec.result] + ids[i]
@@ -293,3 +289,34 @@ def force(codec, t):
     t.forced = True
     t.add([codec.end_think, codec.boxed], ANSWER, 0)
     return [codec.end_think, codec.boxed]
+
+
+COLORS = {PROMPT: "\033[90m", THINK: "\033[0m", ACTION: "\033[1;34m", OBSERVATION: "\033[33m", ANSWER: "\033[1;32m"}
+
+
+def colored(codec, t):
+    """A trajectory as text for a terminal, each role in its colour, a line a step."""
+    out = []
+    for i, (token, role) in enumerate(zip(t.ids, t.role)):
+        if i == 0 or role != t.role[i - 1]:
+            out.append("\033[0m" + ("\n" if i else "") + COLORS[role])
+        out.append(codec.decode([token]))
+    return "".join(out) + "\033[0m"
+
+
+def ask(s):
+    """--ask: answer one question with the last stage that is trained."""
+    import data
+    import model
+    if not s.ask:
+        raise Problem('--ask: no question; write --ask "Who ..?"')
+    stages = [s.start] if s.start else ["rl2", "rl1", "sft3", "sft2", "sft1"]
+    there = [x for x in stages if Path("out", s.run, x, "config.json").is_file()]
+    lm = model.load(Path("out", s.run, (there or stages)[0]), s.device, f"python train_sft.py --run={s.run}")
+    t, = rollout(lm.decoder, lm.codec, [lm.codec.prompt(s.ask)], data.load_task(s).eval_search, s.max_actions, s.max_len, s.max_answer)
+    print(colored(lm.codec, t) if sys.stdout.isatty() else lm.codec.decode(t.ids))
+    print(f"answer: {lm.codec.answer(t)}  ({len(t.queries)} searches, {there[0]})")
+
+
+if __name__ == "__main__":
+    main(ask, __doc__)

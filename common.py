@@ -64,6 +64,7 @@ class Settings:
     advantage_std: bool = False         # divide advantages by the group's standard deviation, as the authors' code does
     format_penalty: float = 0.5
     call_cost: float = 0.0              # taken off the reward for each call
+    ask: str = ""                       # autocoa.py: the question to answer
     # -- ablations
     stage: str = ""                     # run this stage only: base, sft1, sft2, sft3; rl1, rl2
     start: str = ""                     # .. from this folder of the run, instead of the stage before
@@ -82,28 +83,36 @@ class Settings:
 
 def read_settings(doc):
     """[config file] [--key=value ..] -> Settings. Raises Problem for an unknown or ill-typed setting."""
-    args, chosen, quick = sys.argv[1:], {}, {}
+    args, chosen, quick, given, files = sys.argv[1:], {}, {}, {}, []
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     if "-h" in args or "--help" in args:
-        print(doc.strip() + "\n\nSettings:\n" + settings_help())
+        print(doc.strip() + "\n\nSettings, as --name=value:\n" + settings_help())
         sys.exit(0)
-    files = [a for a in args if not a.startswith("--")]
+    while args:
+        a = args.pop(0)
+        if not a.startswith("--"):
+            files.append(a)
+            continue
+        key, eq, text = a[2:].partition("=")
+        key = key.replace("-", "_")
+        check_name(fields, key, "--" + key)
+        if not eq and fields[key].type is bool:
+            text = "true"
+        elif not eq:
+            if not args:
+                raise Problem(f"--{key}: no value; write --{key}=VALUE")
+            text = args.pop(0)
+        given[key] = parse(fields[key].type, key, text)
     for path in files or [str(Path(__file__).parent / "config" / "nano.py")]:
         if not path.endswith(".py") or not Path(path).is_file():
             raise Problem(f"{path}: no such config file; give one of config/*.py, and settings as --key=value")
         for key, value in runpy.run_path(path).items():
             if key == "QUICK":
-                quick = value
+                quick = {k: check(fields, k, v, f"{path}: QUICK") for k, v in value.items()}
             elif not key.startswith("_"):
                 chosen[key] = check(fields, key, value, path)
-    given = {}
-    for a in args:
-        if a.startswith("--"):
-            key, eq, text = a[2:].partition("=")
-            key = key.replace("-", "_")
-            given[key] = check(fields, key, parse(fields, key, text, eq), "--" + key)
     if given.get("quick", chosen.get("quick")):
-        chosen.update({k: check(fields, k, v, "QUICK") for k, v in quick.items()})
+        chosen.update(quick)
     chosen.update(given)
     s = Settings(**chosen)
     shown = ", ".join(f"{k}={v}" for k, v in given.items())
@@ -111,31 +120,33 @@ def read_settings(doc):
     return s
 
 
-def parse(fields, key, text, eq):
-    if key not in fields:
-        return None
-    kind = fields[key].type
+def parse(kind, key, text):
     try:
         if kind is bool:
-            return {"": True, "true": True, "1": True, "false": False, "0": False}[text.lower()]
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind is list:
             return [p for p in text.split(",") if p]
-        if not eq:
-            raise ValueError
-        return kind(text.replace("_", "")) if kind is int else kind(text)
+        return kind(text)
     except (ValueError, KeyError):
-        raise Problem(f"--{key}: {text!r} is not {kind.__name__}; write --{key}=VALUE") from None
+        raise Problem(f"--{key}: {text!r} is not {KIND[kind]}") from None
+
+
+KIND = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
+
+
+def check_name(fields, key, where):
+    if key not in fields:
+        near = difflib.get_close_matches(key, fields, 1)
+        raise Problem(f"{where}: unknown setting {key!r}; " + (f"did you mean {near[0]!r}?" if near else "--help lists them"))
 
 
 def check(fields, key, value, where):
-    if key not in fields:
-        near = difflib.get_close_matches(key, fields, 1)
-        raise Problem(f"{where}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists them"))
+    check_name(fields, key, where)
     kind = fields[key].type
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise Problem(f"{where}: {key} must be {kind.__name__}, not {value!r}")
+        raise Problem(f"{where}: {key} must be {KIND[kind]}, not {value!r}")
     return value
 
 
@@ -176,7 +187,7 @@ class Log:
     def __init__(self, folder):
         folder = folder.with_name(folder.name + ".partial")
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / "log.jsonl", "w")
+        self.folder, self.file = folder, open(folder / "log.jsonl", "w")
         self.start = time.time()
 
     def write(self, **figures):

@@ -74,20 +74,22 @@ def base_data(codec, worlds, search, rng, tokens):
         else:
             q = world.questions(rng.choice(["single", "typed"]), 1, rng, p_head=0.1)[0]
             s = q["metadata"]["steps"][0]
+            both = rng.random() < 0.5
+            to_query, to_read = (f"{TO_QUERY} {TO_READ}",) * 2 if both else (TO_QUERY, TO_READ)
             if kind < 0.65:
-                t = codec.build(f"{TO_QUERY} {q['question']}", [("think", s["ask"]), ("search", s["queries"][0])])
+                t = codec.build(f"{to_query} {q['question']}", [("think", s["ask"]), ("search", s["queries"][0])])
             elif kind < 0.80:
                 seen = search[i](s["queries"][:1])[0]
                 if not found(s, seen):
                     continue
-                t = codec.build(f"{TO_READ} {q['question']}",
+                t = codec.build(f"{to_read} {q['question']}",
                                 [("think", s["ask"]), ("result", seen), ("think", s["found"]), ("answer", s["answer"])])
             else:       # several facts of two articles: more to read for the tokens
                 pair = rng.sample([e for e in world.entities if not e.head], 2)
                 steps = [miniwiki.step(e, r, e.title != e.name) for e in pair for r in e.facts]
                 steps = rng.sample(steps, min(4, len(steps)))
                 seen = "\n".join(f"{e.title}: {world.articles[e.title]}" for e in pair)
-                t = codec.build(TO_READ, [("result", seen)] + [part for s in steps for part in (("think", s["ask"]), ("think", s["found"]))])
+                t = codec.build(to_read, [("result", seen)] + [part for s in steps for part in (("think", s["ask"]), ("think", s["found"]))])
         out.append(t)
         count += len(t.ids)
     return out
@@ -166,29 +168,31 @@ def facts_of(questions):
 
 
 def pairs(codec, questions, recalled, acted):
-    """CoT+A pairs for SFT-1, cut where acting and thinking part: [(chosen, rejected)], and how many of each direction.
+    """CoT+A pairs for SFT-1, cut where acting and thinking part: ([(chosen acts, rejected)], [(chosen thinks, rejected)]).
 
     recalled: fact -> what the base model recalls when asked. acted: question id -> whether the base model got the question
     right by acting at every step (the workflow). Acting is chosen at the first fact that recall got wrong, where acting
     got the question right; thinking is chosen at a recalled fact where recall was right throughout and acting went wrong.
     """
-    out, counts = [], {"act": 0, "think": 0}
+    acts, thinks = [], []
     for q in questions:
         steps = q["metadata"]["steps"]
         wrong = [i for i, s in enumerate(steps) if not exact_match(recalled[s["fact"]], s["answers"])]
         if bool(wrong) != acted[q["id"]]:
             continue                                    # both right or both wrong: nothing to learn about when
-        for cut in wrong[:1] or range(len(steps)):
-            s = steps[cut]
-            prefix = [part for before in steps[:cut] for part in (("think", before["ask"]), ("think", before["recall"]))] + [("think", s["ask"])]
-            act = codec.build(q["question"], prefix + [("search", s["queries"][0])])
-            think = codec.build(q["question"], prefix + [("think", f"I recall {recalled[s['fact']]}.")])
-            shared = len(codec.build(q["question"], prefix).ids)
-            for t in (act, think):
-                t.mask[:shared] = [0] * shared
-            out.append((act, think) if wrong else (think, act))
-            counts["act" if wrong else "think"] += 1
-    return out, counts
+        cut = wrong[0] if wrong else len(acts + thinks) % len(steps)
+        s = steps[cut]
+        prefix = [part for before in steps[:cut] for part in (("think", before["ask"]), ("think", before["recall"]))] + [("think", s["ask"])]
+        act = codec.build(q["question"], prefix + [("search", s["queries"][0])])
+        think = codec.build(q["question"], prefix + [("think", f"I recall {recalled[s['fact']]}.")])
+        shared = len(codec.build(q["question"], prefix).ids)
+        for t in (act, think):
+            t.mask[:shared] = [0] * shared
+        if wrong:
+            acts.append((act, think))
+        else:
+            thinks.append((think, act))
+    return acts, thinks
 
 
 # ---- the task: questions, and the tools that answer them ------------------------------------------------------------
@@ -217,7 +221,7 @@ def nano_task(s):
         return out
     rng = random.Random(f"evaluation {s.seed}")
     sets = {name: unseen.questions(name, s.eval_questions, rng) for name in miniwiki.SETS}
-    return Task(train, sets, tools.BM25(world.passages(), s.top_k), tools.BM25(unseen.passages(), s.top_k))
+    return Task(train, sets, tools.library(world.passages(), s.top_k), tools.library(unseen.passages(), s.top_k))
 
 
 def load_task(s):
@@ -228,7 +232,7 @@ def load_task(s):
         raise Problem("train_data, eval_data, corpus: a run with --model needs all three; see config/smollm2.py")
     pool = [q for path in s.train_data for q in read_questions(path)]
     sets = {Path(path).stem: read_questions(path) for path in s.eval_data}
-    search = tools.BM25(tools.read_passages(s.corpus), s.top_k)
+    search = tools.library(tools.read_passages(s.corpus), s.top_k)
 
     def train(n, pool_name, p_head=0.0):
         """n questions, the sets mixed; the pools of one run go on where the last one stopped, and begin again at the end."""

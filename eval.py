@@ -30,11 +30,12 @@ ROWS = {"model only": "base", "ReAct workflow": "base", "SFT-1": "sft1", "SFT-2"
 
 def run_row(row, lm, questions, task, s):
     """-> a record a question: answer, trajectory and figures."""
-    if row == "ReAct workflow":
-        done = workflows.react(lm, questions, task.eval_search, s, examples=data.EXAMPLES, desc=row)
+    if row == "model only":
+        done = [(a, autocoa.Trajectory()) for a in workflows.closed_book(lm, questions, s, workflows.CLOSED_BOOK, desc=row)]
+    elif row == "ReAct workflow":
+        done = workflows.react(lm, questions, task.eval_search, s, examples=workflows.REACT, desc=row)
     else:
-        actions = {"max_actions": 0} if row == "model only" else {}
-        done = [(lm.codec.answer(t), t) for t in workflows.answers(lm, questions, task.eval_search, s, desc=row, **actions)]
+        done = [(lm.codec.answer(t), t) for t in workflows.answers(lm, questions, task.eval_search, s, desc=row)]
     agent = row not in ("model only", "ReAct workflow")
     return [{"id": q["id"], "question": q["question"], "golden_answers": q["golden_answers"], "answer": a, "em": autocoa.exact_match(a, q["golden_answers"]),
              "f1": autocoa.f1(a, q["golden_answers"]), "actions": len(t.queries), "queries": t.queries,

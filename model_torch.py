@@ -195,8 +195,10 @@ class Decoder:
         return self.model(ids, positions, [write(i) for i in range(len(self.k))], mask[:, None])
 
     @torch.no_grad()
-    def decode(self, stops, limits, temperature, rng=None):
+    def decode(self, stops, limits, temperature, rng=None, leave=0.0):
         """Sample each row until a stop id or its limit (0: the row waits). Returns (ids, logprobs), a list a row.
+
+        It may return when no more than this share of the rows, `leave`, is still writing: they can go on with the next call.
 
         rng draws one uniform a row and step, whatever the backend; temperature 0 is greedy, with log-probs at 1.
         """
@@ -216,7 +218,7 @@ class Decoder:
             ids.append(torch.where(running, token, -1))
             logps.append(logp.gather(1, token[:, None])[:, 0])
             running = running & ~torch.isin(token, stop) & (step + 1 < left)
-            if not running.any():
+            if running.sum() <= leave * len(limits):
                 break
             x = self._forward(token[:, None])                                       # stopped rows write beyond their length
             self.logits = torch.where(running[:, None], self.model.logits(x[:, 0]), self.logits)

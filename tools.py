@@ -88,21 +88,27 @@ def read_passages(path):
     return rows
 
 
-def run_actions(library, actions):
+def library(passages, top_k):
+    """The environment: a function from action texts to observations, with a search tool over these passages."""
+    tools = {"search": BM25(passages, top_k)}
+    return lambda actions: run_actions(tools, actions)
+
+
+def run_actions(tools, actions):
     """Run each action with its tool, all calls of one tool as one batch. list of str -> list of observations."""
     observations = [None] * len(actions)
     batches = {}
     for i, action in enumerate(actions):
         match = ACTION.match(action)
         name, arguments = match.groups() if match else ("search", action.strip())
-        if name not in library:
-            observations[i] = f"Unknown tool {name}. Tools: {', '.join(library)}."
+        if name not in tools:
+            observations[i] = f"Unknown tool {name}. Tools: {', '.join(tools)}."
         elif not arguments:
             observations[i] = f"{name} needs an argument."
         else:
             batches.setdefault(name, []).append((i, arguments))
     for name, calls in batches.items():
-        for (i, _), observation in zip(calls, library[name]([a for _, a in calls])):
+        for (i, _), observation in zip(calls, tools[name]([a for _, a in calls])):
             observations[i] = observation
     return observations
 

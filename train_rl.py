@@ -55,9 +55,9 @@ def update_batches(trajectories, advantages, reference, s):
 def grpo(lm, s, stage, steps, pool, search, rng):
     """One stage of GRPO on a pool of questions. search: a tool, or autocoa.IMAGINE."""
     folder = Path("out", s.run, stage)
-    log, samples = Log(folder), open(folder.with_name(folder.name + ".partial") / "rollouts.jsonl", "w")
-    optimizer = lm.backend.Optimizer(lm.model, muon=s.muon)
-    reference = lm.copy() if s.kl else None
+    log = Log(folder)
+    samples = open(log.folder / "rollouts.jsonl", "w")
+    optimizer, reference = lm.backend.Optimizer(lm.model, muon=s.muon), lm.copy()
     bar = tqdm(range(steps), desc=stage, unit="step", smoothing=0.1)
     for step in bar:
         t0 = time.time()
@@ -77,14 +77,20 @@ def grpo(lm, s, stage, steps, pool, search, rng):
         row = describe(lm.codec, done, rewards, questions, s.rollouts)
         tokens = sum(len(t.ids) for t in done)
         log.write(step=step, **figures, **row, skipped_groups=int((rewards.max(1) == rewards.min(1)).sum()),
-                  tokens=tokens, tokens_per_second=tokens / (t2 - t0), seconds_rollout=t1 - t0, seconds_update=t2 - t1)
+                  kl=drift(lm, reference, done[:20], s), tokens=tokens, tokens_per_second=tokens / (t2 - t0), seconds_rollout=t1 - t0, seconds_update=t2 - t1)
         bar.set_postfix_str(f"reward {row['reward']:.3f}, {row['actions']:.2f} actions, {t2 - t0:.1f} s")
         q = questions[0]
         for t, r in zip(done[:s.rollouts], rewards[0]):
-            samples.write(json.dumps({"step": step, "question": q["question"], "golden_answers": q["golden_answers"], "reward": float(r),
-                                      "text": lm.codec.decode(t.ids), "ids": t.ids, "role": t.role, "mask": t.mask}) + "\n")
+            samples.write(json.dumps(workflows.trajectory_row(lm.codec, q, t, r, step=step)) + "\n")
     samples.close()
     lm.save(folder)
+
+
+def drift(lm, reference, some, s):
+    """KL from the SFT policy (k3), of the policy's own tokens in a few trajectories: watched even where --kl is 0."""
+    b = data.pad(some)
+    b["ref"] = reference.backend.score(reference.model, b, s.temperature)
+    return float((autocoa.k3(np, lm.backend.score(lm.model, b, s.temperature), b) * b["mask"]).sum() / b["mask"].sum())
 
 
 def describe(codec, done, rewards, questions, rollouts):

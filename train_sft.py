@@ -31,7 +31,7 @@ from common import Log, Problem, main
 STAGES = ("base", "sft1", "sft2", "sft3")
 
 
-def train(lm, s, stage, steps, loss_fn, make_batches, scale=1.0):
+def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
     """The loop that all supervised stages share. steps: optimizer steps, each a list of items for make_batches.
 
     The rate warms up over 5% of the steps and falls linearly to a tenth. A loss that is not finite stops the run before
@@ -53,6 +53,8 @@ def train(lm, s, stage, steps, loss_fn, make_batches, scale=1.0):
         speed = tokens / (time.time() - start)
         log.write(step=i, **figures, lr=s.lr * rate, tokens=tokens, tokens_per_second=speed)
         bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tok/s")
+    with open(log.folder / "rollouts.jsonl", "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in workflows.sampled(lm, task.train(20, "coa")[:20], task.search, s))
     lm.save(folder)
 
 
@@ -76,18 +78,18 @@ def unmask(trajectories):
 
 
 def recall(lm, questions, s):
-    """Ask the model, without a tool, for every fact that the questions need, in each wording. -> (facts it answered right
-    in every wording, fact -> its answer to the first wording)"""
+    """Ask the model, without a tool, for every fact that the questions need. -> (facts it answered right in every wording,
+    fact -> its answer to the first wording)"""
     facts = data.facts_of(questions)
-    asked = [(fact, w) for fact, (wordings, _) in facts.items() for w in wordings]
-    done = workflows.answers(lm, [{"question": w} for _, w in asked], None, s, max_actions=0, desc="what the base model knows")
-    said, known = {}, set(facts)
-    for (fact, _), t in zip(asked, done):
-        answer = lm.codec.answer(t)
-        said.setdefault(fact, answer)
-        if not autocoa.exact_match(answer, facts[fact][1]):
-            known.discard(fact)
-    return known, said
+
+    def tell(which, i):
+        asked = [{"question": facts[f][0][i]} for f in which]
+        return workflows.closed_book(lm, asked, s, workflows.CLOSED_BOOK, desc=f"what the base model knows, wording {i + 1}")
+    said = dict(zip(facts, tell(facts, 0)))
+    known = [f for f in facts if autocoa.exact_match(said[f], facts[f][1])]
+    for i in range(1, max(len(w) for w, _ in facts.values())):
+        known = [f for f, answer in zip(known, tell(known, i)) if autocoa.exact_match(answer, facts[f][1])]
+    return set(known), said
 
 
 def make_data(lm, task, s, folder):
@@ -98,15 +100,17 @@ def make_data(lm, task, s, folder):
     known, said = recall(lm, chains + thoughts + contrast, s)
     coa, counts = data.teach(lm.codec, chains, known, task.search)
     cot = [data.cot(lm.codec, q) for q in thoughts if all(step["fact"] in known for step in q["metadata"]["steps"])]
-    found = workflows.react(lm, contrast, task.search, s, desc="where acting and thinking part")
+    found = workflows.react(lm, contrast, task.search, s, examples=workflows.REACT, desc="where acting and thinking part")
     acted = {q["id"]: bool(autocoa.exact_match(answer, q["golden_answers"])) for q, (answer, _) in zip(contrast, found)}
-    pairs, ways = data.pairs(lm.codec, contrast, said, acted)
+    act, think = data.pairs(lm.codec, contrast, said, acted)
+    half = s.pairs // 2                                 # both directions weigh the same, where there are enough of each
+    pairs = rng.sample(act, min(half, len(act))) + rng.sample(think, min(half, len(think)))
     rng.shuffle(pairs)
     facts = data.facts_of(chains)
     print(f"base model knows {len(known & set(facts))} of {len(facts)} facts; {len(coa)} chains of action ({counts['searches']} searches, "
           f"{counts['misses']} missed, {counts['dropped']} chains dropped), {len(cot)} chains of thought; "
-          f"{min(s.pairs, len(pairs))} of {len(pairs)} pairs ({ways['act']} where acting was right, {ways['think']} where thinking was)", flush=True)
-    for split, rows in (("coa", [t for _, t in coa]), ("cot", cot), ("pairs", [t for p in pairs[:s.pairs] for t in p])):
+          f"{len(pairs)} pairs of {len(act)} where acting was right and {len(think)} where thinking was", flush=True)
+    for split, rows in (("coa", [t for _, t in coa]), ("cot", cot), ("pairs", [t for p in pairs for t in p])):
         write_trajectories(folder / f"{split}.jsonl", rows)
 
 
@@ -129,7 +133,7 @@ def make_base(s, task, rng):
     tok = data.nano_tokenizer(s.vocab_size, data.nano_text(worlds[0]))
     lm = model.new(model.nano_config(len(tok), tok.eos_token_id, tok.bos_token_id, s.width, s.layers), tok, s.seed, s.device)
     texts = data.base_data(lm.codec, worlds, [tools.BM25(w.passages(), s.top_k) for w in worlds], rng, s.base_tokens)
-    train(lm, s, "base", data.steps_of(texts, s.batch_tokens, rng), autocoa.nll_loss, lambda b: language_batches(b, s.micro_tokens))
+    train(lm, s, task, "base", data.steps_of(texts, s.batch_tokens, rng), autocoa.nll_loss, lambda b: language_batches(b, s.micro_tokens))
     return lm
 
 
@@ -147,11 +151,11 @@ def run(s):
     if "sft1" in todo:      # when to act
         pairs = list(zip(flat[0::2], flat[1::2]))
         steps = [pairs[i:i + 16] for i in range(0, len(pairs), 16)]
-        train(lm, s, s.out or "sft1", steps, autocoa.contrastive_loss, lambda b: pair_batches(b, s.micro_tokens, s.alpha), s.sft1_scale)
+        train(lm, s, task, s.out or "sft1", steps, autocoa.contrastive_loss, lambda b: pair_batches(b, s.micro_tokens, s.alpha), s.sft1_scale)
     for stage, scale, view in (("sft2", s.sft2_scale, lambda b: b), ("sft3", s.sft3_scale, unmask)):
         if stage in todo:   # how to act, observations masked; then the world model, observations learned too
             steps = [step for _ in range(s.epochs) for step in data.steps_of(rng.sample(coa + cot, len(coa + cot)), s.batch_tokens, rng)]
-            train(lm, s, s.out or stage, steps, autocoa.nll_loss, lambda b: language_batches(view(b), s.micro_tokens), scale)
+            train(lm, s, task, s.out or stage, steps, autocoa.nll_loss, lambda b: language_batches(view(b), s.micro_tokens), scale)
 
 
 if __name__ == "__main__":

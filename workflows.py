@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autocoa import ACTION, ANSWER, OBSERVATION, PROMPT, THINK, Trajectory, rollout
+from autocoa import ACTION, ANSWER, OBSERVATION, PROMPT, THINK, Trajectory, exact_match, rollout
 from common import progress
 from data import TO_QUERY, TO_READ
 
@@ -23,6 +23,31 @@ def answers(lm, questions, search, s, max_actions=None, desc=None, **sampling):
                 out[i] = t
             bar.update(len(rows))
     return out
+
+
+REACT = """Answer the question. Write a thought, then a search; read the observation; when you know the answer, write Answer: and the answer in a few words.
+
+Question: In which country was the painter of The Night Watch born?
+Thought: I need the painter of The Night Watch.
+Search: The Night Watch
+Observation: The Night Watch: The Night Watch is a 1642 painting by Rembrandt van Rijn.
+Thought: Rembrandt van Rijn painted it. I need his place of birth.
+Search: Rembrandt van Rijn
+Observation: Rembrandt: Rembrandt Harmenszoon van Rijn was a Dutch painter, born in Leiden in the Netherlands.
+Thought: He was born in Leiden in the Netherlands. Answer: Netherlands
+
+"""
+CLOSED_BOOK = """Answer the question in a few words.
+
+Question: In which country was the painter of The Night Watch born?
+Thought: Rembrandt painted it, and he was born in Leiden.
+Answer: Netherlands
+
+Question: Who wrote The Origin of Species?
+Thought: That is a book on evolution.
+Answer: Charles Darwin
+
+"""
 
 
 @dataclass
@@ -108,3 +133,22 @@ def react(lm, questions, search, s, max_steps=4, examples="", desc=None):
                     found[i] = text.replace("}", "").replace(codec.tok.eos_token, "").strip()
             bar.update(min(s.batch_rows, len(questions) - at))
     return [(answer or "", t) for answer, t in zip(found, out)]
+
+
+def closed_book(lm, questions, s, examples="", desc=None):
+    """What the model answers by itself, without a tool: an instruct model by lines of text, the nano model by its own
+    chain of thought. Greedy. -> [answer]"""
+    if not lm.codec.tok.chat_template:
+        return [lm.codec.answer(t) for t in answers(lm, questions, None, s, max_actions=0, desc=desc)]
+    return [a for a, _ in react(lm, questions, None, s, max_steps=0, examples=examples, desc=desc)]
+
+
+def sampled(lm, questions, search, s):
+    """Trajectories for the eye: a row of rollouts.jsonl each, with what the viewer needs."""
+    done = answers(lm, questions, search, s)
+    return [trajectory_row(lm.codec, q, t, exact_match(lm.codec.answer(t), q["golden_answers"])) for q, t in zip(questions, done)]
+
+
+def trajectory_row(codec, q, t, reward, **more):
+    return {**more, "question": q["question"], "golden_answers": q["golden_answers"], "reward": float(reward), "text": codec.decode(t.ids),
+            "ids": t.ids, "role": t.role, "mask": t.mask, "tokens": [codec.decode([i]) for i in t.ids]}

@@ -1,0 +1,238 @@
+"""Figures and the trajectory viewer, from the logs of a run alone: no model is loaded and nothing is computed again.
+
+    python plot.py                          # reads out/nano, writes out/nano/figures
+    python plot.py config/smollm2.py        # the same for a real checkpoint
+    python plot.py --run=quick
+
+training.png         loss of the SFT stages; reward, exact match, actions, entropy, malformed share and length over RL
+table.png            exact match of each row of the table, with its 95% interval
+search.png           when each row acts: how often it searches for facts that the base model knows, and does not know
+actions.png          agent models by number of actions: share of the correct answers, and success rate (paper Fig. 3)
+trajectories.html    what the policy wrote, token by token, coloured by who wrote it
+
+Stages that are not there are left out; a stage that is still training (`<stage>.partial`) is not there.
+"""
+import html
+import itertools
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from autocoa import ROLE_NAMES
+from common import Problem, main, read_jsonl
+
+matplotlib.use("Agg")       # draws to files, needs no screen
+import matplotlib.pyplot as plt  # noqa: E402
+
+SFT = {"base": "base: pretraining", "sft1": "SFT-1: when to act", "sft2": "SFT-2: how to act", "sft3": "SFT-3: world model", "sft2_alone": "SFT-2 alone"}
+RL = {"rl1": "RL-1, imagined environment", "rl2": "RL-2, real environment", "rl2_alone": "RL-2 alone", "rl2_from_sft2": "SFT-1&2 + RL-2"}
+PANELS = {"reward": "Reward of a trajectory", "em": "Exact match", "actions": "Actions of a trajectory",
+          "entropy": "Entropy of the policy, nats a token", "malformed": "Malformed trajectories", "length": "Tokens of a trajectory"}
+GREY, BLUE, ORANGE, GREEN, PURPLE = "#8c8c8c", "#0072b2", "#d55e00", "#009e73", "#cc79a7"    # Okabe and Ito: apart for every eye
+FEW = 10                    # questions under which a success rate is shown pale
+SHOWN = 20                  # trajectories of a stage in the viewer
+
+plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+                     "axes.edgecolor": GREY, "xtick.color": "#444444", "ytick.color": "#444444", "figure.dpi": 150, "figure.constrained_layout.use": True})
+
+
+def rows_of(path):
+    """The objects of a jsonl file; none where it is missing or empty (a stage of 0 steps)."""
+    return [row for _, row in read_jsonl(path, "a log", "plot.py")] if path.is_file() and path.stat().st_size else []
+
+
+def smooth(values, parts):
+    """Centred moving mean, a `parts`-th of the series wide; at the ends over what is there."""
+    window = np.ones(max(1, len(values) // parts))
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def curve(ax, log, key, color, parts, start=0, label=None):
+    """One series: the raw figures pale, their moving mean on top. Returns the moving mean's last point."""
+    x, y = [start + row["step"] for row in log], [row[key] for row in log]
+    ax.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
+    ax.plot(x, smooth(y, parts), color=color, linewidth=1.8, label=label)
+    return x[-1], smooth(y, parts)[-1]
+
+
+def training(logs):
+    sft, rl = [s for s in SFT if s in logs], [s for s in RL if s in logs]
+    fig = plt.figure(figsize=(11, 2.7 * bool(sft) + 5 * bool(rl)))
+    parts = iter(fig.subfigures(bool(sft) + bool(rl), 1, height_ratios=[2.7] * bool(sft) + [5] * bool(rl), squeeze=False, hspace=0.04)[:, 0])
+    if sft:
+        part = next(parts)
+        part.suptitle("Supervised stages: training loss over optimizer steps (each stage has its own loss)", x=0.01, ha="left", weight="bold")
+        for ax, stage in zip(part.subplots(1, len(sft), squeeze=False)[0], sft):
+            end = curve(ax, logs[stage], "loss", BLUE, 25)
+            ax.annotate(f"{end[1]:.2f}", end, (0, 6), textcoords="offset points", ha="right", color=BLUE, weight="bold")
+            ax.set(title=SFT[stage], xlabel="step")
+            top = np.percentile([row["loss"] for row in logs[stage]], 99)
+            ax.set_ylim(0, 1.1 * top)
+    if rl:
+        part = next(parts)
+        part.suptitle("Reinforcement learning: what the rollouts of each step looked like", x=0.01, ha="left", weight="bold")
+        turn = logs["rl1"][-1]["step"] + 1 if "rl1" in logs else 0
+        axes = part.subplots(2, 3, sharex=True)
+        for ax, (key, title) in zip(axes.flat, PANELS.items()):
+            for stage, color in zip(RL, (BLUE, ORANGE, GREEN, PURPLE)):
+                if stage in logs:       # RL-2 goes on where RL-1 ended; the ablations start from another model, at 0
+                    curve(ax, logs[stage], key, color, 10, turn if stage == "rl2" else 0, RL[stage])
+            if turn and "rl2" in logs:
+                ax.axvline(turn - 0.5, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
+            if key in ("em", "malformed"):
+                ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+                ax.set_ylim(bottom=0)
+            ax.set_title(title)
+        for ax in axes[1]:
+            ax.set_xlabel("step")
+        part.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=len(rl), frameon=False)
+    return fig
+
+
+def table(rows):
+    fig, ax = plt.subplots(figsize=(7.5, 0.9 + 0.36 * len(rows)))
+    for y, (name, row) in enumerate(rows.items()):
+        a = row["avg"]
+        ax.barh(y, a["em"], 0.64, color=ORANGE if "RL" in name else BLUE if "SFT" in name else GREY, alpha=0.75)
+        ax.hlines(y, a["em_low"], a["em_high"], color="#222222", linewidth=1.2)
+        ax.annotate(f"{a['em']:.1f}", (a["em_high"], y), (5, 0), textcoords="offset points", va="center")
+    ax.set_yticks(range(len(rows)), rows)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.1 * max(row["avg"]["em_high"] for row in rows.values()) or 1)
+    ax.set_xlabel("exact match, %: average over the question sets; the line is the 95% interval over questions")
+    fig.suptitle("Exact match without training for action (grey), after SFT (blue), after RL (orange)", x=0.01, ha="left", weight="bold")
+    return bare(fig, ax)
+
+
+def search(rates):
+    fig, ax = plt.subplots(figsize=(7.5, 1.2 + 0.5 * len(rates)))
+    for offset, k, color in ((-0.2, 0, GREEN), (0.2, 1, PURPLE)):
+        shares = [100 * rate[k] for rate in rates.values()]
+        ax.barh(np.arange(len(rates)) + offset, np.nan_to_num(shares), 0.36, color=color, alpha=0.8)
+        for y, share in enumerate(shares):
+            if np.isfinite(share):
+                text = f"{share:.0f}%" + (" of the facts that the base model " + ("knows", "does not know")[k] if y == 0 else "")
+                inside = y == 0 and share > 50
+                ax.annotate(text, (share, y + offset), (-5 if inside else 5, 0), textcoords="offset points", va="center", fontsize=8,
+                            ha="right" if inside else "left", color="white" if inside else "black", weight="bold" if inside else "normal")
+    ax.set_yticks(range(len(rates)), rates)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 108)
+    ax.set_xlabel("facts that a question needs and that were searched for, %")
+    fig.suptitle("When to act: search rate on known (green) and unknown (purple) facts", x=0.01, ha="left", weight="bold")
+    return bare(fig, ax)
+
+
+def bare(fig, ax):
+    """Bars with names and numbers on them need no frame."""
+    ax.spines["left"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    return fig
+
+
+def actions(records):
+    """records: {row: predictions}. Both sides share the rows, so that any number of models can be told apart."""
+    most = max(r["actions"] for rs in records.values() for r in rs)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 1.5 + 0.5 * len(records)), sharey=True)
+    shades = plt.get_cmap("Blues")(np.linspace(0.12, 0.95, most + 1))
+    for y, rs in enumerate(records.values()):
+        counts = np.bincount([r["actions"] for r in rs], minlength=most + 1)
+        correct = np.bincount([r["actions"] for r in rs], [r["em"] for r in rs], most + 1)
+        share, start = 100 * correct / max(1, correct.sum()), 0
+        for n in range(most + 1):
+            ink = "white" if n > most / 2 else "black"
+            left.barh(y, share[n], 0.7, start, color=shades[n], edgecolor="white", linewidth=0.8)
+            if share[n] >= 6:
+                left.text(start + share[n] / 2, y, f"{share[n]:.0f}", ha="center", va="center", color=ink)
+            start += share[n]
+            if counts[n]:
+                rate = correct[n] / counts[n]
+                sure = counts[n] >= FEW
+                right.barh(y, 0.94, 0.7, n - 0.47, color=plt.get_cmap("Blues")(0.08 + 0.87 * rate) if sure else "#f2f2f2")
+                ink = GREY if not sure else "white" if rate > 0.55 else "black"
+                right.text(n, y - 0.08, f"{100 * rate:.0f}%", ha="center", va="center", color=ink)
+                right.text(n, y + 0.2, f"of {counts[n]}", ha="center", va="center", color=ink, fontsize=6.5)
+    left.set_yticks(range(len(records)), records)
+    left.set_ylim(len(records) - 0.5, -0.5)
+    left.set(xlim=(0, 100), xlabel="% of the row's correct answers; shade: number of actions")
+    left.set_title("Share of the correct answers", pad=22)
+    for n in range(most + 1):       # the key: a shaded square for each number of actions
+        left.annotate(f"{n}", ((n + 0.5) / (most + 3), 1), (0, 9), "axes fraction", textcoords="offset points", ha="center", va="center",
+                      fontsize=8, color="white" if n > most / 2 else "black", bbox=dict(boxstyle="square,pad=0.35", color=shades[n]))
+    left.annotate("actions", ((most + 1.2) / (most + 3), 1), (0, 9), "axes fraction", textcoords="offset points", va="center", fontsize=8)
+    right.set_title(f"Success rate (grey: fewer than {FEW} questions)", pad=22)
+    right.set_xticks(range(most + 1))
+    right.set(xlim=(-0.6, most + 0.6), xlabel="number of actions")
+    for ax in (left, right):
+        bare(fig, ax)
+    fig.suptitle("Agent models by the number of actions that they took (paper Fig. 3)", x=0.01, ha="left", weight="bold")
+    return fig
+
+
+# ---- the viewer: one page, nothing loaded from anywhere; the policy line forbids scripts even if the escaping were wrong ---------
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Trajectories</title><style>
+:root{color-scheme:light dark;--page:#fff;--ink:#1c1c1c;--line:#ddd;--prompt:#666;--think:#1c1c1c;--action:#b34700;--observation:#00694d;--answer:#0063a0}
+@media(prefers-color-scheme:dark){:root{--page:#161616;--ink:#e4e4e4;--line:#383838;--prompt:#9a9a9a;--think:#e4e4e4;--action:#ff9a5c;--observation:#4fd0a5;--answer:#6cb8f5}}
+body{background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
+article{border-top:1px solid var(--line);padding:.7rem 0}p{margin:.2rem 0}pre{margin:.5rem 0 0;font:13px/1.65 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
+.key{position:sticky;top:0;background:var(--page);padding:.4rem 0}.key span{margin-right:1.2em}.facts{color:var(--prompt)}
+pre span{unicode-bidi:isolate}.prompt{color:var(--prompt)}.think{color:var(--think)}.action{color:var(--action)}.observation{color:var(--observation)}
+.answer{color:var(--answer)}.action,.answer{font-weight:600}.free{opacity:.66;font-weight:400}
+</style><h1>Trajectories</h1>
+"""
+
+
+def trajectories(rollouts):
+    """rollouts: {stage: rows of rollouts.jsonl}. Every text in it came from a model or a corpus: all of it is escaped."""
+    key = "".join(f'<span class="{name}">{name}</span>' for name in ROLE_NAMES)
+    page = [PAGE, f'<p class="key">{key}<span class="free">pale: not the policy\'s own, carries no loss</span></p>']
+    for stage, rows in rollouts.items():
+        picked = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, SHOWN).round().astype(int))]     # spread over steps
+        page.append(f"<h2>{RL.get(stage, SFT.get(stage))}</h2><p class=facts>{len(picked)} of {len(rows)} kept trajectories</p>")
+        page += [one_trajectory(row) for row in picked]
+    return "\n".join(page)
+
+
+def one_trajectory(row):
+    spans = []
+    for (role, mask), run in itertools.groupby(zip(row["role"], row["mask"], row["tokens"]), lambda t: t[:2]):
+        text = html.escape("".join(token for _, _, token in run))
+        spans.append(f'<span class="{ROLE_NAMES[role]}{"" if mask else " free"}" title="{ROLE_NAMES[role]}">{text}</span>')
+    step = f"step {row['step']:d} · " if "step" in row else ""
+    gold = html.escape(" / ".join(row["golden_answers"]))
+    return (f'<article><p><b>{html.escape(row["question"])}</b></p><p class=facts>{step}gold: {gold} · reward {row["reward"]:g} · '
+            f'{len(row["tokens"])} tokens</p><pre>{"".join(spans)}</pre></article>')
+
+
+def run(s):
+    root = Path("out", s.run)
+    stages = [*SFT, *RL]
+    logs = {stage: log for stage in stages if (log := rows_of(root / stage / "log.jsonl"))}
+    rollouts = {stage: rows for stage in stages if (rows := [r for r in rows_of(root / stage / "rollouts.jsonl") if "tokens" in r])}
+    rows = json.loads((root / "eval.json").read_text())["rows"] if (root / "eval.json").is_file() else {}
+    rates = {name: np.array([row["avg"]["search_known"], row["avg"]["search_unknown"]], float) for name, row in rows.items()}    # None becomes nan
+    rates = {name: rate for name, rate in rates.items() if np.isfinite(rate).any()}
+    agents = {}
+    for r in rows_of(root / "predictions.jsonl"):
+        if r["row"].startswith(("SFT", "RL")):      # the others are workflows: a script acts, not the model
+            agents.setdefault(r["row"], []).append(r)
+    if not (logs or rollouts or rows or agents):
+        raise Problem(f"{root}: no finished stage and no evaluation to draw; make them with: python train_sft.py, python train_rl.py and python eval.py")
+    (root / "figures").mkdir(exist_ok=True)
+    for name, draw, material in (("training.png", training, logs), ("table.png", table, rows), ("search.png", search, rates),
+                                 ("actions.png", actions, agents), ("trajectories.html", trajectories, rollouts)):
+        path, drawn = root / "figures" / name, draw(material) if material else None
+        if isinstance(drawn, str):
+            path.write_text(drawn, encoding="utf-8")
+        elif drawn:
+            drawn.savefig(path)
+        if drawn:
+            print(path)
+
+
+if __name__ == "__main__":
+    main(run, __doc__)
