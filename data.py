@@ -60,15 +60,15 @@ def base_data(codec, worlds, search, rng, tokens):
         grown = count > 0.4 * tokens
         kind, i = rng.random(), rng.randrange(len(worlds))
         world = worlds[i]
-        if kind < 0.10:
+        if kind < 0.06:
             e = rng.choice(heads)
             t = Trajectory()
             t.add([codec.tok.bos_token_id], PROMPT, 0)
             t.add(codec.encode(f"{e.title}: {miniwiki.article(e, rng)}") + [codec.eos], PROMPT, 1)
-        elif kind < 0.40:
+        elif kind < 0.28:
             sets = ["single", "typed", "bridge", "compare", "chain"] if grown else ["single", "typed", "single", "bridge"]
             t = cot(codec, world.questions(rng.choice(sets), 1, rng, p_head=1.0)[0])
-        elif kind < 0.50:
+        elif kind < 0.36:
             years = [str(y) for y in rng.sample(range(1900, 2000), 2 if rng.random() < 0.4 else 6)]
             t = codec.build(f"In order: {', '.join(years)}.", [("think", " is before ".join(sorted(years)) + "."), ("answer", min(years))])
         else:
@@ -76,19 +76,19 @@ def base_data(codec, worlds, search, rng, tokens):
             s = q["metadata"]["steps"][0]
             both = rng.random() < 0.5
             to_query, to_read = (f"{TO_QUERY} {TO_READ}",) * 2 if both else (TO_QUERY, TO_READ)
-            if kind < 0.65:
+            if kind < 0.50:
                 t = codec.build(f"{to_query} {q['question']}", [("think", s["ask"]), ("search", s["queries"][0])])
-            elif kind < 0.80:
+            elif kind < 0.66:
                 seen = search[i](s["queries"][:1])[0]
                 if not found(s, seen):
                     continue
                 t = codec.build(f"{to_read} {q['question']}",
                                 [("think", s["ask"]), ("result", seen), ("think", s["found"]), ("answer", s["answer"])])
             else:       # several facts of two articles: more to read for the tokens
-                pair = rng.sample([e for e in world.entities if not e.head], 2)
-                steps = [miniwiki.step(e, r, e.title != e.name) for e in pair for r in e.facts]
-                steps = rng.sample(steps, min(4, len(steps)))
-                seen = "\n".join(f"{e.title}: {world.articles[e.title]}" for e in pair)
+                some = rng.sample([e for e in world.entities if not e.head], 2)
+                steps = [miniwiki.step(e, r, e.title != e.name) for e in some for r in e.facts]
+                seen = "\n".join(f"{e.title}: {world.articles[e.title]}" for e in some)
+                steps = rng.sample(steps, min(5, len(steps)))
                 t = codec.build(to_read, [("result", seen)] + [part for s in steps for part in (("think", s["ask"]), ("think", s["found"]))])
         out.append(t)
         count += len(t.ids)
@@ -209,7 +209,7 @@ MIX = {"single": 0.1, "typed": 0.1, "bridge": 0.3, "compare": 0.2, "chain": 0.3}
 
 def nano_task(s):
     """Training questions on one world, evaluation on a world that training never sees."""
-    world, unseen = miniwiki.World(s.seed, "train"), miniwiki.World(s.seed, "eval")
+    world, unseen = miniwiki.World(s.seed, "train", scale=s.train_scale), miniwiki.World(s.seed, "eval")
     taken = set()
 
     def train(n, pool, p_head=0.10):

@@ -44,12 +44,12 @@ def run_row(row, lm, questions, task, s):
 
 
 def searched(q, record, known):
-    """For each fact a question needs: (whether the base model knows it, whether a query named its subject)."""
-    out = []
-    for step in q["metadata"].get("steps", []):
-        asked = any(step["queries"][0].lower() in query.lower() or step["subject"].lower() in query.lower() for query in record["queries"])
-        out.append((step["fact"] in known, asked))
-    return out
+    """For each fact a question needs: (whether the base model knows it, whether a query named its subject). A real question
+    is one fact, and any search counts."""
+    steps = q["metadata"]["steps"]
+    if "holds" in steps[0]:
+        return [(steps[0]["fact"] in known, bool(record["queries"]))]
+    return [(step["fact"] in known, any(step["subject"].lower() in query.lower() for query in record["queries"])) for step in steps]
 
 
 def mean(values):

@@ -159,24 +159,26 @@ class World:
     """One encyclopedia: `articles` (title -> text), `entities`, and questions drawn from it.
 
     split: "train" or "eval", the part of the inventory that tail names come from. The same (seed, split) gives the same
-    bytes. Article wording is part of the world; head *facts* are the same in all worlds.
+    bytes. Article wording is part of the world; head *facts* are the same in all worlds. scale: how many times the tail
+    is larger than SIZES says.
     """
 
-    def __init__(self, seed, split):
+    def __init__(self, seed, split, scale=1):
         self.split = split
         self.rng = random.Random(f"{split} {seed}")
-        self.entities = _people_and_things(random.Random("head"), "head", None)
-        self.entities += _people_and_things(self.rng, split, self.entities)
+        self.entities = _people_and_things(random.Random("head"), "head", HEADS)
+        sizes = {k: (SIZES[k] - HEADS[k]) * scale for k in SIZES}
+        self.entities += _people_and_things(self.rng, split, sizes, self.entities)
         self.by_title = {e.title: e for e in self.entities}
         self.groups = {(head, kind): [e for e in self.entities if e.head == head and kind in (None, e.kind)]
                        for head in (False, True) for kind in (None, *SIZES)}
         self.articles = {e.title: article(e, self.rng) for e in self.entities}
-        self._distract()
+        self._distract(DISTRACTORS * scale)
 
-    def _distract(self):
+    def _distract(self, n):
         tail = [e for e in self.entities if not e.head]
         cities = [e for e in tail if e.kind == "city"]
-        for e in self.rng.sample(tail, DISTRACTORS):
+        for e in self.rng.sample(tail, n):
             thing = self.rng.choice(["prize", "festival", "museum"])
             city = self.rng.choice(cities).title
             self.articles[f"{e.name} {thing.title()}"] = self.rng.choice([
@@ -334,9 +336,8 @@ def article(e, rng):
     return " ".join(([] if e.kind == "person" else [f"A {e.kind}."]) + lines)
 
 
-def _people_and_things(rng, split, head):
+def _people_and_things(rng, split, sizes, head=None):
     """The entities of one part of the world, with names, facts and titles. head: what the tail may point to."""
-    sizes = HEADS if head is None else {k: SIZES[k] - HEADS[k] for k in SIZES}
     pools = {k: rng.sample(v[split], len(v[split])) for k, v in POOLS.items()}
     made, used = {k: [] for k in sizes}, {"work": [], "person": []}
     for kind, n in sizes.items():

@@ -67,7 +67,7 @@ class ModelConfig:
 
 def nano_config(vocab_size, eos, bos, width=128, layers=4):
     """The nano model: a Llama of about a million parameters."""
-    return ModelConfig(["LlamaForCausalLM"], vocab_size, width, 3 * width, layers, width // 32, width // 32, 32,
+    return ModelConfig(["LlamaForCausalLM"], vocab_size, width, 3 * width, layers, width // 32, width // 32, 32, rope_theta=1000.0,
                        max_position_embeddings=1024, bos_token_id=bos, eos_token_id=eos)
 
 

@@ -89,7 +89,7 @@ class Transformer(nn.Module):
             if p.dim() == 2:
                 # residual branches start small, so that depth does not raise the variance (GPT-2)
                 deep = math.sqrt(2 * config.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
-                nn.init.normal_(p, std=0.02 / deep if "embed" in name else p.shape[1] ** -0.5 / deep)
+                nn.init.normal_(p, std=0.1 if "embed" in name else p.shape[1] ** -0.5 / deep)    # large, so that a copied token wins early
 
     @property
     def device(self):

@@ -43,18 +43,14 @@ def rows_of(path):
     return [row for _, row in read_jsonl(path, "a log", "plot.py")] if path.is_file() and path.stat().st_size else []
 
 
-def smooth(values, parts):
-    """Centred moving mean, a `parts`-th of the series wide; at the ends over what is there."""
-    window = np.ones(max(1, len(values) // parts))
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
-
-
-def curve(ax, log, key, color, parts, start=0, label=None):
-    """One series: the raw figures pale, their moving mean on top. Returns the moving mean's last point."""
+def curve(ax, log, key, color, width, start=0, label=None):
+    """One series: the figures pale, on top their moving mean over `width` steps (at the ends over what is there). -> its last point"""
     x, y = [start + row["step"] for row in log], [row[key] for row in log]
+    window = np.ones(min(width, len(y)))
+    mean = np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")
     ax.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
-    ax.plot(x, smooth(y, parts), color=color, linewidth=1.8, label=label)
-    return x[-1], smooth(y, parts)[-1]
+    ax.plot(x, mean, color=color, linewidth=1.8, label=label)
+    return x[-1], mean[-1]
 
 
 def training(logs):
@@ -65,11 +61,10 @@ def training(logs):
         part = next(parts)
         part.suptitle("Supervised stages: training loss over optimizer steps (each stage has its own loss)", x=0.01, ha="left", weight="bold")
         for ax, stage in zip(part.subplots(1, len(sft), squeeze=False)[0], sft):
-            end = curve(ax, logs[stage], "loss", BLUE, 25)
+            end = curve(ax, logs[stage], "loss", BLUE, 11)
             ax.annotate(f"{end[1]:.2f}", end, (0, 6), textcoords="offset points", ha="right", color=BLUE, weight="bold")
-            ax.set(title=SFT[stage], xlabel="step")
-            top = np.percentile([row["loss"] for row in logs[stage]], 99)
-            ax.set_ylim(0, 1.1 * top)
+            # the few highest may leave the picture: one spike would flatten the rest
+            ax.set(title=SFT[stage], xlabel="step", ylim=(0, 1.1 * np.percentile([row["loss"] for row in logs[stage]], 99)))
     if rl:
         part = next(parts)
         part.suptitle("Reinforcement learning: what the rollouts of each step looked like", x=0.01, ha="left", weight="bold")
@@ -78,15 +73,14 @@ def training(logs):
         for ax, (key, title) in zip(axes.flat, PANELS.items()):
             for stage, color in zip(RL, (BLUE, ORANGE, GREEN, PURPLE)):
                 if stage in logs:       # RL-2 goes on where RL-1 ended; the ablations start from another model, at 0
-                    curve(ax, logs[stage], key, color, 10, turn if stage == "rl2" else 0, RL[stage])
+                    curve(ax, logs[stage], key, color, 5, turn if stage == "rl2" else 0, RL[stage])
             if turn and "rl2" in logs:
                 ax.axvline(turn - 0.5, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
+                ax.annotate("real", (turn, 1), (2, -1), ("data", "axes fraction"), "offset points", color=GREY, fontsize=8)
             if key in ("em", "malformed"):
                 ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
                 ax.set_ylim(bottom=0)
-            ax.set_title(title)
-        for ax in axes[1]:
-            ax.set_xlabel("step")
+            ax.set(title=title, xlabel="step" if ax in axes[1] else "")
         part.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=len(rl), frameon=False)
     return fig
 
@@ -107,21 +101,16 @@ def table(rows):
 
 
 def search(rates):
-    fig, ax = plt.subplots(figsize=(7.5, 1.2 + 0.5 * len(rates)))
-    for offset, k, color in ((-0.2, 0, GREEN), (0.2, 1, PURPLE)):
-        shares = [100 * rate[k] for rate in rates.values()]
-        ax.barh(np.arange(len(rates)) + offset, np.nan_to_num(shares), 0.36, color=color, alpha=0.8)
-        for y, share in enumerate(shares):
-            if np.isfinite(share):
-                text = f"{share:.0f}%" + (" of the facts that the base model " + ("knows", "does not know")[k] if y == 0 else "")
-                inside = y == 0 and share > 50
-                ax.annotate(text, (share, y + offset), (-5 if inside else 5, 0), textcoords="offset points", va="center", fontsize=8,
-                            ha="right" if inside else "left", color="white" if inside else "black", weight="bold" if inside else "normal")
+    fig, ax = plt.subplots(figsize=(7.5, 1.2 + 0.45 * len(rates)))
+    for offset, k, color, word in ((-0.2, 0, GREEN, "known"), (0.2, 1, PURPLE, "unknown")):
+        for y, rate in enumerate(rates.values()):
+            if np.isfinite(rate[k]):
+                ax.barh(y + offset, 100 * rate[k], 0.36, color=color, alpha=0.8)
+                ax.annotate(f"{100 * rate[k]:.0f}% of {word}", (100 * rate[k], y + offset), (5, 0), textcoords="offset points", va="center", fontsize=8)
     ax.set_yticks(range(len(rates)), rates)
     ax.invert_yaxis()
-    ax.set_xlim(0, 108)
-    ax.set_xlabel("facts that a question needs and that were searched for, %")
-    fig.suptitle("When to act: search rate on known (green) and unknown (purple) facts", x=0.01, ha="left", weight="bold")
+    ax.set(xlim=(0, 120), xticks=range(0, 101, 20), xlabel="facts that a question needs and that were searched for, %")
+    fig.suptitle("When to act: search rate on facts that the base model knows, and does not", x=0.01, ha="left", weight="bold")
     return bare(fig, ax)
 
 
@@ -143,32 +132,27 @@ def actions(records):
         share, start = 100 * correct / max(1, correct.sum()), 0
         for n in range(most + 1):
             ink = "white" if n > most / 2 else "black"
-            left.barh(y, share[n], 0.7, start, color=shades[n], edgecolor="white", linewidth=0.8)
+            left.barh(y, share[n], 0.7, start, color=shades[n], edgecolor="white", linewidth=0.8,
+                      label=f"{n}" + " actions" * (n == most) if y == 0 else None)
             if share[n] >= 6:
                 left.text(start + share[n] / 2, y, f"{share[n]:.0f}", ha="center", va="center", color=ink)
             start += share[n]
             if counts[n]:
-                rate = correct[n] / counts[n]
-                sure = counts[n] >= FEW
+                rate, sure = correct[n] / counts[n], counts[n] >= FEW
                 right.barh(y, 0.94, 0.7, n - 0.47, color=plt.get_cmap("Blues")(0.08 + 0.87 * rate) if sure else "#f2f2f2")
-                ink = GREY if not sure else "white" if rate > 0.55 else "black"
+                ink = GREY if not sure else "white" if rate > 0.62 else "black"
                 right.text(n, y - 0.08, f"{100 * rate:.0f}%", ha="center", va="center", color=ink)
                 right.text(n, y + 0.2, f"of {counts[n]}", ha="center", va="center", color=ink, fontsize=6.5)
     left.set_yticks(range(len(records)), records)
-    left.set_ylim(len(records) - 0.5, -0.5)
-    left.set(xlim=(0, 100), xlabel="% of the row's correct answers; shade: number of actions")
+    left.set(xlim=(0, 100), ylim=(len(records) - 0.5, -0.5), xlabel="% of the row's correct answers; shade: number of actions")
     left.set_title("Share of the correct answers", pad=22)
-    for n in range(most + 1):       # the key: a shaded square for each number of actions
-        left.annotate(f"{n}", ((n + 0.5) / (most + 3), 1), (0, 9), "axes fraction", textcoords="offset points", ha="center", va="center",
-                      fontsize=8, color="white" if n > most / 2 else "black", bbox=dict(boxstyle="square,pad=0.35", color=shades[n]))
-    left.annotate("actions", ((most + 1.2) / (most + 3), 1), (0, 9), "axes fraction", textcoords="offset points", va="center", fontsize=8)
+    left.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.97), ncols=most + 2, frameon=False,
+                handlelength=1, handleheight=1, columnspacing=1.3, handletextpad=0.4)
     right.set_title(f"Success rate (grey: fewer than {FEW} questions)", pad=22)
-    right.set_xticks(range(most + 1))
-    right.set(xlim=(-0.6, most + 0.6), xlabel="number of actions")
-    for ax in (left, right):
-        bare(fig, ax)
+    right.set(xlim=(-0.6, most + 0.6), xticks=range(most + 1), xlabel="number of actions")
     fig.suptitle("Agent models by the number of actions that they took (paper Fig. 3)", x=0.01, ha="left", weight="bold")
-    return fig
+    bare(fig, left)
+    return bare(fig, right)
 
 
 # ---- the viewer: one page, nothing loaded from anywhere; the policy line forbids scripts even if the escaping were wrong ---------
@@ -189,7 +173,7 @@ pre span{unicode-bidi:isolate}.prompt{color:var(--prompt)}.think{color:var(--thi
 def trajectories(rollouts):
     """rollouts: {stage: rows of rollouts.jsonl}. Every text in it came from a model or a corpus: all of it is escaped."""
     key = "".join(f'<span class="{name}">{name}</span>' for name in ROLE_NAMES)
-    page = [PAGE, f'<p class="key">{key}<span class="free">pale: not the policy\'s own, carries no loss</span></p>']
+    page = [PAGE, f'<p class="key">{key}<span class="free">pale: mask 0, not written as the policy</span></p>']
     for stage, rows in rollouts.items():
         picked = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, SHOWN).round().astype(int))]     # spread over steps
         page.append(f"<h2>{RL.get(stage, SFT.get(stage))}</h2><p class=facts>{len(picked)} of {len(rows)} kept trajectories</p>")

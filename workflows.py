@@ -117,16 +117,20 @@ def react(lm, questions, search, s, max_steps=4, examples="", desc=None):
                 if not live:
                     break
                 dec.keep(keep)
-                fits = max(len(out[i].ids) for i in live) + len(w.act) + s.max_thought + s.max_observation + s.max_answer + 16 < s.max_len
-                if step == max_steps or not fits:
+                tail = s.max_thought + len(w.ask) + s.max_answer + 8        # what must still find room after an observation
+                if step == max_steps or max(len(out[i].ids) for i in live) + len(w.act) + s.max_thought + 64 + tail > s.max_len:
                     break
                 put([list(w.act) for _ in live], ACTION)
                 queries = [q.replace("</end_search>", "").strip() for q in write(w.act_ends, ACTION, s.max_thought)]
-                seen = search(queries)
-                for i, query, observation in zip(live, queries, seen):
+                seen = []
+                for i, query, observation in zip(live, queries, search(queries)):
+                    ids = w.observe + codec.encode(observation) + w.observed
+                    if len(out[i].ids) + len(ids) + tail > s.max_len:
+                        ids = w.observe + codec.encode("The result is too long to show.") + w.observed
                     out[i].queries.append(query)
                     out[i].observations.append(observation)
-                put([w.observe + codec.encode(o)[:s.max_observation] + w.observed for o in seen], OBSERVATION)
+                    seen.append(ids)
+                put(seen, OBSERVATION)
             if live:
                 put([list(w.ask) for _ in live], ANSWER)
                 for i, text in zip(live, write(w.answer_ends, ANSWER, s.max_answer)):

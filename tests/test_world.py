@@ -1,0 +1,247 @@
+"""The nano world (miniwiki.py): the same bytes from a seed, apart in training and evaluation, and measurably hard."""
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from conftest import ROOT
+
+import miniwiki
+import tools
+from miniwiki import OF_TYPE, PAIRS, RELATIONS, SETS, UNSEEN_PAIRS, World
+
+TRAINING = [World(seed, "train") for seed in (0, 1, 1000, 1001)]
+EVALUATION = [World(seed, "eval") for seed in (0, 1, 2)]
+
+
+def questions(world, n, p_head=0.10):
+    return {name: world.questions(name, n, random.Random(f"{name} of a test"), p_head) for name in SETS}
+
+
+EVAL_QUESTIONS = [questions(w, 150) for w in EVALUATION]
+TRAIN_QUESTIONS = [{k: v for k, v in questions(w, 300, p).items() if k != "compose"} for w, p in zip(TRAINING, (0.1, 1.0, 0.1, 1.0))]
+
+
+def every(sets):
+    return [q for rows in sets.values() for q in rows]
+
+
+def steps(sets):
+    return [s for q in every(sets) for s in q["metadata"]["steps"]]
+
+
+# ---- from a seed ----------------------------------------------------------------------------------------------------
+DIGEST = """
+import hashlib, json, random, sys
+from miniwiki import SETS, World
+w = World(int(sys.argv[1]), "eval")
+rows = [w.questions(name, 40, random.Random(5)) for name in SETS]
+print(hashlib.sha256(json.dumps([w.articles, w.passages(), rows]).encode()).hexdigest())
+"""
+
+
+def digest(seed, hashseed):
+    return subprocess.run([sys.executable, "-c", DIGEST, str(seed)], capture_output=True, text=True, check=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONHASHSEED": str(hashseed)}).stdout
+
+
+def test_the_same_bytes_from_a_seed():
+    """Articles and questions, in processes that hash strings differently. Guards: an order that comes from a set."""
+    assert digest(3, 1) == digest(3, 2) == digest(3, 77)
+
+
+def test_another_seed_another_world():
+    assert len({digest(seed, 0) for seed in range(3)}) == 3
+    a, b = EVALUATION[:2]
+    assert len(set(a.articles.values()) & set(b.articles.values())) < 0.2 * len(a.articles)
+
+
+# ---- apart --------------------------------------------------------------------------------------------------------------
+def tail_names(world):
+    return {name for e in world.entities if not e.head for name in (e.name, e.former) if name}
+
+
+def test_evaluation_shares_no_tail_name_with_training():
+    """Names, former names and titles, over all types and seeds. Guards: an answer that can be learned by heart."""
+    seen = set().union(*map(tail_names, TRAINING))
+    heads = {e.name for e in EVALUATION[0].entities if e.head}
+    for world in EVALUATION:
+        assert len(tail_names(world)) > 500
+        assert not tail_names(world) & (seen | heads)
+        assert not {t for t in world.articles if t not in heads} & {t for w in TRAINING for t in w.articles if t not in heads}
+
+
+def test_head_facts_are_the_same_everywhere():
+    """What the base model read is true in every world, and leads to head entities only."""
+    def facts(world):
+        return {(e.title, r): v if isinstance(v, str) else v.title for e in world.entities if e.head for r, v in e.facts.items()}
+    assert all(facts(w) == facts(TRAINING[0]) for w in TRAINING + EVALUATION)
+    assert all(v.head for e in TRAINING[0].entities if e.head for v in e.facts.values() if isinstance(v, miniwiki.Entity))
+
+
+def compositions(q):
+    """Pairs of relations in which a question asks for the second of the first's value."""
+    s = q["metadata"]["steps"]
+    return {(a["fact"].rsplit("|", 1)[1], b["fact"].rsplit("|", 1)[1]) for a, b in zip(s, s[1:]) if b["title"] == a["answer"]}
+
+
+def test_compose_holds_what_training_never_composes():
+    """Each `compose` question is one of the unseen pairs of relations; no training question holds one, chains included."""
+    assert UNSEEN_PAIRS < set(PAIRS) and len(UNSEEN_PAIRS) >= 5
+    for sets in EVAL_QUESTIONS:
+        assert all(compositions(q) <= UNSEEN_PAIRS and compositions(q) for q in sets["compose"])
+        assert len(set().union(*map(compositions, sets["compose"]))) >= 5
+    for sets in TRAIN_QUESTIONS:
+        found = Counter(pair for q in every(sets) for pair in compositions(q))
+        assert len(found) >= 20 and not set(found) & UNSEEN_PAIRS
+
+
+def spelled(relation, i):
+    """A pattern for the i-th question wording of a relation, whatever it asks about."""
+    return re.compile("(.+)".join(map(re.escape, RELATIONS[relation].questions[i].split("{x}"))))
+
+
+def test_one_wording_is_kept_for_evaluation():
+    """Training asks for each relation in its other wordings, never in the kept one; evaluation uses all four."""
+    seen = {"train": set(), "eval": set()}
+    for split, worlds in (("train", TRAIN_QUESTIONS), ("eval", EVAL_QUESTIONS)):
+        for sets in worlds:
+            for name in ("single", "typed", "bridge", "chain"):
+                for q in sets[name]:
+                    relation = q["metadata"]["steps"][-1]["fact"].rsplit("|", 1)[1]
+                    seen[split] |= {(relation, i) for i in range(4) if spelled(relation, i).fullmatch(q["question"])}
+            for s in steps(sets):                               # wordings in which the base model is asked what it knows
+                relation = s["fact"].rsplit("|", 1)[1]
+                assert not any(spelled(relation, RELATIONS[relation].held_out).fullmatch(w) for w in s["wordings"])
+    held = {(r, rel.held_out) for r, rel in RELATIONS.items()}
+    everything = {(r, i) for r in RELATIONS for i in range(4)}
+    assert seen["train"] == everything - held
+    assert seen["eval"] == everything
+
+
+# ---- hard -----------------------------------------------------------------------------------------------------------
+def test_types_relations_and_wordings():
+    """The floor of the issue: 6 types, 12 relations, 3 wordings of each in articles and (one more kept) in questions."""
+    assert len(OF_TYPE) >= 6 and all(OF_TYPE.values()) and len(RELATIONS) >= 12
+    for rel in RELATIONS.values():
+        assert len(set(rel.sentences)) >= 3
+        assert len(set(rel.questions)) >= 4 and 0 <= rel.held_out < len(rel.questions)
+    text = " ".join(EVALUATION[0].articles.values())
+    for name, rel in RELATIONS.items():                         # each wording is really used
+        for sentence in rel.sentences:
+            pattern = re.escape(sentence)
+            for slot, values in (("v", r"[^.]+"), ("s", "(He|She)"), ("p", "(His|Her)"), ("o", "(him|her)"), ("a", "an?")):
+                pattern = pattern.replace(re.escape("{" + slot + "}"), values)
+            assert re.search(pattern, text), (name, sentence)
+
+
+@pytest.mark.parametrize("world", EVALUATION, ids=["seed 0", "seed 1", "seed 2"])
+def test_hardness(world):
+    """Counted here by hand, not by miniwiki.hardness: articles, shared names, and how often the bare name finds its article."""
+    assert len(world.articles) >= 1000
+    tail = [e for e in world.entities if not e.head]
+    assert len({e.kind for e in tail}) >= 6 and len({r for e in tail for r in e.facts}) >= 12
+    count = Counter(e.name for e in tail)
+    shared = sum(c > 1 for c in count.values()) / len(count)
+    assert shared >= 0.15
+    top = [rows[0] for rows in tools.BM25(world.passages(), 1).titles([e.name for e in tail])]
+    bare = sum(t == e.title for t, e in zip(top, tail)) / len(tail)
+    assert bare <= 0.85
+    measured = miniwiki.hardness(world, tools.BM25(world.passages(), 2).titles)
+    assert measured == {"types": len(OF_TYPE), "relations": len(RELATIONS), "articles": len(world.articles), "shared": pytest.approx(shared), "bare_top1": pytest.approx(bare)}
+
+
+@pytest.mark.parametrize("sets", EVAL_QUESTIONS, ids=["seed 0", "seed 1", "seed 2"])
+def test_half_of_the_questions_need_two_unknown_facts(sets):
+    """Over all six sets; facts of tail entities are those that no model can know."""
+    need = [len({s["fact"] for s in q["metadata"]["steps"] if not s["head"]}) for q in every(sets)]
+    assert len(need) == 900
+    assert sum(n >= 2 for n in need) >= 0.5 * len(need)
+    assert sum(n == 0 for n in need) > 20               # and some need none: there is something to learn about when to act
+
+
+# ---- right --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("world, sets", [*zip(EVALUATION, EVAL_QUESTIONS), *zip(TRAINING, TRAIN_QUESTIONS)], ids=lambda x: getattr(x, "split", ""))
+def test_every_step_is_written_in_its_article(world, sets):
+    """A step's answer stands in the article that it names, in one of its relation's wordings; steps lead from one to the
+    next; the last answer, or the winner of a comparison, is golden."""
+    for q in every(sets):
+        plan = q["metadata"]["steps"]
+        for s in plan:
+            relation = RELATIONS[s["fact"].rsplit("|", 1)[1]]
+            spellings = [x.format(v=s["answer"], s=sub, p=pos, o=obj, a=a) for x in relation.sentences for a in ("a", "an")
+                         for sub, pos, obj in (("It", "Its", "it"), ("He", "His", "him"), ("She", "Her", "her"))]
+            assert any(x in world.articles[s["title"]] for x in spellings)
+            assert s["answers"] == [s["answer"]] and s["answer"] in s["found"] and s["answer"] in s["recall"]
+        if q["metadata"]["conclusion"]:
+            subjects = {e.title for e in world.entities if e.title in q["golden_answers"]}
+            assert subjects and q["golden_answers"][0] in q["question"]
+        else:
+            assert plan[-1]["answer"] in q["golden_answers"]
+            assert [a["answer"] for a in plan[:-1]] == [b["title"] for b in plan[1:]]
+
+
+@pytest.mark.parametrize("world, sets", [*zip(EVALUATION, EVAL_QUESTIONS)], ids=["seed 0", "seed 1", "seed 2"])
+def test_a_question_means_one_thing(world, sets):
+    """Where entities of one name share the relation that is asked for, the question says which one it means."""
+    told = 0
+    for q in every(sets):
+        for s in q["metadata"]["steps"][:1]:
+            e, relation = world.by_title[s["title"]], s["fact"].rsplit("|", 1)[1]
+            same = [x for x in world.entities if x.name == e.name and relation in x.facts]
+            assert len({x.qualifier for x in same}) == len(same)
+            if len(same) > 1:
+                told += 1
+                assert f"the {e.qualifier} {e.name}".lower() in q["question"].lower() or (e.former and e.former in q["question"])
+    assert told > 10
+
+
+def test_comparisons_by_hand():
+    """The winner is worked out again from the articles' years and the words of the question."""
+    world, rows = EVALUATION[0], EVAL_QUESTIONS[0]["compare"]
+    for q in rows:
+        plan = q["metadata"]["steps"]
+        years = [s for s in plan if s["answer"].isdigit()]
+        assert len(years) == 2 and years[0]["answer"] != years[1]["answer"]
+        first = plan[:len(plan) // 2][0]["title"], plan[len(plan) // 2:][0]["title"]     # the two things that are compared
+        early = re.search(r"\b(first|earlier)\b", q["question"]) is not None
+        assert early != (re.search(r"\blater\b", q["question"]) is not None)
+        winner = first[(int(years[0]["answer"]) < int(years[1]["answer"])) != early]
+        assert winner in q["golden_answers"]
+        assert q["metadata"]["conclusion"] == "{} is before {}.".format(*sorted(s["answer"] for s in years))
+    assert {len(q["metadata"]["steps"]) for q in rows} == {2, 4}
+    assert all(e.title in world.articles for e in world.entities)
+
+
+def test_sets_have_their_hops():
+    """One fact; two; two or four (compared); three or four; two, unseen."""
+    for sets in EVAL_QUESTIONS + TRAIN_QUESTIONS:
+        hops = {name: {len(q["metadata"]["steps"]) for q in rows} for name, rows in sets.items()}
+        assert {k: v for k, v in hops.items() if k != "compose"} == {"single": {1}, "typed": {1}, "bridge": {2}, "compare": {2, 4}, "chain": {3, 4}}
+        assert len({q["question"] for q in every(sets)}) >= 0.98 * len(every(sets))
+
+
+# ---- the search tool ------------------------------------------------------------------------------------------------
+def test_bm25_by_hand():
+    """Scores by the formula (Lucene's idf; k1 1.5, b 0.75; the title three times) rank three passages as the tool does."""
+    passages = ['"Silver River"\nA film. It was directed by Eva Moss.', '"Eva Moss"\nShe was born in Iron Hill near the Silver River.', '"Iron Hill"\nIt lies by a river of silver.']
+    docs = [re.findall(r"\w+", f"{t} {t} {t} {x}".lower()) for t, x in (p.replace('"', "").split("\n") for p in passages)]
+    mean = sum(map(len, docs)) / 3
+
+    def score(query, doc):
+        total = 0.0
+        for w in re.findall(r"\w+", query.lower()):
+            n, tf = sum(w in d for d in docs), doc.count(w)
+            total += math.log(1 + (3 - n + 0.5) / (n + 0.5)) * tf / (tf + 1.5 * (1 - 0.75 + 0.75 * len(doc) / mean))
+        return total
+    tool = tools.BM25([{"id": str(i), "contents": p} for i, p in enumerate(passages)], top_k=3)
+    for query in ("Silver River", "eva moss born", "Iron", "who directed the film", "river of silver"):
+        scores = [score(query, d) for d in docs]
+        order = [i for i in sorted(range(3), key=lambda i: -scores[i]) if scores[i] > 0]
+        assert [i for i in tool.ranked([query])[0] if i >= 0] == order
+    assert tool(["zebra", "Iron Hill"]) == ["Nothing found.", "\n".join(
+        ["Iron Hill: It lies by a river of silver.", "Eva Moss: She was born in Iron Hill near the Silver River."])]
