@@ -210,7 +210,7 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
             temperature=0.0, rng=None):
     """Algorithm 1 for a batch: generate until an action ends, append its observation, go on until the answer ends.
 
-    decoder: a twin's `Decoder` class bound to a model, `decoder(prompts, max_len)`.
+    decoder: a twin's `Decoder` class bound to a model, `decoder(prompts)`.
     prompts: list of id lists; equal ones share their prefill.
     search: list of action texts -> list of observations, or IMAGINE: the policy writes the observation as well, and it
     still counts as the environment's (role OBSERVATION, mask 0).
@@ -223,7 +223,7 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
             raise Problem(f"max_len: {max_len} leaves no room for a prompt of {len(p)} tokens and an answer; raise --max_len")
         t.add(list(p), PROMPT, 0)
     live = list(done)                                       # row i of the decoder is live[i]
-    dec = decoder(prompts, max_len)
+    dec = decoder(prompts)
     state = {id(t): THINK for t in live}
     stops = [codec.eos, codec.end_search]
 

@@ -44,7 +44,7 @@ class Settings:
     muon: bool = True                   # Muon for the matrices; false: AdamW for all, as for pretrained models
     batch_tokens: int = 2000            # tokens of an optimizer step
     micro_tokens: int = 1600            # tokens that go through the network at once
-    lr: float = 4e-3                    # AdamW in the base stage and SFT-2
+    lr: float = 1.2e-2                  # AdamW in the base stage and SFT-2
     muon_lr: float = 3e-2               # Muon there
     sft1_scale: float = 0.1             # SFT-1's rates are this part of those
     sft2_scale: float = 0.5             # SFT-2's
@@ -56,7 +56,7 @@ class Settings:
     rollouts: int = 5                   # a question
     rl_questions: int = 4608            # the pool they come from
     temperature: float = 0.6
-    rl_lr: float = 1e-3
+    rl_lr: float = 3e-4
     rl_muon_lr: float = 2e-3
     minibatches: int = 1                # optimizer steps a batch of rollouts is cut into
     clip_low: float = 0.2
@@ -78,7 +78,6 @@ class Settings:
     max_thought: int = 48               # tokens that a workflow lets the model write at a time
     max_observation: int = 128          # tokens of an imagined observation
     eval_questions: int = 150           # of each set
-    rows: str = "main"                  # rows of the table: main, or all that are trained
     batch_rows: int = 256               # rollouts decoded together
 
 

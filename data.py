@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import miniwiki
 import tools
-from autocoa import PROMPT, TAGS, Trajectory, exact_match, normalize
+from autocoa import PROMPT, TAGS, THINK, Trajectory, exact_match, normalize
 from common import Problem, read_jsonl
 
 TO_QUERY, TO_READ = "Write a query.", "Read the passages."      # how the nano base model is prompted for a single skill
@@ -78,18 +78,19 @@ def base_data(codec, worlds, search, rng, tokens):
             to_query, to_read = (f"{TO_QUERY} {TO_READ}",) * 2 if both else (TO_QUERY, TO_READ)
             if kind < 0.50:
                 t = codec.build(f"{to_query} {q['question']}", [("think", s["ask"]), ("search", s["queries"][0])])
-            elif kind < 0.66:
+            elif kind < 0.66 and grown:
                 seen = search[i](s["queries"][:1])[0]
                 if not found(s, seen):
                     continue
                 t = codec.build(f"{to_read} {q['question']}",
                                 [("think", s["ask"]), ("result", seen), ("think", s["found"]), ("answer", s["answer"])])
-            else:       # several facts of two articles: more to read for the tokens
-                some = rng.sample([e for e in world.entities if not e.head], 2)
+            else:       # several facts of one article, later of two; only what can be read is learned, not what is asked
+                some = rng.sample([e for e in world.entities if not e.head], 2 if grown else 1)
                 steps = [miniwiki.step(e, r, e.title != e.name) for e in some for r in e.facts]
-                seen = "\n".join(f"{e.title}: {world.articles[e.title]}" for e in some)
-                steps = rng.sample(steps, min(5, len(steps)))
-                t = codec.build(to_read, [("result", seen)] + [part for s in steps for part in (("think", s["ask"]), ("think", s["found"]))])
+                t = codec.build(to_read, [("result", "\n".join(f"{e.title}: {world.articles[e.title]}" for e in some))])
+                for s in rng.sample(steps, min(5, len(steps))):
+                    t.add(codec.encode(s["ask"]), THINK, 0)
+                    t.add(codec.encode(s["found"]), THINK, 1)
         out.append(t)
         count += len(t.ids)
     return out

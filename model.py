@@ -45,7 +45,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw, where):
         """A config.json's content -> ModelConfig. Raises Problem for what this network can't compute."""
-        arch = (raw.get("architectures") or ["none named"])[0]
+        by_type = {v: k for k, v in SUPPORTED.items()}         # a GGUF file names its model_type alone
+        arch = (raw.get("architectures") or [by_type.get(raw.get("model_type"), f"of type {raw.get('model_type')}")])[0]
         if arch not in SUPPORTED:
             raise Problem(f"{where}: architecture {arch} is not supported; supported: {', '.join(SUPPORTED)}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -53,7 +54,7 @@ class ModelConfig:
             raise Problem(f"{where}: rope scaling and sliding windows are not supported; take a checkpoint without them")
         if raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias") or (raw.get("attention_bias") and arch != "Qwen2ForCausalLM"):
             raise Problem(f"{where}: only silu and no extra biases are supported")
-        raw = dict(raw, rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+        raw = dict(raw, architectures=[arch], rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
                    num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
                    head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
                    tie_word_embeddings=raw.get("tie_word_embeddings", False))
@@ -92,8 +93,8 @@ class LM:
         if len(tok) > model.config.vocab_size:
             raise Problem(f"model: the tokenizer has {len(tok)} entries, the network {model.config.vocab_size}; they are not a pair")
 
-    def decoder(self, prompts, max_len):
-        return self.backend.Decoder(self.model, prompts, max_len)
+    def decoder(self, prompts):
+        return self.backend.Decoder(self.model, prompts)
 
     def save(self, folder):
         """Write a Hugging Face folder. All or nothing: the files lie beside it until they are complete."""

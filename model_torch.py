@@ -136,16 +136,17 @@ class Decoder:
     """Rows that grow at their own pace on one KV cache: `decode` until a stop, `keep` the live rows, `feed` observations.
 
     Row b holds length[b] tokens; a key is visible to a query at position p if its own position is <= p, so a row needs no
-    left padding and what lies beyond its length is never seen.
+    left padding and what lies beyond its length is never seen. The cache grows in blocks as rows grow.
     """
+    BLOCK = 64
 
-    def __init__(self, model, prompts, max_len):
+    def __init__(self, model, prompts):
         self.model, c = model, model.config
         first = {}
         order = [first.setdefault(tuple(p), len(first)) for p in prompts]           # equal prompts are prefilled once
         self.length = np.zeros(len(first), dtype=np.int64)
         dtype = model.model.embed_tokens.weight.dtype
-        shape = (len(first), c.num_key_value_heads, max_len, c.head_dim)
+        shape = (len(first), c.num_key_value_heads, 0, c.head_dim)
         self.k = [torch.zeros(shape, device=model.device, dtype=dtype) for _ in range(c.num_hidden_layers)]
         self.v = [torch.zeros(shape, device=model.device, dtype=dtype) for _ in range(c.num_hidden_layers)]
         self.logits = torch.zeros(len(first), c.vocab_size, device=model.device)
@@ -159,7 +160,8 @@ class Decoder:
             return
         index = torch.as_tensor(rows, device=self.model.device)
         self.length = self.length[rows]
-        self.k, self.v = [k[index] for k in self.k], [v[index] for v in self.v]
+        used = int(self.length.max())
+        self.k, self.v = [k[index, :, :used] for k in self.k], [v[index, :, :used] for v in self.v]
         self.logits = self.logits[index]
         self.pending = [list(self.pending[r]) for r in rows]
 
@@ -180,16 +182,18 @@ class Decoder:
     def _forward(self, ids):
         rows, T = ids.shape
         start = torch.as_tensor(self.length, device=ids.device)
-        keys = min(int(self.length.max()) + T, self.k[0].shape[2])
+        keys = int(self.length.max()) + T
+        if keys > self.k[0].shape[2]:
+            more = -(-keys // self.BLOCK) * self.BLOCK - self.k[0].shape[2]
+            self.k, self.v = [F.pad(k, (0, 0, 0, more)) for k in self.k], [F.pad(v, (0, 0, 0, more)) for v in self.v]
         positions = start[:, None] + torch.arange(T, device=ids.device)             # (rows, T)
-        slots = positions.clamp(max=self.k[0].shape[2] - 1)                         # padding may reach past the end
         mask = torch.arange(keys, device=ids.device) <= positions[..., None]        # (rows, T, keys)
         every = torch.arange(rows, device=ids.device)[:, None]
 
         def write(i):
             def cache(k, v):
-                self.k[i][every, :, slots] = k.transpose(1, 2)
-                self.v[i][every, :, slots] = v.transpose(1, 2)
+                self.k[i][every, :, positions] = k.transpose(1, 2)
+                self.v[i][every, :, positions] = v.transpose(1, 2)
                 return self.k[i][:, :, :keys], self.v[i][:, :, :keys]
             return cache
         return self.model(ids, positions, [write(i) for i in range(len(self.k))], mask[:, None])

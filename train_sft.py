@@ -96,7 +96,7 @@ def make_data(lm, task, s, folder):
     """The three data sets of SFT, built by asking the base model and searching with the real tool. Kept as token ids."""
     rng = random.Random(f"sft {s.seed}")
     chains, thoughts = task.train(s.coa, "coa"), task.train(s.cot, "cot", p_head=1.0)
-    contrast = task.train(s.pairs, "act") + task.train(s.pairs, "think", p_head=1.0)
+    contrast = list({q["id"]: q for q in task.train(s.pairs, "act") + task.train(s.pairs, "think", p_head=1.0)}.values())
     known, said = recall(lm, chains + thoughts + contrast, s)
     coa, counts = data.teach(lm.codec, chains, known, task.search)
     cot = [data.cot(lm.codec, q) for q in thoughts if all(step["fact"] in known for step in q["metadata"]["steps"])]
@@ -107,6 +107,10 @@ def make_data(lm, task, s, folder):
     pairs = rng.sample(act, min(half, len(act))) + rng.sample(think, min(half, len(think)))
     rng.shuffle(pairs)
     facts = data.facts_of(chains)
+    long = [t for t in [t for _, t in coa] + cot if len(t.ids) > s.max_len]
+    if long:
+        print(f"{len(long)} trajectories are longer than max_len {s.max_len} (the longest has {max(len(t.ids) for t in long)} tokens) and are left out")
+    coa, cot = [(q, t) for q, t in coa if len(t.ids) <= s.max_len], [t for t in cot if len(t.ids) <= s.max_len]
     print(f"base model knows {len(known & set(facts))} of {len(facts)} facts; {len(coa)} chains of action ({counts['searches']} searches, "
           f"{counts['misses']} missed, {counts['dropped']} chains dropped), {len(cot)} chains of thought; "
           f"{len(pairs)} pairs of {len(act)} where acting was right and {len(think)} where thinking was", flush=True)

@@ -89,7 +89,7 @@ def react(lm, questions, search, s, max_steps=4, examples="", desc=None):
             live = list(range(at, min(at + s.batch_rows, len(questions))))
             for i in live:
                 out[i].add(w.prompt(questions[i]["question"]), PROMPT, 0)
-            dec = lm.decoder([out[i].ids for i in live], s.max_len)
+            dec = lm.decoder([out[i].ids for i in live])
 
             def write(stops, role, budget):
                 """Let the model write on each live row; its text, without the stop."""

@@ -31,7 +31,7 @@ def fidelity(lm, trajectories, s):
                 real.append(t.ids[i + 1:t.ids.index(lm.codec.end_result, i)])
     imagined = []
     for at in range(0, len(contexts), s.batch_rows):
-        dec = lm.decoder(contexts[at:at + s.batch_rows], s.max_len + s.max_observation)
+        dec = lm.decoder(contexts[at:at + s.batch_rows])
         ids, _ = dec.decode([lm.codec.end_result, lm.codec.eos], [s.max_observation] * len(contexts[at:at + s.batch_rows]), 0.0)
         imagined += ids
     texts = [(lm.codec.decode(a).replace(autocoa.TAGS["end_result"], "").strip(), lm.codec.decode(b).strip()) for a, b in zip(imagined, real)]

@@ -1,7 +1,9 @@
-"""The teacher on the nano world and on real questions, contrastive pairs, files of questions and passages, batches."""
+"""Files of questions and passages, the pools of a run, the search tool, and batches (data.py, tools.py)."""
 import gzip
 import json
+import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -9,189 +11,11 @@ import pytest
 import data
 import miniwiki
 import tools
-from autocoa import OBSERVATION, PROMPT, Codec, Trajectory
+from autocoa import Trajectory
 from common import Problem, Settings
 
-WORLD = miniwiki.World(0, "train")
-SEARCH = tools.library(WORLD.passages(), 2)
-QUESTIONS = [q for name in data.MIX for q in WORLD.questions(name, 80, random.Random(name))]
-FACTS = sorted(data.facts_of(QUESTIONS))
-KNOWN = set(random.Random(0).sample(FACTS, len(FACTS) // 2))
-
-
-@pytest.fixture(scope="module")
-def nano():
-    return Codec(data.nano_tokenizer(2048, data.nano_text(WORLD)))
-
-
-def segments(codec, t):
-    """[(role, text)] of the runs of one role after the prompt."""
-    out = []
-    for i, r in zip(t.ids, t.role):
-        if out and out[-1][0] == r:
-            out[-1][1].append(i)
-        elif r != PROMPT:
-            out.append((r, [i]))
-    return [(r, codec.decode(ids).strip()) for r, ids in out]
-
-
-# ---- the teacher on the nano world --------------------------------------------------------------------------------------
-def test_chains_replay(nano):
-    """Each query of each chain, asked again of the real tool, gives the same observation, token for token. Guards: a miss
-    that is papered over, an observation that is cut or written for the occasion."""
-    chains, counts = data.teach(nano, QUESTIONS, KNOWN, SEARCH)
-    assert len(chains) + counts["dropped"] == len(QUESTIONS) and len(chains) > 0.9 * len(QUESTIONS)
-    for q, t in chains:
-        seen = [i for i, r in zip(t.ids, t.role) if r == OBSERVATION]
-        again = SEARCH(t.queries)
-        assert t.observations == again
-        assert seen == [i for o in again for i in [nano.result, *nano.encode(o), nano.end_result]]
-        asked = [text.removeprefix("<begin_search>").removesuffix("</end_search>").strip() for r, text in segments(nano, t) if r == 2]
-        assert asked == t.queries
-        assert nano.well_formed(t) and nano.answer(t) in q["golden_answers"]
-        assert t.mask == [int(r not in (PROMPT, OBSERVATION)) for r in t.role]
-    assert counts["searches"] >= sum(len(t.queries) for _, t in chains)
-
-
-def test_the_teacher_searches_for_what_is_not_known(nano):
-    """Known facts are recalled without a call, unknown ones are searched for; both by what the base model said, not by label."""
-    for q, t in data.teach(nano, QUESTIONS, KNOWN, SEARCH)[0]:
-        plan = q["metadata"]["steps"]
-        for s in plan:
-            used = [query for query in s["queries"] if query in t.queries]
-            assert bool(used) == (s["fact"] not in KNOWN) or any(query in s2["queries"] for query in used for s2 in plan if s2["fact"] not in KNOWN)
-            assert (s["recall"] in nano.decode(t.ids)) >= (s["fact"] in KNOWN)
-    everything = data.teach(nano, QUESTIONS, set(FACTS), SEARCH)
-    assert all(t.queries == [] for _, t in everything[0]) and everything[1] == {"searches": 0, "misses": 0, "dropped": 0}
-
-
-def test_a_miss_is_kept_and_reworded(nano):
-    """The question names a thing by a former name, which no article has for its title."""
-    former = [q for q in QUESTIONS if q["metadata"]["steps"][0]["queries"][1].startswith("once called")]
-    chains, counts = data.teach(nano, former, set(), SEARCH)
-    missed = [(q, t) for q, t in chains if q["metadata"]["steps"][0]["queries"][1] in t.queries]
-    assert len(missed) > 5 and counts["misses"] >= len(missed)
-    for q, t in missed:
-        first = q["metadata"]["steps"][0]
-        words = [text for _, text in segments(nano, t)]
-        assert t.queries[:2] == first["queries"]
-        assert first["title"] + ":" not in t.observations[0] and first["title"] + ":" in t.observations[1]
-        assert words[3] == "Not found." and words[6].startswith(first["found"])
-
-
-def test_chains_of_thought_have_no_action(nano):
-    """CoT that is mixed in: every fact recalled once, no tool, the golden answer."""
-    for q in QUESTIONS:
-        t = data.cot(nano, q)
-        assert t.queries == [] and OBSERVATION not in t.role and nano.well_formed(t)
-        assert nano.answer(t) in q["golden_answers"]
-        for s in q["metadata"]["steps"]:
-            assert nano.decode(t.ids).count(s["ask"] + " " + s["recall"]) == 1
-
-
-def test_base_data_holds_no_chain_of_action(nano):
-    """Guards: a base model that is already an agent. Of single skills, none both searches and reads or answers after it."""
-    texts = data.base_data(nano, [WORLD], [tools.BM25(WORLD.passages(), 2)], random.Random(0), 60_000)
-    assert 60_000 <= sum(len(t.ids) for t in texts) < 62_000
-    kinds = {(nano.search in t.ids, nano.result in t.ids, nano.boxed in t.ids) for t in texts}
-    assert kinds >= {(True, False, False), (False, True, True), (False, False, True)}
-    assert not any(search and (read or answer) for search, read, answer in kinds)
-    assert all(m == 0 for t in texts for m, r in zip(t.mask, t.role) if r == OBSERVATION)
-
-
-# ---- pairs of SFT-1 -----------------------------------------------------------------------------------------------------
-def test_pairs_of_both_directions(nano):
-    """Acting is chosen where recall was wrong and acting right, thinking where recall was right and acting wrong; nothing is
-    learned where both agree. The sides share a prefix without loss and part at its end."""
-    recalled = {f: data.facts_of(QUESTIONS)[f][1][0] if f in KNOWN else "Nobody" for f in FACTS}
-    acted = {q["id"]: random.Random(q["id"]).random() < 0.5 for q in QUESTIONS}
-    by_recall = {q["id"]: all(s["fact"] in KNOWN for s in q["metadata"]["steps"]) for q in QUESTIONS}
-    acts, thinks = data.pairs(nano, QUESTIONS, recalled, acted)
-    assert len(acts) == sum(acted[q["id"]] and not by_recall[q["id"]] for q in QUESTIONS) > 10
-    assert len(thinks) == sum(by_recall[q["id"]] and not acted[q["id"]] for q in QUESTIONS) > 10
-    for pairs, chosen_acts in ((acts, True), (thinks, False)):
-        for chosen, rejected in pairs:
-            cut = chosen.mask.index(1)
-            assert chosen.ids[:cut] == rejected.ids[:cut] and chosen.ids[cut] != rejected.ids[cut]
-            for t in (chosen, rejected):
-                assert t.mask == [0] * cut + [1] * (len(t.ids) - cut) and nano.search not in t.ids[:cut]
-            assert (chosen.ids[cut] == nano.search, rejected.ids[cut] == nano.search) == (chosen_acts, not chosen_acts)
-            assert nano.end_search == (chosen if chosen_acts else rejected).ids[-1]
-            thought = nano.decode((rejected if chosen_acts else chosen).ids[cut:])
-            assert thought.startswith(" I recall") and ("Nobody" in thought) == chosen_acts
-
-
-def test_pools_are_apart():
-    """Training questions of the pools of a run differ, and evaluation's come from another world."""
-    task = data.load_task(Settings(eval_questions=20))
-    pools = [task.train(100, "coa"), task.train(100, "cot", p_head=1.0), task.train(100, "act")]
-    texts = [q["question"] for pool in pools for q in pool]
-    assert len(set(texts)) == len(texts) == 300
-    assert len({q["id"] for pool in pools for q in pool}) == 300
-    assert {name: len(rows) for name, rows in task.evaluation.items()} == dict.fromkeys(miniwiki.SETS, 20)
-    assert all(s["head"] for q in pools[1] for s in q["metadata"]["steps"])
-    assert not any(q["id"].startswith("compose") for q in pools[0])
-
-
-# ---- real questions: a corpus made for this test ----------------------------------------------------------------------
-CORPUS = [('"Orla Venn"', "Orla Venn (born 1931) was a potter. She grew up in Tallow. Her kiln burned in 1960."),
-          ('"The Clay Hour"', "The Clay Hour is a novel. It was written by Orla Venn. Critics were kind."),
-          ('"Tallow (town)"', "Tallow is a small town. It lies in Marrow County, by the sea."),
-          ('"Marrow County"', "Marrow County has four towns and one bridge."),
-          ('"Clay pipe"', "A clay pipe is a pipe made of clay. Its hour of fame has passed.")]
-PASSAGES = [{"id": str(i), "contents": f"{title}\n{text}"} for i, (title, text) in enumerate(CORPUS)]
-
-
-def real(question, golden, titles=(), name="hotpotqa_1", **more):
-    q = {"id": name, "question": question, "golden_answers": golden, "metadata": {"gold_titles": list(titles), **more}}
-    q["metadata"]["steps"] = data.real_steps(q)
-    return q
-
-
-def taught(codec, q, top_k=1):
-    chains, counts = data.teach(codec, [q], set(), tools.library(PASSAGES, top_k))
-    return (chains[0][1] if chains else None), counts
-
-
-def test_a_real_bridge(nano):
-    """First the passage that the question names, then the one that it leads to; what is said of each is the passage's own
-    sentence that holds the next title, then the answer."""
-    q = real("Where did the author of The Clay Hour grow up?", ["Tallow"], ["Orla Venn", "The Clay Hour"])
-    t, counts = taught(nano, q)
-    assert t.queries == ["The Clay Hour", "Orla Venn"] and counts["misses"] == 0
-    words = [text for _, text in segments(nano, t)]
-    assert words[3].startswith("It was written by Orla Venn.") and words[6].startswith("She grew up in Tallow.")
-    assert nano.answer(t) == "Tallow" and nano.well_formed(t)
-
-
-def test_a_real_miss_is_kept(nano):
-    """The question's own words find another passage; the miss stays, and the title is tried."""
-    q = real("What does the pipe of clay of fame lie near in the county?", ["Marrow County"], ["Tallow (town)"], "nq_1")
-    t, counts = taught(nano, q)
-    assert t.queries == [q["question"], "Tallow (town)"] and counts == {"searches": 2, "misses": 1, "dropped": 0}
-    words = [text for _, text in segments(nano, t)]
-    assert t.observations[0].startswith("Clay pipe:") and words[3] == "Not found." and words[6].startswith("It lies in Marrow County, by the sea.")
-
-
-def test_a_chain_without_its_answer_is_dropped(nano):
-    """The right passage comes back and does not hold the golden answer: no chain, since it would be made up."""
-    for golden in (["Tallowby"], ["the moon"]):
-        t, counts = taught(nano, real("Where did Orla Venn grow up?", golden, ["Orla Venn"], "nq_2"))
-        assert t is None and counts["dropped"] == 1
-    t, counts = taught(nano, real("Zork?", ["Tallow"], [], "nq_3"))
-    assert t is None and counts == {"searches": 1, "misses": 1, "dropped": 1}
-
-
-def test_evidence_holds_the_answer(nano):
-    """The answer counts as whole words after normalisation, and is still in the sentence that the chain quotes, however long."""
-    def found(text, holds):
-        return data.found({"title": "A", "holds": holds}, f"A: {text}")
-    assert found("He likes cats. He was born in The Hague!", ["Hague"]) == "He was born in The Hague!"
-    assert found("Scattered.", ["cat"]) == found("Nothing.", ["cat"]) == data.found({"title": "B", "holds": ["cat"]}, "A: A cat.") == ""
-    assert "Tallow" in found("Very " * 60 + "old is Tallow.", ["Tallow"])
-
-
 # ---- files ----------------------------------------------------------------------------------------------------------
+PASSAGES = [{"id": "0", "contents": '"Silver River"\nA film.'}, {"id": "1", "contents": '"Eva Moss"\nA star.'}]
 GOOD = {"id": "dev_0", "question": "Who?", "golden_answers": ["Eva"]}
 
 
@@ -261,6 +85,40 @@ def test_a_broken_gzip_file(tmp_path):
 def test_split_passage(contents, title, text):
     """FlashRAG's form, without quotes too, and the older `Title: T Text: body`."""
     assert tools.split_passage(contents) == (title, text)
+
+
+def test_pools_are_apart():
+    """Training questions of the pools of a run differ, and evaluation's come from another world."""
+    task = data.load_task(Settings(eval_questions=20))
+    pools = [task.train(100, "coa"), task.train(100, "cot", p_head=1.0), task.train(100, "act")]
+    texts = [q["question"] for pool in pools for q in pool]
+    assert len(set(texts)) == len(texts) == 300
+    assert len({q["id"] for pool in pools for q in pool}) == 300
+    assert {name: len(rows) for name, rows in task.evaluation.items()} == dict.fromkeys(miniwiki.SETS, 20)
+    assert all(s["head"] for q in pools[1] for s in q["metadata"]["steps"])
+    assert not any(q["id"].startswith("compose") for q in pools[0])
+
+
+# ---- the search tool ------------------------------------------------------------------------------------------------
+def test_bm25_by_hand():
+    """Scores by the formula (Lucene's idf; k1 1.5, b 0.75; the title three times) rank three passages as the tool does."""
+    passages = ['"Silver River"\nA film. It was directed by Eva Moss.', '"Eva Moss"\nShe was born in Iron Hill near the Silver River.', '"Iron Hill"\nIt lies by a river of silver.']
+    docs = [re.findall(r"\w+", f"{t} {t} {t} {x}".lower()) for t, x in (p.replace('"', "").split("\n") for p in passages)]
+    mean = sum(map(len, docs)) / 3
+
+    def score(query, doc):
+        total = 0.0
+        for w in re.findall(r"\w+", query.lower()):
+            n, tf = sum(w in d for d in docs), doc.count(w)
+            total += math.log(1 + (3 - n + 0.5) / (n + 0.5)) * tf / (tf + 1.5 * (1 - 0.75 + 0.75 * len(doc) / mean))
+        return total
+    tool = tools.BM25([{"id": str(i), "contents": p} for i, p in enumerate(passages)], top_k=3)
+    for query in ("Silver River", "eva moss born", "Iron", "who directed the film", "river of silver"):
+        scores = [score(query, d) for d in docs]
+        order = [i for i in sorted(range(3), key=lambda i: -scores[i]) if scores[i] > 0]
+        assert [i for i in tool.ranked([query])[0] if i >= 0] == order
+    assert tool(["zebra", "Iron Hill"]) == ["Nothing found.", "\n".join(
+        ["Iron Hill: It lies by a river of silver.", "Eva Moss: She was born in Iron Hill near the Silver River."])]
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_cached_equals_uncached(net):
     """Feeds of other lengths for each row, none for some; decoding in between; rows dropped, doubled and put in another
     order: after each, the next-token logits are those of the row's whole text. Guards: a wrong position, a key of another
     row, of padding or of a stopped row, a sampled token that never enters the cache."""
-    dec = Decoder(net.model, PROMPTS, 64)
+    dec = Decoder(net.model, PROMPTS)
     rows = [list(p) for p in PROMPTS]
 
     def check():
@@ -69,7 +69,7 @@ def test_cached_equals_uncached(net):
 def test_batched_equals_single(net):
     """Greedy, rows of different length and different limits: token for token what the slow loop gives for each alone."""
     stops, limits = [40, 41, 42], [12, 5, 20, 1]
-    dec = Decoder(net.model, PROMPTS, 40)
+    dec = Decoder(net.model, PROMPTS)
     ids, _ = dec.decode(stops, limits, 0.0)
     assert ids == [greedy(net, p, stops, n) for p, n in zip(PROMPTS, limits)]
     dec.feed([[9]] * 4)
@@ -79,9 +79,9 @@ def test_batched_equals_single(net):
 
 def test_stops_end_a_row_and_are_kept(lm):
     """The stop id is the last of its row; the other rows go on."""
-    free, _ = Decoder(lm.model, PROMPTS, 40).decode([], [8] * 4, 0.0)
+    free, _ = Decoder(lm.model, PROMPTS).decode([], [8] * 4, 0.0)
     stop = free[1][3]
-    ids, logps = Decoder(lm.model, PROMPTS, 40).decode([stop], [8] * 4, 0.0)
+    ids, logps = Decoder(lm.model, PROMPTS).decode([stop], [8] * 4, 0.0)
     for new, whole, lp in zip(ids, free, logps):
         assert new == (whole[:whole.index(stop) + 1] if stop in whole else whole)
         assert len(lp) == len(new)
@@ -89,8 +89,8 @@ def test_stops_end_a_row_and_are_kept(lm):
 
 def test_leaving_early_and_going_on(lm):
     """With `leave`, decoding may stop while some rows still write; with what they write in the next call they have written the same."""
-    whole, _ = Decoder(lm.model, PROMPTS, 64).decode([], [3, 3, 3, 20], 0.0)
-    dec = Decoder(lm.model, PROMPTS, 64)
+    whole, _ = Decoder(lm.model, PROMPTS).decode([], [3, 3, 3, 20], 0.0)
+    dec = Decoder(lm.model, PROMPTS)
     first, _ = dec.decode([], [3, 3, 3, 20], 0.0, leave=0.25)
     assert [len(x) for x in first] == [3, 3, 3, 3]
     dec.keep([3])
@@ -104,7 +104,7 @@ def test_equal_prompts_share_a_prefill(lm, monkeypatch):
     seen = []
     forward = Decoder._forward
     monkeypatch.setattr(Decoder, "_forward", lambda self, ids: seen.append(tuple(ids.shape)) or forward(self, ids))
-    dec = Decoder(lm.model, [PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[1]], 64)
+    dec = Decoder(lm.model, [PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[1]])
     assert seen == [(2, 11)]
     dec.feed([[50], [51], [52], [53, 54]])
     for logits, ids in zip(dec.logits.numpy(), (PROMPTS[1] + [50], PROMPTS[0] + [51], PROMPTS[1] + [52], PROMPTS[1] + [53, 54])):
@@ -116,7 +116,7 @@ def test_logprobs_while_sampling_equal_score(net, temperature):
     """What `decode` notes for each token is what `score` says of the finished sequence at that temperature (greedy: 1); over
     two turns with an observation between. Guards: a ratio in GRPO that is not 1 on the policy's own samples."""
     rng = np.random.default_rng(0)
-    dec = Decoder(net.model, PROMPTS, 64)
+    dec = Decoder(net.model, PROMPTS)
     first, logps1 = dec.decode([], [5, 9, 2, 7], temperature, rng)
     dec.feed([[60, 61, 62]] * 4)
     second, logps2 = dec.decode([], [4] * 4, temperature, rng)
@@ -132,7 +132,7 @@ def test_sampling_follows_the_softmax(codec, temperature):
     """20,000 draws of one token: frequencies within five standard deviations of softmax(logits / temperature), for each token."""
     lm = tiny(codec, spread=0.3)
     n = 20_000
-    dec = Decoder(lm.model, [PROMPTS[0]] * n, 4)
+    dec = Decoder(lm.model, [PROMPTS[0]] * n)
     ids, _ = dec.decode([], [1] * n, temperature, np.random.default_rng(0))
     z = uncached(lm, PROMPTS[0]).astype(np.float64) / temperature
     p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
@@ -144,14 +144,14 @@ def test_sampling_follows_the_softmax(codec, temperature):
 def test_sampling_is_repeatable_and_rows_differ(lm):
     """One seed, one text; equal prompts get draws of their own."""
     def draw(seed):
-        return Decoder(lm.model, [PROMPTS[0]] * 6, 40).decode([], [10] * 6, 1.0, np.random.default_rng(seed))[0]
+        return Decoder(lm.model, [PROMPTS[0]] * 6).decode([], [10] * 6, 1.0, np.random.default_rng(seed))[0]
     assert draw(0) == draw(0) != draw(1)
     assert len(set(map(tuple, draw(0)))) == 6
 
 
 def test_a_row_may_fill_the_cache(net):
     """The last slot belongs to the row that reaches it. Guards: padding of shorter rows, or a stopped row, written over it."""
-    dec = Decoder(net.model, PROMPTS, 16)
+    dec = Decoder(net.model, PROMPTS)
     dec.feed([[70] * 13, [71], [72], [73] * 8])
     assert dec.length.tolist() == [16, 12, 2, 15]
     for logits, ids in zip(dec.logits.numpy(), (PROMPTS[0] + [70] * 13, PROMPTS[1] + [71], PROMPTS[2] + [72], PROMPTS[3] + [73] * 8)):

@@ -13,7 +13,7 @@ import autocoa
 import model
 import model_torch
 import train_sft
-from autocoa import TAGS, Codec
+from autocoa import TAGS
 from common import Problem, Settings
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -84,9 +84,16 @@ def test_an_older_config(tmp_path):
     assert model.ModelConfig.from_dict({**raw, "rope_theta": 500.0}, "x").rope_theta == 500.0
 
 
+@pytest.mark.parametrize("name, arch", [("Llama", "LlamaForCausalLM"), ("Qwen2, tied", "Qwen2ForCausalLM"), ("Qwen3, wide heads", "Qwen3ForCausalLM")])
+def test_a_config_without_architectures(name, arch):
+    """A GGUF file names its model_type alone."""
+    config = model.ModelConfig.from_dict({**CHECKPOINTS[name]().to_dict(), "architectures": None}, "x")
+    assert config.architectures == [arch]
+
+
 @pytest.mark.parametrize("change, message", [
     ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
-    ({"architectures": None}, "none named"), ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling"), ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "rope scaling"),
+    ({"architectures": None, "model_type": "gpt2"}, "of type gpt2.*supported"), ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling"), ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "rope scaling"),
     ({"use_sliding_window": True}, "sliding"), ({"hidden_act": "gelu"}, "silu"), ({"mlp_bias": True}, "biases"), ({"attention_bias": True}, "biases")])
 def test_what_the_network_cannot_compute(change, message, tmp_path):
     """Guards: a checkpoint that loads without a word and computes something else."""

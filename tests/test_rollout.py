@@ -16,7 +16,7 @@ class Script:
         self.lines = [codec.tok.encode(line, add_special_tokens=False) for line in lines]
         self.filler, self.burst = codec.encode("x"), burst
 
-    def __call__(self, prompts, max_len):
+    def __call__(self, prompts):
         self.rows = [{"line": list(line), "seen": list(p), "at": 0} for line, p in zip(self.lines, prompts, strict=True)]
         self.all = self.rows
         return self
@@ -122,20 +122,13 @@ def forced_by_hand(codec, t, answer):
     assert t.role[-len(tail):] == [ANSWER] * len(tail)
 
 
-def test_actions_spent(codec):
-    """The call over the budget is not made; the answer is forced."""
-    line = "<begin_search> Eva Moss</end_search>" * 3 + " Ada}<eos>"
-    (t,), asked = run(codec, line, max_actions=2)
-    assert asked == [["Eva Moss"]] * 2 and len(t.queries) == 2
+@pytest.mark.parametrize("budget", [0, 1, 2])
+def test_actions_spent(codec, budget):
+    """The call over the budget is not made; the answer is forced. Budget 0 is a closed book: no observation ever."""
+    (t,), asked = run(codec, "<begin_search> Eva Moss</end_search>" * (budget + 1) + " Ada}<eos>", max_actions=budget)
+    assert asked == [["Eva Moss"]] * budget and t.role.count(OBSERVATION) == budget * len(codec.encode(SAYS["Eva Moss"]) + [0, 0])
     forced_by_hand(codec, t, " Ada}<eos>")
     assert codec.answer(t) == "Ada"
-
-
-def test_no_actions_allowed(codec):
-    """max_actions 0 is a closed book: no observation ever, not even an empty one."""
-    (t,), asked = run(codec, "<begin_search> Eva Moss</end_search> Ada}<eos>", max_actions=0)
-    assert asked == [] and OBSERVATION not in t.role
-    forced_by_hand(codec, t, " Ada}<eos>")
 
 
 def test_length_spent_in_a_thought(codec):

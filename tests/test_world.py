@@ -1,5 +1,4 @@
 """The nano world (miniwiki.py): the same bytes from a seed, apart in training and evaluation, and measurably hard."""
-import math
 import os
 import random
 import re
@@ -12,9 +11,10 @@ from conftest import ROOT
 
 import miniwiki
 import tools
+from common import Settings
 from miniwiki import OF_TYPE, PAIRS, RELATIONS, SETS, UNSEEN_PAIRS, World
 
-TRAINING = [World(seed, "train") for seed in (0, 1, 1000, 1001)]
+TRAINING = [World(0, "train", scale=Settings().train_scale), World(1, "train"), World(1000, "train"), World(1001, "train")]
 EVALUATION = [World(seed, "eval") for seed in (0, 1, 2)]
 
 
@@ -58,6 +58,15 @@ def test_another_seed_another_world():
     assert len({digest(seed, 0) for seed in range(3)}) == 3
     a, b = EVALUATION[:2]
     assert len(set(a.articles.values()) & set(b.articles.values())) < 0.2 * len(a.articles)
+
+
+def test_scale():
+    """The world of training is so many times as large, all of it tail, and as hard to tell apart."""
+    small, large = TRAINING[1], TRAINING[0]
+    heads = [sum(e.head for e in w.entities) for w in (small, large)]
+    assert heads[0] == heads[1]
+    assert len(large.entities) - heads[1] == Settings().train_scale * (len(small.entities) - heads[0])
+    assert len({e.title for e in large.entities}) == len(large.entities)
 
 
 # ---- apart --------------------------------------------------------------------------------------------------------------
@@ -214,7 +223,6 @@ def test_comparisons_by_hand():
         assert winner in q["golden_answers"]
         assert q["metadata"]["conclusion"] == "{} is before {}.".format(*sorted(s["answer"] for s in years))
     assert {len(q["metadata"]["steps"]) for q in rows} == {2, 4}
-    assert all(e.title in world.articles for e in world.entities)
 
 
 def test_sets_have_their_hops():
@@ -223,25 +231,3 @@ def test_sets_have_their_hops():
         hops = {name: {len(q["metadata"]["steps"]) for q in rows} for name, rows in sets.items()}
         assert {k: v for k, v in hops.items() if k != "compose"} == {"single": {1}, "typed": {1}, "bridge": {2}, "compare": {2, 4}, "chain": {3, 4}}
         assert len({q["question"] for q in every(sets)}) >= 0.98 * len(every(sets))
-
-
-# ---- the search tool ------------------------------------------------------------------------------------------------
-def test_bm25_by_hand():
-    """Scores by the formula (Lucene's idf; k1 1.5, b 0.75; the title three times) rank three passages as the tool does."""
-    passages = ['"Silver River"\nA film. It was directed by Eva Moss.', '"Eva Moss"\nShe was born in Iron Hill near the Silver River.', '"Iron Hill"\nIt lies by a river of silver.']
-    docs = [re.findall(r"\w+", f"{t} {t} {t} {x}".lower()) for t, x in (p.replace('"', "").split("\n") for p in passages)]
-    mean = sum(map(len, docs)) / 3
-
-    def score(query, doc):
-        total = 0.0
-        for w in re.findall(r"\w+", query.lower()):
-            n, tf = sum(w in d for d in docs), doc.count(w)
-            total += math.log(1 + (3 - n + 0.5) / (n + 0.5)) * tf / (tf + 1.5 * (1 - 0.75 + 0.75 * len(doc) / mean))
-        return total
-    tool = tools.BM25([{"id": str(i), "contents": p} for i, p in enumerate(passages)], top_k=3)
-    for query in ("Silver River", "eva moss born", "Iron", "who directed the film", "river of silver"):
-        scores = [score(query, d) for d in docs]
-        order = [i for i in sorted(range(3), key=lambda i: -scores[i]) if scores[i] > 0]
-        assert [i for i in tool.ranked([query])[0] if i >= 0] == order
-    assert tool(["zebra", "Iron Hill"]) == ["Nothing found.", "\n".join(
-        ["Iron Hill: It lies by a river of silver.", "Eva Moss: She was born in Iron Hill near the Silver River."])]
