@@ -259,7 +259,7 @@ class World:
         bridge = rng.choice([None, None, "director", "author", "singer", "founder"]) if kind == "person" else None
         first_kind = RELATIONS[bridge].domain if bridge else kind
         a, b = (self._start(rng, p_head, first_kind) for _ in range(2))
-        steps, years, typed = [], [], first_kind == "person"
+        steps, years = [], []
         for e in (a, b):
             typed_e = e.title != e.name
             subject = e

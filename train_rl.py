@@ -13,7 +13,6 @@ says otherwise, and groups whose rollouts all got the same reward are skipped, s
 """
 import json
 import math
-import random
 import time
 from pathlib import Path
 

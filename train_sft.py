@@ -17,7 +17,6 @@ import random
 import time
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 import autocoa

@@ -211,7 +211,7 @@ def test_a_question_means_one_thing(world, sets):
 
 def test_comparisons_by_hand():
     """The winner is worked out again from the articles' years and the words of the question."""
-    world, rows = EVALUATION[0], EVAL_QUESTIONS[0]["compare"]
+    rows = EVAL_QUESTIONS[0]["compare"]
     for q in rows:
         plan = q["metadata"]["steps"]
         years = [s for s in plan if s["answer"].isdigit()]
