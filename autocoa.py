@@ -111,10 +111,10 @@ class Codec:
 
     def answer(self, t):
         """The text in the last box of a trajectory, "" where there is none."""
-        ids = t.ids[t.role.index(THINK) if THINK in t.role else 0:]
-        if self.boxed not in ids:
+        boxes = [i for i, (token, role) in enumerate(zip(t.ids, t.role)) if token == self.boxed and role == ANSWER]
+        if not boxes:
             return ""
-        ids = ids[len(ids) - ids[::-1].index(self.boxed):]
+        ids = t.ids[boxes[-1] + 1:]
         ends = [i for i, token in enumerate(ids) if token in (self.close, self.eos)]
         return self.decode(ids[:ends[0]] if ends else ids).strip()
 
@@ -127,7 +127,7 @@ class Codec:
                   self.end_result: "]", self.boxed: "A", self.eos: "$"}
         shape = "".join("o" if r == OBSERVATION and i not in (self.result, self.end_result) else letter.get(i, "x")
                         for i, r in zip(t.ids, t.role) if r != PROMPT)
-        return (not t.forced and re.fullmatch(r"(x*Sx+E\[o*\])*x*KAx+\$", shape) is not None
+        return (not t.forced and re.fullmatch(r"(x*Sx+E\[o*\])*x*KAxx+\$", shape) is not None
                 and t.ids[-2] == self.close)
 
 
@@ -224,13 +224,20 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
     live = list(done)                                       # row i of the decoder is live[i]
     dec = decoder(prompts)
     state = {id(t): THINK for t in live}
+    ends = {}                                               # where a forced answer must end
     stops = [codec.eos, codec.end_search]
 
     def room(t):                                            # tokens left before the forced answer must begin
         return max_len - max_answer - 8 - len(t.ids)
 
+    def force(t):                                           # close the thought and open the box: not the policy's tokens
+        t.forced, state[id(t)] = True, ANSWER
+        t.add([codec.end_think, codec.boxed], ANSWER, 0)
+        ends[id(t)] = len(t.ids) + max_answer
+        return [codec.end_think, codec.boxed]
+
     while live:
-        limits = [max(1, min(max_answer, max_len - 1 - len(t.ids)) if t.forced else room(t)) for t in live]
+        limits = [max(1, ends[id(t)] - len(t.ids) if t.forced else room(t)) for t in live]
         ids, logps = dec.decode(stops, limits, temperature, rng, leave=0.25)
         feeds, acting, keep = [], [], []
         for row, t in enumerate(live):
@@ -249,13 +256,13 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
                     acting.append(len(keep))
                     feeds.append([codec.result])
                 else:
-                    feeds.append(force(codec, t))
+                    feeds.append(force(t))
             elif last not in stops and len(ids[row]) < limits[row]:
                 feeds.append([])                            # still writing: it goes on in the next turn
             elif last in (codec.eos, codec.end_search) or t.forced or state[id(t)] == ANSWER:
                 continue                                    # answered, or beyond repair
             else:
-                feeds.append(force(codec, t))
+                feeds.append(force(t))
             keep.append(row)
         live = [live[row] for row in keep]
         if not live:
@@ -276,18 +283,11 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
                 live[i].observations.append(text)
                 feeds[i] = [codec.result] + codec.encode(text) + [codec.end_result]
                 if len(feeds[i]) > room(live[i]):           # never cut an observation silently: it does not fit, so answer now
-                    feeds[i] = force(codec, live[i])
+                    feeds[i] = force(live[i])
                 else:
                     live[i].add(feeds[i], OBSERVATION, 0)
         dec.feed(feeds)
     return done
-
-
-def force(codec, t):
-    """The forced answer: close the thought and open the box. Not the policy's tokens."""
-    t.forced = True
-    t.add([codec.end_think, codec.boxed], ANSWER, 0)
-    return [codec.end_think, codec.boxed]
 
 
 COLORS = {PROMPT: "\033[90m", THINK: "\033[0m", ACTION: "\033[1;34m", OBSERVATION: "\033[33m", ANSWER: "\033[1;32m"}

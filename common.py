@@ -32,7 +32,7 @@ class Settings:
     # -- the nano model and its base stage
     vocab_size: int = 2048              # of the nano tokenizer
     width: int = 128                    # hidden size
-    layers: int = 4
+    layers: int = 4                     # blocks
     base_tokens: int = 2_400_000        # tokens of pretraining
     train_scale: int = 4                # size of the training world: too large to learn by heart, so that reading is learned
     # -- SFT (paper 3.2; counts are the authors')
@@ -55,15 +55,15 @@ class Settings:
     questions: int = 48                 # a step
     rollouts: int = 5                   # a question
     rl_questions: int = 4608            # the pool they come from
-    temperature: float = 0.6
-    rl_lr: float = 3e-4
-    rl_muon_lr: float = 2e-3
+    temperature: float = 0.6            # of sampling; log-probs in the loss are at the same temperature
+    rl_lr: float = 3e-4                 # AdamW
+    rl_muon_lr: float = 2e-3            # Muon
     minibatches: int = 1                # optimizer steps a batch of rollouts is cut into
-    clip_low: float = 0.2
-    clip_high: float = 0.28
+    clip_low: float = 0.2               # the ratio is clipped below 1 - clip_low
+    clip_high: float = 0.28             # and above 1 + clip_high
     kl: float = 0.0                     # weight of the k3 KL to the SFT policy
     advantage_std: bool = False         # divide advantages by the group's standard deviation, as the authors' code does
-    format_penalty: float = 0.5
+    format_penalty: float = 0.5         # taken off the reward of a malformed trajectory
     call_cost: float = 0.0              # taken off the reward for each call
     ask: str = ""                       # autocoa.py: the question to answer
     # -- ablations
@@ -72,7 +72,7 @@ class Settings:
     out: str = ""                       # .. into this folder, instead of the stage's own
     # -- rollouts and evaluation
     top_k: int = 2                      # passages an observation holds
-    max_actions: int = 6
+    max_actions: int = 6                # calls of the tool
     max_len: int = 512                  # tokens of a trajectory, observations included
     max_answer: int = 12                # tokens of a forced answer
     max_thought: int = 48               # tokens that a workflow lets the model write at a time
@@ -202,7 +202,7 @@ def read_jsonl(path, what, setting):
     if not path.is_file():
         raise Problem(f"{setting}: no such file: {path}; expected {what}")
     rows = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for n, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
         try:
             rows.append((n, json.loads(line)))
         except ValueError:

@@ -161,7 +161,10 @@ def found(s, observation):
         for line in lines:
             for sentence in re.split(r"(?<=[.!?]) ", line.removeprefix(s["title"] + ":").strip()):
                 if f" {normalize(text)} " in f" {normalize(sentence)} ":
-                    return " ".join(sentence.split()[:40])
+                    words, n = sentence.split(), 40         # of a long sentence, 40 words that still hold it
+                    for at in range(0, max(1, len(words) - n // 2), n // 2):
+                        if f" {normalize(text)} " in f" {normalize(' '.join(words[at:at + n]))} ":
+                            return " ".join(words[at:at + n])
     return ""
 
 
@@ -256,8 +259,13 @@ def read_questions(path):
         golden = q.get("golden_answers")
         if not isinstance(golden, list) or not golden or not all(isinstance(g, str) and g.strip() for g in golden):
             raise Problem(f"{path}:{n}: question {q['id']!r} has no answers; golden_answers must be a list of texts")
+        if not isinstance(q.get("metadata") or {}, dict):
+            raise Problem(f"{path}:{n}: metadata of question {q['id']!r} must be an object")
         q["metadata"] = dict(q.get("metadata") or {})
         q["metadata"]["steps"] = real_steps(q)
+        q["id"] = f"{Path(path).stem}:{q['id']}"                # each data set counts from 0
+        for step in q["metadata"]["steps"]:
+            step["fact"] = q["id"]
         out.append(q)
     return out
 

@@ -93,7 +93,7 @@ def table(rows, sets):
 def run(s):
     start, root, task = time.time(), Path("out", s.run), data.load_task(s)
     questions = [q for rows in task.evaluation.values() for q in rows]
-    base = model.load(root / "base", s.device, "python train_sft.py")
+    base = model.load(root / "base", s.device, f"python train_sft.py --run={s.run}")
     known, _ = recall(base, questions, s)
     rows, predictions = {}, {}
     for row, stage in ROWS.items():

@@ -76,13 +76,16 @@ def read_passages(path):
     if not path.is_file():
         raise Problem(f"corpus: no such file: {path}; give a FlashRAG passage file with --corpus=FILE")
     rows = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-        for n, line in enumerate(f, 1):
-            try:
-                rows.append(json.loads(line))
-                rows[-1]["contents"].strip()
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise Problem(f"{path}:{n}: not a passage; expected one JSON object a line with \"id\" and \"contents\"") from None
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
+            for n, line in enumerate(f, 1):
+                try:
+                    rows.append(json.loads(line))
+                    rows[-1]["contents"].strip()
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise Problem(f"{path}:{n}: not a passage; expected one JSON object a line with \"id\" and \"contents\"") from None
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as e:
+        raise Problem(f"{path}: can't be read: {e}") from None
     if not rows:
         raise Problem(f"{path}: empty; expected one passage a line")
     return rows

@@ -108,7 +108,8 @@ def run(s):
         raise Problem(f"--stage: {s.stage!r} is not rl1 or rl2")
     root, task = Path("out", s.run), data.load_task(s)
     pool = task.train(s.rl_questions, "rl")
-    lm = model.load(root / (s.start or ("rl1" if s.stage == "rl2" else "sft3")), s.device, f"python train_sft.py --run={s.run}")
+    start = s.start or ("rl1" if s.stage == "rl2" else "sft3")
+    lm = model.load(root / start, s.device, f"python train_{'rl' if start.startswith('rl') else 'sft'}.py --run={s.run}")
     if s.stage != "rl2":    # the policy is its own search engine
         grpo(lm, s, s.out or "rl1", s.rl1_steps, pool, autocoa.IMAGINE, np.random.default_rng(s.seed))
     if s.stage != "rl1":    # the tool answers; it goes on where RL-1 left the pool

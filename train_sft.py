@@ -123,6 +123,8 @@ def write_trajectories(path, trajectories):
 
 
 def read_trajectories(path):
+    if not path.is_file():
+        raise Problem(f"{path} is missing; make it with: python train_sft.py --run={path.parts[-3]}")
     return [autocoa.Trajectory(**json.loads(line)) for line in path.read_text().splitlines()]
 
 

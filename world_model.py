@@ -47,8 +47,8 @@ def fidelity(lm, trajectories, s):
 
 def run(s):
     root, task = Path("out", s.run), data.load_task(s)
-    chains = read_trajectories(root / "data" / "coa.jsonl")[:200]
     lm = model.load(root / "sft3", s.device, f"python train_sft.py --run={s.run}")
+    chains = read_trajectories(root / "data" / "coa.jsonl")[:200]
     fresh = data.teach(lm.codec, [q for rows in task.evaluation.values() for q in rows[:30]], set(), task.eval_search)[0]
     rows = {}
     print(f"{'':8}{'training questions':>30}{'unseen questions':>30}\n{'':8}" + f"{'nll':>10}{'title':>10}{'words':>10}" * 2)
