@@ -1,6 +1,6 @@
 """Supervised training: the base model (nano path only), then the three SFT stages of AutoCoA (paper 3.2).
 
-    python train_sft.py                                        # nano, about 7 minutes on two cores
+    python train_sft.py                                        # nano, about 10 minutes on two cores
     python train_sft.py config/smollm2.py --model=FOLDER       # a real checkpoint on real questions
 
 base    nano: pretraining from scratch on head articles and single skills, so that there is a reasoning model to start from
@@ -53,7 +53,7 @@ def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
         log.write(step=i, **figures, lr=s.lr * rate, tokens=tokens, tokens_per_second=speed)
         bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tok/s")
     with open(log.folder / "rollouts.jsonl", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in workflows.sampled(lm, task.train(20, "coa")[:20], task.search, s))
+        f.writelines(json.dumps(row) + "\n" for row in workflows.sampled(lm, task.train(20, "coa")[:min(20, s.batch_rows // 4)], task.search, s))
     lm.save(folder)
 
 
@@ -156,6 +156,8 @@ def run(s):
     if "sft1" in todo:      # when to act
         pairs = list(zip(flat[0::2], flat[1::2]))
         steps = [pairs[i:i + 16] for i in range(0, len(pairs), 16)]
+        if not pairs:
+            print("no question was solved by exactly one of recalling and acting, so there are no pairs: SFT-1 leaves the model as it is")
         train(lm, s, task, s.out or "sft1", steps, autocoa.contrastive_loss, lambda b: pair_batches(b, s.micro_tokens, s.alpha), s.sft1_scale)
     for stage, scale, view in (("sft2", s.sft2_scale, lambda b: b), ("sft3", s.sft3_scale, unmask)):
         if stage in todo:   # how to act, observations masked; then the world model, observations learned too

@@ -52,6 +52,13 @@ def test_good_questions(tmp_path):
     assert all(q["metadata"]["steps"] for q in questions)
 
 
+def test_two_hops_whatever_the_id(tmp_path):
+    """FlashRAG's HotpotQA rows are called train_0, train_1 ..: the plan for two gold passages is two searches all the same."""
+    row = {"id": "train_0", "question": "Where did the author of The Clay Hour grow up?", "golden_answers": ["Tallow"], "metadata": {"gold_titles": ["Orla Venn", "The Clay Hour"]}}
+    q, = data.read_questions(write(tmp_path / "hotpotqa_train.jsonl", row))
+    assert [s["title"] for s in q["metadata"]["steps"]] == ["The Clay Hour", "Orla Venn"]
+
+
 def test_data_sets_may_use_the_same_ids(tmp_path):
     """FlashRAG numbers each set from train_0 on. Guards: what is known of one question passes for another's."""
     a, b = write(tmp_path / "nq.jsonl", GOOD), write(tmp_path / "triviaqa.jsonl", {**GOOD, "question": "What?", "golden_answers": ["Ada"]})
