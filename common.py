@@ -202,7 +202,8 @@ def read_jsonl(path, what, setting):
     if not path.is_file():
         raise Problem(f"{setting}: no such file: {path}; expected {what}")
     rows = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
+    text = path.read_text(encoding="utf-8").removesuffix("\n")
+    for n, line in enumerate(text.split("\n") if text else [], 1):      # not splitlines, which also cuts at U+2028
         try:
             rows.append((n, json.loads(line)))
         except ValueError:

@@ -262,7 +262,7 @@ def read_questions(path):
         if not isinstance(q.get("metadata") or {}, dict):
             raise Problem(f"{path}:{n}: metadata of question {q['id']!r} must be an object")
         q["metadata"] = dict(q.get("metadata") or {})
-        q["metadata"]["steps"] = real_steps(q)
+        q["metadata"]["steps"] = real_steps(q, Path(path).stem)
         q["id"] = f"{Path(path).stem}:{q['id']}"                # each data set counts from 0
         for step in q["metadata"]["steps"]:
             step["fact"] = q["id"]
@@ -270,12 +270,13 @@ def read_questions(path):
     return out
 
 
-def real_steps(q):
+def real_steps(q, source=""):
     """A teacher's plan for a real question, from what its gold passages name.
 
     Where gold titles are marked: a search a title, in the order in which the question names them, and the last passage
     must hold the answer. Else one search with the question itself. A title that shares no word with the question is
-    nothing a reader could ask for, so the question goes first and the title is the rewording.
+    nothing a reader could ask for, so the question goes first and the title is the rewording. source: the file's name, which
+    tells the sets of several hops.
     """
     question, golden = q["question"], q["golden_answers"]
     said = set(normalize(question).split())
@@ -287,7 +288,7 @@ def real_steps(q):
     fact = {"fact": str(q["id"]), "wordings": [question], "answers": golden, "recall": f"I recall {golden[0]}.", "head": False}
     if not titles or (len(titles) == 1 and overlap(titles[0]) < 0.5):
         return [dict(fact, ask="What do the passages say?", title=titles[0] if titles else "", subject=question, queries=[question] + titles, holds=golden)]
-    if q["metadata"].get("hops", len(titles)) == 1 or not str(q["id"]).startswith(("hotpot", "musique", "2wiki", "bamboogle")):
+    if not re.search("hotpot|musique|2wiki|bamboogle", f"{source} {q['id']}"):
         titles = titles[:1]                             # further gold passages of a single-hop question are alternatives
     steps = []
     for i, title in enumerate(titles):
