@@ -82,9 +82,11 @@ class Codec:
     def prompt(self, question):
         """Question to prompt ids: a chat template where the tokenizer has one, then the opening of the thought."""
         if self.tok.chat_template:
-            messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
-            text = self.tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return self.tok.encode(text, add_special_tokens=False) + [self.think]
+            # The template's own tags are tags, a tag spelled in the question is not: so the question is encoded apart.
+            messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "QUESTION"}]
+            before, _, after = self.tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).rpartition("QUESTION")
+            return (self.tok.encode(before, add_special_tokens=False) + self.plain.encode(question, add_special_tokens=False).ids
+                    + self.tok.encode(after, add_special_tokens=False) + [self.think])
         return ([] if self.tok.bos_token_id is None else [self.tok.bos_token_id]) + self.encode(question) + [self.think]
 
     def build(self, question, parts):

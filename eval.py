@@ -53,7 +53,8 @@ def searched(q, record, known):
 
 
 def mean(values):
-    return float(np.mean(values)) if len(values) else float("nan")
+    """None for no values: NaN is not JSON."""
+    return float(np.mean(values)) if len(values) else None
 
 
 def summary(records, by_set, known):
@@ -81,12 +82,16 @@ def interval(sets, draws=2000):
     return [float(x) for x in np.percentile(means, [2.5, 97.5])]
 
 
+def share(value):
+    return "-" if value is None else f"{value:.2f}"
+
+
 def table(rows, sets):
     lines = [f"{'EM':24}" + "".join(f"{n[:10]:>11}" for n in sets) + f"{'avg':>8}{'95% interval':>15}{'F1':>7}{'actions':>9}{'known':>7}{'unknown':>9}{'malformed':>11}"]
     for name, r in rows.items():
         a = r["avg"]
         lines.append(f"{name:24}" + "".join(f"{r[n]['em']:11.1f}" for n in sets) + f"{a['em']:8.1f}{a['em_low']:8.1f} -{a['em_high']:5.1f}{a['f1']:7.1f}"
-                     f"{a['actions']:9.2f}{a['search_known']:7.2f}{a['search_unknown']:9.2f}{a['malformed']:10.1f}%")
+                     f"{a['actions']:9.2f}{share(a['search_known']):>7}{share(a['search_unknown']):>9}{a['malformed']:10.1f}%")
     return "\n".join(lines)
 
 

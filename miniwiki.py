@@ -15,6 +15,8 @@ import random
 import sys
 from dataclasses import dataclass, field
 
+from common import Problem
+
 # ---- names: every word is common enough to be one token, so that copying a name is copying two or three tokens -------
 FIRST = ("Ada Alan Amy Anna Ben Boris Carl Clara Cora Dana David Diana Edgar Ella Emma Erik Esther Eva Felix Flora Frank "
          "Fred Grace Greta Hans Hazel Henry Hugo Ida Igor Irene Ivan Jack Jane Jonas Julia Karin Kurt Laura Leo Lena Lily "
@@ -194,8 +196,11 @@ class World:
         single hops, which would else hardly touch what a base model knows). `metadata.steps` is the plan a teacher follows, one fact a
         step: what is asked, queries to try in order, the title that must turn up, what to say when it is found or recalled,
         and wordings in which to ask a model whether it knows this fact."""
-        rows, seen = [], set() if taken is None else taken      # taken: question texts not to ask again; grows
+        rows, seen, tries = [], set() if taken is None else taken, 0     # taken: question texts not to ask again; grows
         while len(rows) < n:
+            tries += 1
+            if tries > 1000 + 100 * n:
+                raise Problem(f"this world has only about {len(rows)} different questions of the set {which!r}, not {n}; ask for fewer")
             row = getattr(self, f"_{which}")(rng, p_head)
             if row and row["question"] not in seen:
                 seen.add(row["question"])

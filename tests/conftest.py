@@ -1,7 +1,10 @@
-"""What the tests share: a tokenizer in which each word is one token, and small networks with random weights."""
+"""What the tests share: a tokenizer in which each word is one token, small networks with random weights, and a shell."""
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,3 +46,21 @@ def tiny(codec, seed=0, width=64, arch="LlamaForCausalLM", tie=True, spread=0.0)
 @pytest.fixture(scope="session")
 def lm(codec):
     return tiny(codec, spread=0.1)
+
+
+def shell(cwd, script, *args):
+    """A script of the project, run as a user runs it, in a folder of its own."""
+    done = subprocess.run([sys.executable, ROOT / script, *args], cwd=cwd, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def strict(text):
+    """JSON as every program reads it: NaN and Infinity are not JSON."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+    return json.loads(text, parse_constant=refuse)

@@ -40,6 +40,17 @@ def test_reward_and_order_of_a_step(codec, lm, monkeypatch):
     assert rewards.tolist() == [[1, 0, 1], [1, 1, 0]]
 
 
+def test_the_two_environments(monkeypatch):
+    """RL-1 imagines its observations, RL-2 has the tool and goes on in the pool where RL-1 stopped."""
+    calls = []
+    task = types.SimpleNamespace(train=lambda n, pool: list(range(n)), search="the tool")
+    monkeypatch.setattr(train_rl.data, "load_task", lambda s: task)
+    monkeypatch.setattr(train_rl.model, "load", lambda *a: None)
+    monkeypatch.setattr(train_rl, "grpo", lambda lm, s, stage, steps, pool, search, rng: calls.append((stage, steps, pool, search)))
+    train_rl.run(Settings(rl1_steps=3, rl2_steps=2, questions=4, rl_questions=10))
+    assert calls == [("rl1", 3, list(range(10)), autocoa.IMAGINE), ("rl2", 2, [2, 3, 4, 5, 6, 7, 8, 9, 0, 1], "the tool")]
+
+
 def test_groups_that_agree_are_skipped_and_counted(codec, tmp_path, monkeypatch):
     """Of three questions, one has rollouts that differ: the step learns from these alone, and the log counts the others."""
     monkeypatch.chdir(tmp_path)
@@ -56,6 +67,7 @@ def test_groups_that_agree_are_skipped_and_counted(codec, tmp_path, monkeypatch)
     assert {(id(t), a) for t, a in zip(ts, advantages)} == {(id(done[2]), 0.5), (id(done[3]), -0.5)}
     row, = map(json.loads, open("out/nano/rl1/log.jsonl"))
     assert row["skipped_groups"] == 2 and row["reward"] == 0.5 and row["em"] == 0.5
+    assert row["kl"] > 0                # to the policy at the start, which must not move along
     assert row["malformed"] == 0 and row["actions"] == 1 and row["length"] == np.mean([len(t.ids) for t in done])
     first = [json.loads(x) for x in open("out/nano/rl1/rollouts.jsonl")]
     assert [r["ids"] for r in first] == [t.ids for t in done[:2]] and first[0]["reward"] == 1

@@ -1,17 +1,14 @@
 """The real scripts as a user runs them, tiny, start to end: a new folder, train_sft, train_rl, eval, plot, one question."""
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import rows, shell, strict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import autocoa
@@ -26,12 +23,6 @@ STAGES = ("base", "sft1", "sft2", "sft3", "rl1", "rl2")
 ROWS = ["model only", "ReAct workflow", "SFT-1", "SFT-1&2", "SFT-1&2&3", "SFT-1&2&3+RL-1", "SFT-1&2&3+RL-1&2"]
 
 
-def shell(cwd, script, *args):
-    done = subprocess.run([sys.executable, ROOT / script, *args], cwd=cwd, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """One run of everything, in a folder of its own. -> cwd, root (out/tiny), and what each script printed"""
@@ -39,10 +30,6 @@ def made(tmp_path_factory):
     scripts = {name: shell(cwd, f"{name}.py", *TINY) for name in ("train_sft", "train_rl", "eval", "plot")}
     assert [(name, s.status, s.err[-2000:]) for name, s in scripts.items() if s.status] == []
     return SimpleNamespace(cwd=cwd, root=cwd / "out" / "tiny", **scripts)
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_nothing_is_left_over(made):
@@ -113,13 +100,6 @@ def test_sft_data_is_what_it_says(made):
     assert len(coa) > 250 and all(codec.well_formed(t) for t in coa + cot)
     assert sum(codec.search in t.ids for t in coa) > 0.9 * len(coa) and not any(codec.search in t.ids for t in cot)
     assert len(pairs) % 2 == 0 and len(pairs) <= 2 * 40
-
-
-def strict(text):
-    """JSON as every program reads it: NaN and Infinity are not JSON."""
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
-    return json.loads(text, parse_constant=refuse)
 
 
 def test_eval_ends_with_one_json_line(made):

@@ -74,7 +74,7 @@ def test_help_names_every_setting(given, capsys):
     lines = {x.split()[0]: x.split("[")[0].split()[1:] for x in out.splitlines() if x.startswith("  --")}
     assert list(lines) == [f"--{f.name}" for f in dataclasses.fields(Settings)]
     assert [name for name, comment in lines.items() if not comment] == []
-    assert "--seed" in out and "of everything random [0]" in out and "[1.2e-2]" in out
+    assert "--seed" in out and "of everything random [0]" in out and "auxiliary term [0.2]" in out
 
 
 # ---- the scripts, in an empty folder ----------------------------------------------------------------------------------

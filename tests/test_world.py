@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import miniwiki
 import tools
-from common import Settings
+from common import Problem, Settings
 from miniwiki import OF_TYPE, PAIRS, RELATIONS, SETS, UNSEEN_PAIRS, World
 
 TRAINING = [World(0, "train", scale=Settings().train_scale), World(1, "train"), World(1000, "train"), World(1001, "train")]
@@ -231,3 +231,9 @@ def test_sets_have_their_hops():
         hops = {name: {len(q["metadata"]["steps"]) for q in rows} for name, rows in sets.items()}
         assert {k: v for k, v in hops.items() if k != "compose"} == {"single": {1}, "typed": {1}, "bridge": {2}, "compare": {2, 4}, "chain": {3, 4}}
         assert len({q["question"] for q in every(sets)}) >= 0.98 * len(every(sets))
+
+
+def test_more_questions_than_there_are():
+    """Guards: the generator looks for ever for a question that it has not asked yet."""
+    with pytest.raises(Problem, match="different questions of the set 'single', not 5000"):
+        World(0, "train").questions("single", 5000, random.Random(0), p_head=1.0)

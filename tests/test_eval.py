@@ -1,0 +1,56 @@
+"""The figures of the table (eval.py) by hand, and rollouts that come back in the order of their questions."""
+import json
+
+import numpy as np
+import pytest
+
+import eval as benchmark
+import workflows
+from common import Settings
+
+
+def question(name, *facts):
+    return {"id": name, "question": "Who?", "golden_answers": ["Eva"], "metadata": {"steps": [{"fact": f, "subject": f.split("|")[0], "queries": [f.split("|")[0]]} for f in facts]}}
+
+
+def record(em, *queries, malformed=0.0):
+    return {"em": em, "f1": em, "actions": len(queries), "queries": list(queries), "malformed": malformed}
+
+
+SETS = {"single": [question("a", "Silver River|director"), question("b", "Iron Hill|mayor")], "chain": [question("c", "Eva Moss|spouse", "Ada Falk|job")]}
+RECORDS = {"single": [record(1.0, "silver river film"), record(0.0, malformed=1.0)], "chain": [record(1.0, "Ada Falk", "nothing")]}
+
+
+def test_summary_by_hand():
+    """The average is over sets, not over questions; search rates are over facts, by whether a query names the subject."""
+    row = benchmark.summary(RECORDS, SETS, {"Iron Hill|mayor", "Ada Falk|job"})
+    assert (row["single"]["em"], row["chain"]["em"], row["avg"]["em"]) == (50, 100, 75)
+    assert (row["single"]["actions"], row["chain"]["actions"], row["avg"]["actions"]) == (0.5, 2, 1.25)
+    assert (row["single"]["malformed"], row["avg"]["malformed"]) == (50, 25)
+    assert row["avg"]["search_known"] == 0.5            # Ada Falk was searched for, Iron Hill was not
+    assert row["avg"]["search_unknown"] == 0.5          # Silver River was, Eva Moss was not
+
+
+@pytest.mark.parametrize("known", [set(), {"Silver River|director", "Iron Hill|mayor", "Eva Moss|spouse", "Ada Falk|job"}])
+def test_nothing_known_is_still_json(known):
+    """A base model that knows none of the facts (or all): the rate of no facts is null. Guards: NaN, which is not JSON."""
+    row = benchmark.summary(RECORDS, SETS, known)
+    json.dumps(row, allow_nan=False)
+    assert "SFT-1" in benchmark.table({"SFT-1": row}, list(SETS))
+
+
+def test_interval():
+    """Near the textbook's: mean +- 1.96 standard errors of the average over sets; none where all agree."""
+    rng = np.random.default_rng(1)
+    sets = [100.0 * (rng.random(n) < p) for n, p in ((150, 0.9), (150, 0.5), (80, 0.3))]
+    low, high = benchmark.interval(sets)
+    mean, error = np.mean([x.mean() for x in sets]), np.sqrt(sum(x.var() / len(x) for x in sets)) / 3
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.3) and high == pytest.approx(mean + 1.96 * error, abs=0.3)
+    assert benchmark.interval([[100.0] * 5, [100.0] * 9]) == [100, 100]
+
+
+def test_answers_come_back_in_order(lm):
+    """Questions are rolled out by length, a few at a time; each trajectory is its own question's."""
+    texts = ["Who directed it?", "Who?", "Who starred in Silver River film of Eva Moss?", "A", "Who was born in 1950?"]
+    done = workflows.answers(lm, [{"question": x} for x in texts], None, Settings(batch_rows=2, max_len=60), max_actions=0)
+    assert [t.ids[:t.role.index(1)] if 1 in t.role else t.ids[:len(lm.codec.prompt(x))] for x, t in zip(texts, done)] == [lm.codec.prompt(x) for x in texts]

@@ -1,0 +1,87 @@
+"""The real path as a user runs it, tiny: a checkpoint of another program, question files and a passage file, start to end.
+
+Checkpoint, questions and passages are made here: a random Llama with a chat template, and sentences invented for the test.
+"""
+import gzip
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, rows, shell, strict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import autocoa
+import model
+import train_sft
+import workflows
+
+TOWNS = "Tallow Marrow Ferrin Ostley Brack Dunmere Hallow Pell".split()
+PEOPLE = "Orla Venn,Ivo Lark,Nan Sorrel,Tam Birch,Una Quill,Rolf Egan,Edda Moor,Piet Vale".split(",")
+BOOKS = "The Clay Hour,The Tin Boat,A Salt Door,The Wax Moon,A Glass Road,The Iron Tide,A Paper Sky,The Stone Bell".split(",")
+PASSAGES = ([f'"{b}"\n{b} is a novel. It was written by {p}.' for b, p in zip(BOOKS, PEOPLE)] + [f'"{p}"\n{p} is a writer. {p} grew up in {t}.' for p, t in zip(PEOPLE, TOWNS)])
+TWO = [{"id": f"train_{i}", "question": f"Where did the writer of {b} grow up?", "golden_answers": [t], "metadata": {"gold_titles": [b, p]}} for i, (b, p, t) in enumerate(zip(BOOKS, PEOPLE, TOWNS))]
+ONE = [{"id": f"train_{i}", "question": f"Who wrote {b}?", "golden_answers": [p]} for i, (b, p) in enumerate(zip(BOOKS, PEOPLE))]
+TINY = ("--run=real --coa=12 --cot=4 --pairs=6 --epochs=1 --rl1_steps=1 --rl2_steps=1 --questions=2 --rollouts=2 --rl_questions=4 --eval_questions=3 --max_len=480 "
+        "--max_observation=60 --train_data=hotpotqa_train.jsonl,nq_train.jsonl --eval_data=hotpotqa_dev.jsonl,nq_dev.jsonl --corpus=passages.jsonl.gz --model=checkpoint").split()
+
+
+def checkpoint(folder):
+    """A random Llama whose tokenizer has a chat template and no tags, as transformers saves it."""
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text = [workflows.REACT, workflows.CLOSED_BOOK, autocoa.SYSTEM, *PASSAGES, *(" " + q["question"] for q in TWO + ONE)]
+    tok.train_from_iterator(text * 5, trainers.BpeTrainer(vocab_size=1200, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+                                                          initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tok.chat_template = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}<s>assistant\n"
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                      max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tok.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("user")
+    checkpoint(cwd / "checkpoint")
+    for name, questions in (("hotpotqa", TWO), ("nq", ONE)):
+        for split in ("train", "dev"):
+            (cwd / f"{name}_{split}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    lines = "".join(json.dumps({"id": str(i), "contents": x}) + "\n" for i, x in enumerate(PASSAGES))
+    (cwd / "passages.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    scripts = {name: shell(cwd, f"{name}.py", str(ROOT / "config" / "smollm2.py"), *TINY) for name in ("train_sft", "train_rl", "eval")}
+    assert [(name, s.status, s.err[-2000:]) for name, s in scripts.items() if s.status] == []
+    return SimpleNamespace(cwd=cwd, root=cwd / "out" / "real", **scripts)
+
+
+def test_chains_on_real_questions(made):
+    """The teacher's chains search the passages of the file; two hops where two gold passages are named; nothing is cut."""
+    codec = model.load(made.root / "base", "cpu").codec
+    chains = train_sft.read_trajectories(made.root / "data" / "coa.jsonl")
+    searches = [t.ids.count(codec.search) - codec.prompt("").count(codec.search) for t in chains]
+    assert len(chains) >= 10 and {1, 2} <= set(searches)
+    for t in chains:
+        assert codec.well_formed(t) and codec.answer(t) in TOWNS + PEOPLE
+        seen = codec.decode([i for i, r in zip(t.ids, t.role) if r == autocoa.OBSERVATION])
+        assert codec.answer(t) in seen
+
+
+def test_stages_and_table_of_the_real_path(made):
+    """All stages, both environments, and a row each in the table, by question file."""
+    assert {"base", "sft1", "sft2", "sft3", "rl1", "rl2"} <= {p.name for p in made.root.iterdir()}
+    result = strict(made.eval.out.splitlines()[-1])
+    assert len(result["rows"]) == 7 and all(set(row) == {"hotpotqa_dev", "nq_dev", "avg"} for row in result["rows"].values())
+    assert len(rows(made.root / "rl2" / "log.jsonl")) == 1
+
+
+def test_the_last_stage_in_transformers(made):
+    """The chat tokenizer with its template and the tags, and the weights, as other programs read them."""
+    lm, tok = model.load(made.root / "rl2", "cpu"), transformers.AutoTokenizer.from_pretrained(made.root / "rl2")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(made.root / "rl2")
+    assert tok.chat_template and tok.encode(lm.codec.decode(lm.codec.prompt("Who?")), add_special_tokens=False) == lm.codec.prompt("Who?")
+    ids = torch.tensor([lm.codec.prompt("Who wrote The Clay Hour?")])
+    with torch.no_grad():
+        torch.testing.assert_close(lm.model.logits(lm.model(ids, torch.arange(ids.shape[1])[None])), theirs(ids).logits, atol=1e-4, rtol=0)
