@@ -33,7 +33,7 @@ class Settings:
     vocab_size: int = 2048              # of the nano tokenizer
     width: int = 128                    # hidden size
     layers: int = 4                     # blocks
-    base_tokens: int = 2_400_000        # tokens of pretraining
+    base_tokens: int = 2_700_000        # tokens of pretraining
     train_scale: int = 4                # size of the training world: too large to learn by heart, so that reading is learned
     # -- SFT (paper 3.2; counts are the authors')
     pairs: int = 1500                   # CoT+A pairs of SFT-1
@@ -44,8 +44,8 @@ class Settings:
     muon: bool = True                   # Muon for the matrices; false: AdamW for all, as for pretrained models
     batch_tokens: int = 2000            # tokens of an optimizer step
     micro_tokens: int = 1600            # tokens that go through the network at once
-    lr: float = 1.2e-2                  # AdamW in the base stage and SFT-2
-    muon_lr: float = 3e-2               # Muon there
+    lr: float = 6e-3                    # AdamW in the base stage and SFT-2
+    muon_lr: float = 1e-2               # Muon there
     sft1_scale: float = 0.1             # SFT-1's rates are this part of those
     sft2_scale: float = 0.5             # SFT-2's
     sft3_scale: float = 0.3             # SFT-3's

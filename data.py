@@ -38,7 +38,7 @@ def nano_text(world):
         for q in world.questions(name, 400, rng):
             yield " " + q["question"]
             for s in q["metadata"]["steps"]:
-                yield f" {s['ask']} {s['recall']} {s['found']} {' '.join(s['queries'])}"
+                yield f" {s['ask']} {s['recall']} {s['title']} 1: {s['answer']}. {' '.join(s['queries'])}"
     words = (miniwiki.FIRST + miniwiki.LAST + miniwiki.STEM + miniwiki.CITY + miniwiki.ADJ + miniwiki.NOUN + miniwiki.FIRM + miniwiki.LAND
              + miniwiki.SIDE + miniwiki.JOBS + miniwiki.MONEY + miniwiki.TONGUE + [str(y) for y in range(1900, 2000)])
     for word in words:
@@ -50,52 +50,89 @@ def nano_text(world):
 def base_data(codec, worlds, search, rng, tokens):
     """Pretraining of the nano base model: [Trajectory], in the order of training, about `tokens` tokens in all.
 
-    Head articles; closed-book chains of thought on head facts, whose hops grow; and single skills on articles of other
-    worlds: to write a query, to read passages, to compare years. Never a chain of thought with an action inside.
-    worlds: list of World; search: one search tool for each.
+    First copying, then reading, each from the easy to the hard: a network of this size finds neither when both come at
+    once with the rest (NOTES.md). Then all: head articles; closed-book chains of thought on head facts, whose hops grow; and
+    single skills on articles of other worlds: to write a query, to read what it finds, to compare years. Never a chain of
+    thought with an action inside. worlds: list of World; search: one search tool for each.
     """
     out, count = [], 0
     heads = [e for e in worlds[0].entities if e.head]
     while count < tokens:
         progress = count / tokens
-        grown = progress > 0.55
-        # Reading comes first and alone: mixed with the rest from the start, copying is found several times later (NOTES.md).
-        kind, i = 1.0 if progress < 0.35 else rng.random(), rng.randrange(len(worlds))
-        world = worlds[i]
-        if kind < 0.06:
+        i = rng.randrange(len(worlds))
+        world, kind = worlds[i], rng.random()
+        if progress < 0.1 or (progress < 0.5 and kind < 0.15):
+            t = titles(codec, world, rng)
+        elif progress < 0.5:
+            t = reading(codec, world, rng, (progress - 0.1) / 0.4)
+        elif kind < 0.06:
             e = rng.choice(heads)
             t = Trajectory()
             t.add([codec.tok.bos_token_id], PROMPT, 0)
             t.add(codec.encode(f"{e.title}: {miniwiki.article(e, rng)}") + [codec.eos], PROMPT, 1)
         elif kind < 0.28:
-            sets = ["single", "typed", "bridge", "compare", "chain"] if grown else ["single", "typed", "single", "bridge"]
+            sets = ["single", "typed", "bridge", "compare", "chain"] if progress > 0.65 else ["single", "typed", "single", "bridge"]
             t = cot(codec, world.questions(rng.choice(sets), 1, rng, p_head=1.0)[0])
         elif kind < 0.36:
             years = [str(y) for y in rng.sample(range(1900, 2000), 2 if rng.random() < 0.4 else 6)]
             t = codec.build(f"In order: {', '.join(years)}.", [("think", " is before ".join(sorted(years)) + "."), ("answer", min(years))])
-        else:
+        elif kind < 0.82:
             q = world.questions(rng.choice(["single", "typed"]), 1, rng, p_head=0.1)[0]
             s = q["metadata"]["steps"][0]
             both = rng.random() < 0.5
             to_query, to_read = (f"{TO_QUERY} {TO_READ}",) * 2 if both else (TO_QUERY, TO_READ)
-            if kind < 0.50:
+            if kind < 0.54:
                 t = codec.build(f"{to_query} {q['question']}", [("think", s["ask"]), ("search", s["queries"][0])])
-            elif kind < 0.66 and grown:
+            else:
                 seen = search[i](s["queries"][:1])[0]
-                if not found(s, seen):
+                evidence = found(s, seen)
+                if not evidence:
                     continue
                 t = codec.build(f"{to_read} {q['question']}",
-                                [("think", s["ask"]), ("result", seen), ("think", s["found"]), ("answer", s["answer"])])
-            else:       # several facts of one article, later of two; only what can be read is learned, not what is asked
-                some = rng.sample([e for e in world.entities if not e.head], 2 if progress > 0.14 else 1)
-                steps = [miniwiki.step(e, r, e.title != e.name) for e in some for r in e.facts]
-                t = codec.build(to_read, [("result", "\n".join(f"{e.title}: {world.articles[e.title]}" for e in some))])
-                for s in rng.sample(steps, min(5, len(steps))):
-                    t.add(codec.encode(s["ask"]), THINK, 0)
-                    t.add(codec.encode(s["found"]), THINK, 1)
+                                [("think", s["ask"]), ("result", seen), ("think", evidence), ("answer", s["answer"])])
+        else:
+            t = reading(codec, world, rng, 1.0)
         out.append(t)
         count += len(t.ids)
     return out
+
+
+def titles(codec, world, rng):
+    """Numbered passages that say next to nothing, then their titles and numbers in another order: each word after the first
+    can only be copied from above, so this is where heads that copy are found."""
+    some = rng.sample(world.groups[False, None], rng.randint(2, 5))
+    numbered = list(enumerate(some, 1))
+    t = codec.build(TO_READ, [("result", "\n ".join(f"{e.title} {n}:" + ("" if e.kind == "person" else f" A {e.kind}.") for n, e in numbered))])
+    for n, e in rng.sample(numbered, len(numbered)):
+        ids = codec.encode(f"{e.title} {n}:")
+        t.add(ids[:1], THINK, 0)
+        t.add(ids[1:], THINK, 1)
+    return t
+
+
+def reading(codec, world, rng, progress):
+    """Two passages and facts read from them; only what can be read is learned, not what is asked.
+
+    Passages grow from one sentence to whole articles, and are mostly of one type with the same relations: then only the
+    title tells them apart, and a value can't be found by its type alone. Films, which name two people, come more often.
+    """
+    first = rng.choice(world.groups[False, "film" if rng.random() < 0.15 else None])
+    alike = rng.random() < 0.6 and progress > 0.1
+    some = rng.sample(world.groups[False, first.kind if alike else None], 2)
+    low, high = next(k for until, k in ((0.15, (1, 1)), (0.25, (1, 2)), (0.35, (1, 4)), (0.5, (2, 6)), (2.0, (6, 6))) if progress < until)
+    size = rng.randint(low, high)
+    relations = rng.sample(list(first.facts), min(size, len(first.facts)))
+    lines, steps = [], []
+    for n, e in enumerate(some, 1):
+        kept = None if size > 3 else [r for r in relations if r in e.facts] or rng.sample(list(e.facts), min(size, len(e.facts)))
+        lines.append(f"{e.title} {n}: {miniwiki.article(e, rng, kept)}")
+        steps += [miniwiki.step(e, r, e.title != e.name) for r in (e.facts if kept is None else kept)]
+    observation = "\n ".join(lines)
+    t = codec.build(TO_READ, [("result", observation)])
+    for s in rng.sample(steps, min(5, len(steps))):
+        t.add(codec.encode(s["ask"]), THINK, 0)
+        t.add(codec.encode(found(s, observation)), THINK, 1)
+    return t
 
 
 def cot(codec, q):
@@ -153,13 +190,15 @@ def teach(codec, questions, known, search):
 
 def found(s, observation):
     """What to say of an observation, "" where it does not hold what the step needs: the passage of that title (where the
-    step names one) and, for a real question, a sentence with one of the texts in s["holds"]."""
-    lines = [x for x in observation.split("\n") if not s["title"] or x.startswith(s["title"] + ":")]
+    step names one) and, for a real question, a sentence with one of the texts in s["holds"]. In the nano world it is the
+    passage's title and number, then the answer: which passage first, what it says second, each a step of its own."""""
+    passages = [(n, line.partition(f" {n}: ")) for n, line in enumerate(observation.split("\n "), 1)]
+    passages = [(n, text) for n, (title, _, text) in passages if not s["title"] or title == s["title"]]
     if "holds" not in s:
-        return s["found"] if lines else ""
+        return f"{s['title']} {passages[0][0]}: {s['answer']}." if passages else ""
     for text in s["holds"]:
-        for line in lines:
-            for sentence in re.split(r"(?<=[.!?]) ", line.removeprefix(s["title"] + ":").strip()):
+        for _, passage in passages:
+            for sentence in re.split(r"(?<=[.!?]) ", passage):
                 if f" {normalize(text)} " in f" {normalize(sentence)} ":
                     words, n = sentence.split(), 40         # of a long sentence, 40 words that still hold it
                     for at in range(0, max(1, len(words) - n // 2), n // 2):
@@ -216,14 +255,18 @@ MIX = {"single": 0.1, "typed": 0.1, "bridge": 0.3, "compare": 0.2, "chain": 0.3}
 def nano_task(s):
     """Training questions on one world, evaluation on a world that training never sees."""
     world, unseen = miniwiki.World(s.seed, "train", scale=s.train_scale), miniwiki.World(s.seed, "eval")
-    taken = set()
+    taken, drawn = set(), {}
 
     def train(n, pool, p_head=0.10):
+        """No two pools share a question; a pool is the same whenever it is asked for."""
+        if pool in drawn:
+            return drawn[pool]
         rng, out = random.Random(f"{pool} {s.seed}"), []
         for name, share in MIX.items():
             rows = world.questions(name, round(n * share), rng, p_head, taken)
             out += [dict(q, id=f"{pool}_{q['id']}") for q in rows]
         rng.shuffle(out)
+        drawn[pool] = out
         return out
     rng = random.Random(f"evaluation {s.seed}")
     sets = {name: unseen.questions(name, s.eval_questions, rng) for name in miniwiki.SETS}
@@ -242,7 +285,7 @@ def load_task(s):
 
     def train(n, pool_name, p_head=0.0):
         """n questions, the sets mixed; the pools of one run go on where the last one stopped, and begin again at the end."""
-        at = {"coa": 0, "cot": 0, "act": 0, "think": 0, "rl": s.coa}[pool_name]
+        at = {"sample": 0, "coa": 0, "cot": 0, "act": 0, "think": 0, "rl": s.coa}[pool_name]
         order = random.Random(s.seed).sample(range(len(pool)), len(pool))
         return [pool[order[(at + i) % len(pool)]] for i in range(min(n, len(pool)))]
     rng = random.Random(f"evaluation {s.seed}")
@@ -299,24 +342,18 @@ def real_steps(q, source=""):
 
 
 # ---- batches ------------------------------------------------------------------------------------------------------------
-def pad(trajectories, keys=("mask",)):
-    """-> {"ids": (B, T) int64, "mask": (B, T) float32}, padded on the right with zeros, which the mask leaves out.
+def pad(trajectories):
+    """-> {"ids": (B, T) int64, "mask": (B, T) float32, "old": (B, T) float32}, padded on the right with zeros, which the mask
+    leaves out. "old" are the log-probs of sampling, where the trajectories were sampled.
 
     >>> pad([Trajectory([5, 6, 7], [0, 1, 1], [0, 1, 1])])["mask"]
     array([[0., 1., 1.]], dtype=float32)
     """
-    T = max(len(t.ids) for t in trajectories)
-    out = {"ids": np.zeros((len(trajectories), T), np.int64), "mask": np.zeros((len(trajectories), T), np.float32)}
+    B, T = len(trajectories), max(len(t.ids) for t in trajectories)
+    out = {"ids": np.zeros((B, T), np.int64), "mask": np.zeros((B, T), np.float32), "old": np.zeros((B, T), np.float32)}
     for i, t in enumerate(trajectories):
-        out["ids"][i, :len(t.ids)] = t.ids
-        out["mask"][i, :len(t.ids)] = t.mask
-    return out
-
-
-def pad_floats(rows):
-    out = np.zeros((len(rows), max(map(len, rows))), np.float32)
-    for i, r in enumerate(rows):
-        out[i, :len(r)] = r
+        for key, values in (("ids", t.ids), ("mask", t.mask), ("old", t.logprobs)):
+            out[key][i, :len(values)] = values
     return out
 
 

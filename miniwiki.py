@@ -194,7 +194,7 @@ class World:
     def questions(self, which, n, rng, p_head=0.10, taken=None):
         """n different questions of one set, as FlashRAG rows; p_head of them start at a head entity (twice that for the
         single hops, which would else hardly touch what a base model knows). `metadata.steps` is the plan a teacher follows, one fact a
-        step: what is asked, queries to try in order, the title that must turn up, what to say when it is found or recalled,
+        step: what is asked, queries to try in order, the title that must turn up, the answer, what to say when it is recalled,
         and wordings in which to ask a model whether it knows this fact."""
         rows, seen, tries = [], set() if taken is None else taken, 0     # taken: question texts not to ask again; grows
         while len(rows) < n:
@@ -317,7 +317,7 @@ def step(e, relation, typed, former=False):
     asked = [w for i, w in enumerate(rel.questions) if i != rel.held_out]
     return {"ask": f"{rel.noun} of {mention(e, typed, former)}?", "title": e.title, "head": e.head,
             "queries": [full if typed else mention(e, False, former), reword],
-            "recall": f"I recall {answer}.", "found": f"It is {answer}.", "answer": answer, "answers": [answer], "subject": e.former if former else e.name, "fact": f"{e.title}|{relation}",
+            "recall": f"I recall {answer}.", "answer": answer, "answers": [answer], "subject": e.former if former else e.name, "fact": f"{e.title}|{relation}",
             "wordings": [w.format(x=mention(e, e.title != e.name)) for w in asked]}
 
 
@@ -327,15 +327,16 @@ def row(question, answer, steps, conclusion=""):
             "metadata": {"steps": steps, "conclusion": conclusion}}
 
 
-def article(e, rng):
-    """One article: what it is, then each fact in one of its wordings, in any order."""
+def article(e, rng, relations=None):
+    """One article: what it is, then each fact (or only those of `relations`) in one of its wordings, in any order."""
     s, p, o = e.pronoun
     lines = []
-    for r, v in e.facts.items():
+    for r in e.facts if relations is None else relations:
+        v = e.facts[r]
         value = v.title if isinstance(v, Entity) else v
         lines.append(rng.choice(RELATIONS[r].sentences).format(
             v=value, s=s, p=p, o=o, a="an" if value[0] in "aeiou" else "a"))
-    if e.former:
+    if e.former and relations is None:
         lines.append(f"{s} was once called {e.former}.")
     rng.shuffle(lines)
     return " ".join(([] if e.kind == "person" else [f"A {e.kind}."]) + lines)

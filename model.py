@@ -8,7 +8,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from autocoa import TAGS, Codec
 from common import Problem
@@ -30,13 +30,18 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
+    attention_bias: bool = False            # of q, k, v and o; Qwen2 has those of q, k and v whatever this says
     max_position_embeddings: int = 2048
     bos_token_id: int | None = None
     eos_token_id: int | None = None
 
     @property
     def qkv_bias(self):
-        return self.architectures[0] == "Qwen2ForCausalLM"
+        return self.attention_bias or self.architectures[0] == "Qwen2ForCausalLM"
+
+    @property
+    def o_bias(self):
+        return self.attention_bias and self.architectures[0] != "Qwen2ForCausalLM"
 
     @property
     def qk_norm(self):
@@ -52,8 +57,8 @@ class ModelConfig:
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default" or raw.get("use_sliding_window"):
             raise Problem(f"{where}: rope scaling and sliding windows are not supported; take a checkpoint without them")
-        if raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias") or (raw.get("attention_bias") and arch != "Qwen2ForCausalLM"):
-            raise Problem(f"{where}: only silu and no extra biases are supported")
+        if raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias"):
+            raise Problem(f"{where}: only silu without biases is supported in the MLP")
         raw = dict(raw, architectures=[arch], rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
                    num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
                    head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
@@ -62,13 +67,13 @@ class ModelConfig:
 
     def to_dict(self):
         rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
-        return {**asdict(self), "model_type": SUPPORTED[self.architectures[0]], "hidden_act": "silu", "attention_bias": False,
+        return {**asdict(self), "model_type": SUPPORTED[self.architectures[0]], "hidden_act": "silu",
                 "rope_parameters": rope, "torch_dtype": "float32", "use_cache": True}
 
 
 def nano_config(vocab_size, eos, bos, width=128, layers=4):
-    """The nano model: a Llama of about a million parameters."""
-    return ModelConfig(["LlamaForCausalLM"], vocab_size, width, 3 * width, layers, width // 32, width // 32, 32, rope_theta=1000.0,
+    """The nano model: a Llama of about a million parameters, with biases in attention (see model_torch.ready_to_copy)."""
+    return ModelConfig(["LlamaForCausalLM"], vocab_size, width, 3 * width, layers, width // 32, width // 32, 32, rope_theta=1000.0, attention_bias=True,
                        max_position_embeddings=1024, bos_token_id=bos, eos_token_id=eos)
 
 
@@ -123,7 +128,7 @@ def load(folder, device="auto", made_by=""):
     b = backend()
     model = b.build(read_config(folder), 0, b.pick_device(device))
     b.load_weights(model, folder)
-    return LM(model, AutoTokenizer.from_pretrained(folder))
+    return LM(model, PreTrainedTokenizerFast.from_pretrained(folder))    # as it was saved; AutoTokenizer may rebuild it by model type
 
 
 def load_pretrained(name, device):

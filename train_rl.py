@@ -43,7 +43,6 @@ def update_batches(trajectories, advantages, reference, s):
     batches = []
     for group in data.by_tokens([len(t.ids) for t in trajectories], s.micro_tokens):
         b = data.pad([trajectories[i] for i in group])
-        b["old"] = data.pad_floats([trajectories[i].logprobs for i in group])
         b["advantage"] = np.array([[advantages[i]] for i in group], np.float32)
         if s.kl:
             b["ref"] = reference.backend.score(reference.model, b, s.temperature)

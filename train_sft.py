@@ -8,7 +8,7 @@ sft1    when to act: pairs that part inside the reasoning, one side acts, the ot
 sft2    how to act: whole trajectories, observations masked
 sft3    the same without the mask: the policy learns what the tool would say, and becomes its own world model
 
-`--stage=` runs one of them (its predecessor must be there), `--from=` and `--to=` name other folders, for ablations.
+`--stage=` runs one of them (its predecessor must be there), `--start=` and `--out=` name other folders, for ablations.
 Each stage leaves a Hugging Face folder, log.jsonl and rollouts.jsonl in out/<run>/<stage>/.
 """
 import json
@@ -53,7 +53,7 @@ def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
         log.write(step=i, **figures, lr=s.lr * rate, tokens=tokens, tokens_per_second=speed)
         bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tok/s")
     with open(log.folder / "rollouts.jsonl", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in workflows.sampled(lm, task.train(20, "coa")[:min(20, s.batch_rows // 4)], task.search, s))
+        f.writelines(json.dumps(row) + "\n" for row in workflows.sampled(lm, task.train(20, "sample")[:min(20, s.batch_rows // 4)], task.search, s))
     lm.save(folder)
 
 

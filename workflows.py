@@ -2,7 +2,6 @@
 import re
 from dataclasses import dataclass
 
-
 from autocoa import ACTION, ANSWER, OBSERVATION, PROMPT, THINK, Trajectory, exact_match, rollout
 from common import progress
 from data import TO_QUERY, TO_READ

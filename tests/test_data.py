@@ -124,8 +124,8 @@ def test_bm25_by_hand():
         scores = [score(query, d) for d in docs]
         order = [i for i in sorted(range(3), key=lambda i: -scores[i]) if scores[i] > 0]
         assert [i for i in tool.ranked([query])[0] if i >= 0] == order
-    assert tool(["zebra", "Iron Hill"]) == ["Nothing found.", "\n".join(
-        ["Iron Hill: It lies by a river of silver.", "Eva Moss: She was born in Iron Hill near the Silver River."])]
+    assert tool(["zebra", "Iron Hill"]) == ["Nothing found.", "\n ".join(
+        ["Iron Hill 1: It lies by a river of silver.", "Eva Moss 2: She was born in Iron Hill near the Silver River."])]
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_pad():
     b = data.pad([Trajectory([5, 6, 7], [0, 1, 1], [0, 1, 1]), Trajectory([8], [1], [1])])
     assert b["ids"].tolist() == [[5, 6, 7], [8, 0, 0]] and b["mask"].tolist() == [[0, 1, 1], [1, 0, 0]]
     assert b["ids"].dtype == np.int64 and b["mask"].dtype == np.float32
-    assert data.pad_floats([[0.5], [1, 2]]).tolist() == [[0.5, 0], [1, 2]]
+    assert data.pad([Trajectory([5], [1], [1], [-0.5]), Trajectory([5, 6], [1, 1], [1, 1], [-1.0, -2.0])])["old"].tolist() == [[-0.5, 0], [-1, -2]]
 
 
 @pytest.mark.parametrize("limit", [1, 50, 400, 10 ** 6])
