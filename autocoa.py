@@ -9,8 +9,8 @@ it from the moment it is made:
 
     Who directed Silver River? <think> director of Silver River? <begin_search> Silver River</end_search>
     |------- PROMPT -----------------| |------- THINK ----------| |------------- ACTION -----------------|
-    <search_result> Silver River (film): ... </search_result> It is Eva Moss.</think>\\boxed{ Eva Moss}<eos>
-    |----------------- OBSERVATION ------------------------| |------ THINK ---------||------ ANSWER ------|
+    <search_result> Silver River 1: A film. ... </search_result> Silver River 1 says Eva Moss.</think>\\boxed{ Eva Moss}<eos>
+    |---------------------- OBSERVATION -----------------------| |-------------- THINK --------------||------ ANSWER ------|
 
 Tags are single tokens and observations are encoded as plain text, so no retrieved text can open or close one.
 """
@@ -226,8 +226,8 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
     live = list(done)                                       # row i of the decoder is live[i]
     dec = decoder(prompts)
     state = {id(t): THINK for t in live}
-    ends = {}                                               # where a forced answer must end
-    stops = [codec.eos, codec.end_search]
+    ends, opened = {}, {}                                   # where a forced answer must end, where an imagined observation began
+    stops = [codec.eos, codec.end_search] + [codec.end_result] * (search is IMAGINE)
 
     def room(t):                                            # tokens left before the forced answer must begin
         return max_len - max_answer - 8 - len(t.ids)
@@ -238,11 +238,25 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
         ends[id(t)] = len(t.ids) + max_answer
         return [codec.end_think, codec.boxed]
 
+    def open_observation(t):                                # what is left of it, where the policy is to imagine it
+        return min(max_observation - (len(t.ids) - opened[id(t)]), room(t))
+
     while live:
-        limits = [max(1, ends[id(t)] - len(t.ids) if t.forced else room(t)) for t in live]
+        limits = [max(1, open_observation(t) if state[id(t)] == OBSERVATION else ends[id(t)] - len(t.ids) if t.forced else room(t)) for t in live]
         ids, logps = dec.decode(stops, limits, temperature, rng, leave=0.25)
         feeds, acting, keep = [], [], []
         for row, t in enumerate(live):
+            if state[id(t)] == OBSERVATION:                 # imagined: the policy's words, the environment's tokens
+                feeds.append([])
+                t.add(ids[row], OBSERVATION, 0)
+                if t.ids[-1] != codec.end_result and open_observation(t) < 1:
+                    feeds[-1] = [codec.end_result]
+                    t.add([codec.end_result], OBSERVATION, 0)
+                if t.ids[-1] == codec.end_result:
+                    t.observations.append(codec.decode(t.ids[opened[id(t)]:-1]).strip())
+                    state[id(t)] = THINK
+                keep.append(row)
+                continue
             for token, logp in zip(ids[row], logps[row]):
                 if token == codec.search:
                     state[id(t)] = ACTION
@@ -252,42 +266,35 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
             last = t.ids[-1]
             if last == codec.end_search and state[id(t)] == ACTION and not t.forced:
                 state[id(t)] = THINK
-                if len(t.queries) < max_actions:
+                if len(t.queries) >= max_actions:
+                    feeds.append(force(t))
+                else:
                     text = codec.decode(t.ids[len(t.ids) - t.ids[::-1].index(codec.search):-1]).strip()
                     t.queries.append(text)
-                    acting.append(len(keep))
                     feeds.append([codec.result])
-                else:
-                    feeds.append(force(t))
-            elif last not in stops and len(ids[row]) < limits[row]:
-                feeds.append([])                            # still writing: it goes on in the next turn
-            elif last in (codec.eos, codec.end_search) or t.forced or state[id(t)] == ANSWER:
+                    if search is IMAGINE:
+                        t.add([codec.result], OBSERVATION, 0)
+                        state[id(t)], opened[id(t)] = OBSERVATION, len(t.ids)
+                    else:
+                        acting.append(len(keep))
+            elif last in (codec.eos, codec.end_search) or len(ids[row]) == limits[row] and (t.forced or state[id(t)] == ANSWER):
                 continue                                    # answered, or beyond repair
-            else:
+            elif len(ids[row]) == limits[row]:
                 feeds.append(force(t))
+            else:
+                feeds.append([])                            # still writing: it goes on in the next turn
             keep.append(row)
         live = [live[row] for row in keep]
         if not live:
             break
         dec.keep(keep)
-        if acting and search is IMAGINE:
-            rows = set(acting)
-            dec.feed([f if i in rows else [] for i, f in enumerate(feeds)])
-            limits = [max(1, min(max_observation, room(t))) if i in rows else 0 for i, t in enumerate(live)]
-            ids, _ = dec.decode([codec.end_result], limits, temperature, rng)
-            for i in acting:
-                seen = [codec.result] + ids[i]
-                feeds[i] = [] if ids[i] and ids[i][-1] == codec.end_result else [codec.end_result]
-                live[i].observations.append(codec.decode(seen[1:]).replace(TAGS["end_result"], "").strip())
-                live[i].add(seen + feeds[i], OBSERVATION, 0)
-        elif acting:
-            for i, text in zip(acting, search([live[i].queries[-1] for i in acting])):
-                live[i].observations.append(text)
-                feeds[i] = [codec.result] + codec.encode(text) + [codec.end_result]
-                if len(feeds[i]) > room(live[i]):           # never cut an observation silently: it does not fit, so answer now
-                    feeds[i] = force(live[i])
-                else:
-                    live[i].add(feeds[i], OBSERVATION, 0)
+        for i, text in zip(acting, search([live[i].queries[-1] for i in acting]) if acting else []):
+            live[i].observations.append(text)
+            feeds[i] = [codec.result] + codec.encode(text) + [codec.end_result]
+            if len(feeds[i]) > room(live[i]):               # never cut an observation silently: it does not fit, so answer now
+                feeds[i] = force(live[i])
+            else:
+                live[i].add(feeds[i], OBSERVATION, 0)
         dec.feed(feeds)
     return done
 

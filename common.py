@@ -47,8 +47,8 @@ class Settings:
     lr: float = 6e-3                    # AdamW in the base stage and SFT-2
     muon_lr: float = 1e-2               # Muon there
     sft1_scale: float = 0.1             # SFT-1's rates are this part of those
-    sft2_scale: float = 0.5             # SFT-2's
-    sft3_scale: float = 0.3             # SFT-3's
+    sft2_scale: float = 0.6             # SFT-2's
+    sft3_scale: float = 0.2             # SFT-3's
     # -- RL (paper 3.3)
     rl1_steps: int = 80                 # in the imagined environment
     rl2_steps: int = 16                 # in the real one
@@ -56,8 +56,8 @@ class Settings:
     rollouts: int = 5                   # a question
     rl_questions: int = 4608            # the pool they come from
     temperature: float = 0.6            # of sampling; log-probs in the loss are at the same temperature
-    rl_lr: float = 3e-4                 # AdamW
-    rl_muon_lr: float = 2e-3            # Muon
+    rl_lr: float = 1e-4                 # AdamW
+    rl_muon_lr: float = 1e-3            # Muon
     minibatches: int = 1                # optimizer steps a batch of rollouts is cut into
     clip_low: float = 0.2               # the ratio is clipped below 1 - clip_low
     clip_high: float = 0.28             # and above 1 + clip_high

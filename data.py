@@ -38,12 +38,12 @@ def nano_text(world):
         for q in world.questions(name, 400, rng):
             yield " " + q["question"]
             for s in q["metadata"]["steps"]:
-                yield f" {s['ask']} {s['recall']} {s['title']} 1: {s['answer']}. {' '.join(s['queries'])}"
+                yield f" {s['ask']} {s['recall']} {s['title']} 1 says {s['answer']}. {' '.join(s['queries'])}"
     words = (miniwiki.FIRST + miniwiki.LAST + miniwiki.STEM + miniwiki.CITY + miniwiki.ADJ + miniwiki.NOUN + miniwiki.FIRM + miniwiki.LAND
              + miniwiki.SIDE + miniwiki.JOBS + miniwiki.MONEY + miniwiki.TONGUE + [str(y) for y in range(1900, 2000)])
     for word in words:
         yield f" {word}" * 40
-    yield f" {TO_QUERY} {TO_READ} I recall it. It is so. Not found. In order: 1, 2. 1 is before 2. Nothing found." * 40
+    yield f" {TO_QUERY} {TO_READ} I recall it. It is so. Not found. In order: 1, 2. 1 is before 2. First is 1: Later is 2: Nothing found." * 40
 
 
 # ---- base stage: documents and single skills ----------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def titles(codec, world, rng):
     numbered = list(enumerate(some, 1))
     t = codec.build(TO_READ, [("result", "\n ".join(f"{e.title} {n}:" + ("" if e.kind == "person" else f" A {e.kind}.") for n, e in numbered))])
     for n, e in rng.sample(numbered, len(numbered)):
-        ids = codec.encode(f"{e.title} {n}:")
+        ids = codec.encode(f"{e.title} {n} says")
         t.add(ids[:1], THINK, 0)
         t.add(ids[1:], THINK, 1)
     return t
@@ -191,11 +191,11 @@ def teach(codec, questions, known, search):
 def found(s, observation):
     """What to say of an observation, "" where it does not hold what the step needs: the passage of that title (where the
     step names one) and, for a real question, a sentence with one of the texts in s["holds"]. In the nano world it is the
-    passage's title and number, then the answer: which passage first, what it says second, each a step of its own."""""
+    passage's title and number, then the answer: which passage first, what it says second, each a step of its own."""
     passages = [(n, line.partition(f" {n}: ")) for n, line in enumerate(observation.split("\n "), 1)]
     passages = [(n, text) for n, (title, _, text) in passages if not s["title"] or title == s["title"]]
     if "holds" not in s:
-        return f"{s['title']} {passages[0][0]}: {s['answer']}." if passages else ""
+        return f"{s['title']} {passages[0][0]} says {s['answer']}." if passages else ""
     for text in s["holds"]:
         for _, passage in passages:
             for sentence in re.split(r"(?<=[.!?]) ", passage):
@@ -284,7 +284,7 @@ def load_task(s):
     search = tools.library(tools.read_passages(s.corpus), s.top_k)
 
     def train(n, pool_name, p_head=0.0):
-        """n questions, the sets mixed; the pools of one run go on where the last one stopped, and begin again at the end."""
+        """n questions, the sets mixed; RL begins behind those of SFT's chains, and all begin again at the end."""
         at = {"sample": 0, "coa": 0, "cot": 0, "act": 0, "think": 0, "rl": s.coa}[pool_name]
         order = random.Random(s.seed).sample(range(len(pool)), len(pool))
         return [pool[order[(at + i) % len(pool)]] for i in range(min(n, len(pool)))]

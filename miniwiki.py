@@ -285,7 +285,8 @@ class World:
         winner = (a, b)[(years[0] < years[1]) != early]
         text = form.format(a=mention(a, a.title != a.name), b=mention(b, b.title != b.name))
         low, high = sorted(years)
-        return row(text, winner, steps, conclusion=f"{low} is before {high}.")
+        each = " ".join(f"{year}: {e.title}." for year, e in zip(years, (a, b)))
+        return row(text, winner, steps, conclusion=f"{each} {low} is before {high}. {f'First is {low}' if early else f'Later is {high}'}: {winner.title}.")
 
 
 COMPARISONS = [
@@ -308,7 +309,7 @@ def mention(e, typed, former=False):
 
 
 def step(e, relation, typed, former=False):
-    """One fact of a plan. `query` is what the question's own words suggest, `reword` what to try when that misses: a name
+    """One fact of a plan. Queries: what the question's own words suggest, then what to try when that misses: a name
     that no article has for its title is a former one; else the type tells namesakes apart."""
     value = e.facts[relation]
     answer = value.title if isinstance(value, Entity) else value

@@ -66,7 +66,7 @@ def words(codec, examples):
     """The nano base model is prompted by the tags of the single skills it has; an instruct model by lines of text with
     `examples`, as ReAct's own prompts do (Yao et al. 2022)."""
     if not codec.tok.chat_template:
-        return Words(lambda q: codec.prompt(f"{TO_QUERY} {TO_READ} {q}"), [codec.encode("so?")[-1], codec.eos], [codec.search], [codec.end_search, codec.eos],
+        return Words(lambda q: codec.prompt(f"{TO_QUERY} {TO_READ} {q}"), [codec.tok.convert_tokens_to_ids("?"), codec.eos], [codec.search], [codec.end_search, codec.eos],
                      [codec.result], [codec.end_result], [codec.end_think, codec.boxed], [codec.close, codec.eos], r"\\boxed\{([^}]*)")
     line = [i for token, i in codec.tok.get_vocab().items() if "Ċ" in token] + [codec.eos]
 

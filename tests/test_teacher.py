@@ -73,7 +73,7 @@ def test_a_miss_is_kept_and_reworded(nano):
         assert t.queries[:2] == first["queries"]
         assert not any(f"{first['title']} {n}:" in t.observations[0] for n in (1, 2))
         number, = [n for n in (1, 2) if f"{first['title']} {n}:" in t.observations[1]]
-        assert words[3] == "Not found." and words[6].startswith(f"{first['title']} {number}: {first['answer']}.")
+        assert words[3] == "Not found." and words[6].startswith(f"{first['title']} {number} says {first['answer']}.")
 
 
 def test_chains_of_thought_have_no_action(nano):

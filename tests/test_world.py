@@ -221,7 +221,10 @@ def test_comparisons_by_hand():
         assert early != (re.search(r"\blater\b", q["question"]) is not None)
         winner = first[(int(years[0]["answer"]) < int(years[1]["answer"])) != early]
         assert winner in q["golden_answers"]
-        assert q["metadata"]["conclusion"] == "{} is before {}.".format(*sorted(s["answer"] for s in years))
+        low, high = sorted(s["answer"] for s in years)
+        each = [f"{s['answer']}: {title}." for s, title in zip(years, first)]
+        said = f"First is {low}: {winner}." if early else f"Later is {high}: {winner}."
+        assert q["metadata"]["conclusion"] == " ".join([*each, f"{low} is before {high}.", said])
     assert {len(q["metadata"]["steps"]) for q in rows} == {2, 4}
 
 
