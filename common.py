@@ -56,12 +56,13 @@ class Settings:
     rollouts: int = 5                   # a question
     rl_questions: int = 4608            # the pool they come from
     temperature: float = 0.6            # of sampling; log-probs in the loss are at the same temperature
-    rl_lr: float = 1e-4                 # AdamW
-    rl_muon_lr: float = 1e-3            # Muon
+    rl_lr: float = 3e-4                 # AdamW
+    rl_muon_lr: float = 3e-3            # Muon
+    rl1_scale: float = 0.2              # RL-1's rates are this part of those: what one imagines is a weak teacher
     minibatches: int = 1                # optimizer steps a batch of rollouts is cut into
     clip_low: float = 0.2               # the ratio is clipped below 1 - clip_low
     clip_high: float = 0.28             # and above 1 + clip_high
-    kl: float = 0.0                     # weight of the k3 KL to the SFT policy
+    kl: float = 0.02                    # weight of the k3 KL to the SFT policy
     advantage_std: bool = False         # divide advantages by the group's standard deviation, as the authors' code does
     format_penalty: float = 0.5         # taken off the reward of a malformed trajectory
     call_cost: float = 0.0              # taken off the reward for each call

@@ -74,8 +74,7 @@ def base_data(codec, worlds, search, rng, tokens):
             sets = ["single", "typed", "bridge", "compare", "chain"] if progress > 0.65 else ["single", "typed", "single", "bridge"]
             t = cot(codec, world.questions(rng.choice(sets), 1, rng, p_head=1.0)[0])
         elif kind < 0.36:
-            years = [str(y) for y in rng.sample(range(1900, 2000), 2 if rng.random() < 0.4 else 6)]
-            t = codec.build(f"In order: {', '.join(years)}.", [("think", " is before ".join(sorted(years)) + "."), ("answer", min(years))])
+            t = order(codec, world, rng)
         elif kind < 0.82:
             q = world.questions(rng.choice(["single", "typed"]), 1, rng, p_head=0.1)[0]
             s = q["metadata"]["steps"][0]
@@ -108,6 +107,18 @@ def titles(codec, world, rng):
         t.add(ids[:1], THINK, 0)
         t.add(ids[1:], THINK, 1)
     return t
+
+
+def order(codec, world, rng):
+    """Years in order; or of two things with their years, which is first or later."""
+    years = [str(y) for y in rng.sample(range(1900, 2000), 6 if rng.random() < 0.3 else 2)]
+    if len(years) > 2:
+        return codec.build(f"In order: {', '.join(years)}.", [("think", " is before ".join(sorted(years)) + "."), ("answer", min(years))])
+    of = dict(zip(years, rng.sample(world.groups[False, None], 2)))
+    low, high = sorted(years)
+    word, year = rng.choice([("First", low), ("Later", high)])
+    each = " ".join(f"{y}: {e.title}." for y, e in of.items())
+    return codec.build(f"{word}? {each}", [("think", f"{low} is before {high}. {word} is {year}: {of[year].title}."), ("answer", of[year].title)])
 
 
 def reading(codec, world, rng, progress):

@@ -8,8 +8,8 @@ trajectory; advantage = reward - mean of the question's rollouts; one clipped po
 policy wrote as policy. Observations never carry loss, in both stages, although in RL-1 the policy wrote them too.
 
 Where this departs from textbook GRPO: no division by the standard deviation (--advantage_std), the mean is over all
-tokens of the step and not per trajectory, clipping is wider above than below, the KL to the SFT policy is off unless --kl
-says otherwise, and groups whose rollouts all got the same reward are skipped, since their gradient is zero.
+tokens of the step and not per trajectory, clipping is wider above than below, a little KL to the
+policy that the stage began with (--kl), and groups whose rollouts all got the same reward are skipped, since their gradient is zero.
 """
 import json
 import math
@@ -50,8 +50,8 @@ def update_batches(trajectories, advantages, reference, s):
     return batches
 
 
-def grpo(lm, s, stage, steps, pool, search, rng):
-    """One stage of GRPO on a pool of questions. search: a tool, or autocoa.IMAGINE."""
+def grpo(lm, s, stage, steps, pool, search, rng, scale=1.0):
+    """One stage of GRPO on a pool of questions. search: a tool, or autocoa.IMAGINE; scale: of the learning rates."""
     folder = Path("out", s.run, stage)
     log = Log(folder)
     samples = open(log.folder / "rollouts.jsonl", "w")
@@ -67,8 +67,8 @@ def grpo(lm, s, stage, steps, pool, search, rng):
         figures = {"loss": 0.0, "grad_norm": 0.0}
         for part in np.array_split(np.random.default_rng(step).permutation(learn), s.minibatches) if len(learn) else []:
             batches = update_batches([done[i] for i in part], advantages.ravel()[part], reference, s)
-            scale = min(1.0, (step + 1) / 3)
-            figures = lm.backend.train_step(lm.model, optimizer, autocoa.grpo_loss, batches, s.rl_lr * scale, s.rl_muon_lr * scale, s.temperature)
+            rate = scale * min(1.0, (step + 1) / 3)
+            figures = lm.backend.train_step(lm.model, optimizer, autocoa.grpo_loss, batches, s.rl_lr * rate, s.rl_muon_lr * rate, s.temperature)
             if not math.isfinite(figures["loss"] + figures["grad_norm"]):
                 raise Problem(f"{stage}: loss is {figures['loss']} at step {step}; the stage before is kept; lower --rl_lr and --rl_muon_lr")
         t2 = time.time()
@@ -110,7 +110,7 @@ def run(s):
     start = s.start or ("rl1" if s.stage == "rl2" else "sft3")
     lm = model.load(root / start, s.device, f"python train_{'rl' if start.startswith('rl') else 'sft'}.py --run={s.run}")
     if s.stage != "rl2":    # the policy is its own search engine
-        grpo(lm, s, s.out or "rl1", s.rl1_steps, pool, autocoa.IMAGINE, np.random.default_rng(s.seed))
+        grpo(lm, s, s.out or "rl1", s.rl1_steps, pool, autocoa.IMAGINE, np.random.default_rng(s.seed), s.rl1_scale)
     if s.stage != "rl1":    # the tool answers; it goes on where RL-1 left the pool
         at = s.rl1_steps * s.questions % len(pool) if not s.stage else 0
         grpo(lm, s, s.out or "rl2", s.rl2_steps, pool[at:] + pool[:at], task.search, np.random.default_rng(s.seed + 1))

@@ -15,6 +15,7 @@ sft2_scale = 1.0
 sft3_scale = 1.0
 batch_tokens = 12_000
 micro_tokens = 4000
+rl1_scale = 1.0
 rl_lr = 1e-6
 kl = 0.001
 top_k = 3

@@ -21,6 +21,7 @@ SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_lay
 CHECKPOINTS = {
     "Llama": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
     "Llama, tied, no groups": lambda: transformers.LlamaConfig(**{**SIZES, "num_key_value_heads": 4}, tie_word_embeddings=True),
+    "Llama, biases": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=False),
     "Qwen2, tied": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "Qwen2, untied": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=False),
     "Qwen3, wide heads": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False)}
@@ -101,6 +102,22 @@ def test_what_the_network_cannot_compute(change, message, tmp_path):
     raw = json.loads((tmp_path / "config.json").read_text())
     with pytest.raises(Problem, match=message):
         model.ModelConfig.from_dict({**raw, **change}, "config.json")
+
+
+def test_a_new_network_looks_back():
+    """Two heads of the first layer begin by attending one and two tokens back, whatever the tokens are."""
+    network = model_torch.build(model.nano_config(100, 1, 2), seed=3)
+    ids, T = torch.as_tensor(IDS), IDS.shape[1]
+    at, c = network.model.layers[0].self_attn, network.config
+    with torch.no_grad():
+        x = network.model.layers[0].input_layernorm(network.model.embed_tokens(ids))
+        angle = torch.arange(T)[:, None] * c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
+        cos, sin = angle.repeat(1, 2).cos(), angle.repeat(1, 2).sin()
+        q, k = (model_torch.rotate(p(x).view(3, T, -1, c.head_dim).transpose(1, 2), cos, sin) for p in (at.q_proj, at.k_proj))
+        scores = (q @ k.mT / c.head_dim ** 0.5).masked_fill(torch.ones(T, T).triu(1) > 0, -torch.inf).softmax(-1)
+    for head, offset in ((0, 1), (1, 2)):
+        there = scores[:, head].diagonal(-offset, 1, 2)[:, 3:]
+        assert (there > 0.3).all() and (scores[:, head].argmax(-1)[:, 3:] == torch.arange(3, T) - offset).all()
 
 
 @pytest.mark.parametrize("arch, tie", [("LlamaForCausalLM", True), ("LlamaForCausalLM", False), ("Qwen2ForCausalLM", True), ("Qwen3ForCausalLM", False)])
@@ -219,12 +236,12 @@ def test_muon_equals_torch(codec):
     a, b = tiny(codec), tiny(codec)
     start = {n: p.detach().clone() for n, p in a.model.named_parameters()}
     mine = stepped(a, model_torch.Optimizer(a.model), lambda o: o.step(0.0, 1e-2))
-    matrices = [p for n, p in b.model.named_parameters() if "proj" in n]
+    matrices = [p for n, p in b.model.named_parameters() if n.endswith("proj.weight")]
     other = stepped(b, torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.0, momentum=0.95), lambda o: o.step())
     for n, p in start.items():
         x, y = mine[n] - p, other[n] - p
         assert (x - y).norm() <= 0.03 * y.norm()
-        assert bool(x.any()) == ("proj" in n)
+        assert bool(x.any()) == n.endswith("proj.weight")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

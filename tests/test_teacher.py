@@ -96,6 +96,43 @@ def test_base_data_holds_no_chain_of_action(nano):
     assert all(m == 0 for t in texts for m, r in zip(t.mask, t.role) if r == OBSERVATION)
 
 
+@pytest.mark.parametrize("progress", [0.0, 0.2, 0.3, 0.45, 1.0])
+def test_reading_says_what_the_passages_say(nano, progress):
+    """Each thought names a passage by its title and number and then a value that this passage holds; asks carry no loss."""
+    rng, sizes = random.Random(0), []
+    for _ in range(40):
+        t = data.reading(nano, WORLD, rng, progress)
+        passages = {line.split(":")[0]: line for line in t.observations[0].split("\n ")}
+        assert len(passages) == 2
+        sizes += [len(line.split(".")) for line in t.observations[0].split("\n ")]
+        learned = [nano.decode([i for i, _ in run]).strip() for run in runs(t)]
+        assert 1 <= len(learned) <= 5
+        for said in learned:
+            head, _, value = said.rstrip(".").partition(" says ")
+            assert value and value in passages[head]
+    assert (max(sizes) <= 3) == (progress == 0.0)
+
+
+def runs(t):
+    """The runs of tokens that carry loss, as [(id, role)]."""
+    out = [[]]
+    for i, m, r in zip(t.ids, t.mask, t.role):
+        if m:
+            out[-1].append((i, r))
+        elif out[-1]:
+            out.append([])
+    return [x for x in out if x]
+
+
+def test_titles_can_only_be_copied(nano):
+    """The first word of each title is given, the others and its number carry loss, and all stand in the passages."""
+    t = data.titles(nano, WORLD, random.Random(1))
+    given = [line.split(":")[0] for line in t.observations[0].split("\n ")]
+    tail = nano.decode(t.ids[t.ids.index(nano.end_result) + 1:]).strip()
+    assert sorted(x.strip() for x in tail.split(" says") if x) == sorted(given)
+    assert all(title.split(" ", 1)[1] + " says" in [nano.decode([i for i, _ in run]).strip() for run in runs(t)] for title in given)
+
+
 # ---- pairs of SFT-1 -----------------------------------------------------------------------------------------------------
 def test_pairs_of_both_directions(nano):
     """Acting is chosen where recall was wrong and acting right, thinking where recall was right and acting wrong; nothing is
