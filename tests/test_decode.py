@@ -127,7 +127,7 @@ def test_logprobs_while_sampling_equal_score(net, temperature):
         np.testing.assert_allclose(noted, model_torch.score(net.model, {"ids": np.array([ids]), "mask": mask}, temperature or 1.0)[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_sampling_follows_the_softmax(codec, temperature):
     """20,000 draws of one token: frequencies within five standard deviations of softmax(logits / temperature), for each token."""
     lm = tiny(codec, spread=0.3)

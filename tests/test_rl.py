@@ -46,9 +46,9 @@ def test_the_two_environments(monkeypatch):
     task = types.SimpleNamespace(train=lambda n, pool: list(range(n)), search="the tool")
     monkeypatch.setattr(train_rl.data, "load_task", lambda s: task)
     monkeypatch.setattr(train_rl.model, "load", lambda *a: None)
-    monkeypatch.setattr(train_rl, "grpo", lambda lm, s, stage, steps, pool, search, rng: calls.append((stage, steps, pool, search)))
+    monkeypatch.setattr(train_rl, "grpo", lambda lm, s, stage, steps, pool, search, rng, scale=1.0: calls.append((stage, steps, pool, search, scale)))
     train_rl.run(Settings(rl1_steps=3, rl2_steps=2, questions=4, rl_questions=10))
-    assert calls == [("rl1", 3, list(range(10)), autocoa.IMAGINE), ("rl2", 2, [2, 3, 4, 5, 6, 7, 8, 9, 0, 1], "the tool")]
+    assert calls == [("rl1", 3, list(range(10)), autocoa.IMAGINE, Settings.rl1_scale), ("rl2", 2, [2, 3, 4, 5, 6, 7, 8, 9, 0, 1], "the tool", 1.0)]
 
 
 def test_groups_that_agree_are_skipped_and_counted(codec, tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_grpo_learns_the_right_way(codec):
     lm = tiny(codec)
     good, bad = sampled(codec, lm, ["Eva Moss", "Ada Falk"])
     start, before = lm.copy(), (logprob(lm, good), logprob(lm, bad))
-    s = Settings(temperature=1.0)
+    s = Settings(temperature=1.0, kl=0.0)
     assert train_rl.drift(lm, start, [good, bad], s) == pytest.approx(0, abs=1e-6)
     optimizer = model_torch.Optimizer(lm.model)
     for _ in range(5):
