@@ -114,11 +114,10 @@ def order(codec, world, rng):
     years = [str(y) for y in rng.sample(range(1900, 2000), 6 if rng.random() < 0.3 else 2)]
     if len(years) > 2:
         return codec.build(f"In order: {', '.join(years)}.", [("think", " is before ".join(sorted(years)) + "."), ("answer", min(years))])
-    of = dict(zip(years, rng.sample(world.groups[False, None], 2)))
-    low, high = sorted(years)
-    word, year = rng.choice([("First", low), ("Later", high)])
-    each = " ".join(f"{y}: {e.title}." for y, e in of.items())
-    return codec.build(f"{word}? {each}", [("think", f"{low} is before {high}. {word} is {year}: {of[year].title}."), ("answer", of[year].title)])
+    things, early = rng.sample(world.groups[False, None], 2), rng.random() < 0.5
+    each, said = miniwiki.conclude(years, things, early)
+    winner = things[years.index(min(years) if early else max(years))]
+    return codec.build(f"{'First' if early else 'Later'}? {each}", [("think", said), ("answer", winner.title)])
 
 
 def reading(codec, world, rng, progress):

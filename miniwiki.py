@@ -284,9 +284,7 @@ class World:
             form = form.replace("{k}", first_kind).replace("{n}", RELATIONS[bridge].noun)
         winner = (a, b)[(years[0] < years[1]) != early]
         text = form.format(a=mention(a, a.title != a.name), b=mention(b, b.title != b.name))
-        low, high = sorted(years)
-        each = " ".join(f"{year}: {e.title}." for year, e in zip(years, (a, b)))
-        return row(text, winner, steps, conclusion=f"{each} {low} is before {high}. {f'First is {low}' if early else f'Later is {high}'}: {winner.title}.")
+        return row(text, winner, steps, conclusion=" ".join(conclude(years, (a, b), early)))
 
 
 COMPARISONS = [
@@ -320,6 +318,14 @@ def step(e, relation, typed, former=False):
             "queries": [full if typed else mention(e, False, former), reword],
             "recall": f"I recall {answer}.", "answer": answer, "answers": [answer], "subject": e.former if former else e.name, "fact": f"{e.title}|{relation}",
             "wordings": [w.format(x=mention(e, e.title != e.name)) for w in asked]}
+
+
+def conclude(years, things, early):
+    """How a comparison ends: (whose year is whose, which is the first or the later)."""
+    low, high = sorted(years)
+    word, year = ("First", low) if early else ("Later", high)
+    return (" ".join(f"{y}: {e.title}." for y, e in zip(years, things)),
+            f"{low} is before {high}. {word} is {year}: {things[years.index(year)].title}.")
 
 
 def row(question, answer, steps, conclusion=""):
