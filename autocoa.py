@@ -90,7 +90,8 @@ class Codec:
         return ([] if self.tok.bos_token_id is None else [self.tok.bos_token_id]) + self.encode(question) + [self.think]
 
     def build(self, question, parts):
-        """[("think", text), ("search", query), ("result", text), ("answer", text)] after a question -> Trajectory.
+        """[("think", text), ("search", query), ("result", text), ("answer", text)] after a question -> Trajectory. "given" is a
+        thought that is not learned.
 
         >>> codec.build("Who?", [("think", "Hm."), ("answer", "Eva")]).mask     # prompt 0, all that the policy writes 1
         [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
@@ -98,8 +99,8 @@ class Codec:
         t = Trajectory()
         t.add(self.prompt(question), PROMPT, 0)
         for kind, text in parts:
-            if kind == "think":
-                t.add(self.encode(text), THINK, 1)
+            if kind in ("think", "given"):
+                t.add(self.encode(text), THINK, int(kind == "think"))
             elif kind == "search":
                 t.add([self.search] + self.encode(text) + [self.end_search], ACTION, 1)
                 t.queries.append(text)

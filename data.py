@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import miniwiki
@@ -14,13 +14,15 @@ from autocoa import PROMPT, TAGS, THINK, Trajectory, exact_match, normalize
 from common import Problem, read_jsonl
 
 TO_QUERY, TO_READ = "Write a query.", "Read the passages."      # how the nano base model is prompted for a single skill
+MISSING = "Not found."                                          # what a reader says of passages that do not hold it
 
 
 # ---- tokenizer ----------------------------------------------------------------------------------------------------------
 def nano_tokenizer(vocab_size, text):
-    """A byte-level BPE of the nano world. The words that names are made of come out as single tokens."""
+    """A byte-level BPE of the nano world. The words that names are made of come out as single tokens, qualifiers too: " (film)"."""
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = r" \([a-z]+\)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
     tok.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<pad>", "<bos>", "<eos>", *TAGS.values()], show_progress=False,
@@ -41,7 +43,7 @@ def nano_text(world):
                 yield f" {s['ask']} {s['recall']} {s['title']} 1 says {s['answer']}. {' '.join(s['queries'])}"
     words = (miniwiki.FIRST + miniwiki.LAST + miniwiki.STEM + miniwiki.CITY + miniwiki.ADJ + miniwiki.NOUN + miniwiki.FIRM + miniwiki.LAND
              + miniwiki.SIDE + miniwiki.JOBS + miniwiki.MONEY + miniwiki.TONGUE + [str(y) for y in range(1900, 2000)])
-    for word in words:
+    for word in words + [f"({q})" for q in [*miniwiki.JOBS, *miniwiki.SIZES]]:
         yield f" {word}" * 40
     yield f" {TO_QUERY} {TO_READ} I recall it. It is so. Not found. In order: 1, 2. 1 is before 2. First is 1: Later is 2: Nothing found." * 40
 
@@ -52,8 +54,8 @@ def base_data(codec, worlds, search, rng, tokens):
 
     First copying, then reading, each from the easy to the hard: a network of this size finds neither when both come at
     once with the rest (NOTES.md). Then all: head articles; closed-book chains of thought on head facts, whose hops grow; and
-    single skills on articles of other worlds: to write a query, to read what it finds, to compare years. Never a chain of
-    thought with an action inside. worlds: list of World; search: one search tool for each.
+    single skills on other worlds: to ask for one fact after the other, to write a query, to read what it finds or say that it isn't
+    there, to compare years. Never a chain of thought with an action inside. worlds: list of World; search: one search tool for each.
     """
     out, count = [], 0
     heads = [e for e in worlds[0].entities if e.head]
@@ -64,31 +66,32 @@ def base_data(codec, worlds, search, rng, tokens):
         if progress < 0.1 or (progress < 0.5 and kind < 0.15):
             t = titles(codec, world, rng)
         elif progress < 0.5:
-            t = reading(codec, world, rng, (progress - 0.1) / 0.4)
+            t = reading(codec, world, rng, (progress - 0.1) / 0.4) if kind > 0.2 else order(codec, world, rng)
         elif kind < 0.06:
             e = rng.choice(heads)
             t = Trajectory()
             t.add([codec.tok.bos_token_id], PROMPT, 0)
             t.add(codec.encode(f"{e.title}: {miniwiki.article(e, rng)}") + [codec.eos], PROMPT, 1)
-        elif kind < 0.28:
+        elif kind < 0.24:
             sets = ["single", "typed", "bridge", "compare", "chain"] if progress > 0.65 else ["single", "typed", "single", "bridge"]
             t = cot(codec, world.questions(rng.choice(sets), 1, rng, p_head=1.0)[0])
-        elif kind < 0.36:
+        elif kind < 0.32:
+            t = plan(codec, world, rng)
+        elif kind < 0.40:
             t = order(codec, world, rng)
+        elif kind < 0.55:
+            q = world.questions(rng.choice(["single", "typed"]), 1, rng, p_head=0.1)[0]
+            s = q["metadata"]["steps"][0]
+            to_query = f"{TO_QUERY} {TO_READ}" if rng.random() < 0.5 else TO_QUERY
+            t = codec.build(f"{to_query} {q['question']}", [("think", s["ask"]), ("search", s["queries"][0])])
         elif kind < 0.82:
             q = world.questions(rng.choice(["single", "typed"]), 1, rng, p_head=0.1)[0]
             s = q["metadata"]["steps"][0]
-            both = rng.random() < 0.5
-            to_query, to_read = (f"{TO_QUERY} {TO_READ}",) * 2 if both else (TO_QUERY, TO_READ)
-            if kind < 0.54:
-                t = codec.build(f"{to_query} {q['question']}", [("think", s["ask"]), ("search", s["queries"][0])])
-            else:
-                seen = search[i](s["queries"][:1])[0]
-                evidence = found(s, seen)
-                if not evidence:
-                    continue
-                t = codec.build(f"{to_read} {q['question']}",
-                                [("think", s["ask"]), ("result", seen), ("think", evidence), ("answer", s["answer"])])
+            to_read = f"{TO_QUERY} {TO_READ}" if rng.random() < 0.5 else TO_READ
+            seen = search[i](s["queries"][:1])[0]
+            evidence = found(s, seen)
+            t = codec.build(f"{to_read} {q['question']}", [("think", s["ask"]), ("result", seen)]
+                            + ([("think", evidence), ("answer", s["answer"])] if evidence else [("think", MISSING)]))
         else:
             t = reading(codec, world, rng, 1.0)
         out.append(t)
@@ -111,7 +114,7 @@ def titles(codec, world, rng):
 
 def order(codec, world, rng):
     """Years in order; or of two things with their years, which is first or later."""
-    years = [str(y) for y in rng.sample(range(1900, 2000), 6 if rng.random() < 0.3 else 2)]
+    years = [str(y) for y in rng.sample(range(1900, 2000), 10 if rng.random() < 0.4 else 2)]
     if len(years) > 2:
         return codec.build(f"In order: {', '.join(years)}.", [("think", " is before ".join(sorted(years)) + "."), ("answer", min(years))])
     things, early = rng.sample(world.groups[False, None], 2), rng.random() < 0.5
@@ -128,7 +131,7 @@ def reading(codec, world, rng, progress):
     """
     first = rng.choice(world.groups[False, "film" if rng.random() < 0.15 else None])
     alike = rng.random() < 0.6 and progress > 0.1
-    some = rng.sample(world.groups[False, first.kind if alike else None], 2)
+    some = rng.sample(like(world, first) if alike and rng.random() < 0.5 else world.groups[False, first.kind if alike else None], 2)
     low, high = next(k for until, k in ((0.15, (1, 1)), (0.25, (1, 2)), (0.35, (1, 4)), (0.5, (2, 6)), (2.0, (6, 6))) if progress < until)
     size = rng.randint(low, high)
     relations = rng.sample(list(first.facts), min(size, len(first.facts)))
@@ -138,11 +141,35 @@ def reading(codec, world, rng, progress):
         lines.append(f"{e.title} {n}: {miniwiki.article(e, rng, kept)}")
         steps += [miniwiki.step(e, r, e.title != e.name) for r in (e.facts if kept is None else kept)]
     observation = "\n ".join(lines)
-    t = codec.build(TO_READ, [("result", observation)])
-    for s in rng.sample(steps, min(5, len(steps))):
-        t.add(codec.encode(s["ask"]), THINK, 0)
-        t.add(codec.encode(found(s, observation)), THINK, 1)
-    return t
+    steps = rng.sample(steps, min(5, len(steps)))
+    if progress > 0.35 and rng.random() < 0.6:
+        e = rng.choice([e for e in like(world, some[0]) if e not in some])
+        steps.insert(rng.randrange(len(steps)), miniwiki.step(e, rng.choice(list(e.facts)), e.title != e.name))
+    return codec.build(TO_READ, [("result", observation)] + [part for s in steps for part in (("given", s["ask"]), ("think", found(s, observation) or MISSING))])
+
+
+def like(world, e):
+    """Entities of the same type whose names share a word with this one's; all of the type where those are few."""
+    group, words = world.groups[False, e.kind], set(e.name.split())
+    close = [x for x in group if not words.isdisjoint(x.name.split())]
+    return close if len(close) > 3 else group
+
+
+def plan(codec, world, rng):
+    """To ask for one fact after the other as the question says, then stop; what is recalled at each is given. The relations need
+    not fit each other, so the next can only be read from the question. Compositions kept for evaluation do not occur."""
+    path = []
+    for _ in range(rng.randint(1, 4)):
+        path.append(rng.choice([r for r in miniwiki.RELATIONS if not path or (path[-1], r) not in miniwiki.UNSEEN_PAIRS]))
+    e = rng.choice(world.groups[False, None])
+    question, parts = miniwiki.mention(e, e.title != e.name), []
+    for i, relation in enumerate(path):
+        rel = miniwiki.RELATIONS[relation]
+        parts.append(("think", f"{rel.noun} of {miniwiki.mention(e, e.title != e.name)}?"))
+        question = rng.choice(rel.phrases).format(x=question) if i < len(path) - 1 else world.wording(rng, relation, question)
+        e = rng.choice(world.groups[False, None])
+        parts.append(("given", f"I recall {e.title}."))
+    return codec.build(question[0].upper() + question[1:], parts + [("answer", e.title)])
 
 
 def cot(codec, q):
@@ -188,7 +215,7 @@ def teach(codec, questions, known, search):
                 if evidence:
                     parts.append(("think", evidence))
                     break
-                parts.append(("think", "Not found."))
+                parts.append(("think", MISSING))
                 counts["misses"] += 1
             else:
                 counts["dropped"] += 1

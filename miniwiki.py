@@ -65,7 +65,7 @@ class Relation:
     domain: str
     value: str
     noun: str
-    questions: list     # four wordings; the one at `held_out` is kept for evaluation
+    questions: list     # four wordings, of which the one at `held_out` is kept for evaluation; then two that only training has
     phrases: list       # noun phrases, for the inside of a question of several hops
     sentences: list     # wordings in articles
     held_out: int = 0
@@ -73,45 +73,65 @@ class Relation:
 
 def _relations():
     table = {
-        "director": ("film", "person", "director", ["Who directed {x}?", "Who is the director of {x}?", "Name the director of {x}.", "By whom was {x} directed?"],
+        "director": ("film", "person", "director", ["Who directed {x}?", "Who is the director of {x}?", "Name the director of {x}.", "By whom was {x} directed?",
+                      "Which person directed {x}?", "Who was behind the camera of {x}?"],
                      ["the director of {x}", "the person who directed {x}"], ["It was directed by {v}.", "{v} directed it.", "Its director is {v}."]),
-        "star": ("film", "person", "star", ["Who starred in {x}?", "Who is the star of {x}?", "Name the star of {x}.", "By whom was the main part in {x} played?"],
+        "star": ("film", "person", "star", ["Who starred in {x}?", "Who is the star of {x}?", "Name the star of {x}.", "By whom was the main part in {x} played?",
+                  "Which person starred in {x}?", "Who played the main part in {x}?"],
                  ["the star of {x}", "the person who starred in {x}"], ["It starred {v}.", "{v} played the main part.", "Its star is {v}."]),
-        "film_year": ("film", "year", "release year", ["When was {x} released?", "What is the release year of {x}?", "Name the release year of {x}.", "In which year did {x} come out?"],
+        "film_year": ("film", "year", "release year", ["When was {x} released?", "What is the release year of {x}?", "Name the release year of {x}.", "In which year did {x} come out?",
+                       "In which year was {x} released?", "Which year brought {x} to the screen?"],
                       ["the release year of {x}"], ["It was released in {v}.", "It came out in {v}.", "Its release year is {v}."]),
-        "author": ("novel", "person", "author", ["Who wrote {x}?", "Who is the author of {x}?", "Name the author of {x}.", "By whom was {x} written?"],
+        "author": ("novel", "person", "author", ["Who wrote {x}?", "Who is the author of {x}?", "Name the author of {x}.", "By whom was {x} written?",
+                    "Which person wrote {x}?", "From whose pen is {x}?"],
                    ["the author of {x}", "the person who wrote {x}"], ["It was written by {v}.", "{v} wrote it.", "Its author is {v}."]),
-        "novel_year": ("novel", "year", "publication year", ["When was {x} published?", "What is the publication year of {x}?", "Name the publication year of {x}.", "In which year did {x} appear?"],
+        "novel_year": ("novel", "year", "publication year", ["When was {x} published?", "What is the publication year of {x}?", "Name the publication year of {x}.", "In which year did {x} appear?",
+                        "In which year was {x} published?", "Which year saw the publication of {x}?"],
                        ["the publication year of {x}"], ["It was published in {v}.", "It appeared in {v}.", "Its publication year is {v}."]),
-        "band_city": ("band", "city", "home city", ["Where was {x} formed?", "What is the home city of {x}?", "Name the home city of {x}.", "In which city did {x} start?"],
+        "band_city": ("band", "city", "home city", ["Where was {x} formed?", "What is the home city of {x}?", "Name the home city of {x}.", "In which city did {x} start?",
+                       "In which city was {x} formed?", "From which city is {x}?"],
                       ["the home city of {x}", "the city where {x} was formed"], ["It was formed in {v}.", "It started in {v}.", "Its home city is {v}."]),
-        "singer": ("band", "person", "lead singer", ["Who sings in {x}?", "Who is the lead singer of {x}?", "Name the lead singer of {x}.", "By whom are the songs of {x} sung?"],
+        "singer": ("band", "person", "lead singer", ["Who sings in {x}?", "Who is the lead singer of {x}?", "Name the lead singer of {x}.", "By whom are the songs of {x} sung?",
+                    "Which person sings in {x}?", "Who sings the songs of {x}?"],
                    ["the lead singer of {x}", "the person who sings in {x}"], ["{v} sings in it.", "Its songs are sung by {v}.", "Its lead singer is {v}."]),
-        "band_year": ("band", "year", "starting year", ["When was {x} formed?", "What is the starting year of {x}?", "Name the starting year of {x}.", "In which year did {x} start?"],
+        "band_year": ("band", "year", "starting year", ["When was {x} formed?", "What is the starting year of {x}?", "Name the starting year of {x}.", "In which year did {x} start?",
+                       "In which year was {x} formed?", "Since which year has {x} played?"],
                       ["the starting year of {x}"], ["It was formed in {v}.", "It started in {v}.", "Its starting year is {v}."]),
-        "founder": ("company", "person", "founder", ["Who founded {x}?", "Who is the founder of {x}?", "Name the founder of {x}.", "By whom was {x} founded?"],
+        "founder": ("company", "person", "founder", ["Who founded {x}?", "Who is the founder of {x}?", "Name the founder of {x}.", "By whom was {x} founded?",
+                     "Which person founded {x}?", "Who opened {x}?"],
                     ["the founder of {x}", "the person who founded {x}"], ["It was founded by {v}.", "{v} founded it.", "Its founder is {v}."]),
-        "seat": ("company", "city", "headquarters", ["Where is {x} based?", "What is the headquarters of {x}?", "Name the headquarters of {x}.", "In which city is {x} managed?"],
+        "seat": ("company", "city", "headquarters", ["Where is {x} based?", "What is the headquarters of {x}?", "Name the headquarters of {x}.", "In which city is {x} managed?",
+                  "In which city is {x} based?", "From which city is {x} managed?"],
                  ["the headquarters of {x}", "the city where {x} is based"], ["It is based in {v}.", "It is managed from {v}.", "Its headquarters is {v}."]),
-        "company_year": ("company", "year", "founding year", ["When was {x} founded?", "What is the founding year of {x}?", "Name the founding year of {x}.", "In which year did {x} open?"],
+        "company_year": ("company", "year", "founding year", ["When was {x} founded?", "What is the founding year of {x}?", "Name the founding year of {x}.", "In which year did {x} open?",
+                          "In which year was {x} founded?", "Since which year has {x} been open?"],
                          ["the founding year of {x}"], ["It was founded in {v}.", "It opened in {v}.", "Its founding year is {v}."]),
-        "birthplace": ("person", "city", "birthplace", ["Where was {x} born?", "What is the birthplace of {x}?", "Name the birthplace of {x}.", "In which city did {x} come into the world?"],
+        "birthplace": ("person", "city", "birthplace", ["Where was {x} born?", "What is the birthplace of {x}?", "Name the birthplace of {x}.", "In which city did {x} come into the world?",
+                        "In which city was {x} born?", "Which city saw the birth of {x}?"],
                        ["the birthplace of {x}", "the city where {x} was born"], ["{s} was born in {v}.", "{s} came into the world in {v}.", "{p} birthplace is {v}."]),
-        "birth_year": ("person", "year", "birth year", ["When was {x} born?", "What is the birth year of {x}?", "Name the birth year of {x}.", "In which year did {x} come into the world?"],
+        "birth_year": ("person", "year", "birth year", ["When was {x} born?", "What is the birth year of {x}?", "Name the birth year of {x}.", "In which year did {x} come into the world?",
+                        "In which year was {x} born?", "Which year saw the birth of {x}?"],
                        ["the birth year of {x}"], ["{s} was born in {v}.", "{s} came into the world in {v}.", "{p} birth year is {v}."]),
-        "job": ("person", "job", "occupation", ["What does {x} do for a living?", "What is the occupation of {x}?", "Name the occupation of {x}.", "In which job does {x} work?"],
+        "job": ("person", "job", "occupation", ["What does {x} do for a living?", "What is the occupation of {x}?", "Name the occupation of {x}.", "In which job does {x} work?",
+                 "As what does {x} work?", "Which job has {x}?"],
                 ["the occupation of {x}"], ["{s} is {a} {v} for a living.", "{s} works as {a} {v}.", "{p} occupation is {v}."]),
-        "spouse": ("person", "person", "spouse", ["Who married {x}?", "Who is the spouse of {x}?", "Name the spouse of {x}.", "By whom was {x} married?"],
+        "spouse": ("person", "person", "spouse", ["Who married {x}?", "Who is the spouse of {x}?", "Name the spouse of {x}.", "By whom was {x} married?",
+                    "To whom is {x} married?", "Which person married {x}?"],
                    ["the spouse of {x}", "the person who married {x}"], ["{s} is married to {v}.", "{v} married {o}.", "{p} spouse is {v}."]),
-        "country": ("city", "country", "country", ["Where does {x} lie?", "What is the country of {x}?", "Name the country of {x}.", "In which country can {x} be found?"],
+        "country": ("city", "country", "country", ["Where does {x} lie?", "What is the country of {x}?", "Name the country of {x}.", "In which country can {x} be found?",
+                     "In which country does {x} lie?", "Which country is {x} in?"],
                     ["the country of {x}", "the country where {x} lies"], ["It lies in {v}.", "It can be found in {v}.", "Its country is {v}."]),
-        "mayor": ("city", "person", "mayor", ["Who governs {x}?", "Who is the mayor of {x}?", "Name the mayor of {x}.", "By whom is {x} governed?"],
+        "mayor": ("city", "person", "mayor", ["Who governs {x}?", "Who is the mayor of {x}?", "Name the mayor of {x}.", "By whom is {x} governed?",
+                   "Which person governs {x}?", "By whom is {x} run?"],
                   ["the mayor of {x}", "the person who governs {x}"], ["It is governed by {v}.", "{v} governs it.", "Its mayor is {v}."]),
-        "capital": ("country", "city", "capital", ["Where does the government of {x} sit?", "What is the capital of {x}?", "Name the capital of {x}.", "In which city is {x} governed?"],
+        "capital": ("country", "city", "capital", ["Where does the government of {x} sit?", "What is the capital of {x}?", "Name the capital of {x}.", "In which city is {x} governed?",
+                     "From which city is {x} governed?", "In which city does the government of {x} sit?"],
                     ["the capital of {x}", "the city where the government of {x} sits"], ["Its government sits in {v}.", "It is governed from {v}.", "Its capital is {v}."]),
-        "currency": ("country", "money", "currency", ["What do people pay with in {x}?", "What is the currency of {x}?", "Name the currency of {x}.", "In which money does {x} pay?"],
+        "currency": ("country", "money", "currency", ["What do people pay with in {x}?", "What is the currency of {x}?", "Name the currency of {x}.", "In which money does {x} pay?",
+                      "With which money do people pay in {x}?", "Which money is used in {x}?"],
                      ["the currency of {x}"], ["People pay with the {v}.", "The {v} is its money.", "Its currency is the {v}."]),
-        "language": ("country", "tongue", "language", ["What do people speak in {x}?", "What is the language of {x}?", "Name the language of {x}.", "In which language does {x} speak?"],
+        "language": ("country", "tongue", "language", ["What do people speak in {x}?", "What is the language of {x}?", "Name the language of {x}.", "In which language does {x} speak?",
+                      "Which language do people speak in {x}?", "Which language is spoken in {x}?"],
                      ["the language of {x}"], ["People speak {v}.", "{v} is spoken there.", "Its language is {v}."]),
     }
     # The wording kept for evaluation differs from relation to relation, so that each of its words is met in training.
@@ -210,9 +230,9 @@ class World:
     def _start(self, rng, p_head, kind=None):
         return rng.choice(self.groups[rng.random() < p_head, kind])
 
-    def _wording(self, rng, relation, x):
+    def wording(self, rng, relation, x):
         rel = RELATIONS[relation]
-        options = [i for i in range(4) if self.split == "eval" or i != rel.held_out]
+        options = range(4) if self.split == "eval" else [i for i in range(len(rel.questions)) if i != rel.held_out]
         return rel.questions[rng.choice(options)].format(x=x)
 
     def _single(self, rng, p_head):
@@ -257,7 +277,7 @@ class World:
             if i < len(path) - 1:
                 x = rng.choice(RELATIONS[r].phrases).format(x=x)
             e = e.facts[r]
-        return row(self._wording(rng, path[-1], x), e, steps)
+        return row(self.wording(rng, path[-1], x), e, steps)
 
     def _compare(self, rng, p_head):
         kind, relation, forms = rng.choice(COMPARISONS)
@@ -313,7 +333,7 @@ def step(e, relation, typed, former=False):
     answer = value.title if isinstance(value, Entity) else value
     rel, full = RELATIONS[relation], f"{e.name} {e.qualifier}"
     reword = f"once called {e.former}" if former else f"{full} {rel.noun}" if typed else full
-    asked = [w for i, w in enumerate(rel.questions) if i != rel.held_out]
+    asked = [w for i, w in enumerate(rel.questions[:4]) if i != rel.held_out]
     return {"ask": f"{rel.noun} of {mention(e, typed, former)}?", "title": e.title, "head": e.head,
             "queries": [full if typed else mention(e, False, former), reword],
             "recall": f"I recall {answer}.", "answer": answer, "answers": [answer], "subject": e.former if former else e.name, "fact": f"{e.title}|{relation}",

@@ -38,8 +38,11 @@ class Attention(nn.Module):
         q, k = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin)
         if cache is not None:
             k, v = cache(k, v)                                          # (B, kv heads, keys, head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=self.c.num_key_value_heads != self.c.num_attention_heads)
+        heads, kv = self.c.num_attention_heads, self.c.num_key_value_heads
+        if mask is not None and kv < heads:     # the query heads of one key head become rows of one query: its keys are read once
+            y = F.scaled_dot_product_attention(q.reshape(B, kv, -1, self.c.head_dim), k, v, attn_mask=mask.repeat(1, 1, heads // kv, 1)).view(q.shape)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=kv < heads)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -272,11 +275,11 @@ def orthogonalize(x):
     """Newton-Schulz on a stack of matrices (n, rows, columns), Muon's quintic coefficients."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()      # a step needs a direction, not digits
     for _ in range(5):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).float()
 
 
 def train_step(model, optimizer, loss_fn, batches, lr, muon_lr, temperature=1.0, max_norm=1.0):
@@ -312,8 +315,7 @@ def pick_device(name):
 def build(config, seed=0, device="cpu"):
     torch.manual_seed(seed)
     model = Transformer(config)
-    if config.num_key_value_heads == config.num_attention_heads:
-        ready_to_copy(model)
+    ready_to_copy(model)
     return model.to(device)
 
 
@@ -326,22 +328,26 @@ def ready_to_copy(model, alike=0.7, repeat=0.35, gain=5.0, dims=8):
     layer make them look one and two tokens back: the bias of the query is that of the key, turned by the offset, in the
     `dims` dimensions that turn fastest.
     """
+    c = model.config
+    shared = c.num_attention_heads // c.num_key_value_heads             # query heads that share a key and a value
     for layer in model.model.layers:
         at = layer.self_attn
-        at.k_proj.weight.copy_(alike * at.q_proj.weight + math.sqrt(1 - alike ** 2) * at.k_proj.weight)
-        at.o_proj.weight.copy_(repeat * at.v_proj.weight.T)
-    c, at = model.config, model.model.layers[0].self_attn
+        k, v = (w.unflatten(0, (-1, c.head_dim)).repeat_interleave(shared, 0).flatten(0, 1) for w in (at.k_proj.weight, at.v_proj.weight))
+        at.q_proj.weight.copy_(alike * k + math.sqrt(1 - alike ** 2) * at.q_proj.weight)
+        at.o_proj.weight.copy_(repeat * v.T)
+    at = model.model.layers[0].self_attn
     if not c.qkv_bias:
         return
     key = torch.zeros(1, c.head_dim)
     key[:, :dims] = gain
     angle = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
     for head, offset in enumerate((1, 2)[:c.num_attention_heads]):
-        rows, back = slice(head * c.head_dim, (head + 1) * c.head_dim), (-offset * angle).repeat(2)
-        at.k_proj.bias[rows] = key[0]
+        back, rows, kv_rows = (-offset * angle).repeat(2), *(slice(i * c.head_dim, (i + 1) * c.head_dim) for i in (head, head // shared))
         at.q_proj.bias[rows] = rotate(key, back.cos(), back.sin())[0]
-        at.k_proj.weight[rows] *= 0.1
         at.q_proj.weight[rows] *= 0.1
+        at.k_proj.bias[kv_rows] = key[0]
+        if head % shared == 0:
+            at.k_proj.weight[kv_rows] *= 0.1
 
 
 def load_weights(model, folder):
