@@ -174,32 +174,35 @@ class Decoder:
         sequences = [p + s for p, s in zip(self.pending, sequences)]
         self.pending = [[] for _ in sequences]
         counts = np.array([len(s) for s in sequences])
-        ids = np.zeros((len(sequences), max(counts.max(), 1)), dtype=np.int64)
-        for i, s in enumerate(sequences):
-            ids[i, :len(s)] = s
-        x = self._forward(torch.as_tensor(ids, device=self.model.device))           # (rows, T, hidden)
-        some = np.flatnonzero(counts)
-        self.logits[some] = self.model.logits(x[some, counts[some] - 1])
+        for rows in (np.flatnonzero((counts > 0) & (counts < 4)), np.flatnonzero(counts > 3)):     # few rows get an observation, the others wait
+            if len(rows):
+                ids = np.zeros((len(rows), counts[rows].max()), dtype=np.int64)
+                for i, row in enumerate(rows):
+                    ids[i, :counts[row]] = sequences[row]
+                x = self._forward(torch.as_tensor(ids, device=self.model.device), rows)            # (rows, T, hidden)
+                self.logits[rows] = self.model.logits(x[np.arange(len(rows)), counts[rows] - 1])
         self.length += counts
 
-    def _forward(self, ids):
-        rows, T = ids.shape
-        start = torch.as_tensor(self.length, device=ids.device)
-        keys = int(self.length.max()) + T
+    def _forward(self, ids, rows=None):
+        """ids (B, T), behind what the rows hold. rows: which rows of the cache these are; None: all."""
+        T, length = ids.shape[1], self.length if rows is None else self.length[rows]
+        start = torch.as_tensor(length, device=ids.device)
+        keys = int(length.max()) + T
         if keys > self.k[0].shape[2]:
             more = -(-keys // self.BLOCK) * self.BLOCK - self.k[0].shape[2]
             self.k, self.v = [F.pad(k, (0, 0, 0, more)) for k in self.k], [F.pad(v, (0, 0, 0, more)) for v in self.v]
-        positions = start[:, None] + torch.arange(T, device=ids.device)             # (rows, T)
-        mask = torch.arange(keys, device=ids.device) <= positions[..., None]        # (rows, T, keys)
-        every = torch.arange(rows, device=ids.device)[:, None]
+        positions = start[:, None] + torch.arange(T, device=ids.device)             # (B, T)
+        hidden = torch.arange(keys, device=ids.device) > positions[..., None]       # (B, T, keys)
+        mask = torch.zeros(hidden.shape, device=ids.device, dtype=self.k[0].dtype).masked_fill_(hidden, -torch.inf)[:, None]
+        which = torch.as_tensor(np.arange(len(length)) if rows is None else rows, device=ids.device)
 
         def write(i):
             def cache(k, v):
-                self.k[i][every, :, positions] = k.transpose(1, 2)
-                self.v[i][every, :, positions] = v.transpose(1, 2)
-                return self.k[i][:, :, :keys], self.v[i][:, :, :keys]
+                self.k[i][which[:, None], :, positions] = k.transpose(1, 2)
+                self.v[i][which[:, None], :, positions] = v.transpose(1, 2)
+                return [x[:, :, :keys] if rows is None else x[which, :, :keys] for x in (self.k[i], self.v[i])]
             return cache
-        return self.model(ids, positions, [write(i) for i in range(len(self.k))], mask[:, None])
+        return self.model(ids, positions, [write(i) for i in range(len(self.k))], mask)
 
     @torch.no_grad()
     def decode(self, stops, limits, temperature, rng=None, leave=0.0):
