@@ -214,8 +214,8 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
 
     decoder: a twin's `Decoder` class bound to a model, `decoder(prompts)`.
     prompts: list of id lists; equal ones share their prefill.
-    search: list of action texts -> list of observations, or IMAGINE: the policy writes the observation as well, and it
-    still counts as the environment's (role OBSERVATION, mask 0).
+    search: list of action texts -> list of observations, or IMAGINE: the policy writes the observation as well, greedily, and
+    it still counts as the environment's (role OBSERVATION, mask 0).
     When max_actions or max_len is spent before an answer, `</think>\\boxed{` is appended and the model answers.
     Returns a Trajectory for each prompt, in order. temperature 0 is greedy.
     """
@@ -244,7 +244,8 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
 
     while live:
         limits = [max(1, open_observation(t) if state[id(t)] == OBSERVATION else ends[id(t)] - len(t.ids) if t.forced else room(t)) for t in live]
-        ids, logps = dec.decode(stops, limits, temperature, rng, leave=0.25)
+        warmth = [0.0 if state[id(t)] == OBSERVATION else temperature for t in live]   # as a tool does, it says one thing to one query
+        ids, logps = dec.decode(stops, limits, warmth, rng, leave=0.6)
         feeds, acting, keep = [], [], []
         for row, t in enumerate(live):
             if state[id(t)] == OBSERVATION:                 # imagined: the policy's words, the environment's tokens

@@ -120,7 +120,7 @@ def order(codec, world, rng):
     things, early = rng.sample(world.groups[False, None], 2), rng.random() < 0.5
     each, said = miniwiki.conclude(years, things, early)
     winner = things[years.index(min(years) if early else max(years))]
-    return codec.build(f"{'First' if early else 'Later'}? {each}", [("think", said), ("answer", winner.title)])
+    return codec.build(f"{'First' if early else 'Later'}? {each}", [("think", said), ("answer", winner.name)])
 
 
 def reading(codec, world, rng, progress):
@@ -183,8 +183,9 @@ def cot(codec, q):
 
 
 def ending(q):
-    conclusion = q["metadata"].get("conclusion")
-    return ([("think", conclusion)] if conclusion else []) + [("answer", q["golden_answers"][-1])]
+    """A comparison ends with a conclusion and the bare name that it says; all else with the title that was read."""
+    conclusion, golden = q["metadata"].get("conclusion"), q["golden_answers"]
+    return [("think", conclusion), ("answer", golden[0])] if conclusion else [("answer", golden[-1])]
 
 
 # ---- the teacher --------------------------------------------------------------------------------------------------------
@@ -282,7 +283,8 @@ def pairs(codec, questions, recalled, acted):
 class Task:
     train: object           # (n, which pool) -> n questions to learn from
     evaluation: dict        # set -> questions to be judged on
-    search: object          # the search tool of training
+    search: object          # the search tool of SFT
+    rl_search: object       # of RL with the tool
     eval_search: object     # and of evaluation
 
 
@@ -290,8 +292,9 @@ MIX = {"single": 0.1, "typed": 0.1, "bridge": 0.3, "compare": 0.2, "chain": 0.3}
 
 
 def nano_task(s):
-    """Training questions on one world, evaluation on a world that training never sees."""
-    world, unseen = miniwiki.World(s.seed, "train", scale=s.train_scale), miniwiki.World(s.seed, "eval")
+    """SFT and imagined RL on one world; RL with the tool on another, where what SFT learned by heart is of no use, as it will be of
+    none in evaluation, on a third that training never sees."""
+    world, other, unseen = miniwiki.World(s.seed, "train", s.train_scale), miniwiki.World(s.seed + 500, "train"), miniwiki.World(s.seed, "eval")
     taken, drawn = set(), {}
 
     def train(n, pool, p_head=0.10):
@@ -300,14 +303,14 @@ def nano_task(s):
             return drawn[pool]
         rng, out = random.Random(f"{pool} {s.seed}"), []
         for name, share in MIX.items():
-            rows = world.questions(name, round(n * share), rng, p_head, taken)
+            rows = (other if pool == "rl2" else world).questions(name, round(n * share), rng, p_head, taken)
             out += [dict(q, id=f"{pool}_{q['id']}") for q in rows]
         rng.shuffle(out)
         drawn[pool] = out
         return out
     rng = random.Random(f"evaluation {s.seed}")
     sets = {name: unseen.questions(name, s.eval_questions, rng) for name in miniwiki.SETS}
-    return Task(train, sets, tools.library(world.passages(), s.top_k), tools.library(unseen.passages(), s.top_k))
+    return Task(train, sets, *(tools.library(w.passages(), s.top_k) for w in (world, other, unseen)))
 
 
 def load_task(s):
@@ -322,12 +325,12 @@ def load_task(s):
 
     def train(n, pool_name, p_head=0.0):
         """n questions, the sets mixed; RL begins behind those of SFT's chains, and all begin again at the end."""
-        at = {"sample": 0, "coa": 0, "cot": 0, "act": 0, "think": 0, "rl": s.coa}[pool_name]
+        at = {"sample": 0, "coa": 0, "cot": 0, "act": 0, "think": 0, "rl1": s.coa, "rl2": s.coa + s.rl1_steps * s.questions}[pool_name]
         order = random.Random(s.seed).sample(range(len(pool)), len(pool))
         return [pool[order[(at + i) % len(pool)]] for i in range(min(n, len(pool)))]
     rng = random.Random(f"evaluation {s.seed}")
     sets = {name: rng.sample(rows, min(s.eval_questions, len(rows))) for name, rows in sets.items()}
-    return Task(train, sets, search, search)
+    return Task(train, sets, search, search, search)
 
 
 def read_questions(path):

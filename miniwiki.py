@@ -341,11 +341,11 @@ def step(e, relation, typed, former=False):
 
 
 def conclude(years, things, early):
-    """How a comparison ends: (whose year is whose, which is the first or the later)."""
+    """How a comparison ends: (whose year is whose, which is the first or the later), by the names in the question."""
     low, high = sorted(years)
     word, year = ("First", low) if early else ("Later", high)
-    return (" ".join(f"{y}: {e.title}." for y, e in zip(years, things)),
-            f"{low} is before {high}. {word} is {year}: {things[years.index(year)].title}.")
+    return (" ".join(f"{y}: {e.name}." for y, e in zip(years, things)),
+            f"{low} is before {high}. {word} is {year}: {things[years.index(year)].name}.")
 
 
 def row(question, answer, steps, conclusion=""):

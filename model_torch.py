@@ -210,21 +210,22 @@ class Decoder:
 
         It may return when no more than this share of the rows, `leave`, is still writing: they can go on with the next call.
 
-        rng draws one uniform a row and step, whatever the backend; temperature 0 is greedy, with log-probs at 1.
+        temperature: one for all rows, or a list, one a row; 0 is greedy, with log-probs at 1. rng draws one uniform a row and
+        step, whatever the backend.
         """
         device, limits = self.model.device, np.asarray(limits)
+        warmth = torch.as_tensor(np.broadcast_to(temperature, len(limits)).copy(), device=device, dtype=torch.float32)[:, None]
+        cold, warmth = warmth[:, 0] == 0, torch.where(warmth == 0, 1.0, warmth)
         stop = torch.as_tensor(stops, device=device)
         left = torch.as_tensor(limits, device=device)
         running = left > 0
         ids, logps, steps = [], [], int(limits.max())
         for step in range(steps):
-            logits = self.logits / (temperature or 1.0)
-            logp = logits.log_softmax(-1)                                           # (rows, vocab)
-            if temperature:
+            logp = (self.logits / warmth).log_softmax(-1)                           # (rows, vocab)
+            token = logp.argmax(-1)
+            if not cold.all():
                 u = torch.as_tensor(rng.random((len(limits), 1)), device=device, dtype=torch.float32)
-                token = (logp.exp().cumsum(-1) < u).sum(-1).clamp(max=logp.shape[1] - 1)
-            else:
-                token = logits.argmax(-1)
+                token = torch.where(cold, token, (logp.exp().cumsum(-1) < u).sum(-1).clamp(max=logp.shape[1] - 1))
             ids.append(torch.where(running, token, -1))
             logps.append(logp.gather(1, token[:, None])[:, 0])
             running = running & ~torch.isin(token, stop) & (step + 1 < left)

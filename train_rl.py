@@ -106,14 +106,12 @@ def run(s):
     if s.stage not in ("", "rl1", "rl2"):
         raise Problem(f"--stage: {s.stage!r} is not rl1 or rl2")
     root, task = Path("out", s.run), data.load_task(s)
-    pool = task.train(s.rl_questions, "rl")
     start = s.start or ("rl1" if s.stage == "rl2" else "sft3")
     lm = model.load(root / start, s.device, f"python train_{'rl' if start.startswith('rl') else 'sft'}.py --run={s.run}")
     if s.stage != "rl2":    # the policy is its own search engine
-        grpo(lm, s, s.out or "rl1", s.rl1_steps, pool, autocoa.IMAGINE, np.random.default_rng(s.seed), s.rl1_scale)
-    if s.stage != "rl1":    # the tool answers; it goes on where RL-1 left the pool
-        at = s.rl1_steps * s.questions % len(pool) if not s.stage else 0
-        grpo(lm, s, s.out or "rl2", s.rl2_steps, pool[at:] + pool[:at], task.search, np.random.default_rng(s.seed + 1))
+        grpo(lm, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0), autocoa.IMAGINE, np.random.default_rng(s.seed), s.rl1_scale)
+    if s.stage != "rl1":    # the tool answers
+        grpo(lm, s, s.out or "rl2", s.rl2_steps, task.train(s.rl_questions, "rl2"), task.rl_search, np.random.default_rng(s.seed + 1))
 
 
 if __name__ == "__main__":
