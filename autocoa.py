@@ -228,6 +228,7 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
     dec = decoder(prompts)
     state = {id(t): THINK for t in live}
     ends, opened = {}, {}                                   # where a forced answer must end, where an imagined observation began
+    twins = {}                                              # rollouts that wait for what another, still the same text, imagines
     stops = [codec.eos, codec.end_search] + [codec.end_result] * (search is IMAGINE)
 
     def room(t):                                            # tokens left before the forced answer must begin
@@ -246,18 +247,21 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
         limits = [max(1, open_observation(t) if state[id(t)] == OBSERVATION else ends[id(t)] - len(t.ids) if t.forced else room(t)) for t in live]
         warmth = [0.0 if state[id(t)] == OBSERVATION else temperature for t in live]   # as a tool does, it says one thing to one query
         ids, logps = dec.decode(stops, limits, warmth, rng, leave=0.6)
-        feeds, acting, keep = [], [], []
+        turn, leads = [], {}                                # who goes on: (trajectory, its row, what it is fed; None: what the tool says)
         for row, t in enumerate(live):
             if state[id(t)] == OBSERVATION:                 # imagined: the policy's words, the environment's tokens
-                feeds.append([])
+                feed = []
                 t.add(ids[row], OBSERVATION, 0)
                 if t.ids[-1] != codec.end_result and open_observation(t) < 1:
-                    feeds[-1] = [codec.end_result]
-                    t.add([codec.end_result], OBSERVATION, 0)
-                if t.ids[-1] == codec.end_result:
-                    t.observations.append(codec.decode(t.ids[opened[id(t)]:-1]).strip())
-                    state[id(t)] = THINK
-                keep.append(row)
+                    feed = [codec.end_result]
+                    t.add(feed, OBSERVATION, 0)
+                over = t.ids[-1] == codec.end_result
+                for one in [t] + (twins.pop(id(t), []) if over else []):
+                    one.add(t.ids[len(one.ids):], OBSERVATION, 0)
+                    turn.append((one, row, feed))
+                    if over:
+                        one.observations.append(codec.decode(t.ids[opened[id(t)]:-1]).strip())
+                        state[id(one)] = THINK
                 continue
             for token, logp in zip(ids[row], logps[row]):
                 if token == codec.search:
@@ -269,35 +273,44 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
             if last == codec.end_search and state[id(t)] == ACTION and not t.forced:
                 state[id(t)] = THINK
                 if len(t.queries) >= max_actions:
-                    feeds.append(force(t))
+                    turn.append((t, row, force(t)))
+                    continue
+                t.queries.append(codec.decode(t.ids[len(t.ids) - t.ids[::-1].index(codec.search):-1]).strip())
+                if search is not IMAGINE:
+                    turn.append((t, row, None))
+                    continue
+                t.add([codec.result], OBSERVATION, 0)
+                state[id(t)], opened[id(t)] = OBSERVATION, len(t.ids)
+                lead = leads.setdefault(tuple(t.ids), t)
+                if lead is t:
+                    turn.append((t, row, [codec.result]))
                 else:
-                    text = codec.decode(t.ids[len(t.ids) - t.ids[::-1].index(codec.search):-1]).strip()
-                    t.queries.append(text)
-                    feeds.append([codec.result])
-                    if search is IMAGINE:
-                        t.add([codec.result], OBSERVATION, 0)
-                        state[id(t)], opened[id(t)] = OBSERVATION, len(t.ids)
-                    else:
-                        acting.append(len(keep))
+                    twins.setdefault(id(lead), []).append(t)
             elif last in (codec.eos, codec.end_search) or len(ids[row]) == limits[row] and (t.forced or state[id(t)] == ANSWER):
                 continue                                    # answered, or beyond repair
-            elif len(ids[row]) == limits[row]:
-                feeds.append(force(t))
-            else:
-                feeds.append([])                            # still writing: it goes on in the next turn
-            keep.append(row)
-        live = [live[row] for row in keep]
-        if not live:
+            else:                                           # cut by its limit, or still writing: it goes on in the next turn
+                turn.append((t, row, force(t) if len(ids[row]) == limits[row] else []))
+        if not turn:
             break
-        dec.keep(keep)
-        for i, text in zip(acting, search([live[i].queries[-1] for i in acting]) if acting else []):
-            live[i].observations.append(text)
-            feeds[i] = [codec.result] + codec.encode(text) + [codec.end_result]
-            if len(feeds[i]) > room(live[i]):               # never cut an observation silently: it does not fit, so answer now
-                feeds[i] = force(live[i])
-            else:
-                live[i].add(feeds[i], OBSERVATION, 0)
-        dec.feed(feeds)
+        calls = [t for t, _, feed in turn if feed is None]
+        said = dict(zip(map(id, calls), search([t.queries[-1] for t in calls]))) if calls else {}
+        firsts, order, index = [], [], {}                   # rollouts that are still one text read an observation as one row
+        for t, row, feed in turn:
+            if feed is None:
+                t.observations.append(said[id(t)])
+                feed = [codec.result] + codec.encode(said[id(t)]) + [codec.end_result]
+                if len(feed) > room(t):                     # never cut an observation silently: it does not fit, so answer now
+                    feed = force(t)
+                else:
+                    t.add(feed, OBSERVATION, 0)
+            n = index.setdefault(tuple(t.ids) if feed else id(t), len(firsts))
+            if n == len(firsts):
+                firsts.append((row, feed))
+            order.append(n)
+        dec.keep([row for row, _ in firsts])
+        dec.feed([feed for _, feed in firsts])
+        dec.keep(order)
+        live = [t for t, _, _ in turn]
     return done
 
 

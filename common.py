@@ -33,7 +33,7 @@ class Settings:
     vocab_size: int = 2048              # of the nano tokenizer
     width: int = 128                    # hidden size
     layers: int = 4                     # blocks
-    base_tokens: int = 2_700_000        # tokens of pretraining
+    base_tokens: int = 2_600_000        # tokens of pretraining
     train_scale: int = 4                # size of the training world: too large to learn by heart, so that reading is learned
     # -- SFT (paper 3.2; counts are the authors')
     pairs: int = 1500                   # CoT+A pairs of SFT-1
@@ -41,28 +41,27 @@ class Settings:
     cot: int = 1000                     # chain-of-thought trajectories mixed in
     epochs: int = 2                     # over them, in each stage
     alpha: float = 0.2                  # weight of SFT-1's auxiliary term
-    muon: bool = True                   # Muon for the matrices; false: AdamW for all, as for pretrained models
+    muon: bool = True                   # Muon for the matrices in SFT; false: AdamW for all, as for pretrained models
     batch_tokens: int = 2000            # tokens of an optimizer step
     micro_tokens: int = 1600            # tokens that go through the network at once
     lr: float = 6e-3                    # AdamW in the base stage and SFT-2
     muon_lr: float = 1e-2               # Muon there
     sft1_scale: float = 0.1             # SFT-1's rates are this part of those
     sft2_scale: float = 0.6             # SFT-2's
-    sft3_scale: float = 0.2             # SFT-3's
+    sft3_scale: float = 0.5             # SFT-3's
     # -- RL (paper 3.3)
     rl1_steps: int = 80                 # in the imagined environment
     rl2_steps: int = 16                 # in the real one
     questions: int = 48                 # a step
     rollouts: int = 5                   # a question
     rl_questions: int = 4608            # the pool they come from
-    temperature: float = 0.6            # of sampling; log-probs in the loss are at the same temperature
-    rl_lr: float = 3e-4                 # AdamW
-    rl_muon_lr: float = 3e-3            # Muon
-    rl1_scale: float = 0.2              # RL-1's rates are this part of those: what one imagines is a weak teacher
+    temperature: float = 1.0            # of sampling; log-probs in the loss are at the same temperature
+    rl_lr: float = 3e-4                 # AdamW for all weights: Muon would lift the noise of a policy gradient to the size of its signal
+    rl1_scale: float = 0.33             # RL-1's rate is this part of it: what one imagines is a weak teacher
     minibatches: int = 1                # optimizer steps a batch of rollouts is cut into
     clip_low: float = 0.2               # the ratio is clipped below 1 - clip_low
     clip_high: float = 0.28             # and above 1 + clip_high
-    kl: float = 0.02                    # weight of the k3 KL to the SFT policy
+    kl: float = 0.0                     # weight of the k3 KL to the SFT policy
     advantage_std: bool = False         # divide advantages by the group's standard deviation, as the authors' code does
     format_penalty: float = 0.5         # taken off the reward of a malformed trajectory
     call_cost: float = 0.0              # taken off the reward for each call

@@ -21,7 +21,7 @@ MISSING = "Not found."                                          # what a reader 
 def nano_tokenizer(vocab_size, text):
     """A byte-level BPE of the nano world. The words that names are made of come out as single tokens, qualifiers too: " (film)"."""
     tok = Tokenizer(models.BPE())
-    words = r" \([a-z]+\)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
+    words = r" \([a-z]+\)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s"
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
     tok.train_from_iterator(text, trainers.BpeTrainer(
@@ -85,10 +85,11 @@ def base_data(codec, worlds, search, rng, tokens):
             to_query = f"{TO_QUERY} {TO_READ}" if rng.random() < 0.5 else TO_QUERY
             t = codec.build(f"{to_query} {q['question']}", [("think", s["ask"]), ("search", s["queries"][0])])
         elif kind < 0.82:
-            q = world.questions(rng.choice(["single", "typed"]), 1, rng, p_head=0.1)[0]
+            former = rng.random() < 0.15                # a name that is no title: found only when it is asked for as a former name
+            q = world.by_former_name(rng) if former else world.questions(rng.choice(["single", "typed"]), 1, rng, p_head=0.1)[0]
             s = q["metadata"]["steps"][0]
             to_read = f"{TO_QUERY} {TO_READ}" if rng.random() < 0.5 else TO_READ
-            seen = search[i](s["queries"][:1])[0]
+            seen = search[i]([s["queries"][former and rng.random() < 0.5]])[0]
             evidence = found(s, seen)
             t = codec.build(f"{to_read} {q['question']}", [("think", s["ask"]), ("result", seen)]
                             + ([("think", evidence), ("answer", s["answer"])] if evidence else [("think", MISSING)]))

@@ -227,6 +227,12 @@ class World:
                 rows.append({"id": f"{which}_{len(rows)}", **row})
         return rows
 
+    def by_former_name(self, rng):
+        """A single hop from an entity that is called by a name it once had."""
+        e = rng.choice([e for e in self.entities if e.former])
+        relation = rng.choice([r for r in e.facts if r != "job"])
+        return row(self.wording(rng, relation, e.former), e.facts[relation], [step(e, relation, False, True)])
+
     def _start(self, rng, p_head, kind=None):
         return rng.choice(self.groups[rng.random() < p_head, kind])
 

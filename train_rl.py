@@ -55,7 +55,7 @@ def grpo(lm, s, stage, steps, pool, search, rng, scale=1.0):
     folder = Path("out", s.run, stage)
     log = Log(folder)
     samples = open(log.folder / "rollouts.jsonl", "w")
-    optimizer, reference = lm.backend.Optimizer(lm.model, muon=s.muon), lm.copy()
+    optimizer, reference = lm.backend.Optimizer(lm.model, muon=False), lm.copy()
     bar = tqdm(range(steps), desc=stage, unit="step", smoothing=0.1)
     for step in bar:
         t0 = time.time()
@@ -68,9 +68,9 @@ def grpo(lm, s, stage, steps, pool, search, rng, scale=1.0):
         for part in np.array_split(np.random.default_rng(step).permutation(learn), s.minibatches) if len(learn) else []:
             batches = update_batches([done[i] for i in part], advantages.ravel()[part], reference, s)
             rate = scale * min(1.0, (step + 1) / 3)
-            figures = lm.backend.train_step(lm.model, optimizer, autocoa.grpo_loss, batches, s.rl_lr * rate, s.rl_muon_lr * rate, s.temperature)
+            figures = lm.backend.train_step(lm.model, optimizer, autocoa.grpo_loss, batches, s.rl_lr * rate, 0.0, s.temperature)
             if not math.isfinite(figures["loss"] + figures["grad_norm"]):
-                raise Problem(f"{stage}: loss is {figures['loss']} at step {step}; the stage before is kept; lower --rl_lr and --rl_muon_lr")
+                raise Problem(f"{stage}: loss is {figures['loss']} at step {step}; the stage before is kept; lower --rl_lr")
         t2 = time.time()
         row = describe(lm.codec, done, rewards, questions, s.rollouts)
         tokens = sum(len(t.ids) for t in done)

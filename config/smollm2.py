@@ -17,6 +17,7 @@ batch_tokens = 12_000
 micro_tokens = 4000
 rl1_scale = 1.0
 rl_lr = 1e-6
+temperature = 0.6           # the authors'
 kl = 0.001
 top_k = 3
 max_actions = 4

@@ -103,9 +103,9 @@ def test_equal_prompts_share_a_prefill(lm, monkeypatch):
     """A group of rollouts reads its question once; the rows then grow apart. Guards: rollouts x prefill, and shared storage."""
     seen = []
     forward = Decoder._forward
-    monkeypatch.setattr(Decoder, "_forward", lambda self, ids: seen.append(tuple(ids.shape)) or forward(self, ids))
+    monkeypatch.setattr(Decoder, "_forward", lambda self, ids, *rows: seen.append(tuple(ids.shape)) or forward(self, ids, *rows))
     dec = Decoder(lm.model, [PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[1]])
-    assert seen == [(2, 11)]
+    assert seen == [(1, 3), (1, 11)]                # a short and a long one: neither is padded to the other
     dec.feed([[50], [51], [52], [53, 54]])
     for logits, ids in zip(dec.logits.numpy(), (PROMPTS[1] + [50], PROMPTS[0] + [51], PROMPTS[1] + [52], PROMPTS[1] + [53, 54])):
         np.testing.assert_allclose(logits, uncached(lm, ids), atol=2e-4)
@@ -139,6 +139,15 @@ def test_sampling_follows_the_softmax(codec, temperature):
     seen = np.bincount(np.ravel(ids), minlength=len(p)) / n
     assert (p > 0.02).sum() >= 5
     assert (np.abs(seen - p) <= 5 * np.sqrt(p * (1 - p) / n) + 1 / n).all()
+
+
+def test_each_row_has_its_temperature(lm):
+    """A row at 0 is greedy beside one that samples; the one that samples draws what it would draw beside any other."""
+    prompts = [PROMPTS[0]] * 3
+    ids, logps = Decoder(lm.model, prompts).decode([], [8] * 3, [0.0, 1.5, 0.0], np.random.default_rng(0))
+    all_sampled, _ = Decoder(lm.model, prompts).decode([], [8] * 3, 1.5, np.random.default_rng(0))
+    assert ids[0] == ids[2] == greedy(lm, PROMPTS[0], [], 8) != ids[1] == all_sampled[1]
+    assert logps[0] == pytest.approx(Decoder(lm.model, prompts[:1]).decode([], [8], 0.0)[1][0], abs=1e-5)
 
 
 def test_sampling_is_repeatable_and_rows_differ(lm):

@@ -1,4 +1,6 @@
 """Algorithm 1 (autocoa.rollout) with a decoder that replays a script: no network."""
+import copy
+
 import numpy as np
 import pytest
 from conftest import tiny
@@ -18,16 +20,17 @@ class Script:
 
     def __call__(self, prompts):
         self.rows = [{"line": list(line), "seen": list(p), "at": 0} for line, p in zip(self.lines, prompts, strict=True)]
-        self.all = self.rows
+        self.all, self.ever = self.rows, list(self.rows)
         return self
 
     def decode(self, stops, limits, temperature, rng=None, leave=0.0):
         out = [[] for _ in self.rows]
-        for row, ids, limit in zip(self.rows, out, limits, strict=True):
+        for row, ids, limit, warmth in zip(self.rows, out, limits, temperature, strict=True):
             while len(ids) < min(limit, self.burst if leave else limit) and not (ids and ids[-1] in stops):
                 ids += row["line"][:1] or self.filler
                 del row["line"][:1]
             row["seen"] += ids
+            row.setdefault("warmth", []).extend([warmth] * len(ids))
         return out, [[-0.01 * self.number(row) for _ in ids] for row, ids in zip(self.rows, out)]
 
     def number(self, row):
@@ -35,7 +38,9 @@ class Script:
         return row["at"]
 
     def keep(self, rows):
-        self.rows = [self.rows[r] for r in rows]
+        """A row that is named again goes on as a copy, as in the real decoder."""
+        self.rows = [copy.deepcopy(self.rows[r]) if r in rows[:i] else self.rows[r] for i, r in enumerate(rows)]
+        self.ever += [row for row in self.rows if not any(row is known for known in self.ever)]
 
     def feed(self, sequences):
         for row, ids in zip(self.rows, sequences, strict=True):
@@ -57,10 +62,10 @@ def run(codec, *lines, search=None, burst=1000, **budgets):
     script = Script(codec, *lines, burst=burst)
     prompts = [codec.prompt("Who directed it?")] * len(lines)
     done = rollout(script, codec, prompts, search or tool, **budgets)
-    for t, row, prompt in zip(done, script.all, prompts, strict=True):
+    for t, prompt in zip(done, prompts, strict=True):
         assert len(t.ids) == len(t.mask) == len(t.role) == len(t.logprobs) <= budgets.get("max_len", 400)
         assert t.ids[:len(prompt)] == prompt and t.role[:len(prompt)] == [PROMPT] * len(prompt)
-        assert t.ids == row["seen"]                                         # the network saw exactly what the trajectory says
+        assert any(t.ids == row["seen"] for row in script.ever)             # the network saw exactly what the trajectory says
         assert all((lp == 0) == (m == 0) for lp, m in zip(t.logprobs, t.mask))
         assert all(m == 0 for m, r in zip(t.mask, t.role) if r in (PROMPT, OBSERVATION))
         assert len(t.queries) == len(t.observations) <= budgets.get("max_actions", 6)
@@ -222,6 +227,17 @@ def test_imagine(codec):
         assert t.queries == ["Silver River"] and t.observations == ["Silver River: was directed by Ada"]
         assert codec.well_formed(t)
     assert codec.answer(done[1]) == "Eva" and done[1].observations == []
+
+
+def test_what_is_imagined_is_greedy(codec):
+    """A tool says one thing to one query, so the imagined one does: only the policy's own tokens are sampled.
+    Guards: groups whose rewards differ by the luck of the imagined world."""
+    script = Script(codec, ACT.replace("</end_search>", "</end_search> Silver River: Ada</search_result>"), PLAIN)
+    done = rollout(script, codec, [codec.prompt("Who?")] * 2, IMAGINE, temperature=0.7)
+    for t, row in zip(done, script.all):
+        written = [r for i, r in zip(t.ids, t.role) if r != PROMPT and i != codec.result]
+        assert row["warmth"] == [0.0 if r == OBSERVATION else 0.7 for r in written]
+    assert 0.0 in script.all[0]["warmth"]
 
 
 def test_imagine_without_an_end(codec):

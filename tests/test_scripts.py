@@ -182,7 +182,7 @@ def test_too_long_trajectories_are_reported(made, tmp_path, capsys):
 
 
 def test_defaults_are_the_paper_counts():
-    """1,500 pairs; 5,000 + 1,000 trajectories, 2 epochs; 80 + 16 steps of 48 x 5 at 0.6 over 4,608 questions."""
+    """1,500 pairs; 5,000 + 1,000 trajectories, 2 epochs; 80 + 16 steps of 48 x 5 over 4,608 questions."""
     s = Settings()
     assert (s.pairs, s.coa, s.cot, s.epochs, s.alpha) == (1500, 5000, 1000, 2, 0.2)
-    assert (s.rl1_steps, s.rl2_steps, s.questions, s.rollouts, s.temperature, s.rl_questions) == (80, 16, 48, 5, 0.6, 4608)
+    assert (s.rl1_steps, s.rl2_steps, s.questions, s.rollouts, s.rl_questions) == (80, 16, 48, 5, 4608)

@@ -222,8 +222,10 @@ def test_comparisons_by_hand():
         winner = first[(int(years[0]["answer"]) < int(years[1]["answer"])) != early]
         assert winner in q["golden_answers"]
         low, high = sorted(s["answer"] for s in years)
-        each = [f"{s['answer']}: {title}." for s, title in zip(years, first)]
-        said = f"First is {low}: {winner}." if early else f"Later is {high}: {winner}."
+        name = {title: title.split(" (")[0] for title in first}
+        assert q["golden_answers"][0] == name[winner] and name[first[0]] != name[first[1]]
+        each = [f"{s['answer']}: {name[title]}." for s, title in zip(years, first)]
+        said = f"First is {low}: {name[winner]}." if early else f"Later is {high}: {name[winner]}."
         assert q["metadata"]["conclusion"] == " ".join([*each, f"{low} is before {high}.", said])
     assert {len(q["metadata"]["steps"]) for q in rows} == {2, 4}
 
