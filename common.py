@@ -57,7 +57,7 @@ class Settings:
     rl_questions: int = 4608            # the pool they come from
     temperature: float = 1.0            # of sampling; log-probs in the loss are at the same temperature
     rl_lr: float = 3e-4                 # AdamW for all weights: Muon would lift the noise of a policy gradient to the size of its signal
-    rl1_scale: float = 0.33             # RL-1's rate is this part of it: what one imagines is a weak teacher
+    rl1_scale: float = 0.1              # RL-1's rate is this part of it: what one imagines is a weak teacher
     minibatches: int = 1                # optimizer steps a batch of rollouts is cut into
     clip_low: float = 0.2               # the ratio is clipped below 1 - clip_low
     clip_high: float = 0.28             # and above 1 + clip_high
