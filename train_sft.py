@@ -1,6 +1,6 @@
 """Supervised training: the base model (nano path only), then the three SFT stages of AutoCoA (paper 3.2).
 
-    python train_sft.py                                        # nano, about 10 minutes on two cores
+    python train_sft.py                                        # nano, about 9 minutes on two cores
     python train_sft.py config/smollm2.py --model=FOLDER       # a real checkpoint on real questions
 
 base    nano: pretraining from scratch on head articles and single skills, so that there is a reasoning model to start from

@@ -1,3 +1,3 @@
 """The nano path: everything is made here, from a seed. The values are the defaults of common.Settings."""
-QUICK = dict(run="quick", base_tokens=600_000, pairs=300, coa=800, cot=160, epochs=1, rl1_steps=8, rl2_steps=4,
-             rl_questions=600, eval_questions=30)
+QUICK = dict(run="quick", base_tokens=900_000, pairs=200, coa=1200, cot=200, epochs=1, rl1_steps=4, rl2_steps=4,
+             rl_questions=240, eval_questions=20)

@@ -114,6 +114,7 @@ def test_a_new_network_looks_back():
         angle = torch.arange(T)[:, None] * c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
         cos, sin = angle.repeat(1, 2).cos(), angle.repeat(1, 2).sin()
         q, k = (model_torch.rotate(p(x).view(3, T, -1, c.head_dim).transpose(1, 2), cos, sin) for p in (at.q_proj, at.k_proj))
+        k = k.repeat_interleave(c.num_attention_heads // c.num_key_value_heads, 1)
         scores = (q @ k.mT / c.head_dim ** 0.5).masked_fill(torch.ones(T, T).triu(1) > 0, -torch.inf).softmax(-1)
     for head, offset in ((0, 1), (1, 2)):
         there = scores[:, head].diagonal(-offset, 1, 2)[:, 3:]
@@ -201,7 +202,8 @@ def test_weights_that_do_not_fit(tmp_path):
 # ---- optimizer and train step -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
 def test_orthogonalize(shape):
-    """Against the SVD: singular vectors stay, singular values come near 1 (Muon's five steps leave them in about 0.7 to 1.2)."""
+    """Against the SVD: singular vectors stay, singular values come near 1 (Muon's five steps leave them in about 0.7 to 1.2).
+    Three digits of bfloat16 leave a few hundredths beside the diagonal."""
     x = torch.randn((3, *shape), generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1.0, 50.0])[:, None, None]
     y = model_torch.orthogonalize(x)
     for a, b in zip(x, y):
@@ -209,7 +211,7 @@ def test_orthogonalize(shape):
         inner = u.T @ b @ vh.T
         large = s > 0.05 * s[0]
         assert ((inner.diagonal()[large] > 0.5) & (inner.diagonal()[large] < 1.3)).all()
-        assert (inner - inner.diagonal().diag()).abs().max() < 0.02
+        assert (inner - inner.diagonal().diag()).abs().max() < 0.05
 
 
 def stepped(lm, optimizer, step, n=4):

@@ -41,14 +41,14 @@ def test_reward_and_order_of_a_step(codec, lm, monkeypatch):
 
 
 def test_the_two_environments(monkeypatch):
-    """RL-1 imagines its observations, RL-2 has the tool and goes on in the pool where RL-1 stopped."""
+    """RL-1 imagines its observations and asks nothing that starts at a known entity; RL-2 has the tool, on a pool of its own."""
     calls = []
-    task = types.SimpleNamespace(train=lambda n, pool: list(range(n)), search="the tool")
+    task = types.SimpleNamespace(train=lambda n, pool, p_head=0.1: (n, pool, p_head), rl_search="the tool")
     monkeypatch.setattr(train_rl.data, "load_task", lambda s: task)
     monkeypatch.setattr(train_rl.model, "load", lambda *a: None)
     monkeypatch.setattr(train_rl, "grpo", lambda lm, s, stage, steps, pool, search, rng, scale=1.0: calls.append((stage, steps, pool, search, scale)))
     train_rl.run(Settings(rl1_steps=3, rl2_steps=2, questions=4, rl_questions=10))
-    assert calls == [("rl1", 3, list(range(10)), autocoa.IMAGINE, Settings.rl1_scale), ("rl2", 2, [2, 3, 4, 5, 6, 7, 8, 9, 0, 1], "the tool", 1.0)]
+    assert calls == [("rl1", 3, (10, "rl1", 0.0), autocoa.IMAGINE, Settings.rl1_scale), ("rl2", 2, (10, "rl2", 0.1), "the tool", 1.0)]
 
 
 def test_groups_that_agree_are_skipped_and_counted(codec, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The teacher (data.py) on the nano world and on real questions, chains of thought, and contrastive pairs."""
 import random
+import re
 
 import pytest
 
@@ -7,6 +8,7 @@ import data
 import miniwiki
 import tools
 from autocoa import ACTION, OBSERVATION, PROMPT, Codec
+from miniwiki import PAIRS, RELATIONS, UNSEEN_PAIRS
 
 WORLD = miniwiki.World(0, "train")
 SEARCH = tools.library(WORLD.passages(), 2)
@@ -98,19 +100,23 @@ def test_base_data_holds_no_chain_of_action(nano):
 
 @pytest.mark.parametrize("progress", [0.0, 0.2, 0.3, 0.45, 1.0])
 def test_reading_says_what_the_passages_say(nano, progress):
-    """Each thought names a passage by its title and number and then a value that this passage holds; asks carry no loss."""
-    rng, sizes = random.Random(0), []
+    """Each thought names a passage by its title and number and then a value that this passage holds, or says that no passage
+    has the title that is asked for; asks carry no loss."""
+    rng, sizes, missing = random.Random(0), [], 0
     for _ in range(40):
         t = data.reading(nano, WORLD, rng, progress)
         passages = {line.split(":")[0]: line for line in t.observations[0].split("\n ")}
         assert len(passages) == 2
         sizes += [len(line.split(".")) for line in t.observations[0].split("\n ")]
         learned = [nano.decode([i for i, _ in run]).strip() for run in runs(t)]
-        assert 1 <= len(learned) <= 5
+        missing += learned.count("Not found.")
+        assert 1 <= len(learned) - learned.count("Not found.") <= 5 and learned.count("Not found.") <= 1
         for said in learned:
-            head, _, value = said.rstrip(".").partition(" says ")
-            assert value and value in passages[head]
+            if said != "Not found.":
+                head, _, value = said.rstrip(".").partition(" says ")
+                assert value and value in passages[head]
     assert (max(sizes) <= 3) == (progress == 0.0)
+    assert (10 < missing < 38) if progress > 0.35 else missing == 0
 
 
 def runs(t):
@@ -122,6 +128,37 @@ def runs(t):
         elif out[-1]:
             out.append([])
     return [x for x in out if x]
+
+
+def test_plans_never_hold_a_composition_of_evaluation(nano):
+    """A plan asks for the facts inside out, as the question nests them; what is recalled carries no loss. No pair of relations that is kept
+    for evaluation follows one another, while pairs that no encyclopedia has do. Guards: `compose` seen in pretraining."""
+    nouns, rng, pairs = {rel.noun: r for r, rel in RELATIONS.items()}, random.Random(0), set()
+    for _ in range(400):
+        t = data.plan(nano, WORLD, rng)
+        text = nano.decode(t.ids).split("<think>")[1]
+        path = [nouns[noun] for noun in re.findall(r"(?:^|\.) ([a-z ]+?) of [^?]+\?", text)]
+        assert 1 <= len(path) <= 4 and text.count("I recall") == len(path)
+        learned = [nano.decode([i for i, _ in run]).strip() for run in runs(t)]
+        assert [x.split(" of ")[0] for x in learned[:-1]] == [RELATIONS[r].noun for r in path] and learned[-1].startswith("</think>")
+        pairs |= set(zip(path, path[1:]))
+    assert not pairs & UNSEEN_PAIRS and pairs - set(PAIRS) and len(pairs) > 150
+
+
+def test_a_former_name_is_found_when_asked_as_one():
+    """The plain query finds the article in about half of the cases, the reworded one nearly always."""
+    search, rng = tools.BM25(WORLD.passages(), 2), random.Random(0)
+    steps = [WORLD.by_former_name(rng)["metadata"]["steps"][0] for _ in range(100)]
+    first, second = ([bool(data.found(s, seen)) for s, seen in zip(steps, search([s["queries"][n] for s in steps]))] for n in (0, 1))
+    assert 30 < sum(first) < 65 and sum(second) > 90
+
+
+def test_a_word_is_one_token_wherever_it_stands(nano):
+    """After a space, after a line break, in a title; and what tells namesakes apart is one token. Guards: a passage whose title is spelled
+    with other tokens than the query because a line break stands before it."""
+    one, = nano.encode("Silver")
+    assert nano.encode("x\n Silver River")[-2] == one == nano.encode("Silver River (film)")[0]
+    assert all(len(nano.encode(f"({q})")) == 1 for q in ("film", "band", "singer", "chef"))
 
 
 def test_titles_can_only_be_copied(nano):
