@@ -124,12 +124,13 @@ class Codec:
     def well_formed(self, t):
         """Whether the policy closed every step in order and answered by itself: (think | action observation)* answer eos.
 
-        Roles say whose tokens these are; the tags are read from ids, never from text.
+        Roles say whose tokens these are; the tags are read from ids, never from text. What the policy imagines inside an
+        observation is the environment's, tags too.
         """
         letter = {self.think: "!", self.end_think: "K", self.search: "S", self.end_search: "E", self.result: "[",
                   self.end_result: "]", self.boxed: "A", self.eos: "$"}
-        shape = "".join("o" if r == OBSERVATION and i not in (self.result, self.end_result) else letter.get(i, "x")
-                        for i, r in zip(t.ids, t.role) if r != PROMPT)
+        around = zip([PROMPT] + t.role[:-1], t.role, t.role[1:] + [PROMPT], t.ids)
+        shape = "".join("o" if before == r == after == OBSERVATION else letter.get(i, "x") for before, r, after, i in around if r != PROMPT)
         return (not t.forced and re.fullmatch(r"(x*Sx+E\[o*\])*x*KAxx+\$", shape) is not None
                 and t.ids[-2] == self.close)
 

@@ -44,7 +44,7 @@ class Settings:
     muon: bool = True                   # Muon for the matrices in SFT; false: AdamW for all, as for pretrained models
     batch_tokens: int = 2000            # tokens of an optimizer step
     micro_tokens: int = 1600            # tokens that go through the network at once
-    lr: float = 6e-3                    # AdamW in the base stage and SFT-2
+    lr: float = 6e-3                    # AdamW in the base stage
     muon_lr: float = 1e-2               # Muon there
     sft1_scale: float = 0.1             # SFT-1's rates are this part of those
     sft2_scale: float = 0.6             # SFT-2's
@@ -54,17 +54,17 @@ class Settings:
     rl2_steps: int = 16                 # in the real one
     questions: int = 48                 # a step
     rollouts: int = 5                   # a question
-    rl_questions: int = 4608            # the pool they come from
+    rl_questions: int = 4608            # of the pool of each stage
     temperature: float = 1.0            # of sampling; log-probs in the loss are at the same temperature
     rl_lr: float = 3e-4                 # AdamW for all weights: Muon would lift the noise of a policy gradient to the size of its signal
     rl1_scale: float = 0.1              # RL-1's rate is this part of it: what one imagines is a weak teacher
     minibatches: int = 1                # optimizer steps a batch of rollouts is cut into
     clip_low: float = 0.2               # the ratio is clipped below 1 - clip_low
     clip_high: float = 0.28             # and above 1 + clip_high
-    kl: float = 0.0                     # weight of the k3 KL to the SFT policy
+    kl: float = 0.0                     # weight of the k3 KL to the policy that RL begins with
     advantage_std: bool = False         # divide advantages by the group's standard deviation, as the authors' code does
     format_penalty: float = 0.5         # taken off the reward of a malformed trajectory
-    call_cost: float = 0.0              # taken off the reward for each call
+    call_cost: float = 0.1              # taken off the reward for each call of the real tool, or RL-2 searches for what it knows
     ask: str = ""                       # autocoa.py: the question to answer
     # -- ablations
     stage: str = ""                     # run this stage only: base, sft1, sft2, sft3; rl1, rl2

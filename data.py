@@ -52,7 +52,7 @@ def nano_text(world):
 def base_data(codec, worlds, search, rng, tokens):
     """Pretraining of the nano base model: [Trajectory], in the order of training, about `tokens` tokens in all.
 
-    First copying, then reading, each from the easy to the hard: a network of this size finds neither when both come at
+    First copying, then reading (and years in order), each from the easy to the hard: a network of this size finds neither when both come at
     once with the rest (NOTES.md). Then all: head articles; closed-book chains of thought on head facts, whose hops grow; and
     single skills on other worlds: to ask for one fact after the other, to write a query, to read what it finds or say that it isn't
     there, to compare years. Never a chain of thought with an action inside. worlds: list of World; search: one search tool for each.
@@ -85,7 +85,7 @@ def base_data(codec, worlds, search, rng, tokens):
             to_query = f"{TO_QUERY} {TO_READ}" if rng.random() < 0.5 else TO_QUERY
             t = codec.build(f"{to_query} {q['question']}", [("think", s["ask"]), ("search", s["queries"][0])])
         elif kind < 0.82:
-            former = rng.random() < 0.15                # a name that is no title: found only when it is asked for as a former name
+            former = rng.random() < 0.15                # a name that is no title: found for sure only when it is asked for as a former name
             q = world.by_former_name(rng) if former else world.questions(rng.choice(["single", "typed"]), 1, rng, p_head=0.1)[0]
             s = q["metadata"]["steps"][0]
             to_read = f"{TO_QUERY} {TO_READ}" if rng.random() < 0.5 else TO_READ
@@ -125,7 +125,7 @@ def order(codec, world, rng):
 
 
 def reading(codec, world, rng, progress):
-    """Two passages and facts read from them; only what can be read is learned, not what is asked.
+    """Two passages and facts read from them, or that a title is not there; only what is said is learned, not what is asked.
 
     Passages grow from one sentence to whole articles, and are mostly of one type with the same relations: then only the
     title tells them apart, and a value can't be found by its type alone. Films, which name two people, come more often.
@@ -145,7 +145,7 @@ def reading(codec, world, rng, progress):
     steps = rng.sample(steps, min(5, len(steps)))
     if progress > 0.35 and rng.random() < 0.6:
         e = rng.choice([e for e in like(world, some[0]) if e not in some])
-        steps.insert(rng.randrange(len(steps)), miniwiki.step(e, rng.choice(list(e.facts)), e.title != e.name))
+        steps.insert(rng.randint(0, len(steps)), miniwiki.step(e, rng.choice(list(e.facts)), e.title != e.name))
     return codec.build(TO_READ, [("result", observation)] + [part for s in steps for part in (("given", s["ask"]), ("think", found(s, observation) or MISSING))])
 
 
@@ -295,11 +295,11 @@ MIX = {"single": 0.1, "typed": 0.1, "bridge": 0.3, "compare": 0.2, "chain": 0.3}
 def nano_task(s):
     """SFT and imagined RL on one world; RL with the tool on another, where what SFT learned by heart is of no use, as it will be of
     none in evaluation, on a third that training never sees."""
-    world, other, unseen = miniwiki.World(s.seed, "train", s.train_scale), miniwiki.World(s.seed + 500, "train"), miniwiki.World(s.seed, "eval")
+    world, other, unseen = miniwiki.World(s.seed, "train", s.train_scale), miniwiki.World(f"{s.seed} rl", "train"), miniwiki.World(s.seed, "eval")
     taken, drawn = set(), {}
 
     def train(n, pool, p_head=0.10):
-        """No two pools share a question; a pool is the same whenever it is asked for."""
+        """No two pools of one script share a question; a pool is the same whenever a script asks for it."""
         if pool in drawn:
             return drawn[pool]
         rng, out = random.Random(f"{pool} {s.seed}"), []

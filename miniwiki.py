@@ -8,7 +8,7 @@ words, cut into three disjoint parts (head, training, evaluation), so an evaluat
 training world, whatever the seeds: there an answer can only come from a search.
 
 What makes it hard: names shared by several entities ("Silver River (film)", "Silver River (band)"), distractor articles
-that name others, four wordings of each question of which one is kept for evaluation, one to four hops, comparisons, and
+that name others, four wordings of each question in evaluation, of which training never shows one, one to four hops, comparisons, and
 compositions of relations that training never shows.
 """
 import random

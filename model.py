@@ -73,7 +73,8 @@ class ModelConfig:
 
 def nano_config(vocab_size, eos, bos, width=128, layers=4):
     """The nano model: a Llama of about a million parameters, with biases in attention (see model_torch.ready_to_copy)."""
-    return ModelConfig(["LlamaForCausalLM"], vocab_size, width, 3 * width, layers, width // 32, max(1, width // 64), 32, rope_theta=1000.0, attention_bias=True,
+    heads = width // 32
+    return ModelConfig(["LlamaForCausalLM"], vocab_size, width, 3 * width, layers, heads, heads // 2 if heads % 2 == 0 else heads, 32, rope_theta=1000.0, attention_bias=True,
                        max_position_embeddings=1024, bos_token_id=bos, eos_token_id=eos)
 
 

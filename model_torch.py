@@ -40,7 +40,7 @@ class Attention(nn.Module):
             k, v = cache(k, v)                                          # (B, kv heads, keys, head_dim)
         heads, kv = self.c.num_attention_heads, self.c.num_key_value_heads
         if mask is not None and kv < heads:     # the query heads of one key head become rows of one query: its keys are read once
-            y = F.scaled_dot_product_attention(q.reshape(B, kv, -1, self.c.head_dim), k, v, attn_mask=mask.repeat(1, 1, heads // kv, 1)).view(q.shape)
+            y = F.scaled_dot_product_attention(q.reshape(B, kv, -1, self.c.head_dim), k, v, attn_mask=mask.repeat(1, 1, heads // kv, 1)).reshape(q.shape)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=kv < heads)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -174,7 +174,7 @@ class Decoder:
         sequences = [p + s for p, s in zip(self.pending, sequences)]
         self.pending = [[] for _ in sequences]
         counts = np.array([len(s) for s in sequences])
-        for rows in (np.flatnonzero((counts > 0) & (counts < 4)), np.flatnonzero(counts > 3)):     # few rows get an observation, the others wait
+        for rows in (np.flatnonzero((counts > 0) & (counts < 4)), np.flatnonzero(counts > 3)):     # no row is padded to another's observation
             if len(rows):
                 ids = np.zeros((len(rows), counts[rows].max()), dtype=np.int64)
                 for i, row in enumerate(rows):

@@ -8,12 +8,12 @@ set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 table=0; args=()
 for a in "$@"; do if [ "$a" = --table ]; then table=1; else args+=("$a"); fi; done
-.venv/bin/python train_sft.py "${args[@]}"
-.venv/bin/python train_rl.py "${args[@]}"
+.venv/bin/python train_sft.py ${args[@]+"${args[@]}"}
+.venv/bin/python train_rl.py ${args[@]+"${args[@]}"}
 if [ $table = 1 ]; then
-  .venv/bin/python train_sft.py "${args[@]}" --stage=sft2 --start=base --out=sft2_alone
-  .venv/bin/python train_rl.py "${args[@]}" --stage=rl2 --start=base --out=rl2_alone --rl2_steps=96
-  .venv/bin/python train_rl.py "${args[@]}" --stage=rl2 --start=sft2 --out=rl2_from_sft2 --rl2_steps=96
+  .venv/bin/python train_sft.py ${args[@]+"${args[@]}"} --stage=sft2 --start=base --out=sft2_alone
+  .venv/bin/python train_rl.py ${args[@]+"${args[@]}"} --stage=rl2 --start=base --out=rl2_alone --rl2_steps=96
+  .venv/bin/python train_rl.py ${args[@]+"${args[@]}"} --stage=rl2 --start=sft2 --out=rl2_from_sft2 --rl2_steps=96
 fi
-.venv/bin/python eval.py "${args[@]}"
-.venv/bin/python plot.py "${args[@]}"
+.venv/bin/python eval.py ${args[@]+"${args[@]}"}
+.venv/bin/python plot.py ${args[@]+"${args[@]}"}

@@ -8,12 +8,12 @@ trajectory; advantage = reward - mean of the question's rollouts; one clipped po
 policy wrote as policy. Observations never carry loss, in both stages, although in RL-1 the policy wrote them too.
 
 Where this departs from textbook GRPO: no division by the standard deviation (--advantage_std), the mean is over all
-tokens of the step and not per trajectory, clipping is wider above than below, KL to the policy that the stage began with is
+tokens of the step and not per trajectory, clipping is wider above than below, KL to the policy that RL begins with is
 optional (--kl), and groups whose rollouts all got the same reward are skipped, since their gradient is zero.
 
-The nano path has a world for each kind of RL. RL-1 imagines the world that SFT-3 read about, and asks only about what the model does not know
-by heart: where it knows, recalling always beats a search whose result it has to make up, and it would stop searching. RL-2 asks the
-tool about another world, where nothing that SFT learned by heart is of use.
+The nano path has a world for each kind of RL. RL-1 imagines the world that SFT-3 read about, and its questions start at what the model does not
+know by heart: where it knows, recalling always beats a search whose result it has to make up, and it would stop searching. RL-2
+asks the tool about another world, where nothing that SFT learned by heart is of use; each call costs a little (--call_cost).
 """
 import json
 import math
@@ -34,7 +34,8 @@ def sample(lm, questions, search, s, rng):
     """One step's experience: -> trajectories and rewards (questions, rollouts)."""
     rows = [q for q in questions for _ in range(s.rollouts)]
     done = workflows.answers(lm, rows, search, s, temperature=s.temperature, rng=rng)
-    rewards = [autocoa.reward(lm.codec, t, q["golden_answers"], s.format_penalty, s.call_cost) for t, q in zip(done, rows)]
+    cost = 0.0 if search is autocoa.IMAGINE else s.call_cost
+    rewards = [autocoa.reward(lm.codec, t, q["golden_answers"], s.format_penalty, cost) for t, q in zip(done, rows)]
     return done, np.array(rewards).reshape(len(questions), s.rollouts)
 
 
@@ -54,12 +55,13 @@ def update_batches(trajectories, advantages, reference, s):
     return batches
 
 
-def grpo(lm, s, stage, steps, pool, search, rng, scale=1.0):
-    """One stage of GRPO on a pool of questions. search: a tool, or autocoa.IMAGINE; scale: of the learning rates."""
+def grpo(lm, reference, s, stage, steps, pool, search, rng, scale=1.0):
+    """One stage of GRPO on a pool of questions. reference: the policy that KL is measured to; search: a tool, or autocoa.IMAGINE; scale: of
+    the learning rate."""
     folder = Path("out", s.run, stage)
     log = Log(folder)
     samples = open(log.folder / "rollouts.jsonl", "w")
-    optimizer, reference = lm.backend.Optimizer(lm.model, muon=False), lm.copy()
+    optimizer = lm.backend.Optimizer(lm.model, muon=False)
     bar = tqdm(range(steps), desc=stage, unit="step", smoothing=0.1)
     for step in bar:
         t0 = time.time()
@@ -79,7 +81,7 @@ def grpo(lm, s, stage, steps, pool, search, rng, scale=1.0):
         row = describe(lm.codec, done, rewards, questions, s.rollouts)
         tokens = sum(len(t.ids) for t in done)
         log.write(step=step, **figures, **row, skipped_groups=int((rewards.max(1) == rewards.min(1)).sum()),
-                  kl=drift(lm, reference, done[::24], s), tokens=tokens, tokens_per_second=tokens / (t2 - t0), seconds_rollout=t1 - t0, seconds_update=t2 - t1)
+                  kl=drift(lm, reference, done[::max(1, len(done) // 10)], s), tokens=tokens, tokens_per_second=tokens / (t2 - t0), seconds_rollout=t1 - t0, seconds_update=t2 - t1)
         bar.set_postfix_str(f"reward {row['reward']:.3f}, {row['actions']:.2f} actions, {t2 - t0:.1f} s")
         q = questions[0]
         for t, r in zip(done[:s.rollouts], rewards[0]):
@@ -89,7 +91,7 @@ def grpo(lm, s, stage, steps, pool, search, rng, scale=1.0):
 
 
 def drift(lm, reference, some, s):
-    """KL from the SFT policy (k3), of the policy's own tokens in a few trajectories: watched even where --kl is 0."""
+    """KL from the reference (k3), of the policy's own tokens in a few trajectories: watched even where --kl is 0."""
     b = data.pad(some)
     b["ref"] = reference.backend.score(reference.model, b, s.temperature)
     return float((autocoa.k3(np, lm.backend.score(lm.model, b, s.temperature), b) * b["mask"]).sum() / b["mask"].sum())
@@ -112,10 +114,11 @@ def run(s):
     root, task = Path("out", s.run), data.load_task(s)
     start = s.start or ("rl1" if s.stage == "rl2" else "sft3")
     lm = model.load(root / start, s.device, f"python train_{'rl' if start.startswith('rl') else 'sft'}.py --run={s.run}")
+    reference = lm.copy()
     if s.stage != "rl2":    # the policy is its own search engine
-        grpo(lm, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0), autocoa.IMAGINE, np.random.default_rng(s.seed), s.rl1_scale)
+        grpo(lm, reference, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0), autocoa.IMAGINE, np.random.default_rng(s.seed), s.rl1_scale)
     if s.stage != "rl1":    # the tool answers
-        grpo(lm, s, s.out or "rl2", s.rl2_steps, task.train(s.rl_questions, "rl2"), task.rl_search, np.random.default_rng(s.seed + 1))
+        grpo(lm, reference, s, s.out or "rl2", s.rl2_steps, task.train(s.rl_questions, "rl2"), task.rl_search, np.random.default_rng(s.seed + 1))
 
 
 if __name__ == "__main__":
