@@ -3,8 +3,10 @@ import copy
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny
 
+import model_torch
 import tools
 from autocoa import ACTION, ANSWER, IMAGINE, OBSERVATION, PROMPT, rollout
 from common import Problem
@@ -246,6 +248,27 @@ def test_imagine_without_an_end(codec):
     assert t.observations == [" ".join("A" * 10)]
     assert text(codec, t, OBSERVATION) == "<search_result>" + " A" * 10 + "</search_result>"
     assert codec.well_formed(t)
+
+
+@pytest.mark.parametrize("search", [IMAGINE, lambda queries: ["Eva Moss is a star" if "A" in q else "Nothing found." for q in queries]])
+def test_rows_that_share_an_observation_go_on_by_themselves(codec, monkeypatch, search):
+    """Rollouts of a question share a row while they are one text. What each noted while sampling is what `score` says of its whole text,
+    and one text gets one observation. Guards: a cache row that is not the row's own after it was shared."""
+    logits, bias = model_torch.Transformer.logits, torch.zeros(len(codec.tok))
+    bias[[codec.search, codec.end_search, codec.end_result, codec.end_think, codec.boxed, codec.eos]] = torch.tensor([9.5, 9.5, 8.0, 5.0, 6.0, 6.5])
+    monkeypatch.setattr(model_torch.Transformer, "logits", lambda self, x: 0.1 * logits(self, x) + bias)
+    lm = tiny(codec, spread=0.1)
+    prompts = [codec.prompt(q) for q in ("Who directed it?", "A film") for _ in range(30)]
+    done = rollout(lm.decoder, codec, prompts, search, max_len=90, max_answer=9, max_observation=12, temperature=1.0, rng=np.random.default_rng(0))
+    said = {}
+    for t in done:
+        noted = model_torch.score(lm.model, {"ids": np.array([t.ids]), "mask": np.array([t.mask], np.float32)})[0]
+        np.testing.assert_allclose(np.array(t.logprobs), noted, atol=1e-4)
+        starts = [i for i, (r, before) in enumerate(zip(t.role[1:], t.role), 1) if r == OBSERVATION != before]
+        for start, text in zip(starts, t.observations):
+            said.setdefault(tuple(t.ids[:start]), []).append(text)
+    assert max(map(len, said.values())) > 2 and all(len(set(texts)) == 1 for texts in said.values())
+    assert sum(len(t.queries) > 1 for t in done) > 5 and len({tuple(t.ids) for t in done}) > 20
 
 
 def test_a_network_batched_equals_single(codec):

@@ -2,12 +2,14 @@
 import random
 import re
 
+import numpy as np
 import pytest
 
 import data
 import miniwiki
 import tools
 from autocoa import ACTION, OBSERVATION, PROMPT, Codec
+from common import Settings
 from miniwiki import PAIRS, RELATIONS, UNSEEN_PAIRS
 
 WORLD = miniwiki.World(0, "train")
@@ -143,6 +145,15 @@ def test_plans_never_hold_a_composition_of_evaluation(nano):
         assert [x.split(" of ")[0] for x in learned[:-1]] == [RELATIONS[r].noun for r in path] and learned[-1].startswith("</think>")
         pairs |= set(zip(path, path[1:]))
     assert not pairs & UNSEEN_PAIRS and pairs - set(PAIRS) and len(pairs) > 150
+
+
+def test_rl_with_the_tool_has_a_world_of_its_own():
+    """What RL-2's questions need is found by RL-2's tool and hardly by SFT's, which would be a world that the policy has read."""
+    task = data.nano_task(Settings(train_scale=1, eval_questions=2))
+    for pool, tool, other in (("rl1", task.search, task.rl_search), ("rl2", task.rl_search, task.search)):
+        steps = [s for q in task.train(100, pool) for s in q["metadata"]["steps"] if not s["head"]]
+        mine, others = (np.mean([bool(data.found(s, seen)) for s, seen in zip(steps, search([s["queries"][0] for s in steps]))]) for search in (tool, other))
+        assert mine > 0.85 and others < 0.35
 
 
 def test_a_former_name_is_found_when_asked_as_one():
