@@ -246,7 +246,7 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
 
     while live:
         limits = [max(1, open_observation(t) if state[id(t)] == OBSERVATION else ends[id(t)] - len(t.ids) if t.forced else room(t)) for t in live]
-        warmth = [0.0 if state[id(t)] == OBSERVATION else temperature for t in live]   # as a tool does, it says one thing to one query
+        warmth = [0.0 if state[id(t)] == OBSERVATION else temperature for t in live]   # one text gets one observation, as from a tool
         ids, logps = dec.decode(stops, limits, warmth, rng, leave=0.6)
         turn, leads = [], {}                                # who goes on: (trajectory, its row, what it is fed; None: what the tool says)
         for row, t in enumerate(live):
