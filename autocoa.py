@@ -9,8 +9,8 @@ it from the moment it is made:
 
     Who directed Silver River? <think> director of Silver River? <begin_search> Silver River</end_search>
     |------- PROMPT -----------------| |------- THINK ----------| |------------- ACTION -----------------|
-    <search_result> Silver River 1: A film. ... </search_result> Silver River 1 says Eva Moss.</think>\\boxed{ Eva Moss}<eos>
-    |---------------------- OBSERVATION -----------------------| |-------------- THINK --------------||------ ANSWER ------|
+    <search_result> Silver River 1: A film. ... </search_result> Silver River 1 says director Eva Moss.</think>\\boxed{ Eva Moss}<eos>
+    |---------------------- OBSERVATION -----------------------| |------------------- THINK ------------------||------ ANSWER ------|
 
 Tags are single tokens and observations are encoded as plain text, so no retrieved text can open or close one.
 """

@@ -33,7 +33,7 @@ class Settings:
     vocab_size: int = 2048              # of the nano tokenizer
     width: int = 128                    # hidden size
     layers: int = 4                     # blocks
-    base_tokens: int = 2_600_000        # tokens of pretraining
+    base_tokens: int = 2_700_000        # tokens of pretraining
     train_scale: int = 4                # size of the training world: too large to learn by heart, so that reading is learned
     # -- SFT (paper 3.2; counts are the authors')
     pairs: int = 1500                   # CoT+A pairs of SFT-1

@@ -38,14 +38,14 @@ def nano_text(world):
         yield f" {title}: {text}"
     for name in miniwiki.SETS:
         for q in world.questions(name, 400, rng):
-            yield " " + q["question"]
+            yield f" {q['question']} {q['metadata']['plan']}"
             for s in q["metadata"]["steps"]:
-                yield f" {s['ask']} {s['recall']} {s['title']} 1 says {s['answer']}. {' '.join(s['queries'])}"
+                yield f" {s['ask']} {s['recall']} {s['called']} 1 says {s['noun']} {s['answer']}. {' '.join(s['queries'])}"
     words = (miniwiki.FIRST + miniwiki.LAST + miniwiki.STEM + miniwiki.CITY + miniwiki.ADJ + miniwiki.NOUN + miniwiki.FIRM + miniwiki.LAND
              + miniwiki.SIDE + miniwiki.JOBS + miniwiki.MONEY + miniwiki.TONGUE + [str(y) for y in range(1900, 2000)])
     for word in words + [f"({q})" for q in [*miniwiki.JOBS, *miniwiki.SIZES]]:
         yield f" {word}" * 40
-    yield f" {TO_QUERY} {TO_READ} I recall it. It is so. Not found. In order: 1, 2. 1 is before 2. First is 1: Later is 2: Nothing found." * 40
+    yield f" {TO_QUERY} {TO_READ} I recall it. It is so. Not found. In order: 1, 2. 1 is before 2. First is 1. Later is 2. Nothing found." * 40
 
 
 # ---- base stage: documents and single skills ----------------------------------------------------------------------------
@@ -75,11 +75,11 @@ def base_data(codec, worlds, search, rng, tokens):
         elif kind < 0.24:
             sets = ["single", "typed", "bridge", "compare", "chain"] if progress > 0.65 else ["single", "typed", "single", "bridge"]
             t = cot(codec, world.questions(rng.choice(sets), 1, rng, p_head=1.0)[0])
-        elif kind < 0.32:
-            t = plan(codec, world, rng)
-        elif kind < 0.40:
+        elif kind < 0.43:
+            t = plan(codec, world, rng, short=0.6)
+        elif kind < 0.49:
             t = order(codec, world, rng)
-        elif kind < 0.55:
+        elif kind < 0.57:
             q = world.questions(rng.choice(["single", "typed"]), 1, rng, p_head=0.1)[0]
             s = q["metadata"]["steps"][0]
             to_query = f"{TO_QUERY} {TO_READ}" if rng.random() < 0.5 else TO_QUERY
@@ -115,13 +115,14 @@ def titles(codec, world, rng):
 
 def order(codec, world, rng):
     """Years in order; or of two things with their years, which is first or later."""
-    years = [str(y) for y in rng.sample(range(1900, 2000), 10 if rng.random() < 0.4 else 2)]
+    first, span = rng.choice([(1900, 100), (rng.randint(1900, 1985), 15)])         # years that lie close are the hard ones
+    years = [str(y) for y in rng.sample(range(first, first + span), 10 if rng.random() < 0.4 else 2)]
     if len(years) > 2:
         return codec.build(f"In order: {', '.join(years)}.", [("think", " is before ".join(sorted(years)) + "."), ("answer", min(years))])
     things, early = rng.sample(world.groups[False, None], 2), rng.random() < 0.5
     each, said = miniwiki.conclude(years, things, early)
     winner = things[years.index(min(years) if early else max(years))]
-    return codec.build(f"{'First' if early else 'Later'}? {each}", [("think", said), ("answer", winner.name)])
+    return codec.build(f"{'First' if early else 'Later'}? {' '.join(each)}", [("think", said), ("answer", winner.name)])
 
 
 def reading(codec, world, rng, progress):
@@ -140,7 +141,8 @@ def reading(codec, world, rng, progress):
     for n, e in enumerate(some, 1):
         kept = None if size > 3 else [r for r in relations if r in e.facts] or rng.sample(list(e.facts), min(size, len(e.facts)))
         lines.append(f"{e.title} {n}: {miniwiki.article(e, rng, kept)}")
-        steps += [miniwiki.step(e, r, e.title != e.name) for r in (e.facts if kept is None else kept)]
+        former = kept is None and e.former != "" and rng.random() < 0.5         # only a whole article tells it
+        steps += [miniwiki.step(e, r, e.title != e.name, former) for r in (e.facts if kept is None else kept)]
     observation = "\n ".join(lines)
     steps = rng.sample(steps, min(5, len(steps)))
     if progress > 0.35 and rng.random() < 0.6:
@@ -156,31 +158,49 @@ def like(world, e):
     return close if len(close) > 3 else group
 
 
-def plan(codec, world, rng):
-    """To ask for one fact after the other as the question says, then stop; what is recalled at each is given. The relations need
-    not fit each other, so the next can only be read from the question. Compositions kept for evaluation do not occur."""
+def plan(codec, world, rng, short=0.0):
+    """To plan and to ask for one fact after the other, then stop; what is recalled at each is given. A third are comparisons. In the
+    rest the relations need not fit each other, so the next can only be read from the question; this share of them, `short`, is the plan
+    alone. Compositions kept for evaluation do not occur."""
+    if rng.random() < 0.33:
+        q = world.questions("compare", 1, rng, p_head=0.0)[0]
+        return codec.build(q["question"], opening(q) + [part for s in q["metadata"]["steps"] for part in told(s, "given")] + ending(q))
     path = []
     for _ in range(rng.randint(1, 4)):
         path.append(rng.choice([r for r in miniwiki.RELATIONS if not path or (path[-1], r) not in miniwiki.UNSEEN_PAIRS]))
-    e = rng.choice(world.groups[False, None])
-    question, parts = miniwiki.mention(e, e.title != e.name), []
-    for i, relation in enumerate(path):
-        rel = miniwiki.RELATIONS[relation]
-        parts.append(("think", f"{rel.noun} of {miniwiki.mention(e, e.title != e.name)}?"))
-        question = rng.choice(rel.phrases).format(x=question) if i < len(path) - 1 else world.wording(rng, relation, question)
-        e = rng.choice(world.groups[False, None])
-        parts.append(("given", f"I recall {e.title}."))
-    return codec.build(question[0].upper() + question[1:], parts + [("answer", e.title)])
+    said = rng.sample(world.groups[False, None], len(path) + 1)
+    names = [miniwiki.mention(e, e.title != e.name) for e in said]
+    question = names[0]
+    for r in path[:-1]:
+        question = rng.choice(miniwiki.RELATIONS[r].phrases).format(x=question)
+    question = world.wording(rng, path[-1], question)
+    outline, asks = miniwiki.outline([f"{miniwiki.RELATIONS[r].noun} of {name}?" for r, name in zip(path, names)])
+    parts = [("think", outline)] if outline else []
+    if outline and rng.random() < short:
+        return codec.build(question[0].upper() + question[1:], parts)
+    for ask, e in zip(asks, said[1:]):
+        parts += [("think", ask), ("given", f"I recall {e.title}.")]
+    return codec.build(question[0].upper() + question[1:], parts + [("answer", said[-1].title)])
 
 
 def cot(codec, q):
-    """A chain of thought from memory: what is asked, then what is recalled, for each fact."""
-    parts, said = [], set()
-    for s in q["metadata"]["steps"]:
-        if s["fact"] not in said:
-            parts += [("think", s["ask"]), ("think", s["recall"])]
-            said.add(s["fact"])
-    return codec.build(q["question"], parts + ending(q))
+    """A chain of thought from memory: the plan, then what is asked and what is recalled, for each fact."""
+    return codec.build(q["question"], opening(q) + [part for s in q["metadata"]["steps"] for part in told(s)] + ending(q))
+
+
+def told(s, kind="think"):
+    """A fact from memory: what is asked, what is recalled, and what follows from it."""
+    return [("think", s["ask"]), (kind, s["recall"])] + noted(s)
+
+
+def noted(s):
+    return [("think", s["note"])] if s.get("note") else []
+
+
+def opening(q):
+    """A question of several facts begins with its plan, where it has one."""
+    plan = q["metadata"].get("plan")
+    return [("think", plan)] if plan else []
 
 
 def ending(q):
@@ -202,12 +222,10 @@ def teach(codec, questions, known, search):
     seen = dict(zip(asked, search(asked)))
     out, counts = [], {"searches": 0, "misses": 0, "dropped": 0}
     for q in questions:
-        parts, recalled = [], set()
+        parts = opening(q)
         for s in q["metadata"]["steps"]:
             if s["fact"] in known:
-                if s["fact"] not in recalled:
-                    parts += [("think", s["ask"]), ("think", s["recall"])]
-                    recalled.add(s["fact"])
+                parts += told(s)
                 continue
             parts.append(("think", s["ask"]))
             for query in s["queries"]:
@@ -215,7 +233,7 @@ def teach(codec, questions, known, search):
                 counts["searches"] += 1
                 evidence = found(s, seen[query])
                 if evidence:
-                    parts.append(("think", evidence))
+                    parts += [("think", evidence)] + noted(s)
                     break
                 parts.append(("think", MISSING))
                 counts["misses"] += 1
@@ -230,11 +248,12 @@ def teach(codec, questions, known, search):
 def found(s, observation):
     """What to say of an observation, "" where it does not hold what the step needs: the passage of that title (where the
     step names one) and, for a real question, a sentence with one of the texts in s["holds"]. In the nano world it is the
-    passage's title and number, then the answer: which passage first, what it says second, each a step of its own."""
+    passage's title (or the former name that was asked for) and number, what is asked again, then the answer: each a plain match, since a
+    question of several facts speaks of several relations."""
     passages = [(n, line.partition(f" {n}: ")) for n, line in enumerate(observation.split("\n "), 1)]
     passages = [(n, text) for n, (title, _, text) in passages if not s["title"] or title == s["title"]]
     if "holds" not in s:
-        return f"{s['title']} {passages[0][0]} says {s['answer']}." if passages else ""
+        return f"{s['called']} {passages[0][0]} says {s['noun']} {s['answer']}." if passages else ""
     for text in s["holds"]:
         for _, passage in passages:
             for sentence in re.split(r"(?<=[.!?]) ", passage):
@@ -266,7 +285,7 @@ def pairs(codec, questions, recalled, acted):
             continue                                    # both right or both wrong: nothing to learn about when
         cut = wrong[0] if wrong else len(acts + thinks) % len(steps)
         s = steps[cut]
-        prefix = [part for before in steps[:cut] for part in (("think", before["ask"]), ("think", before["recall"]))] + [("think", s["ask"])]
+        prefix = opening(q) + [part for before in steps[:cut] for part in told(before)] + [("think", s["ask"])]
         act = codec.build(q["question"], prefix + [("search", s["queries"][0])])
         think = codec.build(q["question"], prefix + [("think", f"I recall {recalled[s['fact']]}.")])
         shared = len(codec.build(q["question"], prefix).ids)
@@ -287,9 +306,11 @@ class Task:
     search: object          # the search tool of SFT
     rl_search: object       # of RL with the tool
     eval_search: object     # and of evaluation
+    world: object = None    # the nano world of SFT
 
 
 MIX = {"single": 0.1, "typed": 0.1, "bridge": 0.3, "compare": 0.2, "chain": 0.3}     # of training questions; no `compose`
+MIX_ACT = {"single": 0.3, "typed": 0.3, "bridge": 0.2, "compare": 0.1, "chain": 0.1}     # of those for pairs where acting was right: the workflow has to solve them
 
 
 def nano_task(s):
@@ -303,7 +324,7 @@ def nano_task(s):
         if pool in drawn:
             return drawn[pool]
         rng, out = random.Random(f"{pool} {s.seed}"), []
-        for name, share in MIX.items():
+        for name, share in (MIX_ACT if pool == "act" else MIX).items():
             rows = (other if pool == "rl2" else world).questions(name, round(n * share), rng, p_head, taken)
             out += [dict(q, id=f"{pool}_{q['id']}") for q in rows]
         rng.shuffle(out)
@@ -311,7 +332,7 @@ def nano_task(s):
         return out
     rng = random.Random(f"evaluation {s.seed}")
     sets = {name: unseen.questions(name, s.eval_questions, rng) for name in miniwiki.SETS}
-    return Task(train, sets, *(tools.library(w.passages(), s.top_k) for w in (world, other, unseen)))
+    return Task(train, sets, *(tools.library(w.passages(), s.top_k) for w in (world, other, unseen)), world)
 
 
 def load_task(s):

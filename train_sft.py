@@ -73,7 +73,7 @@ def pair_batches(pairs, micro_tokens, alpha):
 
 def unmask(trajectories):
     """SFT-3: the same ids, with loss on observations too."""
-    return [autocoa.Trajectory(t.ids, [int(r != autocoa.PROMPT) for r in t.role], t.role) for t in trajectories]
+    return [autocoa.Trajectory(t.ids, [int(m or r == autocoa.OBSERVATION) for m, r in zip(t.mask, t.role)], t.role) for t in trajectories]
 
 
 def recall(lm, questions, s):
@@ -94,11 +94,12 @@ def recall(lm, questions, s):
 def make_data(lm, task, s, folder):
     """The three data sets of SFT, built by asking the base model and searching with the real tool. Kept as token ids."""
     rng = random.Random(f"sft {s.seed}")
-    chains, thoughts = task.train(s.coa, "coa"), task.train(s.cot, "cot", p_head=1.0)
+    made_up = [data.plan(lm.codec, task.world, rng) for _ in range(s.cot // 2)] if task.world else []     # or relations that training never puts together are forgotten
+    chains, thoughts = task.train(s.coa, "coa", p_head=0.05), task.train(s.cot - len(made_up), "cot", p_head=1.0)
     contrast = list({q["id"]: q for q in task.train(s.pairs, "act") + task.train(s.pairs, "think", p_head=1.0)}.values())
     known, said = recall(lm, chains + thoughts + contrast, s)
     coa, counts = data.teach(lm.codec, chains, known, task.search)
-    cot = [data.cot(lm.codec, q) for q in thoughts if all(step["fact"] in known for step in q["metadata"]["steps"])]
+    cot = made_up + [data.cot(lm.codec, q) for q in thoughts if all(step["fact"] in known for step in q["metadata"]["steps"])]
     found = workflows.react(lm, contrast, task.search, s, examples=workflows.REACT, desc="where acting and thinking part")
     acted = {q["id"]: bool(autocoa.exact_match(answer, q["golden_answers"])) for q, (answer, _) in zip(contrast, found)}
     act, think = data.pairs(lm.codec, contrast, said, acted)

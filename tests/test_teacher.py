@@ -77,7 +77,7 @@ def test_a_miss_is_kept_and_reworded(nano):
         assert t.queries[:2] == first["queries"]
         assert not any(f"{first['title']} {n}:" in t.observations[0] for n in (1, 2))
         number, = [n for n in (1, 2) if f"{first['title']} {n}:" in t.observations[1]]
-        assert words[3] == "Not found." and words[6].startswith(f"{first['title']} {number} says {first['answer']}.")
+        assert words[3] == "Not found." and words[6].startswith(f"{first['subject']} {number} says {first['noun']} {first['answer']}.")
 
 
 def test_chains_of_thought_have_no_action(nano):
@@ -88,6 +88,7 @@ def test_chains_of_thought_have_no_action(nano):
         assert nano.answer(t) in q["golden_answers"]
         for s in q["metadata"]["steps"]:
             assert nano.decode(t.ids).count(s["ask"] + " " + s["recall"]) == 1
+        assert f"<think> {q['metadata']['plan']}".strip() in nano.decode(t.ids)
 
 
 def test_base_data_holds_no_chain_of_action(nano):
@@ -102,9 +103,9 @@ def test_base_data_holds_no_chain_of_action(nano):
 
 @pytest.mark.parametrize("progress", [0.0, 0.2, 0.3, 0.45, 1.0])
 def test_reading_says_what_the_passages_say(nano, progress):
-    """Each thought names a passage by its title and number and then a value that this passage holds, or says that no passage
-    has the title that is asked for; asks carry no loss."""
-    rng, sizes, missing = random.Random(0), [], 0
+    """Each thought names a passage by its number and its title, or the former name that it tells, and then a value that it holds; or says that no
+    passage has the title that is asked for; asks carry no loss."""
+    rng, sizes, missing, former = random.Random(0), [], 0, 0
     for _ in range(40):
         t = data.reading(nano, WORLD, rng, progress)
         passages = {line.split(":")[0]: line for line in t.observations[0].split("\n ")}
@@ -116,9 +117,14 @@ def test_reading_says_what_the_passages_say(nano, progress):
         for said in learned:
             if said != "Not found.":
                 head, _, value = said.rstrip(".").partition(" says ")
-                assert value and value in passages[head]
+                value = next(value.removeprefix(rel.noun + " ") for rel in RELATIONS.values() if value.startswith(rel.noun + " "))
+                passage, = [text for title, text in passages.items() if title[-2:] == head[-2:]]
+                assert value and value in passage
+                assert passage.startswith(f"{head}:") or f"once called {head[:-2]}." in passage
+                former += not passage.startswith(f"{head}:")
     assert (max(sizes) <= 3) == (progress == 0.0)
     assert (10 < missing < 38) if progress > 0.35 else missing == 0
+    assert (former > 3) == (progress > 0.25)
 
 
 def runs(t):
@@ -133,18 +139,25 @@ def runs(t):
 
 
 def test_plans_never_hold_a_composition_of_evaluation(nano):
-    """A plan asks for the facts inside out, as the question nests them; what is recalled carries no loss. No pair of relations that is kept
-    for evaluation follows one another, while pairs that no encyclopedia has do. Guards: `compose` seen in pretraining."""
-    nouns, rng, pairs = {rel.noun: r for r, rel in RELATIONS.items()}, random.Random(0), set()
-    for _ in range(400):
+    """A chain of made-up facts plans and asks for them inside out, as the question nests them; what is recalled carries no loss. No pair of relations
+    that is kept for evaluation follows one another, while pairs that no encyclopedia has do. Guards: `compose` seen in pretraining."""
+    nouns, rng, pairs, compared = {rel.noun: r for r, rel in RELATIONS.items()}, random.Random(0), set(), 0
+    for _ in range(600):
         t = data.plan(nano, WORLD, rng)
-        text = nano.decode(t.ids).split("<think>")[1]
-        path = [nouns[noun] for noun in re.findall(r"(?:^|\.) ([a-z ]+?) of [^?]+\?", text)]
+        text = nano.decode(t.ids).split("<think>")[1].strip()
+        path = [nouns[noun] for noun in re.findall(r"(?:^|\. )(?:\d )?\b([a-z ]+?) of [^?.]+\?", text)]
         assert 1 <= len(path) <= 4 and text.count("I recall") == len(path)
         learned = [nano.decode([i for i, _ in run]).strip() for run in runs(t)]
-        assert [x.split(" of ")[0] for x in learned[:-1]] == [RELATIONS[r].noun for r in path] and learned[-1].startswith("</think>")
-        pairs |= set(zip(path, path[1:]))
-    assert not pairs & UNSEEN_PAIRS and pairs - set(PAIRS) and len(pairs) > 150
+        plan, _, first = learned[0].rpartition(". ")
+        assert re.findall(r"\d ([a-z ]+?)(?= of | \d |$)", plan) == ([RELATIONS[r].noun for r in path] if len(path) > 1 else [])
+        assert [re.sub(r"^(\d{4} [^.]+\. )?\d ", "", x).split(" of ")[0] for x in [first, *learned[1:-1]]] == [RELATIONS[r].noun for r in path]
+        if " is 1" in text:
+            compared += 1
+            assert re.search(r"(First|Later) is (\d+) (.+)\.</think>\\boxed\{ \3\}", text)
+        else:
+            assert learned[-1].startswith("</think>")
+        pairs |= set(zip(path, path[1:])) if " is 1" not in text else set()
+    assert not pairs & UNSEEN_PAIRS and pairs - set(PAIRS) and len(pairs) > 150 and compared > 100
 
 
 def test_rl_with_the_tool_has_a_world_of_its_own():
