@@ -2,6 +2,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import runpy
 import sys
 import time
@@ -57,7 +58,7 @@ class Settings:
     rl_questions: int = 4608            # of the pool of each stage
     temperature: float = 1.0            # of sampling; log-probs in the loss are at the same temperature
     rl_lr: float = 3e-4                 # AdamW for all weights: Muon would lift the noise of a policy gradient to the size of its signal
-    rl1_scale: float = 0.1              # RL-1's rate is this part of it: what one imagines is a weak teacher
+    rl1_scale: float = 0.03             # RL-1's rate is this part of it: what one imagines is a weak teacher
     minibatches: int = 1                # optimizer steps a batch of rollouts is cut into
     clip_low: float = 0.2               # the ratio is clipped below 1 - clip_low
     clip_high: float = 0.28             # and above 1 + clip_high
@@ -106,7 +107,11 @@ def read_settings(doc):
     for path in files or [str(Path(__file__).parent / "config" / "nano.py")]:
         if not path.endswith(".py") or not Path(path).is_file():
             raise Problem(f"{path}: no such config file; give one of config/*.py, and settings as --key=value")
-        for key, value in runpy.run_path(path).items():
+        try:
+            content = runpy.run_path(path)
+        except Exception as e:
+            raise Problem(f"{path}: can't be run as Python: {e}") from None
+        for key, value in content.items():
             if key == "QUICK":
                 quick = {k: check(fields, k, v, f"{path}: QUICK") for k, v in value.items()}
             elif not key.startswith("_"):
@@ -115,9 +120,23 @@ def read_settings(doc):
         chosen.update(quick)
     chosen.update(given)
     s = Settings(**chosen)
+    for key, value in vars(s).items():
+        if type(value) in (int, float) and not (0 < value or key not in POSITIVE and value == 0) or value == math.inf:
+            raise Problem(f"--{key}: {value} is out of range; it must be {'above 0' if key in POSITIVE else '0 or more'}")
     shown = ", ".join(f"{k}={v}" for k, v in given.items())
     print(f"{Path(sys.argv[0]).name}: run {s.run}, seed {s.seed}" + (f"; set here: {shown}" if shown else ""), flush=True)
     return s
+
+
+def command(script):
+    """The command line that runs this script on the same run with the same settings, all its stages."""
+    kept, skip = [], False
+    for a in sys.argv[1:]:
+        picks = a.partition("=")[0] in ("--stage", "--start", "--out", "--ask")
+        if not (picks or skip):
+            kept.append(a)
+        skip = picks and "=" not in a
+    return " ".join(["python", script, *kept])
 
 
 def parse(kind, key, text):
@@ -131,6 +150,8 @@ def parse(kind, key, text):
         raise Problem(f"--{key}: {text!r} is not {KIND[kind]}") from None
 
 
+POSITIVE = ("vocab_size", "width", "layers", "base_tokens", "train_scale", "epochs", "batch_tokens", "micro_tokens", "questions", "rollouts", "rl_questions",
+            "temperature", "minibatches", "top_k", "max_actions", "max_len", "max_answer", "max_thought", "max_observation", "eval_questions", "batch_rows")
 KIND = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
 
 
@@ -202,7 +223,10 @@ def read_jsonl(path, what, setting):
     if not path.is_file():
         raise Problem(f"{setting}: no such file: {path}; expected {what}")
     rows = []
-    text = path.read_text(encoding="utf-8").removesuffix("\n")
+    try:
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError as e:
+        raise Problem(f"{path}: not UTF-8 text: {e}; expected {what}, one a line") from None
     for n, line in enumerate(text.split("\n") if text else [], 1):      # not splitlines, which also cuts at U+2028
         try:
             rows.append((n, json.loads(line)))

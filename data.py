@@ -54,7 +54,7 @@ def base_data(codec, worlds, search, rng, tokens):
 
     First copying, then reading (and years in order), each from the easy to the hard: a network of this size finds neither when both come at
     once with the rest (NOTES.md). Then all: head articles; closed-book chains of thought on head facts, whose hops grow; and
-    single skills on other worlds: to ask for one fact after the other, to write a query, to read what it finds or say that it isn't
+    single skills on other worlds: to plan and ask for one fact after the other, to write a query, to read what it finds or say that it isn't
     there, to compare years. Never a chain of thought with an action inside. worlds: list of World; search: one search tool for each.
     """
     out, count = [], 0
@@ -120,9 +120,9 @@ def order(codec, world, rng):
     if len(years) > 2:
         return codec.build(f"In order: {', '.join(years)}.", [("think", " is before ".join(sorted(years)) + "."), ("answer", min(years))])
     things, early = rng.sample(world.groups[False, None], 2), rng.random() < 0.5
-    each, said = miniwiki.conclude(years, things, early)
     winner = things[years.index(min(years) if early else max(years))]
-    return codec.build(f"{'First' if early else 'Later'}? {' '.join(each)}", [("think", said), ("answer", winner.name)])
+    return codec.build(f"{'First' if early else 'Later'}? {' '.join(f'{y} {e.name}.' for y, e in zip(years, things))}",
+                       [("think", miniwiki.conclude(years, things, early)), ("answer", winner.name)])
 
 
 def reading(codec, world, rng, progress):
@@ -159,12 +159,11 @@ def like(world, e):
 
 
 def plan(codec, world, rng, short=0.0):
-    """To plan and to ask for one fact after the other, then stop; what is recalled at each is given. A third are comparisons. In the
-    rest the relations need not fit each other, so the next can only be read from the question; this share of them, `short`, is the plan
-    alone. Compositions kept for evaluation do not occur."""
+    """To plan and to ask for one fact after the other, then stop; what is recalled at each is given, not learned. A third are comparisons of this
+    world. In the rest the relations need not fit each other, so the next can only be read from the question; this share of them, `short`, is the
+    plan alone. Compositions kept for evaluation do not occur."""
     if rng.random() < 0.33:
-        q = world.questions("compare", 1, rng, p_head=0.0)[0]
-        return codec.build(q["question"], opening(q) + [part for s in q["metadata"]["steps"] for part in told(s, "given")] + ending(q))
+        return cot(codec, world.questions("compare", 1, rng, p_head=0.0)[0], "given")
     path = []
     for _ in range(rng.randint(1, 4)):
         path.append(rng.choice([r for r in miniwiki.RELATIONS if not path or (path[-1], r) not in miniwiki.UNSEEN_PAIRS]))
@@ -183,14 +182,14 @@ def plan(codec, world, rng, short=0.0):
     return codec.build(question[0].upper() + question[1:], parts + [("answer", said[-1].title)])
 
 
-def cot(codec, q):
-    """A chain of thought from memory: the plan, then what is asked and what is recalled, for each fact."""
-    return codec.build(q["question"], opening(q) + [part for s in q["metadata"]["steps"] for part in told(s)] + ending(q))
+def cot(codec, q, recalled="think"):
+    """A chain of thought from memory: the plan, then what is asked and what is recalled ("given": not to be learned), for each fact."""
+    return codec.build(q["question"], opening(q) + [part for s in q["metadata"]["steps"] for part in told(s, recalled)] + ending(q))
 
 
-def told(s, kind="think"):
+def told(s, recalled="think"):
     """A fact from memory: what is asked, what is recalled, and what follows from it."""
-    return [("think", s["ask"]), (kind, s["recall"])] + noted(s)
+    return [("think", s["ask"]), (recalled, s["recall"])] + noted(s)
 
 
 def noted(s):
@@ -213,7 +212,7 @@ def ending(q):
 def teach(codec, questions, known, search):
     """Chains of action by a scripted teacher: recall what the base model knows, search for the rest, reword on a miss.
 
-    A question's plan is `metadata.steps`, one fact a step (see miniwiki.step, real_steps): what is asked, queries to try in
+    It follows `metadata.steps`, one fact a step (see miniwiki.step, real_steps): what is asked, queries to try in
     order, what must turn up, what to say then. known: the facts that the base model answered right when it was asked.
     Searches run with the real tool, batched; a miss stays in the chain as a miss. Returns (question, Trajectory) of the
     plans that found all they needed, and counts.
@@ -359,7 +358,7 @@ def read_questions(path):
     """A FlashRAG question file -> rows with `metadata.steps`. Raises Problem with file:line for a malformed row."""
     out = []
     for n, q in read_jsonl(path, 'questions, {"id", "question", "golden_answers"}', "train_data, eval_data"):
-        if not isinstance(q, dict) or not isinstance(q.get("question"), str) or "id" not in q:
+        if not isinstance(q, dict) or not isinstance(q.get("question"), str) or not q["question"].strip() or "id" not in q:
             raise Problem(f"{path}:{n}: not a question; expected {{\"id\", \"question\", \"golden_answers\"}}")
         golden = q.get("golden_answers")
         if not isinstance(golden, list) or not golden or not all(isinstance(g, str) and g.strip() for g in golden):
@@ -367,6 +366,9 @@ def read_questions(path):
         if not isinstance(q.get("metadata") or {}, dict):
             raise Problem(f"{path}:{n}: metadata of question {q['id']!r} must be an object")
         q["metadata"] = dict(q.get("metadata") or {})
+        titles = q["metadata"].get("gold_titles") or []
+        if not isinstance(titles, list) or not all(isinstance(t, str) for t in titles):
+            raise Problem(f"{path}:{n}: gold_titles of question {q['id']!r} must be a list of texts")
         q["metadata"]["steps"] = real_steps(q, Path(path).stem)
         q["id"] = f"{Path(path).stem}:{q['id']}"                # each data set counts from 0
         for step in q["metadata"]["steps"]:

@@ -243,9 +243,12 @@ class World:
 
     def _single(self, rng, p_head, typed=False):
         # Training asks for each relation alike: one that is never asked for is forgotten (NOTES.md). Evaluation asks as entities come.
-        relation = None if self.split == "eval" else rng.choice(list(RELATIONS))
-        e = self._start(rng, 2 * p_head, relation and RELATIONS[relation].domain)
-        relation = relation or rng.choice(list(e.facts))
+        if self.split == "eval":
+            e = self._start(rng, 2 * p_head)
+            relation = rng.choice(list(e.facts))
+        else:
+            relation = rng.choice(list(RELATIONS))
+            e = self._start(rng, 2 * p_head, RELATIONS[relation].domain)
         return self._path(rng, e, [relation], typed) if relation in e.facts else None
 
     def _typed(self, rng, p_head):
@@ -302,6 +305,7 @@ class World:
                 typed_e = subject.title != subject.name
             steps.append(step(subject, relation, typed_e))
             years.append(subject.facts[relation])
+            steps[-1]["note"] = f"{years[-1]} {e.name}."
         if a is b or years[0] == years[1] or a.name == b.name:
             return None
         early = rng.random() < 0.5
@@ -312,7 +316,7 @@ class World:
             form = form.replace("{k}", first_kind).replace("{n}", RELATIONS[bridge].noun)
         winner = (a, b)[(years[0] < years[1]) != early]
         text = form.format(a=mention(a, a.title != a.name), b=mention(b, b.title != b.name))
-        return row(text, winner, steps, *conclude(years, (a, b), early))
+        return row(text, winner, steps, conclude(years, (a, b), early))
 
 
 COMPARISONS = [
@@ -335,25 +339,25 @@ def mention(e, typed, former=False):
 
 
 def step(e, relation, typed, former=False):
-    """One fact of a plan. Queries: what the question's own words suggest, then what to try when that misses: a name
+    """One fact of a question. Queries: what the question's own words suggest, then what to try when that misses: a name
     that no article has for its title is a former one; else the type tells namesakes apart. `called` is how a reader names the passage: by
-    its title, or by the former name that was asked for."""
+    its title, or by the former name that was asked for. `note`: what to say when all is known of one of two things that are compared."""
     value = e.facts[relation]
     answer = value.title if isinstance(value, Entity) else value
     rel, full = RELATIONS[relation], f"{e.name} {e.qualifier}"
     reword = f"once called {e.former}" if former else f"{full} {rel.noun}" if typed else full
     asked = [w for i, w in enumerate(rel.questions[:4]) if i != rel.held_out]
-    return {"ask": f"{rel.noun} of {mention(e, typed, former)}?", "noun": rel.noun, "title": e.title, "called": e.former if former else e.title, "head": e.head,
+    return {"ask": f"{rel.noun} of {mention(e, typed, former)}?", "noun": rel.noun, "note": "", "title": e.title, "called": e.former if former else e.title, "head": e.head,
             "queries": [full if typed else mention(e, False, former), reword],
             "recall": f"I recall {answer}.", "answer": answer, "answers": [answer], "subject": e.former if former else e.name, "fact": f"{e.title}|{relation}",
             "wordings": [w.format(x=mention(e, e.title != e.name)) for w in asked]}
 
 
 def conclude(years, things, early):
-    """How a comparison ends: (a note for each thing of whose year is whose, which is the first or the later), by the names in the question."""
+    """How a comparison ends: which thing is the first or the later, by its name in the question."""
     low, high = sorted(years)
     word, year = ("First", low) if early else ("Later", high)
-    return [f"{y} {e.name}." for y, e in zip(years, things)], f"{low} is before {high}. {word} is {year} {things[years.index(year)].name}."
+    return f"{low} is before {high}. {word} is {year} {things[years.index(year)].name}."
 
 
 def outline(asks, parts=1):
@@ -370,13 +374,11 @@ def outline(asks, parts=1):
     return " ".join(f"{n} {item}" for n, item in enumerate(items, 1)) + ".", [f"{n} {ask}" for n, ask in enumerate(asks, 1)]
 
 
-def row(question, answer, steps, notes=("",), conclusion=""):
-    """notes: what to say, of a comparison, when all is known of one of the things."""
+def row(question, answer, steps, conclusion=""):
     golden = [answer] if isinstance(answer, str) else list(dict.fromkeys([answer.name, answer.title]))
-    plan, asks = outline([s["ask"] for s in steps], len(notes))
-    ends = dict(zip(range(len(steps) // len(notes) - 1, len(steps), len(steps) // len(notes)), notes))
+    plan, asks = outline([s["ask"] for s in steps], 2 if conclusion else 1)
     return {"question": question[0].upper() + question[1:], "golden_answers": golden,
-            "metadata": {"plan": plan, "steps": [dict(s, ask=ask, note=ends.get(i, "")) for i, (s, ask) in enumerate(zip(steps, asks))], "conclusion": conclusion}}
+            "metadata": {"plan": plan, "steps": [dict(s, ask=ask) for s, ask in zip(steps, asks)], "conclusion": conclusion}}
 
 
 def article(e, rng, relations=None):
@@ -462,7 +464,11 @@ def hardness(world, search):
 
 if __name__ == "__main__":
     from tools import BM25
-    seed = int(sys.argv[1].split("=")[1]) if len(sys.argv) > 1 else 0
+    text = (sys.argv[1:] or ["--seed=0"])[0].removeprefix("--seed=")
+    if not text.isdecimal():
+        print("usage: python miniwiki.py --seed=N", file=sys.stderr)
+        sys.exit(2)
+    seed = int(text)
     world = World(seed, "eval")
     for title in list(world.articles)[120:900:130]:
         print(f"{title}\n    {world.articles[title]}")

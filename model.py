@@ -82,7 +82,10 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise Problem(f"model: {folder} has no config.json; give a Hugging Face folder, a GGUF file or a hub id")
-    return ModelConfig.from_dict(json.loads(path.read_text()), path)
+    try:
+        return ModelConfig.from_dict(json.loads(path.read_text()), path)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise Problem(f"model: {path} is not a network's configuration: {e!r}; give a complete Hugging Face folder") from None
 
 
 def backend():

@@ -116,5 +116,8 @@ def run_actions(tools, actions):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or not Path(sys.argv[1]).is_file():
+        print("usage: python tools.py PASSAGES QUERY ..", file=sys.stderr)
+        sys.exit(2)
     search = BM25(read_passages(sys.argv[1]))
     print(search([" ".join(sys.argv[2:])])[0])

@@ -27,7 +27,7 @@ import autocoa
 import data
 import model
 import workflows
-from common import Log, Problem, main
+from common import Log, Problem, command, main
 
 
 def sample(lm, questions, search, s, rng):
@@ -111,9 +111,11 @@ def describe(codec, done, rewards, questions, rollouts):
 def run(s):
     if s.stage not in ("", "rl1", "rl2"):
         raise Problem(f"--stage: {s.stage!r} is not rl1 or rl2")
+    if s.out and not s.stage:
+        raise Problem("--out: it goes with one stage; say which with --stage")
     root, task = Path("out", s.run), data.load_task(s)
     start = s.start or ("rl1" if s.stage == "rl2" else "sft3")
-    lm = model.load(root / start, s.device, f"python train_{'rl' if start.startswith('rl') else 'sft'}.py --run={s.run}")
+    lm = model.load(root / start, s.device, command("train_rl.py" if start.startswith("rl") else "train_sft.py"))
     reference = lm.copy()
     if s.stage != "rl2":    # the policy is its own search engine
         grpo(lm, reference, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0), autocoa.IMAGINE, np.random.default_rng(s.seed), s.rl1_scale)

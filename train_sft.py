@@ -25,7 +25,7 @@ import miniwiki
 import model
 import tools
 import workflows
-from common import Log, Problem, main
+from common import Log, Problem, command, main
 
 STAGES = ("base", "sft1", "sft2", "sft3")
 
@@ -120,12 +120,14 @@ def make_data(lm, task, s, folder):
 
 def write_trajectories(path, trajectories):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"ids": t.ids, "mask": t.mask, "role": t.role}) + "\n" for t in trajectories))
+    part = path.with_name(path.name + ".partial")
+    part.write_text("".join(json.dumps({"ids": t.ids, "mask": t.mask, "role": t.role}) + "\n" for t in trajectories))
+    part.rename(path)
 
 
 def read_trajectories(path):
     if not path.is_file():
-        raise Problem(f"{path} is missing; make it with: python train_sft.py --run={path.parts[-3]}")
+        raise Problem(f"{path} is missing; make it with: {command('train_sft.py')}")
     return [autocoa.Trajectory(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
@@ -146,13 +148,15 @@ def make_base(s, task, rng):
 def run(s):
     if s.stage not in ("", *STAGES):
         raise Problem(f"--stage: {s.stage!r} is not one of {', '.join(STAGES)}")
+    if (s.start or s.out) and not s.stage:
+        raise Problem("--start, --out: they go with one stage; say which with --stage")
     todo = [s.stage] if s.stage else STAGES
     rng, root, task = random.Random(f"train {s.seed}"), Path("out", s.run), data.load_task(s)
     if "base" in todo:
         lm = make_base(s, task, rng)
         make_data(lm, task, s, root / "data")
     else:
-        lm = model.load(root / (s.start or STAGES[STAGES.index(s.stage) - 1]), s.device, f"python train_sft.py --run={s.run}")
+        lm = model.load(root / (s.start or STAGES[STAGES.index(s.stage) - 1]), s.device, command("train_sft.py"))
     coa, cot, flat = (read_trajectories(root / "data" / f"{split}.jsonl") for split in ("coa", "cot", "pairs"))
     if "sft1" in todo:      # when to act
         pairs = list(zip(flat[0::2], flat[1::2]))

@@ -17,7 +17,7 @@ import numpy as np
 import autocoa
 import data
 import model
-from common import main
+from common import command, main
 from train_sft import read_trajectories
 
 
@@ -47,7 +47,7 @@ def fidelity(lm, trajectories, s):
 
 def run(s):
     root, task = Path("out", s.run), data.load_task(s)
-    lm = model.load(root / "sft3", s.device, f"python train_sft.py --run={s.run}")
+    lm = model.load(root / "sft3", s.device, command("train_sft.py"))
     chains = read_trajectories(root / "data" / "coa.jsonl")[:200]
     fresh = data.teach(lm.codec, [q for rows in task.evaluation.values() for q in rows[:30]], set(), task.eval_search)[0]
     rows = {}

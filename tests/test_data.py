@@ -28,7 +28,7 @@ def write(path, *rows):
     ("{not json}\n", "not JSON"), ("\n", "not JSON"), ('["a list"]\n', "not a question"), ({"id": "1", "golden_answers": ["x"]}, "not a question"),
     ({"question": "Who?", "golden_answers": ["x"]}, "not a question"), ({**GOOD, "golden_answers": []}, "'dev_0' has no answers"), ({"id": "dev_0", "question": "Who?"}, "has no answers"),
     ({**GOOD, "golden_answers": "Eva"}, "has no answers"), ({**GOOD, "golden_answers": ["Eva", " "]}, "has no answers"), ({**GOOD, "golden_answers": [1]}, "has no answers"),
-    ({**GOOD, "metadata": "text"}, "metadata")])
+    ({**GOOD, "metadata": "text"}, "metadata"), ({**GOOD, "metadata": {"gold_titles": [3]}}, "gold_titles"), ({**GOOD, "question": " "}, "not a question")])
 def test_a_malformed_question_names_its_line(tmp_path, bad, message):
     path = write(tmp_path / "q.jsonl", GOOD, bad, GOOD)
     with pytest.raises(Problem, match=message) as e:
@@ -42,6 +42,9 @@ def test_missing_and_empty_files(tmp_path, read, setting):
         read(tmp_path / "none.jsonl")
     with pytest.raises(Problem, match="q.jsonl: empty"):
         read(write(tmp_path / "q.jsonl"))
+    (tmp_path / "latin.jsonl").write_bytes('{"id": "1", "contents": "\u00c9va"}'.encode("latin-1"))
+    with pytest.raises(Problem, match="latin.jsonl: (not UTF-8|can't be read)"):
+        read(tmp_path / "latin.jsonl")
 
 
 def test_good_questions(tmp_path):

@@ -47,7 +47,9 @@ def test_a_config_file(given, tmp_path):
 @pytest.mark.parametrize("args, message", [
     (["--sed=1"], "unknown setting 'sed'; did you mean 'seed'"), (["--temprature=1"], "did you mean 'temperature'"), (["--zzzz=1"], "unknown setting 'zzzz'"),
     (["--seed=one"], "--seed: 'one' is not a whole number"), (["--seed=1.5"], "--seed: '1.5' is not a whole number"), (["--lr=fast"], "--lr: 'fast' is not a number"),
-    (["--muon=perhaps"], "--muon: 'perhaps' is not true or false"), (["--seed"], "--seed: no value"), (["missing.py"], "missing.py: no such config file"), (["seed=1"], "seed=1: no such config file")])
+    (["--muon=perhaps"], "--muon: 'perhaps' is not true or false"), (["--seed"], "--seed: no value"), (["missing.py"], "missing.py: no such config file"), (["seed=1"], "seed=1: no such config file"),
+    (["--questions=0"], "--questions: 0 is out of range; it must be above 0"), (["--seed=-1"], "--seed: -1 is out of range; it must be 0 or more"), (["--kl=nan"], "--kl: nan is out"),
+    (["--temperature=0"], "--temperature: 0.0 is out"), (["--lr=inf"], "--lr: inf is out")])
 def test_a_wrong_setting(given, args, message):
     """Named, with the nearest name or the kind that is expected."""
     with pytest.raises(Problem) as e:
@@ -56,7 +58,8 @@ def test_a_wrong_setting(given, args, message):
 
 
 @pytest.mark.parametrize("line, message", [("sede = 1", "did you mean 'seed'"), ("seed = '1'", "seed must be a whole number"), ("seed = True", "seed must be a whole number"),
-                                           ("QUICK = dict(coaa=1)", "did you mean 'coa'"), ("train_data = 'a.jsonl'", "train_data must be a list")])
+                                           ("QUICK = dict(coaa=1)", "did you mean 'coa'"), ("train_data = 'a.jsonl'", "train_data must be a list"),
+                                           ("seed = (", "can't be run as Python"), ("seed = zero", "name 'zero' is not defined")])
 def test_a_wrong_config_file(given, tmp_path, line, message):
     path = tmp_path / "mine.py"
     path.write_text(line)
@@ -123,6 +126,26 @@ def test_a_missing_predecessor(failed, script, args, missing, command):
     assert f"out/mine/{missing}" in line and f"python {command}" in line and "--run=mine" in line
 
 
+def test_the_command_that_is_named_makes_it(failed, tmp_path):
+    """It repeats the settings that were given, and not what picks a stage. Guards: a real run that is told to train the nano model."""
+    (tmp_path / "mine.py").write_text("")
+    line = failed("train_rl.py", "mine.py", "--quick", "--stage", "rl2", "--start=sft2_alone", "--run=mine", "--seed", "3")
+    assert line.endswith("make it with: python train_sft.py mine.py --quick --run=mine --seed 3")
+
+
+@pytest.mark.parametrize("script, args", [("train_sft.py", ["--out=mine"]), ("train_sft.py", ["--start=base"]), ("train_rl.py", ["--out=mine"])])
+def test_a_folder_without_its_stage(failed, script, args):
+    """Guards: all stages written over each other in one folder."""
+    assert "--stage" in failed(script, *args)
+
+
+@pytest.mark.parametrize("args", [["tools.py"], ["tools.py", "none.jsonl"], ["miniwiki.py", "seven"], ["miniwiki.py", "--seed=-1"]])
+def test_a_tool_by_hand_says_how(tmp_path, args):
+    done = subprocess.run([sys.executable, ROOT / args[0], *args[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    line, = done.stderr.splitlines()
+    assert done.returncode == 2 and line == f"usage: python {args[0]} " + ("PASSAGES QUERY .." if args[0] == "tools.py" else "--seed=N")
+
+
 def test_nothing_to_draw(failed):
     assert "python train_sft.py" in failed("plot.py")
 
@@ -150,6 +173,13 @@ def test_an_unsupported_architecture(tmp_path, failed, real):
     (tmp_path / "gpt2" / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}))
     line = failed("train_sft.py", *real, "--model=gpt2")
     assert "GPT2LMHeadModel" in line and "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM" in line
+
+
+@pytest.mark.parametrize("content", ["", '{"architectures": ', '{"architectures": ["LlamaForCausalLM"]}', "[]"])
+def test_a_broken_network_folder(tmp_path, failed, real, content):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text(content)
+    assert "broken/config.json is not a network's configuration" in failed("train_sft.py", *real, "--model=broken")
 
 
 @pytest.mark.parametrize("change, message", [
