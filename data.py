@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import miniwiki
@@ -57,23 +58,23 @@ def base_data(codec, worlds, search, rng, tokens):
     single skills on other worlds: to plan and ask for one fact after the other, to write a query, to read what it finds or say that it isn't
     there, to compare years. Never a chain of thought with an action inside. worlds: list of World; search: one search tool for each.
     """
-    out, count = [], 0
+    out, count, bar = [], 0, tqdm(total=tokens, desc="texts to pretrain on", unit="token", leave=False)
     heads = [e for e in worlds[0].entities if e.head]
     while count < tokens:
-        progress = count / tokens
+        done = count / tokens
         i = rng.randrange(len(worlds))
         world, kind = worlds[i], rng.random()
-        if progress < 0.1 or (progress < 0.5 and kind < 0.15):
+        if done < 0.1 or (done < 0.5 and kind < 0.15):
             t = titles(codec, world, rng)
-        elif progress < 0.5:
-            t = reading(codec, world, rng, (progress - 0.1) / 0.4) if kind > 0.2 else order(codec, world, rng)
+        elif done < 0.5:
+            t = reading(codec, world, rng, (done - 0.1) / 0.4) if kind > 0.2 else order(codec, world, rng)
         elif kind < 0.06:
             e = rng.choice(heads)
             t = Trajectory()
             t.add([codec.tok.bos_token_id], PROMPT, 0)
             t.add(codec.encode(f"{e.title}: {miniwiki.article(e, rng)}") + [codec.eos], PROMPT, 1)
         elif kind < 0.24:
-            sets = ["single", "typed", "bridge", "compare", "chain"] if progress > 0.65 else ["single", "typed", "single", "bridge"]
+            sets = ["single", "typed", "bridge", "compare", "chain"] if done > 0.65 else ["single", "typed", "single", "bridge"]
             t = cot(codec, world.questions(rng.choice(sets), 1, rng, p_head=1.0)[0])
         elif kind < 0.43:
             t = plan(codec, world, rng, short=0.6)
@@ -97,6 +98,8 @@ def base_data(codec, worlds, search, rng, tokens):
             t = reading(codec, world, rng, 1.0)
         out.append(t)
         count += len(t.ids)
+        bar.update(len(t.ids))
+    bar.close()
     return out
 
 
@@ -220,7 +223,7 @@ def teach(codec, questions, known, search):
     asked = sorted({text for q in questions for s in q["metadata"]["steps"] if s["fact"] not in known for text in s["queries"]})
     seen = dict(zip(asked, search(asked)))
     out, counts = [], {"searches": 0, "misses": 0, "dropped": 0}
-    for q in questions:
+    for q in tqdm(questions, desc="what the teacher does", unit="question", leave=False):
         parts = opening(q)
         for s in q["metadata"]["steps"]:
             if s["fact"] in known:

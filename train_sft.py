@@ -137,10 +137,11 @@ def make_base(s, task, rng):
         lm = model.load_pretrained(s.model, s.device)
         lm.save(Path("out", s.run, "base"))
         return lm
-    worlds = [miniwiki.World(1000 + i, "train") for i in range(40)]     # to read about: not the world of training
+    seeds = tqdm(range(1000, 1040), desc="encyclopedias to read about", unit="world", leave=False)     # not the world of training
+    worlds, searches = zip(*[(world, tools.BM25(world.passages(), s.top_k)) for world in (miniwiki.World(seed, "train") for seed in seeds)])
     tok = data.nano_tokenizer(s.vocab_size, data.nano_text(worlds[0]))
     lm = model.new(model.nano_config(len(tok), tok.eos_token_id, tok.bos_token_id, s.width, s.layers), tok, s.seed, s.device)
-    texts = data.base_data(lm.codec, worlds, [tools.BM25(w.passages(), s.top_k) for w in worlds], rng, s.base_tokens)
+    texts = data.base_data(lm.codec, worlds, searches, rng, s.base_tokens)
     train(lm, s, task, "base", data.steps_of(texts, s.batch_tokens, rng), autocoa.nll_loss, lambda b: language_batches(b, s.micro_tokens))
     return lm
 
