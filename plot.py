@@ -76,7 +76,7 @@ def training(logs):
                     curve(ax, logs[stage], key, color, 5, turn if stage == "rl2" else 0, RL[stage])
             if turn and "rl2" in logs:
                 ax.axvline(turn - 0.5, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
-                ax.annotate("real", (turn, 1), (2, -1), ("data", "axes fraction"), "offset points", color=GREY, fontsize=8)
+                ax.annotate("real", (turn, 1), (3, -9), ("data", "axes fraction"), "offset points", color=GREY, fontsize=8)
             if key in ("em", "malformed"):
                 ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
                 ax.set_ylim(bottom=0)
