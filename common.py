@@ -65,7 +65,7 @@ class Settings:
     kl: float = 0.0                     # weight of the k3 KL to the policy that RL begins with
     advantage_std: bool = False         # divide advantages by the group's standard deviation, as the authors' code does
     format_penalty: float = 0.5         # taken off the reward of a malformed trajectory
-    call_cost: float = 0.1              # taken off the reward for each call of the real tool, or RL-2 searches for what it knows
+    call_cost: float = 0.1              # taken off the reward for each call of the real tool; 0.25 keeps RL-2 from searching for what it knows, at a price in EM
     ask: str = ""                       # autocoa.py: the question to answer
     # -- ablations
     stage: str = ""                     # run this stage only: base, sft1, sft2, sft3; rl1, rl2
