@@ -133,6 +133,7 @@ def read_trajectories(path):
 
 def make_base(s, task, rng):
     """The model to start from: pretrained here (nano), or a checkpoint from elsewhere with the tags added."""
+    model.backend().pick_device(s.device)                               # a device that is not there is said before anything is made
     if s.model:
         lm = model.load_pretrained(s.model, s.device)
         lm.save(Path("out", s.run, "base"))

@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -167,7 +168,8 @@ def test_a_stage_without_its_data(made, tmp_path, monkeypatch):
     """The stage before is there, the trajectories are not: said in one line, with the command that makes them."""
     shutil.copytree(made.root / "base", tmp_path / "out" / "tiny" / "base")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Problem, match=r"out/tiny/data.*python train_sft.py --run=tiny"):
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", "--run=tiny", "--stage=sft2", "--start=base"])
+    with pytest.raises(Problem, match=r"out/tiny/data.*python train_sft.py --run=tiny$"):
         train_sft.run(Settings(run="tiny", stage="sft2", start="base"))
 
 
