@@ -121,7 +121,7 @@ def read_settings(doc):
     chosen.update(given)
     s = Settings(**chosen)
     for key, value in vars(s).items():
-        if type(value) in (int, float) and not (0 < value or key not in POSITIVE and value == 0) or value == math.inf:
+        if type(value) in (int, float) and not (math.isfinite(value) and (value > 0 or value == 0 and key not in POSITIVE)):
             raise Problem(f"--{key}: {value} is out of range; it must be {'above 0' if key in POSITIVE else '0 or more'}")
     shown = ", ".join(f"{k}={v}" for k, v in given.items())
     print(f"{Path(sys.argv[0]).name}: run {s.run}, seed {s.seed}" + (f"; set here: {shown}" if shown else ""), flush=True)

@@ -77,7 +77,7 @@ def base_data(codec, worlds, search, rng, tokens):
             sets = ["single", "typed", "bridge", "compare", "chain"] if done > 0.65 else ["single", "typed", "single", "bridge"]
             t = cot(codec, world.questions(rng.choice(sets), 1, rng, p_head=1.0)[0])
         elif kind < 0.43:
-            t = plan(codec, world, rng, short=0.6)
+            t = made_up(codec, world, rng, short=0.6)
         elif kind < 0.49:
             t = order(codec, world, rng)
         elif kind < 0.57:
@@ -161,7 +161,7 @@ def like(world, e):
     return close if len(close) > 3 else group
 
 
-def plan(codec, world, rng, short=0.0):
+def made_up(codec, world, rng, short=0.0):
     """To plan and to ask for one fact after the other, then stop; what is recalled at each is given, not learned. A third are comparisons of this
     world. In the rest the relations need not fit each other, so the next can only be read from the question; this share of them, `short`, is the
     plan alone. Compositions kept for evaluation do not occur."""

@@ -1,6 +1,6 @@
 """GRPO in two stages: in the environment that the policy imagines, then in the real one (paper 3.3).
 
-    python train_rl.py                       # nano: 80 steps imagined, 16 steps real, about 4 minutes on two cores
+    python train_rl.py                       # nano: 80 steps imagined, 16 steps real, about 5 minutes on two cores
     python train_rl.py config/smollm2.py
 
 Each step: `questions` questions x `rollouts` trajectories; reward = exact match, less a penalty for a malformed

@@ -94,7 +94,7 @@ def recall(lm, questions, s):
 def make_data(lm, task, s, folder):
     """The three data sets of SFT, built by asking the base model and searching with the real tool. Kept as token ids."""
     rng = random.Random(f"sft {s.seed}")
-    made_up = [data.plan(lm.codec, task.world, rng) for _ in range(s.cot // 2)] if task.world else []     # or relations that training never puts together are forgotten
+    made_up = [data.made_up(lm.codec, task.world, rng) for _ in range(s.cot // 2)] if task.world else []     # or relations that training never puts together are forgotten
     chains, thoughts = task.train(s.coa, "coa", p_head=0.05), task.train(s.cot - len(made_up), "cot", p_head=1.0)
     contrast = list({q["id"]: q for q in task.train(s.pairs, "act") + task.train(s.pairs, "think", p_head=1.0)}.values())
     known, said = recall(lm, chains + thoughts + contrast, s)

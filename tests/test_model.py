@@ -201,9 +201,12 @@ def test_weights_that_do_not_fit(tmp_path):
 
 # ---- optimizer and train step -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
-def test_orthogonalize(shape):
+@pytest.mark.parametrize("digits, off", [("float32", 0.02), ("bfloat16", 0.05)])
+def test_orthogonalize(monkeypatch, shape, digits, off):
     """Against the SVD: singular vectors stay, singular values come near 1 (Muon's five steps leave them in about 0.7 to 1.2).
     Three digits of bfloat16 leave a few hundredths beside the diagonal."""
+    if digits == "float32":
+        monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x)
     x = torch.randn((3, *shape), generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1.0, 50.0])[:, None, None]
     y = model_torch.orthogonalize(x)
     for a, b in zip(x, y):
@@ -211,7 +214,7 @@ def test_orthogonalize(shape):
         inner = u.T @ b @ vh.T
         large = s > 0.05 * s[0]
         assert ((inner.diagonal()[large] > 0.5) & (inner.diagonal()[large] < 1.3)).all()
-        assert (inner - inner.diagonal().diag()).abs().max() < 0.05
+        assert (inner - inner.diagonal().diag()).abs().max() < off
 
 
 def stepped(lm, optimizer, step, n=4):

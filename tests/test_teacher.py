@@ -147,7 +147,7 @@ def test_plans_never_hold_a_composition_of_evaluation(nano):
     that is kept for evaluation follows one another, while pairs that no encyclopedia has do. Guards: `compose` seen in pretraining."""
     nouns, rng, pairs, compared = {rel.noun: r for r, rel in RELATIONS.items()}, random.Random(0), set(), 0
     for _ in range(600):
-        t = data.plan(nano, WORLD, rng)
+        t = data.made_up(nano, WORLD, rng)
         text = nano.decode(t.ids).split("<think>")[1].strip()
         path = [nouns[noun] for noun in re.findall(r"(?:^|\. )(?:\d )?\b([a-z ]+?) of [^?.]+\?", text)]
         assert 1 <= len(path) <= 4 and text.count("I recall") == len(path)
@@ -168,7 +168,7 @@ def test_what_is_given_is_never_learned(nano):
     """Made-up facts are given in a plan's chain, with SFT-3's eyes too; its observations are learned there, its prompt is not. Guards: SFT-3
     that learns to recall what is made up."""
     rng = random.Random(1)
-    for t in [data.plan(nano, WORLD, rng) for _ in range(20)] + [t for _, t in data.teach(nano, QUESTIONS[:20], KNOWN, SEARCH)[0]]:
+    for t in [data.made_up(nano, WORLD, rng) for _ in range(20)] + [t for _, t in data.teach(nano, QUESTIONS[:20], KNOWN, SEARCH)[0]]:
         seen, = train_sft.unmask([t])
         assert seen.ids == t.ids and all(m == 0 for m, r in zip(seen.mask, t.role) if r == PROMPT)
         assert [m for m, r in zip(seen.mask, t.role) if r != OBSERVATION] == [m for m, r in zip(t.mask, t.role) if r != OBSERVATION]
