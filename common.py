@@ -217,6 +217,14 @@ class Log:
         self.file.flush()
 
 
+def write(path, text):
+    """A file that is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".partial")
+    part.write_text(text)
+    part.rename(path)
+
+
 def read_jsonl(path, what, setting):
     """(line number, object) of a jsonl file. Raises Problem with file:line."""
     path = Path(path)

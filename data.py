@@ -81,19 +81,18 @@ def base_data(codec, worlds, search, rng, tokens):
         elif kind < 0.49:
             t = order(codec, world, rng)
         elif kind < 0.57:
-            q = world.questions(rng.choice(["single", "typed"]), 1, rng, p_head=0.1)[0]
-            s = q["metadata"]["steps"][0]
+            q, before, steps = midway(world, rng)
             to_query = f"{TO_QUERY} {TO_READ}" if rng.random() < 0.5 else TO_QUERY
-            t = codec.build(f"{to_query} {q['question']}", [("think", s["ask"]), ("search", s["queries"][0])])
+            t = codec.build(f"{to_query} {q['question']}", before + [("think", steps[0]["ask"]), ("search", steps[0]["queries"][0])])
         elif kind < 0.82:
             former = rng.random() < 0.15                # a name that is no title: found for sure only when it is asked for as a former name
-            q = world.by_former_name(rng) if former else world.questions(rng.choice(["single", "typed"]), 1, rng, p_head=0.1)[0]
-            s = q["metadata"]["steps"][0]
+            q, before, steps = midway(world, rng, former)
             to_read = f"{TO_QUERY} {TO_READ}" if rng.random() < 0.5 else TO_READ
-            seen = search[i]([s["queries"][former and rng.random() < 0.5]])[0]
-            evidence = found(s, seen)
-            t = codec.build(f"{to_read} {q['question']}", [("think", s["ask"]), ("result", seen)]
-                            + ([("think", evidence), ("answer", s["answer"])] if evidence else [("think", MISSING)]))
+            seen = search[i]([steps[0]["queries"][former and rng.random() < 0.5]])[0]
+            evidence = found(steps[0], seen)
+            after = noted(steps[0]) + ([("think", steps[1]["ask"])] if steps[1:] else ending(q))
+            t = codec.build(f"{to_read} {q['question']}", before + [("think", steps[0]["ask"]), ("result", seen)]
+                            + ([("think", evidence)] + after if evidence else [("think", MISSING)]))
         else:
             t = reading(codec, world, rng, 1.0)
         out.append(t)
@@ -101,6 +100,20 @@ def base_data(codec, worlds, search, rng, tokens):
         bar.update(len(t.ids))
     bar.close()
     return out
+
+
+def midway(world, rng, former=False):
+    """A question, half of them of several facts, at one of its facts: (question, what was said before, given; the facts from here on)."""
+    sets = ["single", "typed"] if rng.random() < 0.5 else ["bridge", "compare", "chain"]
+    q = world.by_former_name(rng) if former else world.questions(rng.choice(sets), 1, rng, p_head=0.1)[0]
+    steps = q["metadata"]["steps"]
+    at = rng.randrange(len(steps))
+    if at == 0:
+        return q, opening(q), steps
+    before = opening(q)
+    for s in steps[:at]:        # recalled, or read in a passage
+        before += [("think", s["ask"]), ("think", s["recall"] if rng.random() < 0.5 else says(s, rng.randint(1, 2)))] + noted(s)
+    return q, [("given", text) for _, text in before], steps[at:]
 
 
 def titles(codec, world, rng):
@@ -255,7 +268,7 @@ def found(s, observation):
     passages = [(n, line.partition(f" {n}: ")) for n, line in enumerate(observation.split("\n "), 1)]
     passages = [(n, text) for n, (title, _, text) in passages if not s["title"] or title == s["title"]]
     if "holds" not in s:
-        return f"{s['called']} {passages[0][0]} says {s['noun']} {s['answer']}." if passages else ""
+        return says(s, passages[0][0]) if passages else ""
     for text in s["holds"]:
         for _, passage in passages:
             for sentence in re.split(r"(?<=[.!?]) ", passage):
@@ -265,6 +278,10 @@ def found(s, observation):
                         if f" {normalize(text)} " in f" {normalize(' '.join(words[at:at + n]))} ":
                             return " ".join(words[at:at + n])
     return ""
+
+
+def says(s, n):
+    return f"{s['called']} {n} says {s['noun']} {s['answer']}."
 
 
 def facts_of(questions):

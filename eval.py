@@ -8,7 +8,7 @@ ReAct workflow       the base model, and a script that decides: a thought, a sea
 SFT-1 .. +RL-1&2     agent models after each stage: they decide by themselves
 
 EM and F1; actions a question; of the facts that a question needs, the share that was searched for, apart for those that
-the base model knows and those that it does not; malformed trajectories. Averages are over the sets, with a 95% bootstrap
+the base model knows and those that it does not; malformed trajectories; in eval.json also answers that had to be forced. Averages are over the sets, with a 95% bootstrap
 interval over questions.
 """
 import json
@@ -21,11 +21,13 @@ import autocoa
 import data
 import model
 import workflows
-from common import command, main
+from common import command, main, write
 from train_sft import recall
 
 ROWS = {"model only": "base", "ReAct workflow": "base", "SFT-1": "sft1", "SFT-2": "sft2_alone", "SFT-1&2": "sft2", "SFT-1&2&3": "sft3",
         "RL-2 alone": "rl2_alone", "SFT-1&2&3+RL-1": "rl1", "SFT-1&2&3+RL-1&2": "rl2", "SFT-1&2+RL-2": "rl2_from_sft2"}
+
+MADE_FROM = {"sft1": "base", "sft2": "sft1", "sft2_alone": "base", "sft3": "sft2", "rl1": "sft3", "rl2": "rl1", "rl2_alone": "base", "rl2_from_sft2": "sft2"}
 
 
 def run_row(row, lm, questions, task, s):
@@ -39,7 +41,7 @@ def run_row(row, lm, questions, task, s):
     agent = row not in ("model only", "ReAct workflow")
     return [{"id": q["id"], "question": q["question"], "golden_answers": q["golden_answers"], "answer": a, "em": autocoa.exact_match(a, q["golden_answers"]),
              "f1": autocoa.f1(a, q["golden_answers"]), "actions": len(t.queries), "queries": t.queries,
-             "malformed": float(agent and not lm.codec.well_formed(t)), "text": lm.codec.decode(t.ids)}
+             "malformed": float(agent and not lm.codec.well_formed(t)), "forced": float(agent and t.forced), "text": lm.codec.decode(t.ids)}
             for q, (a, t) in zip(questions, done)]
 
 
@@ -63,9 +65,10 @@ def summary(records, by_set, known):
     for name, questions in by_set.items():
         rows = records[name]
         out[name] = {"em": 100 * mean([r["em"] for r in rows]), "f1": 100 * mean([r["f1"] for r in rows]),
-                     "actions": mean([r["actions"] for r in rows]), "malformed": 100 * mean([r["malformed"] for r in rows])}
+                     "actions": mean([r["actions"] for r in rows]), "malformed": 100 * mean([r["malformed"] for r in rows]),
+                     "forced": 100 * mean([r["forced"] for r in rows])}
         facts += [f for q, r in zip(questions, rows) for f in searched(q, r, known)]
-    avg = {k: mean([v[k] for v in out.values()]) for k in ("em", "f1", "actions", "malformed")}
+    avg = {k: mean([v[k] for v in out.values()]) for k in ("em", "f1", "actions", "malformed", "forced")}
     avg["search_known"] = mean([asked for knows, asked in facts if knows])
     avg["search_unknown"] = mean([asked for knows, asked in facts if not knows])
     avg["em_low"], avg["em_high"] = interval([[100 * r["em"] for r in rows] for rows in records.values()])
@@ -104,16 +107,17 @@ def run(s):
     for row, stage in ROWS.items():
         if not (root / stage / "config.json").is_file():
             continue
+        before = root / MADE_FROM.get(stage, stage)
+        if (root / stage / "config.json").stat().st_mtime < (before / "config.json").stat().st_mtime:
+            print(f"{root / stage} is older than {before}, from which it should come: train it again, or this row compares two runs")
         records = iter(run_row(row, base if stage == "base" else model.load(root / stage, s.device), questions, task, s))
         predictions[row] = {name: [next(records) for _ in qs] for name, qs in task.evaluation.items()}
         rows[row] = summary(predictions[row], task.evaluation, known)
     print(table(rows, list(task.evaluation)))
-    with open(root / "predictions.jsonl", "w") as f:
-        for row, sets in predictions.items():
-            for name, records in sets.items():
-                f.writelines(json.dumps({"row": row, "set": name, **r}) + "\n" for r in records)
+    write(root / "predictions.jsonl", "".join(json.dumps({"row": row, "set": name, **r}) + "\n"
+                                              for row, sets in predictions.items() for name, records in sets.items() for r in records))
     result = {"rows": rows, "model": str(root), "seed": s.seed, "seconds": round(time.time() - start, 1)}
-    (root / "eval.json").write_text(json.dumps(result, indent=1))
+    write(root / "eval.json", json.dumps(result, indent=1))
     print(json.dumps(result))
 
 

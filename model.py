@@ -4,10 +4,12 @@ A checkpoint is a Hugging Face folder: config.json, model.safetensors and the to
 parameter names, so weights load and leave without a map.
 """
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from autocoa import TAGS, Codec
@@ -72,10 +74,46 @@ class ModelConfig:
 
 
 def nano_config(vocab_size, eos, bos, width=128, layers=4):
-    """The nano model: a Llama of about a million parameters, with biases in attention (see model_torch.ready_to_copy)."""
+    """The nano model: a Llama of about a million parameters, with biases in attention (see initial_weights)."""
     heads = width // 32
     return ModelConfig(["LlamaForCausalLM"], vocab_size, width, 3 * width, layers, heads, heads // 2 if heads % 2 == 0 else heads, 32, rope_theta=1000.0, attention_bias=True,
                        max_position_embeddings=1024, bos_token_id=bos, eos_token_id=eos)
+
+
+def initial_weights(c, shapes, seed=0, alike=0.7, repeat=0.35, gain=5.0, dims=8):
+    """Weights from which heads that copy are found several times sooner (NOTES.md). {name: shape} -> {name: float32 array}, the same in each backend.
+
+    Keys resemble queries and outputs the transpose of values, so that a token looks for itself and what is seen is repeated
+    (mimetic initialization, Trockman and Kolter 2023). Where attention has biases, those of two heads of the first
+    layer make them look one and two tokens back: the bias of the query is that of the key, turned by the offset, in the
+    `dims` dimensions that turn fastest.
+    """
+    rng, w = np.random.default_rng(seed), {}
+    for name, shape in sorted(shapes.items()):
+        if len(shape) == 2:
+            # residual branches start small, so that depth does not raise the variance (GPT-2); embeddings large, so that a copied token wins early
+            deep = math.sqrt(2 * c.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            w[name] = rng.normal(0, 0.2 if "embed" in name else shape[1] ** -0.5 / deep, shape)
+        else:
+            w[name] = np.zeros(shape) if name.endswith("bias") else np.ones(shape)
+    shared = c.num_attention_heads // c.num_key_value_heads             # query heads that share a key and a value
+    for i in range(c.num_hidden_layers):
+        at = f"model.layers.{i}.self_attn."
+        k, v = (w[f"{at}{x}_proj.weight"].reshape(-1, c.head_dim, c.hidden_size).repeat(shared, 0).reshape(-1, c.hidden_size) for x in "kv")
+        w[at + "q_proj.weight"] = alike * k + math.sqrt(1 - alike ** 2) * w[at + "q_proj.weight"]
+        w[at + "o_proj.weight"] = repeat * v.T
+    at = "model.layers.0.self_attn."
+    for head, offset in enumerate((1, 2)[:c.num_attention_heads] if c.qkv_bias else ()):
+        angle = offset * c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
+        key = (np.arange(c.head_dim) < dims) * gain
+        a, b = np.split(key, 2)
+        rows, kv_rows = (slice(i * c.head_dim, (i + 1) * c.head_dim) for i in (head, head // shared))
+        w[at + "q_proj.bias"][rows] = np.concatenate([a * np.cos(angle) + b * np.sin(angle), b * np.cos(angle) - a * np.sin(angle)])    # turned back
+        w[at + "q_proj.weight"][rows] *= 0.1
+        w[at + "k_proj.bias"][kv_rows] = key
+        if head % shared == 0:
+            w[at + "k_proj.weight"][kv_rows] *= 0.1
+    return {name: x.astype(np.float32) for name, x in w.items()}
 
 
 def read_config(folder):
@@ -122,7 +160,10 @@ class LM:
 
 
 def new(config, tok, seed, device):
-    return LM(backend().build(config, seed, backend().pick_device(device)), tok)
+    b = backend()
+    network = b.build(config, b.pick_device(device))
+    b.put(network, initial_weights(config, b.shapes(network), seed), "initial weights")
+    return LM(network, tok)
 
 
 def load(folder, device="auto", made_by=""):
@@ -130,7 +171,7 @@ def load(folder, device="auto", made_by=""):
     if not (Path(folder) / "config.json").is_file():
         raise Problem(f"{folder} is missing" + (f"; make it with: {made_by}" if made_by else ""))
     b = backend()
-    model = b.build(read_config(folder), 0, b.pick_device(device))
+    model = b.build(read_config(folder), b.pick_device(device))
     b.load_weights(model, folder)
     return LM(model, PreTrainedTokenizerFast.from_pretrained(folder))    # as it was saved; AutoTokenizer may rebuild it by model type
 

@@ -88,11 +88,6 @@ class Transformer(nn.Module):
         self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                # residual branches start small, so that depth does not raise the variance (GPT-2)
-                deep = math.sqrt(2 * config.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
-                nn.init.normal_(p, std=0.2 if "embed" in name else p.shape[1] ** -0.5 / deep)    # large, so that a copied token wins early
 
     @property
     def device(self):
@@ -316,42 +311,13 @@ def pick_device(name):
     return name
 
 
-def build(config, seed=0, device="cpu"):
-    torch.manual_seed(seed)
-    model = Transformer(config)
-    ready_to_copy(model)
-    return model.to(device)
+def build(config, device="cpu"):
+    """The network of a config, its weights still to be put."""
+    return Transformer(config).to(device)
 
 
-@torch.no_grad()
-def ready_to_copy(model, alike=0.7, repeat=0.35, gain=5.0, dims=8):
-    """Initial weights from which heads that copy are found several times sooner (NOTES.md).
-
-    Keys resemble queries and outputs the transpose of values, so that a token looks for itself and what is seen is repeated
-    (mimetic initialization, Trockman and Kolter 2023). Where attention has biases, those of two heads of the first
-    layer make them look one and two tokens back: the bias of the query is that of the key, turned by the offset, in the
-    `dims` dimensions that turn fastest.
-    """
-    c = model.config
-    shared = c.num_attention_heads // c.num_key_value_heads             # query heads that share a key and a value
-    for layer in model.model.layers:
-        at = layer.self_attn
-        k, v = (w.unflatten(0, (-1, c.head_dim)).repeat_interleave(shared, 0).flatten(0, 1) for w in (at.k_proj.weight, at.v_proj.weight))
-        at.q_proj.weight.copy_(alike * k + math.sqrt(1 - alike ** 2) * at.q_proj.weight)
-        at.o_proj.weight.copy_(repeat * v.T)
-    at = model.model.layers[0].self_attn
-    if not c.qkv_bias:
-        return
-    key = torch.zeros(1, c.head_dim)
-    key[:, :dims] = gain
-    angle = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
-    for head, offset in enumerate((1, 2)[:c.num_attention_heads]):
-        back, rows, kv_rows = (-offset * angle).repeat(2), *(slice(i * c.head_dim, (i + 1) * c.head_dim) for i in (head, head // shared))
-        at.q_proj.bias[rows] = rotate(key, back.cos(), back.sin())[0]
-        at.q_proj.weight[rows] *= 0.1
-        at.k_proj.bias[kv_rows] = key[0]
-        if head % shared == 0:
-            at.k_proj.weight[kv_rows] *= 0.1
+def shapes(model):
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def load_weights(model, folder):
@@ -364,6 +330,7 @@ def load_weights(model, folder):
 
 
 def put(model, state, where):
+    """Tensors or NumPy arrays into the network, by name. Raises Problem with the parameter that is missing, not known or of another shape."""
     own = dict(model.named_parameters())
     if model.config.tie_word_embeddings:
         state = {k: v for k, v in state.items() if k != "lm_head.weight"}
@@ -374,7 +341,7 @@ def put(model, state, where):
     for name, p in own.items():
         if p.shape != state[name].shape:
             raise Problem(f"model: {where}: {name} has shape {tuple(state[name].shape)}, config.json says {tuple(p.shape)}")
-        p.data.copy_(state[name])
+        p.data.copy_(torch.as_tensor(state[name]))
 
 
 def from_pretrained(config, state, vocab_size, new_rows, device, where):

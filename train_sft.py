@@ -25,7 +25,7 @@ import miniwiki
 import model
 import tools
 import workflows
-from common import Log, Problem, command, main
+from common import Log, Problem, command, main, write
 
 STAGES = ("base", "sft1", "sft2", "sft3")
 
@@ -94,7 +94,7 @@ def recall(lm, questions, s):
 def make_data(lm, task, s, folder):
     """The three data sets of SFT, built by asking the base model and searching with the real tool. Kept as token ids."""
     rng = random.Random(f"sft {s.seed}")
-    made_up = [data.made_up(lm.codec, task.world, rng) for _ in range(s.cot // 2)] if task.world else []     # or relations that training never puts together are forgotten
+    made_up = [data.made_up(lm.codec, task.world, rng) for _ in range(s.cot * 2 // 3)] if task.world else []     # or relations that training never puts together are forgotten
     chains, thoughts = task.train(s.coa, "coa", p_head=0.05), task.train(s.cot - len(made_up), "cot", p_head=1.0)
     contrast = list({q["id"]: q for q in task.train(s.pairs, "act") + task.train(s.pairs, "think", p_head=1.0)}.values())
     known, said = recall(lm, chains + thoughts + contrast, s)
@@ -107,22 +107,16 @@ def make_data(lm, task, s, folder):
     pairs = rng.sample(act, min(half, len(act))) + rng.sample(think, min(half, len(think)))
     rng.shuffle(pairs)
     facts = data.facts_of(chains)
-    long = [t for t in [t for _, t in coa] + cot if len(t.ids) > s.max_len]
+    long = [len(t.ids) for t in [t for _, t in coa] + cot + [t for p in pairs for t in p] if len(t.ids) > s.max_len]
     if long:
-        print(f"{len(long)} trajectories are longer than max_len {s.max_len} (the longest has {max(len(t.ids) for t in long)} tokens) and are left out")
+        print(f"{len(long)} trajectories are longer than max_len {s.max_len} (the longest has {max(long)} tokens) and are left out")
     coa, cot = [(q, t) for q, t in coa if len(t.ids) <= s.max_len], [t for t in cot if len(t.ids) <= s.max_len]
+    pairs = [p for p in pairs if max(len(t.ids) for t in p) <= s.max_len]
     print(f"base model knows {len(known & set(facts))} of {len(facts)} facts; {len(coa)} chains of action ({counts['searches']} searches, "
           f"{counts['misses']} missed, {counts['dropped']} chains dropped), {len(cot)} chains of thought; "
           f"{len(pairs)} pairs of {len(act)} where acting was right and {len(think)} where thinking was", flush=True)
     for split, rows in (("coa", [t for _, t in coa]), ("cot", cot), ("pairs", [t for p in pairs for t in p])):
-        write_trajectories(folder / f"{split}.jsonl", rows)
-
-
-def write_trajectories(path, trajectories):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".partial")
-    part.write_text("".join(json.dumps({"ids": t.ids, "mask": t.mask, "role": t.role}) + "\n" for t in trajectories))
-    part.rename(path)
+        write(folder / f"{split}.jsonl", "".join(json.dumps({"ids": t.ids, "mask": t.mask, "role": t.role}) + "\n" for t in rows))
 
 
 def read_trajectories(path):

@@ -37,6 +37,7 @@ def tiny(codec, seed=0, width=64, arch="LlamaForCausalLM", tie=True, spread=0.0)
     config = model.nano_config(len(codec.tok), codec.eos, codec.tok.bos_token_id, width, 2)
     config.architectures, config.tie_word_embeddings = [arch], tie
     lm = model.new(config, codec.tok, seed, "cpu")
+    torch.manual_seed(seed)
     with torch.no_grad():
         for p in lm.model.parameters():
             p.add_(spread * torch.randn_like(p))
@@ -48,10 +49,10 @@ def lm(codec):
     return tiny(codec, spread=0.1)
 
 
-def shell(cwd, script, *args):
+def shell(cwd, script, *args, timeout=120, threads="1"):
     """A script of the project, run as a user runs it, in a folder of its own."""
-    done = subprocess.run([sys.executable, ROOT / script, *args], cwd=cwd, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, ROOT / script, *args], cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": threads})
     return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
 

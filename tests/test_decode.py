@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import tiny
 
+import model
 import model_torch
 from model_torch import Decoder
 
@@ -31,8 +32,7 @@ def net(request, codec):
     if request.param == "Qwen3, grouped":
         lm = tiny(codec, arch="Qwen3ForCausalLM", spread=0.1)
         lm.model.config.num_key_value_heads = 1
-        lm.model = model_torch.build(lm.model.config, 3)
-        return lm
+        return model.new(lm.model.config, codec.tok, 3, "cpu")
     return tiny(codec, width=32 if request.param == "one head" else 64, spread=0.1)
 
 

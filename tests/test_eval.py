@@ -13,12 +13,12 @@ def question(name, *facts):
     return {"id": name, "question": "Who?", "golden_answers": ["Eva"], "metadata": {"steps": [{"fact": f, "subject": f.split("|")[0], "queries": [f.split("|")[0]]} for f in facts]}}
 
 
-def record(em, *queries, malformed=0.0):
-    return {"em": em, "f1": em, "actions": len(queries), "queries": list(queries), "malformed": malformed}
+def record(em, *queries, malformed=0.0, forced=0.0):
+    return {"em": em, "f1": em, "actions": len(queries), "queries": list(queries), "malformed": malformed, "forced": forced}
 
 
 SETS = {"single": [question("a", "Silver River|director"), question("b", "Iron Hill|mayor")], "chain": [question("c", "Eva Moss|spouse", "Ada Falk|job")]}
-RECORDS = {"single": [record(1.0, "silver river film"), record(0.0, malformed=1.0)], "chain": [record(1.0, "Ada Falk", "nothing")]}
+RECORDS = {"single": [record(1.0, "silver river film"), record(0.0, malformed=1.0)], "chain": [record(1.0, "Ada Falk", "nothing", forced=1.0)]}
 
 
 def test_summary_by_hand():
@@ -27,6 +27,7 @@ def test_summary_by_hand():
     assert (row["single"]["em"], row["chain"]["em"], row["avg"]["em"]) == (50, 100, 75)
     assert (row["single"]["actions"], row["chain"]["actions"], row["avg"]["actions"]) == (0.5, 2, 1.25)
     assert (row["single"]["malformed"], row["avg"]["malformed"]) == (50, 25)
+    assert (row["single"]["forced"], row["chain"]["forced"], row["avg"]["forced"]) == (0, 100, 50)
     assert row["avg"]["search_known"] == 0.5            # Ada Falk was searched for, Iron Hill was not
     assert row["avg"]["search_unknown"] == 0.5          # Silver River was, Eva Moss was not
 

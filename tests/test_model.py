@@ -104,9 +104,9 @@ def test_what_the_network_cannot_compute(change, message, tmp_path):
         model.ModelConfig.from_dict({**raw, **change}, "config.json")
 
 
-def test_a_new_network_looks_back():
+def test_a_new_network_looks_back(codec):
     """Two heads of the first layer begin by attending one and two tokens back, whatever the tokens are."""
-    network = model_torch.build(model.nano_config(100, 1, 2), seed=3)
+    network = model.new(model.nano_config(len(codec.tok), codec.eos, 1), codec.tok, 3, "cpu").model
     ids, T = torch.as_tensor(IDS), IDS.shape[1]
     at, c = network.model.layers[0].self_attn, network.config
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_a_saved_folder_loads_in_transformers(codec, tmp_path, arch, tie):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert reference.config.eos_token_id == codec.eos
     np.testing.assert_allclose(theirs(reference, ids), ours(lm.model, ids), atol=1e-4)
-    again = model_torch.load_weights(model_torch.build(model.read_config(tmp_path / "sft1"), seed=5), tmp_path / "sft1")
+    again = model_torch.load_weights(model_torch.build(model.read_config(tmp_path / "sft1")), tmp_path / "sft1")
     np.testing.assert_array_equal(ours(again, ids), ours(lm.model, ids))
 
 

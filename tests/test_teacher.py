@@ -102,6 +102,23 @@ def test_base_data_holds_no_chain_of_action(nano):
     assert all(m == 0 for t in texts for m, r in zip(t.mask, t.role) if r == OBSERVATION)
 
 
+def test_queries_and_readings_behind_other_facts(nano):
+    """The skills that a workflow puts together are learned at every fact of a question, with what was said before given: the ask and its query, or the ask,
+    what is read and the next ask. Guards: a workflow that can't do two hops because its model has never written a second query."""
+    texts = data.base_data(nano, [WORLD], [tools.BM25(WORLD.passages(), 2)], random.Random(3), 150_000)
+    seen = set()
+    for t in texts:
+        question, _, text = nano.decode(t.ids).partition("<think>")
+        if data.TO_QUERY in question or data.TO_READ in question and "?" in question:
+            learned = [nano.decode([i for i, _ in run]).strip() for run in runs(t)]
+            number = re.match(r"(?:.*\. )?(\d)? ?[a-z ]+ of [^?]+\?", learned[0]).group(1)
+            kind = "query" if nano.search in t.ids else "reading"
+            seen.add((kind, number))
+            assert not any("I recall" in x for x in learned)
+            assert learned[0].endswith("</end_search>") if kind == "query" else learned[1].startswith("Not found.") or " says " in learned[1]
+    assert seen == {(kind, number) for kind in ("query", "reading") for number in (None, "1", "2", "3", "4")}
+
+
 @pytest.mark.parametrize("progress", [0.0, 0.2, 0.3, 0.45, 1.0])
 def test_reading_says_what_the_passages_say(nano, progress):
     """Each thought names a passage by its number and its title, or the former name that it tells, and then a value that it holds; or says that no
