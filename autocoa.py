@@ -336,7 +336,7 @@ def ask(s):
         raise Problem('--ask: no question; write --ask "Who ..?"')
     stages = [s.start] if s.start else ["rl2", "rl1", "sft3", "sft2", "sft1"]
     there = [x for x in stages if Path("out", s.run, x, "config.json").is_file()]
-    lm = model.load(Path("out", s.run, (there or stages)[0]), s.device, command("train_sft.py"))
+    lm = model.load(Path("out", s.run, (there or stages)[0]), s.device, s.backend, command("train_sft.py"))
     t, = rollout(lm.decoder, lm.codec, [lm.codec.prompt(s.ask)], data.load_task(s).eval_search, s.max_actions, s.max_len, s.max_answer)
     print(colored(lm.codec, t) if sys.stdout.isatty() else lm.codec.decode(t.ids))
     print(f"answer: {lm.codec.answer(t)}  ({len(t.queries)} searches, {there[0]})")

@@ -23,7 +23,8 @@ class Settings:
     # -- run
     run: str = "nano"                   # name of the run: all output goes to out/<run>/
     seed: int = 0                       # of everything random
-    device: str = "auto"                # auto, cpu, cuda or mps
+    backend: str = "auto"               # torch or mlx; auto takes MLX on Apple silicon
+    device: str = "auto"                # auto or cpu; with torch also cuda or mps
     quick: bool = False                 # the config file's short form: the same story, weaker numbers
     # -- model and data of the real path (empty: the nano path makes its own)
     model: str = ""                     # Hugging Face folder, hub id or GGUF file

@@ -101,7 +101,7 @@ def table(rows, sets):
 def run(s):
     start, root, task = time.time(), Path("out", s.run), data.load_task(s)
     questions = [q for rows in task.evaluation.values() for q in rows]
-    base = model.load(root / "base", s.device, command("train_sft.py"))
+    base = model.load(root / "base", s.device, s.backend, command("train_sft.py"))
     known, _ = recall(base, questions, s)
     rows, predictions = {}, {}
     for row, stage in ROWS.items():
@@ -110,7 +110,7 @@ def run(s):
         before = root / MADE_FROM.get(stage, stage)
         if (root / stage / "config.json").stat().st_mtime < (before / "config.json").stat().st_mtime:
             print(f"{root / stage} is older than {before}, from which it should come: train it again, or this row compares two runs")
-        records = iter(run_row(row, base if stage == "base" else model.load(root / stage, s.device), questions, task, s))
+        records = iter(run_row(row, base if stage == "base" else model.load(root / stage, s.device, s.backend), questions, task, s))
         predictions[row] = {name: [next(records) for _ in qs] for name, qs in task.evaluation.items()}
         rows[row] = summary(predictions[row], task.evaluation, known)
     print(table(rows, list(task.evaluation)))

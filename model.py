@@ -3,9 +3,12 @@
 A checkpoint is a Hugging Face folder: config.json, model.safetensors and the tokenizer's files, with Hugging Face's own
 parameter names, so weights load and leave without a map.
 """
+import importlib.util
 import json
 import math
+import platform
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +39,10 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     bos_token_id: int | None = None
     eos_token_id: int | None = None
+
+    def inv_freq(self):
+        """Radians a position by which each pair of dimensions turns, (head_dim / 2,)."""
+        return (self.rope_theta ** (-np.arange(0, self.head_dim, 2) / self.head_dim)).astype(np.float32)
 
     @property
     def qkv_bias(self):
@@ -126,8 +133,18 @@ def read_config(folder):
         raise Problem(f"model: {path} is not a network's configuration: {e!r}; give a complete Hugging Face folder") from None
 
 
-def backend():
-    """The one place that chooses a framework."""
+def backend(name="auto"):
+    """The one place that chooses a framework: auto takes MLX on Apple silicon, else torch. Raises Problem for one that is not installed."""
+    if name == "auto":
+        apple = (sys.platform, platform.machine()) == ("darwin", "arm64")
+        name = "mlx" if apple and importlib.util.find_spec("mlx") else "torch"
+    if name not in ("torch", "mlx"):
+        raise Problem(f"--backend: {name!r} is not one of auto, torch, mlx")
+    if importlib.util.find_spec(name) is None:
+        raise Problem(f"--backend={name}: {name} is not installed; pip install {name}, or take --backend={'mlx' if name == 'torch' else 'torch'}")
+    if name == "mlx":
+        import model_mlx
+        return model_mlx
     import model_torch
     return model_torch
 
@@ -135,8 +152,8 @@ def backend():
 class LM:
     """A network with its tokenizer: what the scripts pass around."""
 
-    def __init__(self, model, tok):
-        self.backend, self.model, self.codec = backend(), model, Codec(tok)
+    def __init__(self, model, tok, backend):
+        self.backend, self.model, self.codec = backend, model, Codec(tok)
         if len(tok) > model.config.vocab_size:
             raise Problem(f"model: the tokenizer has {len(tok)} entries, the network {model.config.vocab_size}; they are not a pair")
 
@@ -156,33 +173,33 @@ class LM:
         parts.rename(folder)
 
     def copy(self):
-        return LM(self.backend.copy(self.model), self.codec.tok)
+        return LM(self.backend.copy(self.model), self.codec.tok, self.backend)
 
 
-def new(config, tok, seed, device):
-    b = backend()
+def new(config, tok, seed, device="auto", framework="auto"):
+    """A new network, ready to learn."""
+    b = backend(framework)
     network = b.build(config, b.pick_device(device))
     b.put(network, initial_weights(config, b.shapes(network), seed), "initial weights")
-    return LM(network, tok)
+    return LM(network, tok, b)
 
 
-def load(folder, device="auto", made_by=""):
+def load(folder, device="auto", framework="auto", made_by=""):
     """A folder that `LM.save` wrote -> LM. made_by: the command that makes it, for the message where it is missing."""
     if not (Path(folder) / "config.json").is_file():
         raise Problem(f"{folder} is missing" + (f"; make it with: {made_by}" if made_by else ""))
-    b = backend()
-    model = b.build(read_config(folder), b.pick_device(device))
-    b.load_weights(model, folder)
-    return LM(model, PreTrainedTokenizerFast.from_pretrained(folder))    # as it was saved; AutoTokenizer may rebuild it by model type
+    b = backend(framework)
+    network = b.load_weights(b.build(read_config(folder), b.pick_device(device)), folder)
+    return LM(network, PreTrainedTokenizerFast.from_pretrained(folder), b)    # as it was saved; AutoTokenizer may rebuild it by model type
 
 
-def load_pretrained(name, device):
-    """A checkpoint from elsewhere: Hugging Face folder, hub id or GGUF file, read by transformers -> LM.
+def load_pretrained(name, device="auto", framework="auto"):
+    """A checkpoint from elsewhere: Hugging Face folder, hub id or GGUF file -> LM.
 
-    The tags become new tokens; their embeddings start as the mean of the pieces that spelled them.
+    The tags become new tokens; their embeddings start as the mean of the pieces that spelled them. A GGUF file is read by transformers, with torch.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-    path, options = Path(name), {}
+    b, path, options = backend(framework), Path(name), {}
     if path.suffix == ".gguf":
         if not path.is_file():
             raise Problem(f"model: no such file: {name}")
@@ -200,8 +217,14 @@ def load_pretrained(name, device):
     pieces = [tok.encode(t, add_special_tokens=False) for t in TAGS.values()]
     missing = [t for t in TAGS.values() if t not in tok.get_vocab()]
     tok.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
-    b = backend()
-    rows = {tok.convert_tokens_to_ids(t): p for t, p in zip(TAGS.values(), pieces) if t in missing}
     config.eos_token_id, config.bos_token_id = tok.eos_token_id, tok.bos_token_id
-    model = b.from_pretrained(config, source.state_dict(), max(config.vocab_size, len(tok)), rows, b.pick_device(device), name)
-    return LM(model, tok)
+    config.vocab_size, state = max(config.vocab_size, len(tok)), source.state_dict()
+    for key in {"model.embed_tokens.weight", "lm_head.weight"} & set(state):
+        old = state[key].float().numpy()
+        state[key] = np.concatenate([old, np.tile(old.mean(0), (config.vocab_size - len(old), 1))])
+        for tag, spelled in zip(TAGS.values(), pieces):
+            if tag in missing:
+                state[key][tok.convert_tokens_to_ids(tag)] = old[spelled].mean(0)
+    network = b.build(config, b.pick_device(device))
+    b.put(network, state, name)
+    return LM(network, tok, b)

@@ -28,14 +28,14 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
             self.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, cache=None, mask=None):
+    def forward(self, x, turn, cache=None, mask=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.c.head_dim)              # (B, T, heads, head_dim)
         k = self.k_proj(x).view(B, T, -1, self.c.head_dim)
         v = self.v_proj(x).view(B, T, -1, self.c.head_dim).transpose(1, 2)
         if self.c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin)
+        q, k = rotate(q.transpose(1, 2), turn), rotate(k.transpose(1, 2), turn)
         if cache is not None:
             k, v = cache(k, v)                                          # (B, kv heads, keys, head_dim)
         heads, kv = self.c.num_attention_heads, self.c.num_key_value_heads
@@ -46,9 +46,9 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def rotate(x, cos, sin):
-    """Rotary position embedding, Hugging Face's layout: the two halves of a head are the pairs."""
-    a, b = x.chunk(2, -1)
+def rotate(x, turn):
+    """Rotary position embedding of x (B, heads, T, head_dim), Hugging Face's layout: the two halves of a head are the pairs."""
+    (cos, sin), (a, b) = turn, x.chunk(2, -1)
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
@@ -71,8 +71,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, cache=None, mask=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
+    def forward(self, x, turn, cache=None, mask=None):
+        x = x + self.self_attn(self.input_layernorm(x), turn, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -93,15 +93,15 @@ class Transformer(nn.Module):
     def device(self):
         return self.model.embed_tokens.weight.device
 
-    def forward(self, ids, positions, caches=None, mask=None):
-        """ids (B, T), positions (1 or B, T) -> hidden states (B, T, hidden)."""
-        c = self.config
-        inv = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=ids.device, dtype=torch.float32) / c.head_dim)
+    def forward(self, ids, start=0, caches=None, mask=None):
+        """ids (B, T), at positions start (one for all rows, or one a row) and on -> hidden states (B, T, hidden)."""
+        inv = torch.as_tensor(self.config.inv_freq(), device=ids.device)
+        positions = torch.as_tensor(start, device=ids.device).reshape(-1, 1) + torch.arange(ids.shape[1], device=ids.device)
         angle = (positions[..., None].float() * inv).repeat(1, 1, 2)[:, None]       # (1 or B, 1, T, head_dim)
         x = self.model.embed_tokens(ids)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        turn = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, cos, sin, caches[i] if caches else None, mask)
+            x = layer(x, turn, caches[i] if caches else None, mask)
         return self.model.norm(x)
 
     def logits(self, x):
@@ -113,7 +113,7 @@ def logprobs(model, ids, mask, temperature=1.0):
 
     The head runs on masked positions only. Column t is the log-prob of ids[:, t]; column 0 is always 0.
     """
-    x = model(ids[:, :-1], torch.arange(ids.shape[1] - 1, device=ids.device)[None])
+    x = model(ids[:, :-1])
     want = mask[:, 1:] > 0
     logits = model.logits(x[want]) / temperature                                    # (masked, vocab)
     picked = -F.cross_entropy(logits, ids[:, 1:][want], reduction="none")
@@ -197,7 +197,7 @@ class Decoder:
                 self.v[i][which[:, None], :, positions] = v.transpose(1, 2)
                 return [x[:, :, :keys] if rows is None else x[which, :, :keys] for x in (self.k[i], self.v[i])]
             return cache
-        return self.model(ids, positions, [write(i) for i in range(len(self.k))], mask)
+        return self.model(ids, start, [write(i) for i in range(len(self.k))], mask)
 
     @torch.no_grad()
     def decode(self, stops, limits, temperature, rng=None, leave=0.0):
@@ -243,31 +243,29 @@ class Optimizer:
     sqrt(max(1, rows/columns)). Matrices of one shape go through the iteration together.
     """
 
-    def __init__(self, model, muon=True, weight_decay=0.0):
-        self.params = dict(model.named_parameters())
+    def __init__(self, model, muon=True):
+        self.params, self.step_count = dict(model.named_parameters()), 0
         self.matrices = [n for n, p in self.params.items() if muon and p.dim() == 2 and ".layers." in n]
-        self.weight_decay, self.step_count = weight_decay, 0
         self.m = {n: torch.zeros_like(p) for n, p in self.params.items()}
         self.v = {n: torch.zeros_like(p) for n, p in self.params.items() if n not in self.matrices}
 
     @torch.no_grad()
-    def step(self, lr, muon_lr, momentum=0.95, beta1=0.9, beta2=0.98, eps=1e-8):
+    def step(self, grads, lr, muon_lr, momentum=0.95, beta1=0.9, beta2=0.98, eps=1e-8):
         self.step_count += 1
         shapes = {}
         for name in self.matrices:
-            m = self.m[name].lerp_(self.params[name].grad, 1 - momentum)
-            shapes.setdefault(m.shape, []).append((name, self.params[name].grad.lerp(m, momentum)))
+            m = self.m[name].lerp_(grads[name], 1 - momentum)
+            shapes.setdefault(m.shape, []).append((name, grads[name].lerp(m, momentum)))
         for shape, group in shapes.items():
             update = orthogonalize(torch.stack([u for _, u in group]))
             scale = muon_lr * max(1, shape[0] / shape[1]) ** 0.5
             for (name, _), u in zip(group, update):
-                self.params[name].mul_(1 - muon_lr * self.weight_decay).sub_(u, alpha=scale)
+                self.params[name].sub_(u, alpha=scale)
         for name, v in self.v.items():
-            p, m = self.params[name], self.m[name]
-            m.lerp_(p.grad, 1 - beta1)
-            v.lerp_(p.grad.square(), 1 - beta2)
+            m = self.m[name].lerp_(grads[name], 1 - beta1)
+            v.lerp_(grads[name].square(), 1 - beta2)
             fix1, fix2 = 1 - beta1 ** self.step_count, 1 - beta2 ** self.step_count
-            p.mul_(1 - lr * self.weight_decay).sub_(m / fix1 / ((v / fix2).sqrt() + eps), alpha=lr)
+            self.params[name].sub_(m / fix1 / ((v / fix2).sqrt() + eps), alpha=lr)
 
 
 def orthogonalize(x):
@@ -295,7 +293,7 @@ def train_step(model, optimizer, loss_fn, batches, lr, muon_lr, temperature=1.0,
         total += loss.item()
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
     if math.isfinite(total) and math.isfinite(norm):
-        optimizer.step(lr, muon_lr)
+        optimizer.step({n: p.grad for n, p in model.named_parameters()}, lr, muon_lr)
     return {"loss": total, "grad_norm": norm}
 
 
@@ -322,11 +320,19 @@ def shapes(model):
 
 def load_weights(model, folder):
     """model.safetensors (or its shards) of a Hugging Face folder into the network. Raises Problem by parameter name."""
+    put(model, read_weights(folder), folder)
+    return model
+
+
+def read_weights(folder):
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise Problem(f"model: {folder} holds no .safetensors file")
-    put(model, {k: v for f in files for k, v in load_file(f).items()}, folder)
-    return model
+    return {k: v for f in files for k, v in load_file(f).items()}
+
+
+def to_numpy(x):
+    return x.float().cpu().numpy()
 
 
 def put(model, state, where):
@@ -342,22 +348,6 @@ def put(model, state, where):
         if p.shape != state[name].shape:
             raise Problem(f"model: {where}: {name} has shape {tuple(state[name].shape)}, config.json says {tuple(p.shape)}")
         p.data.copy_(torch.as_tensor(state[name]))
-
-
-def from_pretrained(config, state, vocab_size, new_rows, device, where):
-    """Weights of another program's state dict, with the vocabulary grown to vocab_size. new_rows: id -> ids of the pieces
-    whose mean it starts from."""
-    config.vocab_size = vocab_size
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in state:
-            old = state[name].float()
-            grown = torch.cat([old, old.mean(0).expand(vocab_size - len(old), -1)])
-            for i, pieces in new_rows.items():
-                grown[i] = old[pieces].mean(0)
-            state[name] = grown
-    model = Transformer(config).to(device)
-    put(model, state, where)
-    return model
 
 
 def save_weights(model, folder):

@@ -127,15 +127,15 @@ def read_trajectories(path):
 
 def make_base(s, task, rng):
     """The model to start from: pretrained here (nano), or a checkpoint from elsewhere with the tags added."""
-    model.backend().pick_device(s.device)                               # a device that is not there is said before anything is made
+    model.backend(s.backend).pick_device(s.device)                               # a device that is not there is said before anything is made
     if s.model:
-        lm = model.load_pretrained(s.model, s.device)
+        lm = model.load_pretrained(s.model, s.device, s.backend)
         lm.save(Path("out", s.run, "base"))
         return lm
     seeds = tqdm(range(1000, 1040), desc="encyclopedias to read about", unit="world", leave=False)     # not the world of training
     worlds, searches = zip(*[(world, tools.BM25(world.passages(), s.top_k)) for world in (miniwiki.World(seed, "train") for seed in seeds)])
     tok = data.nano_tokenizer(s.vocab_size, data.nano_text(worlds[0]))
-    lm = model.new(model.nano_config(len(tok), tok.eos_token_id, tok.bos_token_id, s.width, s.layers), tok, s.seed, s.device)
+    lm = model.new(model.nano_config(len(tok), tok.eos_token_id, tok.bos_token_id, s.width, s.layers), tok, s.seed, s.device, s.backend)
     texts = data.base_data(lm.codec, worlds, searches, rng, s.base_tokens)
     train(lm, s, task, "base", data.steps_of(texts, s.batch_tokens, rng), autocoa.nll_loss, lambda b: language_batches(b, s.micro_tokens))
     return lm
@@ -152,7 +152,7 @@ def run(s):
         lm = make_base(s, task, rng)
         make_data(lm, task, s, root / "data")
     else:
-        lm = model.load(root / (s.start or STAGES[STAGES.index(s.stage) - 1]), s.device, command("train_sft.py"))
+        lm = model.load(root / (s.start or STAGES[STAGES.index(s.stage) - 1]), s.device, s.backend, command("train_sft.py"))
     coa, cot, flat = (read_trajectories(root / "data" / f"{split}.jsonl") for split in ("coa", "cot", "pairs"))
     if "sft1" in todo:      # when to act
         pairs = list(zip(flat[0::2], flat[1::2]))

@@ -15,7 +15,7 @@ PROMPTS = [GENERATOR.integers(10, 300, n).tolist() for n in (3, 11, 1, 7)]
 def uncached(lm, ids):
     """Logits after the last of some ids, by a whole forward pass."""
     with torch.no_grad():
-        x = lm.model(torch.tensor([ids]), torch.arange(len(ids))[None])
+        x = lm.model(torch.tensor([ids]))
         return lm.model.logits(x)[0, -1].numpy()
 
 

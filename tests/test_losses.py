@@ -126,7 +126,7 @@ def test_k3_is_an_estimate_of_the_divergence():
 class Keep:
     """In place of an optimizer: leaves the weights, so that the gradient can be read."""
 
-    def step(self, lr, muon_lr):
+    def step(self, grads, lr, muon_lr):
         pass
 
 

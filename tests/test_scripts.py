@@ -50,7 +50,7 @@ def test_a_stage_loads_in_transformers(made, stage):
     ids = AutoTokenizer.from_pretrained(made.root / stage).encode(" Who directed it?<think> so<begin_search> Eva</end_search>", return_tensors="pt")
     assert lm.codec.search in ids
     with torch.no_grad():
-        ours = lm.model.logits(lm.model(ids, torch.arange(ids.shape[1])[None]))
+        ours = lm.model.logits(lm.model(ids))
         torch.testing.assert_close(ours, theirs(ids).logits, atol=1e-4, rtol=0)
 
 

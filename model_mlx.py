@@ -1,0 +1,360 @@
+"""The network in MLX: Llama, Qwen2 and Qwen3, a KV cache that survives tool calls, log-probs, optimizer, train step.
+
+Parameter names are Hugging Face's. Everything that crosses to other files is a list or a NumPy array.
+"""
+import math
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from common import Problem
+
+
+# ---- network ------------------------------------------------------------------------------------------------------------
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(q, c.hidden_size, bias=c.o_bias)
+        if c.qk_norm:
+            self.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+
+    def __call__(self, x, turn, cache=None, mask=None):
+        B, T, _ = x.shape
+        q = self.q_proj(x).reshape(B, T, -1, self.c.head_dim)           # (B, T, heads, head_dim)
+        k = self.k_proj(x).reshape(B, T, -1, self.c.head_dim)
+        v = self.v_proj(x).reshape(B, T, -1, self.c.head_dim).swapaxes(1, 2)
+        if self.c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q.swapaxes(1, 2), turn), rotate(k.swapaxes(1, 2), turn)
+        if cache is not None:
+            k, v = cache(k, v)                                          # (B, kv heads, keys, head_dim)
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.c.head_dim ** -0.5, mask="causal" if mask is None else mask)
+        return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1))
+
+
+def rotate(x, turn):
+    """Rotary position embedding of x (B, heads, T, head_dim), Hugging Face's layout: the two halves of a head are the pairs."""
+    periods, start = turn
+    return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=start, freqs=periods)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def __call__(self, x):
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def __call__(self, x, turn, cache=None, mask=None):
+        x = x + self.self_attn(self.input_layernorm(x), turn, cache, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Ids to hidden states. `logits` is apart, since most positions of a trajectory never need them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = [Block(config) for _ in range(config.num_hidden_layers)]
+        self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(self, ids, start=0, caches=None, mask=None):
+        """ids (B, T), at positions start (one for all rows, or one a row) and on -> hidden states (B, T, hidden)."""
+        turn = mx.array(1 / self.config.inv_freq()), start
+        x = self.model.embed_tokens(ids)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, turn, caches[i] if caches else None, mask)
+        return self.model.norm(x)
+
+    def logits(self, x):
+        return (self.model.embed_tokens.as_linear(x) if self.config.tie_word_embeddings else self.lm_head(x)).astype(mx.float32)
+
+
+def logprobs(model, ids, mask, temperature=1.0):
+    """Log-probability of each token given those before it. ids, mask (B, T) -> (B, T), 0 where mask is 0.
+
+    The head runs on masked positions only. Column t is the log-prob of ids[:, t]; column 0 is always 0.
+    """
+    x = model(ids[:, :-1])
+    row, column = (mx.array(i) for i in np.nonzero(np.array(mask[:, 1:])))
+    logits = model.logits(x[row, column]) / temperature                             # (masked, vocab)
+    picked = -nn.losses.cross_entropy(logits, ids[row, column + 1])
+    return mx.zeros(ids.shape).at[row, column + 1].add(picked)
+
+
+def score(model, batch, temperature=1.0):
+    """`logprobs` without gradient, NumPy in and out."""
+    return np.array(logprobs(model, mx.array(batch["ids"]), mx.array(batch["mask"]), temperature))
+
+
+# ---- decoding -----------------------------------------------------------------------------------------------------------
+class Decoder:
+    """Rows that grow at their own pace on one KV cache: `decode` until a stop, `keep` the live rows, `feed` observations.
+
+    Row b holds length[b] tokens; a key is visible to a query at position p if its own position is <= p, so a row needs no
+    left padding and what lies beyond its length is never seen. The cache grows in blocks as rows grow.
+    """
+    BLOCK = 64
+
+    def __init__(self, model, prompts):
+        self.model, c = model, model.config
+        first = {}
+        order = [first.setdefault(tuple(p), len(first)) for p in prompts]           # equal prompts are prefilled once
+        self.length = np.zeros(len(first), dtype=np.int64)
+        dtype = model.model.norm.weight.dtype
+        shape = (len(first), c.num_key_value_heads, 0, c.head_dim)
+        self.k = [mx.zeros(shape, dtype) for _ in range(c.num_hidden_layers)]
+        self.v = [mx.zeros(shape, dtype) for _ in range(c.num_hidden_layers)]
+        self.logits = mx.zeros((len(first), c.vocab_size))
+        self.pending = [[] for _ in first]          # a sampled token enters the cache with what comes after it
+        self.feed([list(p) for p in first])
+        self.keep(order)
+
+    def keep(self, rows):
+        """Rows of the cache to go on with, in this order; a row may be named more than once."""
+        if rows == list(range(len(self.length))):
+            return
+        index = mx.array(rows)
+        self.length = self.length[rows]
+        used = int(self.length.max())
+        self.k, self.v = [k[index, :, :used] for k in self.k], [v[index, :, :used] for v in self.v]
+        self.logits = self.logits[index]
+        self.pending = [list(self.pending[r]) for r in rows]
+
+    def feed(self, sequences):
+        """Append ids to each row, one list a row (may be empty)."""
+        sequences = [p + s for p, s in zip(self.pending, sequences)]
+        self.pending = [[] for _ in sequences]
+        counts = np.array([len(s) for s in sequences])
+        for rows in (np.flatnonzero((counts > 0) & (counts < 4)), np.flatnonzero(counts > 3)):     # no row is padded to another's observation
+            if len(rows):
+                ids = np.zeros((len(rows), counts[rows].max()), dtype=np.int64)
+                for i, row in enumerate(rows):
+                    ids[i, :counts[row]] = sequences[row]
+                x = self._forward(mx.array(ids), rows)                              # (rows, T, hidden)
+                self.logits[mx.array(rows)] = self.model.logits(x[mx.arange(len(rows)), mx.array(counts[rows] - 1)])
+        self.length += counts
+        mx.eval(self.k, self.v, self.logits)
+
+    def _forward(self, ids, rows=None):
+        """ids (B, T), behind what the rows hold. rows: which rows of the cache these are; None: all."""
+        T, length = ids.shape[1], self.length if rows is None else self.length[rows]
+        start = mx.array(length)
+        keys = int(length.max()) + T
+        if keys > self.k[0].shape[2]:
+            more = -(-keys // self.BLOCK) * self.BLOCK - self.k[0].shape[2]
+            self.k, self.v = [[mx.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in cache] for cache in (self.k, self.v)]
+        positions = start[:, None] + mx.arange(T)                                   # (B, T)
+        mask = (mx.arange(keys) <= positions[..., None])[:, None]                   # (B, 1, T, keys)
+        which, at = None if rows is None else mx.array(rows), positions[:, None, :, None]
+
+        def write(i):
+            def put_in(cache, new):
+                own = cache if rows is None else cache[which]
+                own = mx.put_along_axis(own, mx.broadcast_to(at, new.shape), new, axis=2)
+                if rows is None:
+                    return own, own[:, :, :keys]
+                cache[which] = own
+                return cache, own[:, :, :keys]
+
+            def cache(k, v):
+                self.k[i], k = put_in(self.k[i], k)
+                self.v[i], v = put_in(self.v[i], v)
+                return k, v
+            return cache
+        return self.model(ids, start, [write(i) for i in range(len(self.k))], mask)
+
+    def decode(self, stops, limits, temperature, rng=None, leave=0.0):
+        """Sample each row until a stop id or its limit (0: the row waits). Returns (ids, logprobs), a list a row.
+
+        It may return when no more than this share of the rows, `leave`, is still writing: they can go on with the next call.
+
+        temperature: one for all rows, or a list, one a row; 0 is greedy, with log-probs at 1. rng draws one uniform a row and
+        step, whatever the backend.
+        """
+        limits = np.asarray(limits)
+        warmth = mx.array(np.broadcast_to(temperature, len(limits)), mx.float32)[:, None]
+        cold, warmth = warmth[:, 0] == 0, mx.where(warmth == 0, 1.0, warmth)
+        all_cold = bool(cold.all())
+        running = limits > 0
+        ids, logps, steps = [], [], int(limits.max())
+        for step in range(steps):
+            z = self.logits / warmth
+            logp = z - mx.logsumexp(z, -1, keepdims=True)                           # (rows, vocab)
+            token = logp.argmax(-1)
+            if not all_cold:
+                u = mx.array(rng.random((len(limits), 1)), mx.float32)
+                token = mx.where(cold, token, mx.minimum((mx.exp(logp).cumsum(-1) < u).sum(-1), logp.shape[1] - 1))
+            picked = mx.take_along_axis(logp, token[:, None], 1)[:, 0]
+            mx.eval(token, picked, self.k, self.v)                                  # once a step
+            token, picked = np.array(token).astype(np.int64), np.array(picked)      # uint32 has no -1
+            ids.append(np.where(running, token, -1))
+            logps.append(picked)
+            running = running & ~np.isin(token, stops) & (step + 1 < limits)
+            if running.sum() <= leave * len(limits):
+                break
+            x = self._forward(mx.array(token[:, None]))                             # stopped rows write beyond their length
+            self.logits = mx.where(mx.array(running)[:, None], self.model.logits(x[:, 0]), self.logits)
+            self.length += running
+        ids, logps = np.stack(ids, 1), np.stack(logps, 1)
+        counts = (ids >= 0).sum(1)
+        self.pending = [p + list(map(int, r[n - 1:n])) for p, r, n in zip(self.pending, ids, counts)]
+        return [r[:n].tolist() for r, n in zip(ids, counts)], [r[:n].tolist() for r, n in zip(logps, counts)]
+
+
+# ---- training -----------------------------------------------------------------------------------------------------------
+class Optimizer:
+    """Muon for the matrices of the blocks, AdamW for the rest; or AdamW for all (muon=False, as for pretrained models).
+
+    Muon (Jordan 2024): momentum, then five Newton-Schulz steps towards the nearest orthogonal matrix, scaled by
+    sqrt(max(1, rows/columns)). Matrices of one shape go through the iteration together.
+    """
+
+    def __init__(self, model, muon=True):
+        params = parameters(model)
+        self.model, self.step_count = model, 0
+        self.matrices = [n for n, p in params.items() if muon and p.ndim == 2 and ".layers." in n]
+        self.m = {n: mx.zeros_like(p) for n, p in params.items()}
+        self.v = {n: mx.zeros_like(p) for n, p in params.items() if n not in self.matrices}
+
+    def step(self, grads, lr, muon_lr, momentum=0.95, beta1=0.9, beta2=0.98, eps=1e-8):
+        self.step_count += 1
+        params, shapes = parameters(self.model), {}
+        for name in self.matrices:
+            m = self.m[name] = momentum * self.m[name] + (1 - momentum) * grads[name]
+            shapes.setdefault(m.shape, []).append((name, (1 - momentum) * grads[name] + momentum * m))
+        for shape, group in shapes.items():
+            update = orthogonalize(mx.stack([u for _, u in group]))
+            scale = muon_lr * max(1, shape[0] / shape[1]) ** 0.5
+            for (name, _), u in zip(group, update):
+                params[name] = params[name] - scale * u
+        for name in self.v:
+            m = self.m[name] = beta1 * self.m[name] + (1 - beta1) * grads[name]
+            v = self.v[name] = beta2 * self.v[name] + (1 - beta2) * grads[name].square()
+            fix1, fix2 = 1 - beta1 ** self.step_count, 1 - beta2 ** self.step_count
+            params[name] = params[name] - lr * m / fix1 / (mx.sqrt(v / fix2) + eps)
+        self.model.update(tree_unflatten(list(params.items())))
+        mx.eval(self.model.parameters(), self.m, self.v)
+
+
+def orthogonalize(x):
+    """Newton-Schulz on a stack of matrices (n, rows, columns), Muon's quintic coefficients."""
+    tall = x.shape[1] > x.shape[2]
+    x = x.swapaxes(1, 2) if tall else x
+    x = (x / (mx.sqrt(x.square().sum((1, 2), keepdims=True)) + 1e-7)).astype(mx.bfloat16)      # a step needs a direction, not digits
+    for _ in range(5):
+        a = x @ x.swapaxes(1, 2)
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return (x.swapaxes(1, 2) if tall else x).astype(mx.float32)
+
+
+def train_step(model, optimizer, loss_fn, batches, lr, muon_lr, temperature=1.0, max_norm=1.0):
+    """One optimizer step over micro-batches (dicts of NumPy arrays, see autocoa's losses). -> {"loss", "grad_norm"}.
+
+    Where loss or gradient is not finite, nothing is changed and the caller sees it in the figures.
+    """
+    def loss(b):
+        return loss_fn(mx, logprobs(model, b["ids"], b["mask"], temperature), b)
+    total, grads = 0.0, None
+    for batch in batches:
+        value, new = nn.value_and_grad(model, loss)({k: mx.array(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()})
+        new = dict(tree_flatten(new))
+        grads = new if grads is None else {k: grads[k] + g for k, g in new.items()}
+        mx.eval(value, grads)
+        total += value.item()
+    norm = mx.sqrt(sum(g.square().sum() for g in grads.values())).item()
+    if math.isfinite(total) and math.isfinite(norm):
+        optimizer.step({k: g * min(1.0, max_norm / (norm + 1e-6)) for k, g in grads.items()}, lr, muon_lr)
+    return {"loss": total, "grad_norm": norm}
+
+
+# ---- in and out ---------------------------------------------------------------------------------------------------------
+def pick_device(name):
+    """MLX picks the Apple GPU by itself where there is one; "cpu" is the other choice. Raises Problem for what is not there."""
+    if name not in ("auto", "cpu"):
+        raise Problem(f"--device: {name!r} is not one of auto, cpu (with --backend=mlx)")
+    if name == "cpu":
+        mx.set_default_device(mx.cpu)
+    return name
+
+
+def build(config, device="cpu"):
+    """The network of a config, its weights still to be put."""
+    return Transformer(config)
+
+
+def shapes(model):
+    return {name: tuple(p.shape) for name, p in parameters(model).items()}
+
+
+def parameters(model):
+    return dict(tree_flatten(model.parameters()))
+
+
+def load_weights(model, folder):
+    """model.safetensors (or its shards) of a Hugging Face folder into the network. Raises Problem by parameter name."""
+    put(model, read_weights(folder), folder)
+    return model
+
+
+def read_weights(folder):
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise Problem(f"model: {folder} holds no .safetensors file")
+    return {k: v for f in files for k, v in mx.load(str(f)).items()}
+
+
+def to_numpy(x):
+    return np.array(x.astype(mx.float32))
+
+
+def put(model, state, where):
+    """Tensors or NumPy arrays into the network, by name. Raises Problem with the parameter that is missing, not known or of another shape."""
+    own = shapes(model)
+    if model.config.tie_word_embeddings:
+        state = {k: v for k, v in state.items() if k != "lm_head.weight"}
+    state = {k: v for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}
+    odd = sorted(set(own) ^ set(state))
+    if odd:
+        raise Problem(f"model: {where}: parameter {odd[0]} is {'missing' if odd[0] in own else 'not one of this architecture'}")
+    for name, shape in own.items():
+        if shape != tuple(state[name].shape):
+            raise Problem(f"model: {where}: {name} has shape {tuple(state[name].shape)}, config.json says {shape}")
+    model.update(tree_unflatten([(k, mx.array(v).astype(mx.float32)) for k, v in state.items()]))
+    mx.eval(model.parameters())
+
+
+def save_weights(model, folder):
+    mx.save_safetensors(str(Path(folder) / "model.safetensors"), parameters(model), metadata={"format": "pt"})
+
+
+def copy(model):
+    twin = Transformer(model.config)
+    twin.update(model.parameters())
+    return twin

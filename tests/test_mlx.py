@@ -1,0 +1,142 @@
+"""The MLX twin against the torch twin (and so against transformers, see test_model.py): logits, losses, gradients, steps, rollouts."""
+import ast
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny
+from test_losses import SCRIPT_LOSSES, batches_of, chains
+from test_model import CHECKPOINTS, IDS, ours, random_checkpoint, theirs
+
+import autocoa
+import model
+import model_torch
+import train_sft
+from common import Problem
+
+mx = pytest.importorskip("mlx.core")
+import model_mlx    # noqa: E402
+
+
+def twin(lm):
+    """The same network in MLX."""
+    network = model_mlx.build(lm.model.config)
+    model_mlx.put(network, {n: p.detach().numpy() for n, p in lm.model.named_parameters()}, "x")
+    return model.LM(network, lm.codec.tok, model_mlx)
+
+
+@pytest.fixture(scope="module")
+def agent(codec):
+    """A small network that has learned a few chains of action, so that it acts, reads and answers."""
+    lm = tiny(codec)
+    optimizer = model_torch.Optimizer(lm.model)
+    texts = [codec.build(q, [("think", "director of it?"), ("search", s), ("result", f"{s}: {e}"), ("think", e), ("answer", e)] if s else [("think", "so"), ("answer", e)])
+             for q, s, e in (("Who directed it?", "Silver River", "Eva Moss"), ("Who?", "Iron Hill", "Ada Falk"), ("A film", "", "Carl Hart"))]
+    for _ in range(60):
+        figures = model_torch.train_step(lm.model, optimizer, autocoa.nll_loss, train_sft.language_batches(texts, 500), 3e-3, 1e-2)
+    assert figures["loss"] < 0.5
+    return lm
+
+
+def public(module):
+    """[(name, arguments, docstring)] of the functions and classes of a file, those inside classes too, in order."""
+    def walk(body, prefix):
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                yield prefix + node.name, "", ast.get_docstring(node)
+                yield from walk(node.body, node.name + ".")
+            elif isinstance(node, ast.FunctionDef):
+                yield prefix + node.name.replace("__call__", "forward"), ast.unparse(node.args), ast.get_docstring(node)
+    return list(walk(ast.parse((ROOT / f"{module}.py").read_text()).body, ""))
+
+
+def test_twins_have_the_same_names():
+    """Public functions and classes, their arguments, in the same order, with the same docstrings. What only one needs is named here."""
+    own = {"Transformer.device", "parameters"}
+    same = [[row for row in public(m) if row[0] not in own] for m in ("model_torch", "model_mlx")]
+    assert [r[:2] for r in same[0]] == [r[:2] for r in same[1]]
+    differ = {a[0] for a, b in zip(*same) if a[2] != b[2]}
+    assert differ <= {"pick_device"}        # the choices differ
+
+
+@pytest.mark.parametrize("there, machine, wanted", [("torch mlx", "arm64", "model_mlx"), ("torch", "arm64", "model_torch"), ("torch mlx", "x86_64", "model_torch")])
+def test_auto(monkeypatch, there, machine, wanted):
+    """MLX on Apple silicon where it is installed, else torch."""
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: name in there.split() or None)
+    monkeypatch.setattr(model.sys, "platform", "darwin")
+    monkeypatch.setattr(model.platform, "machine", lambda: machine)
+    assert model.backend().__name__ == wanted
+
+
+@pytest.mark.parametrize("name", ["torch", "mlx"])
+def test_a_backend_that_is_not_installed(monkeypatch, name):
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda other: None if other == name else True)
+    with pytest.raises(Problem, match=f"--backend={name}.*pip install {name}"):
+        model.backend(name)
+    with pytest.raises(Problem, match="'jax' is not one of auto, torch, mlx"):
+        model.backend("jax")
+
+
+def test_a_folder_of_the_twin(agent, tmp_path):
+    """What one backend saved, the other reads: the same bytes of weights, and the same logits."""
+    agent.save(tmp_path / "torch")
+    there = model.load(tmp_path / "torch", "cpu", "mlx")
+    there.save(tmp_path / "mlx")
+    back = model.load(tmp_path / "mlx", "cpu", "torch")
+    for n, p in back.model.named_parameters():
+        assert torch.equal(p, dict(agent.model.named_parameters())[n])
+    ids = IDS % len(agent.codec.tok)
+    np.testing.assert_allclose(np.array(there.model.logits(there.model(mx.array(ids)))), ours(agent.model, ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_equal_transformers(name, tmp_path):
+    reference = random_checkpoint(name, tmp_path)
+    network = model_mlx.load_weights(model_mlx.build(model.read_config(tmp_path)), tmp_path)
+    np.testing.assert_allclose(np.array(network.logits(network(mx.array(IDS)))), theirs(reference, IDS), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCRIPT_LOSSES)
+def test_losses_and_gradients(lm, codec, name):
+    """One step's value and the gradient of every parameter, as torch has them."""
+    class Keep:
+        def step(self, grads, lr, muon_lr):
+            self.grads = {n: model_mlx.to_numpy(g) if isinstance(g, mx.array) else g.clone().numpy() for n, g in grads.items()}
+    batches = batches_of(name, chains(codec), 500)
+    kept, figures = (Keep(), Keep()), []
+    for keep, one in zip(kept, (lm, twin(lm))):
+        figures.append(one.backend.train_step(one.model, keep, SCRIPT_LOSSES[name], batches, 0, 0, max_norm=1e9))
+    assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=2e-6, abs=1e-6)
+    for n, g in kept[0].grads.items():
+        assert np.abs(kept[1].grads[n] - g).max() <= 1e-4 * np.abs(g).max() + 1e-8, n
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_parameters_after_ten_steps(codec, muon, monkeypatch):
+    """Both optimizers on the same batches: 1e-5 apart after one step, 1e-4 after ten. (Muon's iteration in float32: three digits
+    of bfloat16 round differently in each library.)"""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x)
+    monkeypatch.setattr(mx, "bfloat16", mx.float32)
+    a = tiny(codec, spread=0.1)
+    b = twin(a)
+    optimizers = [x.backend.Optimizer(x.model, muon=muon) for x in (a, b)]
+    batches = train_sft.language_batches(chains(codec), 500)
+    for step in range(10):
+        for x, optimizer in zip((a, b), optimizers):
+            x.backend.train_step(x.model, optimizer, autocoa.nll_loss, batches, 1e-4, 1e-4)
+        if step in (0, 9):
+            for n, p in model_mlx.parameters(b.model).items():
+                np.testing.assert_allclose(np.array(p), dict(a.model.named_parameters())[n].detach().numpy(), atol=1e-5 if step == 0 else 1e-4, rtol=0, err_msg=n)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("search", ["tool", "imagined"])
+def test_rollouts_are_the_same(agent, codec, temperature, search):
+    """Token for token, with calls of the tool, when both draw the same uniforms; log-probs to 1e-4."""
+    prompts = [codec.prompt(q) for q in ("Who directed it?", "Who?", "A film", "Who?")] * 3
+    environment = autocoa.IMAGINE if search == "imagined" else lambda queries: [f"{q}: Eva Moss Ada" for q in queries]
+    done = [autocoa.rollout(x.decoder, codec, prompts, environment, max_len=90, temperature=temperature, rng=np.random.default_rng(5)) for x in (agent, twin(agent))]
+    assert [t.ids for t in done[0]] == [t.ids for t in done[1]] and [t.role for t in done[0]] == [t.role for t in done[1]]
+    assert {len(t.queries) for t in done[0]} >= {0, 1}          # some act, some do not
+    for a, b in zip(*done):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
