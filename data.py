@@ -46,7 +46,7 @@ def nano_text(world):
              + miniwiki.SIDE + miniwiki.JOBS + miniwiki.MONEY + miniwiki.TONGUE + [str(y) for y in range(1900, 2000)])
     for word in words + [f"({q})" for q in [*miniwiki.JOBS, *miniwiki.SIZES]]:
         yield f" {word}" * 40
-    yield f" {TO_QUERY} {TO_READ} I recall it. It is so. Not found. In order: 1, 2. 1 is before 2. First is 1. Later is 2. Nothing found." * 40
+    yield f" {TO_QUERY} {TO_READ} I recall it. It is so. Not found. In order: 1, 2. 1 is before 2. First is at 1. Later is at 2. Nothing found." * 40
 
 
 # ---- base stage: documents and single skills ----------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def order(codec, world, rng):
         return codec.build(f"In order: {', '.join(years)}.", [("think", " is before ".join(sorted(years)) + "."), ("answer", min(years))])
     things, early = rng.sample(world.groups[False, None], 2), rng.random() < 0.5
     winner = things[years.index(min(years) if early else max(years))]
-    return codec.build(f"{'First' if early else 'Later'}? {' '.join(f'{y} {e.name}.' for y, e in zip(years, things))}",
+    return codec.build(f"{'First' if early else 'Later'}? {' '.join(f'at {y} {e.name}.' for y, e in zip(years, things))}",
                        [("think", miniwiki.conclude(years, things, early)), ("answer", winner.name)])
 
 

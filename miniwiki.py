@@ -305,7 +305,7 @@ class World:
                 typed_e = subject.title != subject.name
             steps.append(step(subject, relation, typed_e))
             years.append(subject.facts[relation])
-            steps[-1]["note"] = f"{years[-1]} {e.name}."
+            steps[-1]["note"] = f"at {years[-1]} {e.name}."
         if a is b or years[0] == years[1] or a.name == b.name:
             return None
         early = rng.random() < 0.5
@@ -354,10 +354,11 @@ def step(e, relation, typed, former=False):
 
 
 def conclude(years, things, early):
-    """How a comparison ends: which thing is the first or the later, by its name in the question."""
+    """How a comparison ends: which thing is the first or the later, by its name in the question. "at" stands before a year only where
+    the name follows it: the end is found by a match with the note, not with a passage that says the year."""
     low, high = sorted(years)
     word, year = ("First", low) if early else ("Later", high)
-    return f"{low} is before {high}. {word} is {year} {things[years.index(year)].name}."
+    return f"{low} is before {high}. {word} is at {year} {things[years.index(year)].name}."
 
 
 def outline(asks, parts=1):

@@ -171,13 +171,13 @@ def test_plans_never_hold_a_composition_of_evaluation(nano):
         learned = [nano.decode([i for i, _ in run]).strip() for run in runs(t)]
         plan, _, first = learned[0].rpartition(". ")
         assert re.findall(r"\d ([a-z ]+?)(?= of | \d |$)", plan) == ([RELATIONS[r].noun for r in path] if len(path) > 1 else [])
-        assert [re.sub(r"^(\d{4} [^.]+\. )?\d ", "", x).split(" of ")[0] for x in [first, *learned[1:-1]]] == [RELATIONS[r].noun for r in path]
-        if " is 1" in text:
+        assert [re.sub(r"^(at \d{4} [^.]+\. )?\d ", "", x).split(" of ")[0] for x in [first, *learned[1:-1]]] == [RELATIONS[r].noun for r in path]
+        if " is at 1" in text:
             compared += 1
-            assert re.search(r"(First|Later) is (\d+) (.+)\.</think>\\boxed\{ \3\}", text)
+            assert re.search(r"(First|Later) is at (\d+) (.+)\.</think>\\boxed\{ \3\}", text)
         else:
             assert learned[-1].startswith("</think>")
-        pairs |= set(zip(path, path[1:])) if " is 1" not in text else set()
+        pairs |= set(zip(path, path[1:])) if " is at 1" not in text else set()
     assert not pairs & UNSEEN_PAIRS and pairs - set(PAIRS) and len(pairs) > 150 and compared > 100
 
 

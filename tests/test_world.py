@@ -222,9 +222,9 @@ def test_comparisons_by_hand():
         assert winner in q["golden_answers"]
         name = {title: title.split(" (")[0] for title in first}
         assert q["golden_answers"][0] == name[winner] and name[first[0]] != name[first[1]]
-        assert [s["note"] for s in years] == [f"{s['answer']} {name[title]}." for s, title in zip(years, first)]
+        assert [s["note"] for s in years] == [f"at {s['answer']} {name[title]}." for s, title in zip(years, first)]
         low, high = sorted(s["answer"] for s in years)
-        said = f"First is {low} {name[winner]}." if early else f"Later is {high} {name[winner]}."
+        said = f"First is at {low} {name[winner]}." if early else f"Later is at {high} {name[winner]}."
         assert q["metadata"]["conclusion"] == f"{low} is before {high}. {said}"
     assert {len(q["metadata"]["steps"]) for q in rows} == {2, 4}
 
