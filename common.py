@@ -3,13 +3,16 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import runpy
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+if not sys.stderr.isatty():                 # in a file, a line now and then
+    os.environ.setdefault("TQDM_MININTERVAL", "20")
+from tqdm import tqdm  # noqa: E402
 
 
 class Problem(Exception):
@@ -67,7 +70,8 @@ class Settings:
     advantage_std: bool = False         # divide advantages by the group's standard deviation, as the authors' code does
     format_penalty: float = 0.5         # taken off the reward of a malformed trajectory
     call_cost: float = 0.1              # taken off the reward for each call of the real tool; 0.25 keeps RL-2 from searching for what it knows, at a price in EM
-    ask: str = ""                       # autocoa.py: the question to answer
+    # -- autocoa.py
+    ask: str = ""                       # the question to answer
     # -- ablations
     stage: str = ""                     # run this stage only: base, sft1, sft2, sft3; rl1, rl2
     start: str = ""                     # .. from this folder of the run, instead of the stage before
@@ -138,6 +142,14 @@ def command(script):
             kept.append(a)
         skip = picks and "=" not in a
     return " ".join(["python", script, *kept])
+
+
+def start_folder(root, start, stages, script="train_sft.py"):
+    """The folder to go on from. Raises Problem where it is not there: with the command that makes a stage, or the folders that there are."""
+    if not (root / start / "config.json").is_file():
+        there = ", ".join(sorted(p.parent.name for p in root.glob("*/config.json")))
+        raise Problem(f"{root / start} is missing; " + (f"make it with: {command(script)}" if start in stages else f"--start can be one of: {there or 'nothing yet'}"))
+    return root / start
 
 
 def parse(kind, key, text):

@@ -21,7 +21,7 @@ import autocoa
 import data
 import model
 import workflows
-from common import command, main, write
+from common import main, start_folder, write
 from train_sft import recall
 
 ROWS = {"model only": "base", "ReAct workflow": "base", "SFT-1": "sft1", "SFT-2": "sft2_alone", "SFT-1&2": "sft2", "SFT-1&2&3": "sft3",
@@ -101,7 +101,7 @@ def table(rows, sets):
 def run(s):
     start, root, task = time.time(), Path("out", s.run), data.load_task(s)
     questions = [q for rows in task.evaluation.values() for q in rows]
-    base = model.load(root / "base", s.device, s.backend, command("train_sft.py"))
+    base = model.load(start_folder(root, "base", ROWS.values()), s.device, s.backend)
     known, _ = recall(base, questions, s)
     rows, predictions = {}, {}
     for row, stage in ROWS.items():

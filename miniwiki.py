@@ -467,7 +467,7 @@ if __name__ == "__main__":
     from tools import BM25
     text = (sys.argv[1:] or ["--seed=0"])[0].removeprefix("--seed=")
     if not text.isdecimal():
-        print("usage: python miniwiki.py --seed=N", file=sys.stderr)
+        print("usage: python miniwiki.py --seed=N; shows articles and questions of that seed's evaluation world [0]", file=sys.stderr)
         sys.exit(2)
     seed = int(text)
     world = World(seed, "eval")

@@ -184,10 +184,10 @@ def new(config, tok, seed, device="auto", framework="auto"):
     return LM(network, tok, b)
 
 
-def load(folder, device="auto", framework="auto", made_by=""):
-    """A folder that `LM.save` wrote -> LM. made_by: the command that makes it, for the message where it is missing."""
+def load(folder, device="auto", framework="auto"):
+    """A folder that `LM.save` wrote -> LM."""
     if not (Path(folder) / "config.json").is_file():
-        raise Problem(f"{folder} is missing" + (f"; make it with: {made_by}" if made_by else ""))
+        raise Problem(f"{folder} is missing")
     b = backend(framework)
     network = b.load_weights(b.build(read_config(folder), b.pick_device(device)), folder)
     return LM(network, PreTrainedTokenizerFast.from_pretrained(folder), b)    # as it was saved; AutoTokenizer may rebuild it by model type

@@ -27,7 +27,8 @@ import autocoa
 import data
 import model
 import workflows
-from common import Log, Problem, command, main
+from common import Log, Problem, main, start_folder
+from train_sft import STAGES
 
 
 def sample(lm, questions, search, s, rng):
@@ -115,7 +116,7 @@ def run(s):
         raise Problem("--out: it goes with one stage; say which with --stage")
     root, task = Path("out", s.run), data.load_task(s)
     start = s.start or ("rl1" if s.stage == "rl2" else "sft3")
-    lm = model.load(root / start, s.device, s.backend, command("train_rl.py" if start.startswith("rl") else "train_sft.py"))
+    lm = model.load(start_folder(root, start, [*STAGES, "rl1"], "train_rl.py" if start == "rl1" else "train_sft.py"), s.device, s.backend)
     reference = lm.copy()
     if s.stage != "rl2":    # the policy is its own search engine
         grpo(lm, reference, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0), autocoa.IMAGINE, np.random.default_rng(s.seed), s.rl1_scale)

@@ -8,7 +8,8 @@ sft1    when to act: pairs that part inside the reasoning, one side acts, the ot
 sft2    how to act: whole trajectories, observations masked
 sft3    the same without the mask: the policy learns what the tool would say, and becomes its own world model
 
-`--stage=` runs one of them (its predecessor must be there), `--start=` and `--out=` name other folders, for ablations.
+`--stage=` runs one of them, after its predecessor, so an interrupted run goes on where it stopped; `--start=` and `--out=` name other folders,
+for ablations. Without it all are trained anew.
 Each stage leaves a Hugging Face folder, log.jsonl and rollouts.jsonl in out/<run>/<stage>/.
 """
 import json
@@ -25,7 +26,7 @@ import miniwiki
 import model
 import tools
 import workflows
-from common import Log, Problem, command, main, write
+from common import Log, Problem, command, main, start_folder, write
 
 STAGES = ("base", "sft1", "sft2", "sft3")
 
@@ -38,7 +39,7 @@ def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
     """
     folder = Path("out", s.run, stage)
     log, optimizer = Log(folder), lm.backend.Optimizer(lm.model, muon=s.muon)
-    bar = tqdm(steps, desc=f"{stage:5}", unit="step", smoothing=0.05)
+    bar = tqdm(steps, desc=stage, unit="step", smoothing=0.05)
     mean = None
     for i, items in enumerate(bar):
         start = time.time()
@@ -150,9 +151,11 @@ def run(s):
     rng, root, task = random.Random(f"train {s.seed}"), Path("out", s.run), data.load_task(s)
     if "base" in todo:
         lm = make_base(s, task, rng)
-        make_data(lm, task, s, root / "data")
     else:
-        lm = model.load(root / (s.start or STAGES[STAGES.index(s.stage) - 1]), s.device, s.backend, command("train_sft.py"))
+        lm = model.load(start_folder(root, s.start or STAGES[STAGES.index(s.stage) - 1], STAGES), s.device, s.backend)
+    if "base" in todo or not (root / "data" / "pairs.jsonl").is_file():
+        base = lm if "base" in todo else model.load(start_folder(root, "base", STAGES), s.device, s.backend)
+        make_data(base, task, s, root / "data")
     coa, cot, flat = (read_trajectories(root / "data" / f"{split}.jsonl") for split in ("coa", "cot", "pairs"))
     if "sft1" in todo:      # when to act
         pairs = list(zip(flat[0::2], flat[1::2]))

@@ -17,7 +17,7 @@ import numpy as np
 import autocoa
 import data
 import model
-from common import command, main
+from common import main, start_folder
 from train_sft import read_trajectories
 
 
@@ -47,7 +47,7 @@ def fidelity(lm, trajectories, s):
 
 def run(s):
     root, task = Path("out", s.run), data.load_task(s)
-    lm = model.load(root / "sft3", s.device, s.backend, command("train_sft.py"))
+    lm = model.load(start_folder(root, "sft3", ["sft3"]), s.device, s.backend)
     chains = read_trajectories(root / "data" / "coa.jsonl")[:200]
     fresh = data.teach(lm.codec, [q for rows in task.evaluation.values() for q in rows[:30]], set(), task.eval_search)[0]
     rows = {}

@@ -176,13 +176,13 @@ def test_a_stage_again_is_the_same(made, tmp_path):
     assert (tmp_path / "out/tiny/rl1/model.safetensors").read_bytes() == (tmp_path / "out/tiny/again/model.safetensors").read_bytes()
 
 
-def test_a_stage_without_its_data(made, tmp_path, monkeypatch):
-    """The stage before is there, the trajectories are not: said in one line, with the command that makes them."""
+def test_an_interrupted_run_goes_on(made, tmp_path):
+    """Only the base stage was finished: SFT-1 makes the same data from it, and the same weights."""
     shutil.copytree(made.root / "base", tmp_path / "out" / "tiny" / "base")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_sft.py", "--run=tiny", "--stage=sft2", "--start=base"])
-    with pytest.raises(Problem, match=r"out/tiny/data.*python train_sft.py --run=tiny$"):
-        train_sft.run(Settings(run="tiny", stage="sft2", start="base"))
+    done = shell(tmp_path, "train_sft.py", *TINY, "--stage=sft1")
+    assert done.status == 0, done.err
+    for file in ("data/coa.jsonl", "data/cot.jsonl", "data/pairs.jsonl", "sft1/model.safetensors"):
+        assert (tmp_path / "out/tiny" / file).read_bytes() == (made.root / file).read_bytes(), file
 
 
 def test_too_long_trajectories_are_reported(made, tmp_path, capsys):

@@ -129,8 +129,19 @@ def test_a_missing_predecessor(failed, script, args, missing, command):
 def test_the_command_that_is_named_makes_it(failed, tmp_path):
     """It repeats the settings that were given, and not what picks a stage. Guards: a real run that is told to train the nano model."""
     (tmp_path / "mine.py").write_text("")
-    line = failed("train_rl.py", "mine.py", "--quick", "--stage", "rl2", "--start=sft2_alone", "--run=mine", "--seed", "3")
+    line = failed("train_rl.py", "mine.py", "--quick", "--stage", "rl2", "--start=sft2", "--run=mine", "--seed", "3")
     assert line.endswith("make it with: python train_sft.py mine.py --quick --run=mine --seed 3")
+
+
+def test_a_start_that_no_command_makes(failed, tmp_path):
+    """Its name is a user's own: the folders that there are, and no command. Guards: the advice to train for nothing."""
+    line = failed("train_rl.py", "--run=mine", "--stage=rl2", "--start=nosuch")
+    assert "out/mine/nosuch is missing; --start can be one of: nothing yet" in line and "python" not in line
+    for name in ("sft3", "sft2_alone"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(common.Problem, match="nosuch is missing; --start can be one of: sft2_alone, sft3$"):
+        common.start_folder(tmp_path, "nosuch", ["sft3"])
 
 
 @pytest.mark.parametrize("script, args", [("train_sft.py", ["--out=mine"]), ("train_sft.py", ["--start=base"]), ("train_rl.py", ["--out=mine"])])
@@ -143,7 +154,7 @@ def test_a_folder_without_its_stage(failed, script, args):
 def test_a_tool_by_hand_says_how(tmp_path, args):
     done = subprocess.run([sys.executable, ROOT / args[0], *args[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     line, = done.stderr.splitlines()
-    assert done.returncode == 2 and line == f"usage: python {args[0]} " + ("PASSAGES QUERY .." if args[0] == "tools.py" else "--seed=N")
+    assert done.returncode == 2 and line.startswith(f"usage: python {args[0]} " + ("PASSAGES QUERY .." if args[0] == "tools.py" else "--seed=N; shows"))
 
 
 def test_nothing_to_draw(failed):
