@@ -20,6 +20,8 @@ from common import Problem
 
 SUPPORTED = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
 
 @dataclass
 class ModelConfig:
@@ -34,6 +36,7 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None        # of Llama 3.1 and later
     tie_word_embeddings: bool = True
     attention_bias: bool = False            # of q, k, v and o; Qwen2 has those of q, k and v whatever this says
     max_position_embeddings: int = 2048
@@ -41,8 +44,14 @@ class ModelConfig:
     eos_token_id: int | None = None
 
     def inv_freq(self):
-        """Radians a position by which each pair of dimensions turns, (head_dim / 2,)."""
-        return (self.rope_theta ** (-np.arange(0, self.head_dim, 2) / self.head_dim)).astype(np.float32)
+        """Radians a position by which each pair of dimensions turns, (head_dim / 2,). Llama 3.1 slows those whose turn is longer than its first
+        training length down by `factor`, leaves the fast ones, and blends between."""
+        inv = self.rope_theta ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
+        if self.rope_scaling:
+            factor, low, high, length = (self.rope_scaling[k] for k in LLAMA3)
+            fast = np.clip((length * inv / (2 * np.pi) - low) / (high - low), 0, 1)      # 1: many turns within the first training length
+            inv = inv * (fast + (1 - fast) / factor)
+        return inv.astype(np.float32)
 
     @property
     def qkv_bias(self):
@@ -64,19 +73,21 @@ class ModelConfig:
         if arch not in SUPPORTED:
             raise Problem(f"{where}: architecture {arch} is not supported; supported: {', '.join(SUPPORTED)}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default" or raw.get("use_sliding_window"):
-            raise Problem(f"{where}: rope scaling and sliding windows are not supported; take a checkpoint without them")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3") or raw.get("use_sliding_window"):
+            raise Problem(f"{where}: sliding windows and rope scaling ({kind}) are not supported, llama3's apart; take a checkpoint without them")
         if raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias"):
             raise Problem(f"{where}: only silu without biases is supported in the MLP")
         raw = dict(raw, architectures=[arch], rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+                   rope_scaling={k: rope[k] for k in LLAMA3} if kind == "llama3" else None,
                    num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
                    head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
                    tie_word_embeddings=raw.get("tie_word_embeddings", False))
         return cls(**{k: raw[k] for k in cls.__dataclass_fields__ if k in raw})
 
     def to_dict(self):
-        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
-        return {**asdict(self), "model_type": SUPPORTED[self.architectures[0]], "hidden_act": "silu",
+        rope = {"rope_theta": self.rope_theta, "rope_type": "llama3" if self.rope_scaling else "default", **(self.rope_scaling or {})}
+        return {**{k: v for k, v in asdict(self).items() if k != "rope_scaling"}, "model_type": SUPPORTED[self.architectures[0]], "hidden_act": "silu",
                 "rope_parameters": rope, "torch_dtype": "float32", "use_cache": True}
 
 

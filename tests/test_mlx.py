@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, tiny
 from test_losses import SCRIPT_LOSSES, batches_of, chains
 from test_model import CHECKPOINTS, IDS, ours, random_checkpoint, theirs
+from transformers import AutoModelForCausalLM
 
 import autocoa
 import model
@@ -94,6 +95,23 @@ def test_logits_equal_transformers(name, tmp_path):
     reference = random_checkpoint(name, tmp_path)
     network = model_mlx.load_weights(model_mlx.build(model.read_config(tmp_path)), tmp_path)
     np.testing.assert_allclose(np.array(network.logits(network(mx.array(IDS)))), theirs(reference, IDS), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_shards_of_half_precision(dtype, tmp_path):
+    """A checkpoint in several files and two bytes a weight, in both twins, as transformers reads it; a shard that is missing is said by parameter."""
+    random_checkpoint("Qwen2, untied").to(getattr(torch, dtype)).save_pretrained(tmp_path, max_shard_size="20KB")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    for b, ids in ((model_torch, torch.as_tensor(IDS)), (model_mlx, mx.array(IDS))):
+        network = b.load_weights(b.build(model.read_config(tmp_path)), tmp_path)
+        logits = network.logits(network(ids))
+        np.testing.assert_allclose(logits.detach().numpy() if b is model_torch else np.array(logits), theirs(reference, IDS), atol=1e-4)
+    shards[1].unlink()
+    for b in (model_torch, model_mlx):
+        with pytest.raises(Problem, match="parameter .* is missing"):
+            b.load_weights(b.build(model.read_config(tmp_path)), tmp_path)
 
 
 @pytest.mark.parametrize("name", SCRIPT_LOSSES)

@@ -22,6 +22,8 @@ CHECKPOINTS = {
     "Llama": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
     "Llama, tied, no groups": lambda: transformers.LlamaConfig(**{**SIZES, "num_key_value_heads": 4}, tie_word_embeddings=True),
     "Llama, biases": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=False),
+    "Llama 3.1, scaled rope": lambda: transformers.LlamaConfig(**SIZES, head_dim=16, tie_word_embeddings=True, rope_parameters={
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}),
     "Qwen2, tied": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "Qwen2, untied": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=False),
     "Qwen3, wide heads": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False)}
@@ -75,6 +77,15 @@ def test_logprobs_equal_transformers(name, tmp_path):
         if t and mask[i, t]:
             expected[i, t] = z[i, t - 1, IDS[i, t]]
     np.testing.assert_allclose(model_torch.score(network, {"ids": IDS, "mask": mask}, 0.6), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_config_comes_back(name):
+    """What is written to config.json is read as the same, by this project and by transformers. Guards: rope scaling that a saved folder loses."""
+    theirs = CHECKPOINTS[name]()
+    ours = model.ModelConfig.from_dict({**theirs.to_dict(), "architectures": [f"{type(theirs).__name__.removesuffix('Config')}ForCausalLM"]}, "x")
+    assert model.ModelConfig.from_dict(ours.to_dict(), "x") == ours
+    assert type(theirs)(**ours.to_dict()).rope_parameters == theirs.rope_parameters
 
 
 def test_an_older_config(tmp_path):
