@@ -97,6 +97,23 @@ def test_logits_equal_transformers(name, tmp_path):
     np.testing.assert_allclose(np.array(network.logits(network(mx.array(IDS)))), theirs(reference, IDS), atol=1e-4)
 
 
+@pytest.mark.parametrize("arch, tie", [("LlamaForCausalLM", True), ("Qwen2ForCausalLM", False), ("Qwen3ForCausalLM", True)])
+def test_a_folder_in_mlx_lm(codec, tmp_path, arch, tie):
+    """A saved stage in mlx_lm: the same logits, and greedy text equal over 64 tokens."""
+    mlx_lm = pytest.importorskip("mlx_lm")
+    from mlx_lm.generate import generate_step
+    config = model.nano_config(len(codec.tok), codec.eos, codec.tok.bos_token_id, 64, 2)
+    config.architectures, config.tie_word_embeddings, config.attention_bias = [arch], tie, arch == "LlamaForCausalLM"     # it has no Qwen3 with biases
+    lm = model.new(config, codec.tok, 0, "cpu")
+    lm.save(tmp_path / "x")
+    network, tok = mlx_lm.load(str(tmp_path / "x"))
+    ids = IDS % len(codec.tok)
+    np.testing.assert_allclose(np.array(network(mx.array(ids))), ours(lm.model, ids), atol=1e-4)
+    theirs = [token for token, _ in zip((int(t) for t, _ in generate_step(mx.array(ids[0]), network, max_tokens=64)), range(64))]
+    mine, _ = twin(lm).decoder([ids[0].tolist()]).decode([], [64], 0.0)
+    assert mine[0] == theirs
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_shards_of_half_precision(dtype, tmp_path):
     """A checkpoint in several files and two bytes a weight, in both twins, as transformers reads it; a shard that is missing is said by parameter."""
