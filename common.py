@@ -144,11 +144,11 @@ def command(script):
     return " ".join(["python", script, *kept])
 
 
-def start_folder(root, start, stages, script="train_sft.py"):
+def start_folder(root, start, stages):
     """The folder to go on from. Raises Problem where it is not there: with the command that makes a stage, or the folders that there are."""
     if not (root / start / "config.json").is_file():
         there = ", ".join(sorted(p.parent.name for p in root.glob("*/config.json")))
-        raise Problem(f"{root / start} is missing; " + (f"make it with: {command(script)}" if start in stages else f"--start can be one of: {there or 'nothing yet'}"))
+        raise Problem(f"{root / start} is missing; " + (f"make it with: {command('train_rl.py' if start.startswith('rl') else 'train_sft.py')}" if start in stages else f"--start can be one of: {there or 'nothing yet'}"))
     return root / start
 
 

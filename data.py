@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import miniwiki
 import tools
 from autocoa import PROMPT, TAGS, THINK, Trajectory, exact_match, normalize
-from common import Problem, read_jsonl
+from common import Problem, read_jsonl, tqdm
 
 TO_QUERY, TO_READ = "Write a query.", "Read the passages."      # how the nano base model is prompted for a single skill
 MISSING = "Not found."                                          # what a reader says of passages that do not hold it

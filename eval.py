@@ -108,7 +108,7 @@ def run(s):
         if not (root / stage / "config.json").is_file():
             continue
         before = root / MADE_FROM.get(stage, stage)
-        if (root / stage / "config.json").stat().st_mtime < (before / "config.json").stat().st_mtime:
+        if (before / "config.json").is_file() and (root / stage / "config.json").stat().st_mtime < (before / "config.json").stat().st_mtime:
             print(f"{root / stage} is older than {before}, from which it should come: train it again, or this row compares two runs")
         records = iter(run_row(row, base if stage == "base" else model.load(root / stage, s.device, s.backend), questions, task, s))
         predictions[row] = {name: [next(records) for _ in qs] for name, qs in task.evaluation.items()}

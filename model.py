@@ -74,8 +74,11 @@ class ModelConfig:
             raise Problem(f"{where}: architecture {arch} is not supported; supported: {', '.join(SUPPORTED)}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3") or raw.get("use_sliding_window"):
-            raise Problem(f"{where}: sliding windows and rope scaling ({kind}) are not supported, llama3's apart; take a checkpoint without them")
+        if raw.get("use_sliding_window"):
+            raise Problem(f"{where}: sliding windows are not supported; take a checkpoint without them")
+        lacks = [k for k in LLAMA3 if k not in rope]
+        if kind not in ("default", "llama3") or kind == "llama3" and lacks:
+            raise Problem(f"{where}: rope scaling " + (f"of type {kind} is not supported; supported: llama3" if kind != "llama3" else f"lacks {lacks[0]}"))
         if raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias"):
             raise Problem(f"{where}: only silu without biases is supported in the MLP")
         raw = dict(raw, architectures=[arch], rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
@@ -87,8 +90,9 @@ class ModelConfig:
 
     def to_dict(self):
         rope = {"rope_theta": self.rope_theta, "rope_type": "llama3" if self.rope_scaling else "default", **(self.rope_scaling or {})}
-        return {**{k: v for k, v in asdict(self).items() if k != "rope_scaling"}, "model_type": SUPPORTED[self.architectures[0]], "hidden_act": "silu",
-                "rope_parameters": rope, "torch_dtype": "float32", "use_cache": True}
+        scaling = {"rope_scaling": rope} if self.rope_scaling else {}           # under this name for mlx_lm
+        return {**{k: v for k, v in asdict(self).items() if k != "rope_scaling"}, **scaling, "model_type": SUPPORTED[self.architectures[0]],
+                "hidden_act": "silu", "rope_parameters": rope, "torch_dtype": "float32", "use_cache": True}
 
 
 def nano_config(vocab_size, eos, bos, width=128, layers=4):
@@ -122,7 +126,7 @@ def initial_weights(c, shapes, seed=0, alike=0.7, repeat=0.35, gain=5.0, dims=8)
         w[at + "o_proj.weight"] = repeat * v.T
     at = "model.layers.0.self_attn."
     for head, offset in enumerate((1, 2)[:c.num_attention_heads] if c.qkv_bias else ()):
-        angle = offset * c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
+        angle = offset * c.inv_freq()
         key = (np.arange(c.head_dim) < dims) * gain
         a, b = np.split(key, 2)
         rows, kv_rows = (slice(i * c.head_dim, (i + 1) * c.head_dim) for i in (head, head // shared))
@@ -152,7 +156,8 @@ def backend(name="auto"):
     if name not in ("torch", "mlx"):
         raise Problem(f"--backend: {name!r} is not one of auto, torch, mlx")
     if importlib.util.find_spec(name) is None:
-        raise Problem(f"--backend={name}: {name} is not installed; pip install {name}, or take --backend={'mlx' if name == 'torch' else 'torch'}")
+        package = "'mlx[cpu]'" if name == "mlx" and sys.platform == "linux" else name
+        raise Problem(f"--backend={name}: {name} is not installed; pip install {package}, or take --backend={'mlx' if name == 'torch' else 'torch'}")
     if name == "mlx":
         import model_mlx
         return model_mlx
@@ -211,6 +216,8 @@ def load_pretrained(name, device="auto", framework="auto"):
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     b, path, options = backend(framework), Path(name), {}
+    if importlib.util.find_spec("torch") is None:
+        raise Problem("model: reading a checkpoint of another program needs torch, once; pip install torch")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise Problem(f"model: no such file: {name}")

@@ -83,10 +83,11 @@ class Transformer(nn.Module):
         self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._periods = mx.array(1 / config.inv_freq())     # the underscore keeps it out of the parameters
 
     def __call__(self, ids, start=0, caches=None, mask=None):
         """ids (B, T), at positions start (one for all rows, or one a row) and on -> hidden states (B, T, hidden)."""
-        turn = mx.array(1 / self.config.inv_freq()), start
+        turn = self._periods, start
         x = self.model.embed_tokens(ids)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, turn, caches[i] if caches else None, mask)
@@ -103,6 +104,8 @@ def logprobs(model, ids, mask, temperature=1.0):
     """
     x = model(ids[:, :-1])
     row, column = (mx.array(i) for i in np.nonzero(np.array(mask[:, 1:])))
+    if not row.size:
+        return mx.zeros(ids.shape) + 0 * x.sum()
     logits = model.logits(x[row, column]) / temperature                             # (masked, vocab)
     picked = -nn.losses.cross_entropy(logits, ids[row, column + 1])
     return mx.zeros(ids.shape).at[row, column + 1].add(picked)
@@ -204,6 +207,8 @@ class Decoder:
         all_cold = bool(cold.all())
         running = limits > 0
         ids, logps, steps = [], [], int(limits.max())
+        if not steps:
+            return [[] for _ in limits], [[] for _ in limits]
         for step in range(steps):
             z = self.logits / warmth
             logp = z - mx.logsumexp(z, -1, keepdims=True)                           # (rows, vocab)
@@ -298,7 +303,7 @@ def train_step(model, optimizer, loss_fn, batches, lr, muon_lr, temperature=1.0,
 def pick_device(name):
     """MLX picks the Apple GPU by itself where there is one; "cpu" is the other choice. Raises Problem for what is not there."""
     if name not in ("auto", "cpu"):
-        raise Problem(f"--device: {name!r} is not one of auto, cpu (with --backend=mlx)")
+        raise Problem(f"--device: {name!r} is not one of auto, cpu, the choices of MLX; or take --backend=torch")
     if name == "cpu":
         mx.set_default_device(mx.cpu)
     return name

@@ -88,6 +88,7 @@ class Transformer(nn.Module):
         self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("inv_freq", torch.as_tensor(config.inv_freq()), persistent=False)
 
     @property
     def device(self):
@@ -95,9 +96,8 @@ class Transformer(nn.Module):
 
     def forward(self, ids, start=0, caches=None, mask=None):
         """ids (B, T), at positions start (one for all rows, or one a row) and on -> hidden states (B, T, hidden)."""
-        inv = torch.as_tensor(self.config.inv_freq(), device=ids.device)
         positions = torch.as_tensor(start, device=ids.device).reshape(-1, 1) + torch.arange(ids.shape[1], device=ids.device)
-        angle = (positions[..., None].float() * inv).repeat(1, 1, 2)[:, None]       # (1 or B, 1, T, head_dim)
+        angle = (positions[..., None].float() * self.inv_freq).repeat(1, 1, 2)[:, None]       # (1 or B, 1, T, head_dim)
         x = self.model.embed_tokens(ids)
         turn = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for i, layer in enumerate(self.model.layers):
@@ -215,6 +215,8 @@ class Decoder:
         left = torch.as_tensor(limits, device=device)
         running = left > 0
         ids, logps, steps = [], [], int(limits.max())
+        if not steps:
+            return [[] for _ in limits], [[] for _ in limits]
         for step in range(steps):
             logp = (self.logits / warmth).log_softmax(-1)                           # (rows, vocab)
             token = logp.argmax(-1)

@@ -21,13 +21,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
-
 import autocoa
 import data
 import model
 import workflows
-from common import Log, Problem, main, start_folder
+from common import Log, Problem, main, start_folder, tqdm
 from train_sft import STAGES
 
 
@@ -72,7 +70,7 @@ def grpo(lm, reference, s, stage, steps, pool, search, rng, scale=1.0):
         advantages = autocoa.group_advantages(rewards, s.advantage_std)
         learn = np.flatnonzero((rewards.max(1) > rewards.min(1)).repeat(s.rollouts))
         figures = {"loss": 0.0, "grad_norm": 0.0}
-        for part in np.array_split(np.random.default_rng(step).permutation(learn), s.minibatches) if len(learn) else []:
+        for part in np.array_split(np.random.default_rng(step).permutation(learn), min(s.minibatches, len(learn))) if len(learn) else []:
             batches = update_batches([done[i] for i in part], advantages.ravel()[part], reference, s)
             rate = scale * min(1.0, (step + 1) / 3)
             figures = lm.backend.train_step(lm.model, optimizer, autocoa.grpo_loss, batches, s.rl_lr * rate, 0.0, s.temperature)
@@ -116,7 +114,7 @@ def run(s):
         raise Problem("--out: it goes with one stage; say which with --stage")
     root, task = Path("out", s.run), data.load_task(s)
     start = s.start or ("rl1" if s.stage == "rl2" else "sft3")
-    lm = model.load(start_folder(root, start, [*STAGES, "rl1"], "train_rl.py" if start == "rl1" else "train_sft.py"), s.device, s.backend)
+    lm = model.load(start_folder(root, start, [*STAGES, "rl1"]), s.device, s.backend)
     reference = lm.copy()
     if s.stage != "rl2":    # the policy is its own search engine
         grpo(lm, reference, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0), autocoa.IMAGINE, np.random.default_rng(s.seed), s.rl1_scale)

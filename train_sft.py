@@ -8,8 +8,8 @@ sft1    when to act: pairs that part inside the reasoning, one side acts, the ot
 sft2    how to act: whole trajectories, observations masked
 sft3    the same without the mask: the policy learns what the tool would say, and becomes its own world model
 
-`--stage=` runs one of them, after its predecessor, so an interrupted run goes on where it stopped; `--start=` and `--out=` name other folders,
-for ablations. Without it all are trained anew.
+`--stage=` runs one of them on its predecessor, so that an interrupted run can go on stage by stage (SFT-2 and SFT-3 then see their texts in another
+order); `--start=` and `--out=` name other folders, for ablations. Without it all are trained anew.
 Each stage leaves a Hugging Face folder, log.jsonl and rollouts.jsonl in out/<run>/<stage>/.
 """
 import json
@@ -18,15 +18,13 @@ import random
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 import autocoa
 import data
 import miniwiki
 import model
 import tools
 import workflows
-from common import Log, Problem, command, main, start_folder, write
+from common import Log, Problem, command, main, start_folder, tqdm, write
 
 STAGES = ("base", "sft1", "sft2", "sft3")
 
@@ -151,6 +149,8 @@ def run(s):
     rng, root, task = random.Random(f"train {s.seed}"), Path("out", s.run), data.load_task(s)
     if "base" in todo:
         lm = make_base(s, task, rng)
+        for old in (root / "data").glob("*.jsonl"):     # of another base model
+            old.unlink()
     else:
         lm = model.load(start_folder(root, s.start or STAGES[STAGES.index(s.stage) - 1], STAGES), s.device, s.backend)
     if "base" in todo or not (root / "data" / "pairs.jsonl").is_file():

@@ -106,7 +106,7 @@ def test_a_config_without_architectures(name, arch):
 @pytest.mark.parametrize("change, message", [
     ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
     ({"architectures": None, "model_type": "gpt2"}, "of type gpt2.*supported"), ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling"), ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "rope scaling"),
-    ({"use_sliding_window": True}, "sliding"), ({"hidden_act": "gelu"}, "silu"), ({"mlp_bias": True}, "without biases")])
+    ({"use_sliding_window": True}, "sliding"), ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"), ({"hidden_act": "gelu"}, "silu"), ({"mlp_bias": True}, "without biases")])
 def test_what_the_network_cannot_compute(change, message, tmp_path):
     """Guards: a checkpoint that loads without a word and computes something else."""
     random_checkpoint("Llama", tmp_path)
