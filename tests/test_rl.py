@@ -40,8 +40,11 @@ def test_reward_and_order_of_a_step(codec, lm, monkeypatch):
     assert rewards.tolist() == [[1, 0, 1], [1, 1, 0]]
 
 
-def test_the_two_environments(monkeypatch):
+def test_the_two_environments(monkeypatch, tmp_path):
     """RL-1 imagines its observations and asks nothing that starts at a known entity; RL-2 has the tool, on a pool of its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/nano/sft3").mkdir(parents=True)
+    (tmp_path / "out/nano/sft3/config.json").write_text("{}")
     calls = []
     task = types.SimpleNamespace(train=lambda n, pool, p_head=0.1: (n, pool, p_head), rl_search="the tool")
     monkeypatch.setattr(train_rl.data, "load_task", lambda s: task)
