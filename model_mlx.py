@@ -335,10 +335,6 @@ def read_weights(folder):
     return {k: v for f in files for k, v in mx.load(str(f)).items()}
 
 
-def to_numpy(x):
-    return np.array(x.astype(mx.float32))
-
-
 def put(model, state, where):
     """Tensors or NumPy arrays into the network, by name. Raises Problem with the parameter that is missing, not known or of another shape."""
     own = shapes(model)

@@ -333,10 +333,6 @@ def read_weights(folder):
     return {k: v for f in files for k, v in load_file(f).items()}
 
 
-def to_numpy(x):
-    return x.float().cpu().numpy()
-
-
 def put(model, state, where):
     """Tensors or NumPy arrays into the network, by name. Raises Problem with the parameter that is missing, not known or of another shape."""
     own = dict(model.named_parameters())

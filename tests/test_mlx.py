@@ -149,7 +149,7 @@ def test_losses_and_gradients(lm, codec, name):
     """One step's value and the gradient of every parameter, as torch has them."""
     class Keep:
         def step(self, grads, lr, muon_lr):
-            self.grads = {n: model_mlx.to_numpy(g) if isinstance(g, mx.array) else g.clone().numpy() for n, g in grads.items()}
+            self.grads = {n: np.array(g if isinstance(g, mx.array) else g.numpy()) for n, g in grads.items()}
     batches = batches_of(name, chains(codec), 500)
     kept, figures = (Keep(), Keep()), []
     for keep, one in zip(kept, (lm, twin(lm))):
