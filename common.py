@@ -29,6 +29,8 @@ class Settings:
     backend: str = "auto"               # torch or mlx; auto takes MLX on Apple silicon
     device: str = "auto"                # auto or cpu; with torch also cuda or mps
     quick: bool = False                 # the config file's short form: the same story, weaker numbers
+    resume: bool = False                # go on with an interrupted run: finished stages are kept, the one that was begun goes on from its checkpoint
+    save_minutes: float = 10.0          # between the checkpoints of a stage, which --resume needs
     # -- model and data of the real path (empty: the nano path makes its own)
     model: str = ""                     # Hugging Face folder, hub id or GGUF file
     train_data: list = dataclasses.field(default_factory=list)  # FlashRAG question files to learn from
@@ -216,18 +218,27 @@ def progress(total, desc, unit):
 
 
 class Log:
-    """One JSON line a step, in log.jsonl beside the checkpoint: in <folder>.partial until the stage is complete."""
+    """JSON lines of a stage: log.jsonl, a line a step, and rollouts.jsonl; in <folder>.partial until the stage is complete. done: steps that
+    a resumed stage has behind it, whose lines stay."""
 
-    def __init__(self, folder):
-        folder = folder.with_name(folder.name + ".partial")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.file = folder, open(folder / "log.jsonl", "w")
-        self.start = time.time()
+    def __init__(self, folder, done=0):
+        self.folder = folder.with_name(folder.name + ".partial")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = {}
+        for name in ("log.jsonl", "rollouts.jsonl"):
+            path = self.folder / name
+            lines = path.read_text().splitlines(keepends=True) if done and path.is_file() else []
+            kept[name] = [row for line in lines if line.endswith("\n") and (row := json.loads(line)).get("step", done) < done]
+            write(path, "".join(json.dumps(row) + "\n" for row in kept[name]))
+        self.start = time.time() - (kept["log.jsonl"][-1]["seconds"] if kept["log.jsonl"] else 0)
 
     def write(self, **figures):
         figures["seconds"] = time.time() - self.start
-        self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}) + "\n")
-        self.file.flush()
+        self.append("log.jsonl", [{k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}])
+
+    def append(self, name, rows):
+        with open(self.folder / name, "a") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def write(path, text):
@@ -236,6 +247,17 @@ def write(path, text):
     part = path.with_name(path.name + ".partial")
     part.write_text(text)
     part.rename(path)
+
+
+def weight_files(folder):
+    """The .safetensors files of a Hugging Face folder, by its index where it has one. Raises Problem for one that is missing."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    for f in files:
+        if not (folder / f).is_file():
+            raise Problem(f"model: {folder / f} is missing" + (f", one of the {len(files)} files that {index.name} names; copy it again" if index.is_file() else "; give a folder with .safetensors weights"))
+    return [folder / f for f in files]
 
 
 def read_jsonl(path, what, setting):

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from autocoa import TAGS, Codec
@@ -176,17 +178,31 @@ class LM:
     def decoder(self, prompts):
         return self.backend.Decoder(self.model, prompts)
 
-    def save(self, folder):
-        """Write a Hugging Face folder. All or nothing: the files lie beside it until they are complete."""
+    def save(self, folder, optimizer=None):
+        """Write a Hugging Face folder, with the optimizer's state where one is given. All or nothing: the files lie beside it until they are complete."""
         folder = Path(folder)
         parts = folder.with_name(folder.name + ".partial")
         parts.mkdir(parents=True, exist_ok=True)
         self.codec.tok.save_pretrained(parts)
         (parts / "config.json").write_text(json.dumps(self.model.config.to_dict(), indent=2))
         self.backend.save_weights(self.model, parts)
+        if optimizer:
+            save_file(optimizer.state(), parts / "optimizer.safetensors")
         if folder.exists():
             shutil.rmtree(folder)
         parts.rename(folder)
+
+    def resume(self, folder, optimizer):
+        """The weights and the optimizer's state that `save` wrote, by either backend. -> optimizer steps that lie behind them. Raises Problem
+        where they are of another network or optimizer."""
+        if read_config(folder) != self.model.config:
+            raise Problem(f"{folder} holds another network than this run's; repeat the settings it was begun with, or remove it")
+        self.backend.load_weights(self.model, folder)
+        try:
+            optimizer.load_state(load_file(folder / "optimizer.safetensors"))
+        except (KeyError, OSError, SafetensorError) as e:
+            raise Problem(f"{folder / 'optimizer.safetensors'} is not this optimizer's state: {e}; repeat the settings it was begun with, or remove {folder}") from None
+        return optimizer.step_count
 
     def copy(self):
         return LM(self.backend.copy(self.model), self.codec.tok, self.backend)

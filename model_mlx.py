@@ -10,7 +10,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from common import Problem
+from common import Problem, weight_files
 
 
 # ---- network ------------------------------------------------------------------------------------------------------------
@@ -248,6 +248,15 @@ class Optimizer:
         self.m = {n: mx.zeros_like(p) for n, p in params.items()}
         self.v = {n: mx.zeros_like(p) for n, p in params.items() if n not in self.matrices}
 
+    def state(self):
+        """-> {name: array}: the step count and both moments, as either twin reads them."""
+        return {"step": np.array([self.step_count])} | {f"{k}.{n}": np.array(x) for k in "mv" for n, x in getattr(self, k).items()}
+
+    def load_state(self, state):
+        """What `state` gave. Raises KeyError for a parameter that it lacks."""
+        self.step_count = int(state["step"][0])
+        self.m, self.v = ({n: mx.array(state[f"{k}.{n}"]) for n in getattr(self, k)} for k in "mv")
+
     def step(self, grads, lr, muon_lr, momentum=0.95, beta1=0.9, beta2=0.98, eps=1e-8):
         self.step_count += 1
         params, shapes = parameters(self.model), {}
@@ -329,10 +338,14 @@ def load_weights(model, folder):
 
 
 def read_weights(folder):
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise Problem(f"model: {folder} holds no .safetensors file")
-    return {k: v for f in files for k, v in mx.load(str(f)).items()}
+    """-> {name: tensor}, in the folder's own precision. Raises Problem for a shard that is missing or cut short."""
+    state = {}
+    for f in weight_files(folder):
+        try:
+            state |= mx.load(str(f))
+        except Exception as e:          # each library has its own
+            raise Problem(f"model: {f} can't be read: {str(e).splitlines()[0]}; copy it again") from None
+    return state
 
 
 def put(model, state, where):

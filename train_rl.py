@@ -15,7 +15,6 @@ The nano path has a world for each kind of RL. RL-1 imagines the world that SFT-
 know by heart: where it knows, recalling always beats a search whose result it has to make up, and it would stop searching. RL-2
 asks the tool about another world, where nothing that SFT learned by heart is of use; each call costs a little (--call_cost).
 """
-import json
 import math
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ import data
 import model
 import workflows
 from common import Log, Problem, main, start_folder, tqdm
-from train_sft import STAGES
+from train_sft import STAGES, Checkpoint, finished
 
 
 def sample(lm, questions, search, s, rng):
@@ -54,23 +53,22 @@ def update_batches(trajectories, advantages, reference, s):
     return batches
 
 
-def grpo(lm, reference, s, stage, steps, pool, search, rng, scale=1.0):
-    """One stage of GRPO on a pool of questions. reference: the policy that KL is measured to; search: a tool, or autocoa.IMAGINE; scale: of
-    the learning rate."""
-    folder = Path("out", s.run, stage)
-    log = Log(folder)
-    samples = open(log.folder / "rollouts.jsonl", "w")
+def grpo(lm, reference, s, stage, steps, pool, search, seed, scale=1.0):
+    """One stage of GRPO on a pool of questions. reference: the policy that KL is measured to; search: a tool, or autocoa.IMAGINE; seed: two numbers
+    for what is random; scale: of the learning rate."""
     optimizer = lm.backend.Optimizer(lm.model, muon=False)
-    bar = tqdm(range(steps), desc=stage, unit="step", smoothing=0.1)
+    checkpoint = Checkpoint(lm, optimizer, Path("out", s.run, stage), s)
+    log = Log(checkpoint.folder, done=checkpoint.done)
+    bar = tqdm(range(checkpoint.done, steps), desc=stage, unit="step", smoothing=0.1, initial=checkpoint.done, total=steps)
     for step in bar:
-        t0 = time.time()
+        t0, rng = time.time(), np.random.default_rng([*seed, step])
         questions = [pool[(step * s.questions + i) % len(pool)] for i in range(s.questions)]
         done, rewards = sample(lm, questions, search, s, rng)
         t1 = time.time()
         advantages = autocoa.group_advantages(rewards, s.advantage_std)
         learn = np.flatnonzero((rewards.max(1) > rewards.min(1)).repeat(s.rollouts))
         figures = {"loss": 0.0, "grad_norm": 0.0}
-        for part in np.array_split(np.random.default_rng(step).permutation(learn), min(s.minibatches, len(learn))) if len(learn) else []:
+        for part in np.array_split(rng.permutation(learn), min(s.minibatches, len(learn))) if len(learn) else []:
             batches = update_batches([done[i] for i in part], advantages.ravel()[part], reference, s)
             rate = scale * min(1.0, (step + 1) / 3)
             figures = lm.backend.train_step(lm.model, optimizer, autocoa.grpo_loss, batches, s.rl_lr * rate, 0.0, s.temperature)
@@ -82,11 +80,9 @@ def grpo(lm, reference, s, stage, steps, pool, search, rng, scale=1.0):
         log.write(step=step, **figures, **row, skipped_groups=int((rewards.max(1) == rewards.min(1)).sum()),
                   kl=drift(lm, reference, done[::max(1, len(done) // 10)], s), tokens=tokens, tokens_per_second=tokens / (t2 - t0), seconds_rollout=t1 - t0, seconds_update=t2 - t1)
         bar.set_postfix_str(f"reward {row['reward']:.3f}, {row['actions']:.2f} actions, {t2 - t0:.1f} s")
-        q = questions[0]
-        for t, r in zip(done[:s.rollouts], rewards[0]):
-            samples.write(json.dumps(workflows.trajectory_row(lm.codec, q, t, r, step=step)) + "\n")
-    samples.close()
-    lm.save(folder)
+        log.append("rollouts.jsonl", [workflows.trajectory_row(lm.codec, questions[0], t, r, step=step) for t, r in zip(done[:s.rollouts], rewards[0])])
+        checkpoint.after(step + 1)
+    checkpoint.finish()
 
 
 def drift(lm, reference, some, s):
@@ -113,13 +109,14 @@ def run(s):
     if s.out and not s.stage:
         raise Problem("--out: it goes with one stage; say which with --stage")
     root, task = Path("out", s.run), data.load_task(s)
+    done = [] if s.stage else finished(s, ["rl1", "rl2"])
     start = s.start or ("rl1" if s.stage == "rl2" else "sft3")
-    lm = model.load(start_folder(root, start, [*STAGES, "rl1"]), s.device, s.backend)
-    reference = lm.copy()
-    if s.stage != "rl2":    # the policy is its own search engine
-        grpo(lm, reference, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0), autocoa.IMAGINE, np.random.default_rng(s.seed), s.rl1_scale)
-    if s.stage != "rl1":    # the tool answers
-        grpo(lm, reference, s, s.out or "rl2", s.rl2_steps, task.train(s.rl_questions, "rl2"), task.rl_search, np.random.default_rng(s.seed + 1))
+    reference = model.load(start_folder(root, start, [*STAGES, "rl1"]), s.device, s.backend)
+    lm = model.load(root / done[-1], s.device, s.backend) if done else reference.copy()
+    if s.stage != "rl2" and "rl1" not in done:      # the policy is its own search engine
+        grpo(lm, reference, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0), autocoa.IMAGINE, (s.seed, 1), s.rl1_scale)
+    if s.stage != "rl1" and "rl2" not in done:      # the tool answers
+        grpo(lm, reference, s, s.out or "rl2", s.rl2_steps, task.train(s.rl_questions, "rl2"), task.rl_search, (s.seed, 2))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ sft1    when to act: pairs that part inside the reasoning, one side acts, the ot
 sft2    how to act: whole trajectories, observations masked
 sft3    the same without the mask: the policy learns what the tool would say, and becomes its own world model
 
-`--stage=` runs one of them on its predecessor, so that an interrupted run can go on stage by stage (SFT-2 and SFT-3 then see their texts in another
-order); `--start=` and `--out=` name other folders, for ablations. Without it all are trained anew.
+Without `--stage=` all are trained anew, or with `--resume` from where an interrupted run stands. `--stage=` runs one of them on its predecessor;
+`--start=` and `--out=` name other folders, for ablations.
 Each stage leaves a Hugging Face folder, log.jsonl and rollouts.jsonl in out/<run>/<stage>/.
 """
+import itertools
 import json
 import math
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -30,16 +32,16 @@ STAGES = ("base", "sft1", "sft2", "sft3")
 
 
 def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
-    """The loop that all supervised stages share. steps: optimizer steps, each a list of items for make_batches.
+    """The loop that all supervised stages share. steps: optimizer steps, each a list of items for make_batches. -> lm
 
     The rate warms up over 5% of the steps and falls linearly to a tenth. A loss that is not finite stops the run before
     the weights change.
     """
-    folder = Path("out", s.run, stage)
-    log, optimizer = Log(folder), lm.backend.Optimizer(lm.model, muon=s.muon)
-    bar = tqdm(steps, desc=stage, unit="step", smoothing=0.05)
-    mean = None
-    for i, items in enumerate(bar):
+    folder, optimizer, mean = Path("out", s.run, stage), lm.backend.Optimizer(lm.model, muon=s.muon), None
+    checkpoint = Checkpoint(lm, optimizer, folder, s)
+    log = Log(folder, checkpoint.done)
+    bar = tqdm(steps[checkpoint.done:], desc=stage, unit="step", smoothing=0.05, initial=checkpoint.done, total=len(steps))
+    for i, items in enumerate(bar, checkpoint.done):
         start = time.time()
         rate = scale * min(1.0, (i + 1) / (0.05 * len(steps) + 1)) * (1 - 0.9 * i / len(steps))
         batches = make_batches(items)
@@ -51,9 +53,35 @@ def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
         speed = tokens / (time.time() - start)
         log.write(step=i, **figures, lr=s.lr * rate, tokens=tokens, tokens_per_second=speed)
         bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tok/s")
-    with open(log.folder / "rollouts.jsonl", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in workflows.sampled(lm, task.train(20, "sample")[:min(20, s.batch_rows // 4)], task.search, s))
-    lm.save(folder)
+        checkpoint.after(i + 1)
+    log.append("rollouts.jsonl", workflows.sampled(lm, task.train(20, "sample")[:min(20, s.batch_rows // 4)], task.search, s))
+    checkpoint.finish()
+
+
+class Checkpoint:
+    """Weights and optimizer of a stage that is not finished, in <folder>.checkpoint, now and then; `done`: the steps behind the one that
+    --resume found there."""
+
+    def __init__(self, lm, optimizer, folder, s):
+        self.lm, self.optimizer, self.folder, self.seconds = lm, optimizer, folder, 60 * s.save_minutes
+        self.path, self.time = folder.with_name(folder.name + ".checkpoint"), time.time()
+        self.done = lm.resume(self.path, optimizer) if s.resume and self.path.is_dir() else 0
+
+    def after(self, steps):
+        """Called after each step, with how many there were."""
+        if time.time() - self.time >= self.seconds:
+            self.lm.save(self.path, self.optimizer)
+            self.time = time.time()
+
+    def finish(self):
+        """The stage is complete: its folder takes the place of the checkpoint."""
+        self.lm.save(self.folder)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def finished(s, stages):
+    """With --resume, the stages from the first on that are in the run's folder already."""
+    return list(itertools.takewhile(lambda stage: s.resume and Path("out", s.run, stage, "config.json").is_file(), stages))
 
 
 def language_batches(trajectories, micro_tokens):
@@ -93,7 +121,7 @@ def recall(lm, questions, s):
 def make_data(lm, task, s, folder):
     """The three data sets of SFT, built by asking the base model and searching with the real tool. Kept as token ids."""
     rng = random.Random(f"sft {s.seed}")
-    made_up = [data.made_up(lm.codec, task.world, rng) for _ in range(s.cot * 2 // 3)] if task.world else []     # or relations that training never puts together are forgotten
+    made_up = [data.made_up(lm.codec, task.world, rng) for _ in range(s.cot * 3 // 5)] if task.world else []     # or relations that training never puts together are forgotten
     chains, thoughts = task.train(s.coa, "coa", p_head=0.05), task.train(s.cot - len(made_up), "cot", p_head=1.0)
     contrast = list({q["id"]: q for q in task.train(s.pairs, "act") + task.train(s.pairs, "think", p_head=1.0)}.values())
     known, said = recall(lm, chains + thoughts + contrast, s)
@@ -124,7 +152,7 @@ def read_trajectories(path):
     return [autocoa.Trajectory(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def make_base(s, task, rng):
+def make_base(s, task):
     """The model to start from: pretrained here (nano), or a checkpoint from elsewhere with the tags added."""
     model.backend(s.backend).pick_device(s.device)                               # a device that is not there is said before anything is made
     if s.model:
@@ -135,6 +163,7 @@ def make_base(s, task, rng):
     worlds, searches = zip(*[(world, tools.BM25(world.passages(), s.top_k)) for world in (miniwiki.World(seed, "train") for seed in seeds)])
     tok = data.nano_tokenizer(s.vocab_size, data.nano_text(worlds[0]))
     lm = model.new(model.nano_config(len(tok), tok.eos_token_id, tok.bos_token_id, s.width, s.layers), tok, s.seed, s.device, s.backend)
+    rng = random.Random(f"base {s.seed}")
     texts = data.base_data(lm.codec, worlds, searches, rng, s.base_tokens)
     train(lm, s, task, "base", data.steps_of(texts, s.batch_tokens, rng), autocoa.nll_loss, lambda b: language_batches(b, s.micro_tokens))
     return lm
@@ -145,14 +174,16 @@ def run(s):
         raise Problem(f"--stage: {s.stage!r} is not one of {', '.join(STAGES)}")
     if (s.start or s.out) and not s.stage:
         raise Problem("--start, --out: they go with one stage; say which with --stage")
-    todo = [s.stage] if s.stage else STAGES
-    rng, root, task = random.Random(f"train {s.seed}"), Path("out", s.run), data.load_task(s)
+    todo = [s.stage] if s.stage else STAGES[len(finished(s, STAGES)):]
+    root, task = Path("out", s.run), data.load_task(s)
+    if not todo:
+        return print(f"all stages are in {root} already")
     if "base" in todo:
-        lm = make_base(s, task, rng)
+        lm = make_base(s, task)
         for old in (root / "data").glob("*.jsonl"):     # of another base model
             old.unlink()
     else:
-        lm = model.load(start_folder(root, s.start or STAGES[STAGES.index(s.stage) - 1], STAGES), s.device, s.backend)
+        lm = model.load(start_folder(root, s.start or STAGES[STAGES.index(todo[0]) - 1], STAGES), s.device, s.backend)
     if "base" in todo or not (root / "data" / "pairs.jsonl").is_file():
         base = lm if "base" in todo else model.load(start_folder(root, "base", STAGES), s.device, s.backend)
         make_data(base, task, s, root / "data")
@@ -165,6 +196,7 @@ def run(s):
         train(lm, s, task, s.out or "sft1", steps, autocoa.contrastive_loss, lambda b: pair_batches(b, s.micro_tokens, s.alpha), s.sft1_scale)
     for stage, scale, view in (("sft2", s.sft2_scale, lambda b: b), ("sft3", s.sft3_scale, unmask)):
         if stage in todo:   # how to act, observations masked; then the world model, observations learned too
+            rng = random.Random(f"{stage} {s.seed}")
             steps = [step for _ in range(s.epochs) for step in data.steps_of(rng.sample(coa + cot, len(coa + cot)), s.batch_tokens, rng)]
             train(lm, s, task, s.out or stage, steps, autocoa.nll_loss, lambda b: language_batches(view(b), s.micro_tokens), scale)
 

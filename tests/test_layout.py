@@ -8,19 +8,19 @@ BACKENDS = {"model_torch": "torch", "model_mlx": "mlx"}
 
 
 def imported(tree, everywhere):
-    """Names of the modules that a file imports: at its top, or also inside functions."""
+    """Names of the modules that a file imports, part by part (safetensors.torch needs torch): at its top, or also inside functions."""
     for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
-            yield from (a.name.split(".")[0] for a in node.names)
+            yield from (part for a in node.names for part in a.name.split("."))
         elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
+            yield from node.module.split(".")
 
 
 def test_only_the_twins_name_a_framework():
     """Guards: a script that grows a dependence on torch. bench.py compares with other libraries and may name them."""
     for name, tree in FILES.items():
         if name != "bench":
-            assert set(imported(tree, True)) & {"torch", "mlx", "safetensors"} <= ({BACKENDS[name], "safetensors"} if name in BACKENDS else set()), name
+            assert set(imported(tree, True)) & {"torch", "mlx"} <= {BACKENDS.get(name)}, name
 
 
 def test_only_model_names_a_backend():

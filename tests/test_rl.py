@@ -49,7 +49,7 @@ def test_the_two_environments(monkeypatch, tmp_path):
     task = types.SimpleNamespace(train=lambda n, pool, p_head=0.1: (n, pool, p_head), rl_search="the tool")
     monkeypatch.setattr(train_rl.data, "load_task", lambda s: task)
     monkeypatch.setattr(train_rl.model, "load", lambda *a: types.SimpleNamespace(copy=lambda: "the start"))
-    monkeypatch.setattr(train_rl, "grpo", lambda lm, reference, s, stage, steps, pool, search, rng, scale=1.0: calls.append((reference, stage, steps, pool, search, scale)))
+    monkeypatch.setattr(train_rl, "grpo", lambda lm, reference, s, stage, steps, pool, search, rng, scale=1.0: calls.append((lm, stage, steps, pool, search, scale)))
     train_rl.run(Settings(rl1_steps=3, rl2_steps=2, questions=4, rl_questions=10))
     assert calls == [("the start", "rl1", 3, (10, "rl1", 0.0), autocoa.IMAGINE, Settings.rl1_scale), ("the start", "rl2", 2, (10, "rl2", 0.1), "the tool", 1.0)]
 
@@ -65,7 +65,7 @@ def test_groups_that_agree_are_skipped_and_counted(codec, tmp_path, monkeypatch)
     update = train_rl.update_batches
     monkeypatch.setattr(train_rl, "update_batches", lambda ts, adv, ref, s: learned.append((ts, adv)) or update(ts, adv, ref, s))
     pool = [{"question": "Who directed it?", "golden_answers": ["Eva"]}] * 3
-    train_rl.grpo(lm, lm.copy(), Settings(questions=3, rollouts=2, temperature=1.0), "rl1", 1, pool, None, None)
+    train_rl.grpo(lm, lm.copy(), Settings(questions=3, rollouts=2, temperature=1.0), "rl1", 1, pool, None, (0, 1))
     (ts, advantages), = learned
     assert {(id(t), a) for t, a in zip(ts, advantages)} == {(id(done[2]), 0.5), (id(done[3]), -0.5)}
     row, = map(json.loads, open("out/nano/rl1/log.jsonl"))
@@ -82,7 +82,7 @@ def test_a_step_without_a_difference_changes_nothing(codec, tmp_path, monkeypatc
     lm = tiny(codec)
     before = {n: p.clone() for n, p in lm.model.named_parameters()}
     monkeypatch.setattr(train_rl, "sample", lambda *a: (sampled(codec, lm, ["Eva", "Ada"]), np.ones((1, 2))))
-    train_rl.grpo(lm, lm.copy(), Settings(questions=1, rollouts=2), "rl1", 3, [{"question": "Who?", "golden_answers": ["Eva"]}], None, None)
+    train_rl.grpo(lm, lm.copy(), Settings(questions=1, rollouts=2), "rl1", 3, [{"question": "Who?", "golden_answers": ["Eva"]}], None, (0, 1))
     assert all((p == before[n]).all() for n, p in lm.model.named_parameters())
 
 
@@ -94,7 +94,7 @@ def test_a_bad_loss_stops_rl(codec, tmp_path, monkeypatch):
     done[0].logprobs = [float("nan")] * len(done[0].ids)
     monkeypatch.setattr(train_rl, "sample", lambda *a: (done, np.array([[1.0, 0.0]])))
     with pytest.raises(Problem, match="rl2: loss is nan at step 0"):
-        train_rl.grpo(lm, lm.copy(), Settings(questions=1, rollouts=2), "rl2", 1, [{"question": "Who?", "golden_answers": ["Eva"]}], None, None)
+        train_rl.grpo(lm, lm.copy(), Settings(questions=1, rollouts=2), "rl2", 1, [{"question": "Who?", "golden_answers": ["Eva"]}], None, (0, 1))
     assert not (tmp_path / "out" / "nano" / "rl2").exists()
 
 

@@ -11,14 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import rows, shell, strict
+from conftest import rows, shell, strict, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import autocoa
 import data
 import model
+import model_torch
+import train_rl
 import train_sft
-from common import Problem, Settings
+from common import Problem, Settings, read_settings
 
 TINY = ("--run=tiny --width=64 --layers=2 --base_tokens=250000 --batch_tokens=2000 --coa=500 --cot=40 --pairs=40 --epochs=2 --max_len=200 "
         "--rl1_steps=2 --rl2_steps=2 --questions=6 --rollouts=3 --rl_questions=20 --eval_questions=4").split()
@@ -186,6 +188,44 @@ def test_an_interrupted_run_goes_on(made, tmp_path):
     assert done.status == 0, done.err
     for file in ("data/coa.jsonl", "data/cot.jsonl", "data/pairs.jsonl", "sft1/model.safetensors"):
         assert (tmp_path / "out/tiny" / file).read_bytes() == (made.root / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("script, stage, steps", [(train_sft, "sft2", 7), (train_rl, "rl1", 1), (train_rl, "rl2", 1)])
+def test_a_stage_goes_on_from_its_checkpoint(made, tmp_path, monkeypatch, script, stage, steps):
+    """Stopped in the middle of a stage, `--resume` keeps the finished stages, goes on, and ends with the same weights, log and rollouts as
+    the run that nothing stopped."""
+    root = tmp_path / "out" / "tiny"
+    for name in ("data", *STAGES[:STAGES.index(stage)]):
+        shutil.copytree(made.root / name, root / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", *TINY, "--save_minutes=0", "--resume"])
+    whole = train_sft.Checkpoint.after
+
+    def stop(self, done):       # one step is made and logged, and not kept
+        if done > steps:
+            raise KeyboardInterrupt
+        whole(self, done)
+    monkeypatch.setattr(train_sft.Checkpoint, "after", stop)
+    with pytest.raises(KeyboardInterrupt):
+        script.run(read_settings("x"))
+    assert not (root / stage).exists() and len(rows(root / f"{stage}.partial" / "log.jsonl")) == steps + 1
+    monkeypatch.setattr(train_sft.Checkpoint, "after", whole)
+    script.run(read_settings("x"))
+    assert (root / stage / "model.safetensors").read_bytes() == (made.root / stage / "model.safetensors").read_bytes()
+    assert (root / stage / "rollouts.jsonl").read_bytes() == (made.root / stage / "rollouts.jsonl").read_bytes()
+    assert [(r["step"], r["loss"]) for r in rows(root / stage / "log.jsonl")] == [(r["step"], r["loss"]) for r in rows(made.root / stage / "log.jsonl")]
+    assert not list(root.glob("*.checkpoint")) and not list(root.glob("*.partial"))
+
+
+def test_a_checkpoint_of_other_settings(made, tmp_path):
+    """Another optimizer or another network: said, with the way out, and the checkpoint stays."""
+    lm = model.load(made.root / "base", "cpu")
+    lm.save(tmp_path / "x", model_torch.Optimizer(lm.model, muon=True))
+    with pytest.raises(Problem, match="not this optimizer's state.*or remove"):
+        lm.resume(tmp_path / "x", model_torch.Optimizer(lm.model, muon=False))
+    other = tiny(lm.codec, width=96)
+    with pytest.raises(Problem, match="another network.*or remove"):
+        other.resume(tmp_path / "x", model_torch.Optimizer(other.model))
 
 
 def test_too_long_trajectories_are_reported(made, tmp_path, capsys):
