@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from common import Problem, main, start_folder
+from common import Problem, main, place, start_folder
 
 PROMPT, THINK, ACTION, OBSERVATION, ANSWER = range(5)
 ROLE_NAMES = ("prompt", "think", "action", "observation", "answer")
@@ -337,7 +337,7 @@ def ask(s):
     stages = ["rl2", "rl1", "sft3", "sft2", "sft1"]
     there = [x for x in stages if Path("out", s.run, x, "config.json").is_file()]
     folder = start_folder(Path("out", s.run), s.start or (there or ["sft3"])[0], stages)
-    lm = model.load(folder, s.device, s.backend)
+    lm = model.load(folder, **place(s))
     t, = rollout(lm.decoder, lm.codec, [lm.codec.prompt(s.ask)], data.load_task(s).eval_search, s.max_actions, s.max_len, s.max_answer)
     print(colored(lm.codec, t) if sys.stdout.isatty() else lm.codec.decode(t.ids))
     print(f"answer: {lm.codec.answer(t)}  ({len(t.queries)} searches, {folder.name})")

@@ -31,6 +31,15 @@ class Settings:
     quick: bool = False                 # the config file's short form: the same story, weaker numbers
     resume: bool = False                # go on with an interrupted run: finished stages are kept, the one that was begun goes on from its checkpoint
     save_minutes: float = 10.0          # between the checkpoints of a stage, which --resume needs
+    # -- how weights are kept and trained
+    dtype: str = "float32"              # of activations, float32 or bfloat16; weights that are trained stay float32
+    checkpointing: bool = False         # compute each block again for its gradient: less memory, a third more time
+    lora_rank: int = 0                  # of a low-rank adapter that is trained instead of all weights; 0: none
+    lora_alpha: float = 32.0            # its scale is this over the rank
+    lora_dropout: float = 0.0           # of what goes into it
+    lora_targets: list = dataclasses.field(default_factory=lambda: "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())  # matrices that get one
+    lora_merge: bool = False            # put it into the weights at the end of each stage, or keep it apart as a PEFT folder
+    bits: int = 16                      # 4: the frozen matrices under an adapter in 4 bits; torch needs bitsandbytes for that
     # -- model and data of the real path (empty: the nano path makes its own)
     model: str = ""                     # Hugging Face folder, hub id or GGUF file
     train_data: list = dataclasses.field(default_factory=list)  # FlashRAG question files to learn from
@@ -89,6 +98,11 @@ class Settings:
     batch_rows: int = 256               # rollouts decoded together
 
 
+def place(s):
+    """Where and how the scripts load a network: the arguments of model.load."""
+    return dict(device=s.device, framework=s.backend, dtype=s.dtype, bits=s.bits)
+
+
 def read_settings(doc):
     """[config file] [--key=value ..] -> Settings. Raises Problem for an unknown or ill-typed setting."""
     args, chosen, quick, given, files = sys.argv[1:], {}, {}, {}, []
@@ -127,6 +141,11 @@ def read_settings(doc):
         chosen.update(quick)
     chosen.update(given)
     s = Settings(**chosen)
+    for key, values in CHOICES.items():
+        if getattr(s, key) not in values:
+            raise Problem(f"--{key}: {getattr(s, key)!r} is not one of {', '.join(map(str, values))}")
+    if odd := [t for t in s.lora_targets if t not in LORA_TARGETS]:
+        raise Problem(f"--lora_targets: {odd[0]!r} is not one of {', '.join(LORA_TARGETS)}")
     for key, value in vars(s).items():
         if type(value) in (int, float) and not (math.isfinite(value) and (value > 0 or value == 0 and key not in POSITIVE)):
             raise Problem(f"--{key}: {value} is out of range; it must be {'above 0' if key in POSITIVE else '0 or more'}")
@@ -167,6 +186,8 @@ def parse(kind, key, text):
 
 POSITIVE = ("vocab_size", "width", "layers", "base_tokens", "train_scale", "epochs", "batch_tokens", "micro_tokens", "questions", "rollouts", "rl_questions",
             "temperature", "minibatches", "top_k", "max_actions", "max_len", "max_answer", "max_thought", "max_observation", "eval_questions", "batch_rows")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CHOICES = {"dtype": ("float32", "bfloat16"), "bits": (4, 16)}
 KIND = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
 
 
@@ -196,7 +217,7 @@ def settings_help():
         elif ": " in line and "=" in line:
             name, rest = line.strip().split(":", 1)
             default, _, comment = rest.partition("#")
-            out.append(f"  --{name:<16} {comment.strip()} [{default.split('=', 1)[1].strip().replace('dataclasses.field(default_factory=list)', '')}]")
+            out.append(f"  --{name:<16} {comment.strip()} [{default.split('=', 1)[1].strip().replace('dataclasses.field(default_factory=list)', '').replace('dataclasses.field(default_factory=lambda: ', '').replace('.split())', '')}]")
     return "\n".join(out)
 
 

@@ -21,7 +21,7 @@ import autocoa
 import data
 import model
 import workflows
-from common import main, start_folder, write
+from common import main, place, start_folder, write
 from train_sft import recall
 
 ROWS = {"model only": "base", "ReAct workflow": "base", "SFT-1": "sft1", "SFT-2": "sft2_alone", "SFT-1&2": "sft2", "SFT-1&2&3": "sft3",
@@ -101,7 +101,7 @@ def table(rows, sets):
 def run(s):
     start, root, task = time.time(), Path("out", s.run), data.load_task(s)
     questions = [q for rows in task.evaluation.values() for q in rows]
-    base = model.load(start_folder(root, "base", ROWS.values()), s.device, s.backend)
+    base = model.load(start_folder(root, "base", ROWS.values()), **place(s))
     known, _ = recall(base, questions, s)
     rows, predictions = {}, {}
     for row, stage in ROWS.items():
@@ -110,7 +110,7 @@ def run(s):
         before = root / MADE_FROM.get(stage, stage)
         if (before / "config.json").is_file() and (root / stage / "config.json").stat().st_mtime < (before / "config.json").stat().st_mtime:
             print(f"{root / stage} is older than {before}, from which it should come: train it again, or this row compares two runs")
-        records = iter(run_row(row, base if stage == "base" else model.load(root / stage, s.device, s.backend), questions, task, s))
+        records = iter(run_row(row, base if stage == "base" else model.load(root / stage, **place(s)), questions, task, s))
         predictions[row] = {name: [next(records) for _ in qs] for name, qs in task.evaluation.items()}
         rows[row] = summary(predictions[row], task.evaluation, known)
     print(table(rows, list(task.evaluation)))

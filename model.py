@@ -3,6 +3,7 @@
 A checkpoint is a Hugging Face folder: config.json, model.safetensors and the tokenizer's files, with Hugging Face's own
 parameter names, so weights load and leave without a map.
 """
+import hashlib
 import importlib.util
 import json
 import math
@@ -13,16 +14,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from autocoa import TAGS, Codec
-from common import Problem
+from common import Problem, weight_files
 
 SUPPORTED = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass
+class LoRA:
+    """A low-rank adapter (Hu et al. 2021): which matrices get one, and W + alpha / rank * B A."""
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list
 
 
 @dataclass
@@ -55,6 +66,11 @@ class ModelConfig:
             inv = inv * (fast + (1 - fast) / factor)
         return inv.astype(np.float32)
 
+    def shape_of(self, linear):
+        """(rows, columns) of a block's matrix by its name, q_proj for example."""
+        q, kv, h, mlp = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim, self.hidden_size, self.intermediate_size
+        return {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q), "gate": (mlp, h), "up": (mlp, h), "down": (h, mlp)}[linear.removesuffix("_proj")]
+
     @property
     def qkv_bias(self):
         return self.attention_bias or self.architectures[0] == "Qwen2ForCausalLM"
@@ -74,6 +90,9 @@ class ModelConfig:
         arch = (raw.get("architectures") or [by_type.get(raw.get("model_type"), f"of type {raw.get('model_type')}")])[0]
         if arch not in SUPPORTED:
             raise Problem(f"{where}: architecture {arch} is not supported; supported: {', '.join(SUPPORTED)}")
+        packed = raw.get("quantization_config") or raw.get("quantization")
+        if packed:
+            raise Problem(f"{where}: these weights are quantised ({packed.get('quant_method') or str(packed.get('bits')) + ' bits'}), which is not read; take the checkpoint they were made of, and --bits=4")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if raw.get("use_sliding_window"):
@@ -151,10 +170,11 @@ def read_config(folder):
 
 
 def backend(name="auto"):
-    """The one place that chooses a framework: auto takes MLX on Apple silicon, else torch. Raises Problem for one that is not installed."""
+    """The one place that chooses a framework: auto takes MLX on Apple silicon, else torch, or the one that is installed. Raises Problem for one
+    that is not."""
     if name == "auto":
         apple = (sys.platform, platform.machine()) == ("darwin", "arm64")
-        name = "mlx" if apple and importlib.util.find_spec("mlx") else "torch"
+        name = "mlx" if importlib.util.find_spec("mlx") and (apple or not importlib.util.find_spec("torch")) else "torch"
     if name not in ("torch", "mlx"):
         raise Problem(f"--backend: {name!r} is not one of auto, torch, mlx")
     if importlib.util.find_spec(name) is None:
@@ -172,6 +192,7 @@ class LM:
 
     def __init__(self, model, tok, backend):
         self.backend, self.model, self.codec = backend, model, Codec(tok)
+        self.folder = None          # where the whole weights lie: these, or those that an adapter belongs to
         if len(tok) > model.config.vocab_size:
             raise Problem(f"model: the tokenizer has {len(tok)} entries, the network {model.config.vocab_size}; they are not a pair")
 
@@ -179,25 +200,63 @@ class LM:
         return self.backend.Decoder(self.model, prompts)
 
     def save(self, folder, optimizer=None):
-        """Write a Hugging Face folder, with the optimizer's state where one is given. All or nothing: the files lie beside it until they are complete."""
+        """Write a Hugging Face folder, or that of an adapter, with the optimizer's state where one is given. All or nothing: the files lie beside it
+        until they are complete."""
         folder = Path(folder)
         parts = folder.with_name(folder.name + ".partial")
         parts.mkdir(parents=True, exist_ok=True)
         self.codec.tok.save_pretrained(parts)
         (parts / "config.json").write_text(json.dumps(self.model.config.to_dict(), indent=2))
-        self.backend.save_weights(self.model, parts)
+        if self.model.lora:
+            self.save_adapter(parts)
+        else:
+            self.backend.save_weights(self.model, parts)
+            self.folder = folder
         if optimizer:
             save_file(optimizer.state(), parts / "optimizer.safetensors")
         if folder.exists():
             shutil.rmtree(folder)
         parts.rename(folder)
 
+    def save_adapter(self, folder):
+        """PEFT's files, and in mlx_lm/ the same for that library."""
+        lora, state = self.model.lora, self.backend.arrays(self.model, self.backend.trained(self.model))
+        (folder / "adapter_config.json").write_text(json.dumps({
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(self.folder), "r": lora.rank, "lora_alpha": lora.alpha,
+            "lora_dropout": lora.dropout, "target_modules": lora.targets, "bias": "none", "inference_mode": True}, indent=2))
+        save_file({f"base_model.model.{n}.weight": x for n, x in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt", "base": fingerprint(self.folder)})
+        there = folder / "mlx_lm"
+        there.mkdir(exist_ok=True)
+        keys = sorted({".".join(n.split(".")[3:5]) for n in state})
+        (there / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "num_layers": self.model.config.num_hidden_layers, "lora_parameters": {
+            "rank": lora.rank, "scale": lora.alpha / lora.rank, "dropout": lora.dropout, "keys": keys}}, indent=2))
+        save_file({n.replace("lora_A", "lora_a").replace("lora_B", "lora_b"): np.ascontiguousarray(x.T) for n, x in state.items()}, there / "adapters.safetensors")
+
+    def adapt(self, s):
+        """Before a stage: an adapter of --lora_rank, if that is set and the network has none, on a base of --bits; and --checkpointing."""
+        self.model.recompute = s.checkpointing
+        if s.lora_rank and not self.model.lora:
+            if s.bits < 16 and self.model.bits == 16:
+                self.backend.quantize(self.model, s.bits)
+            lora, rng, state = LoRA(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets), np.random.default_rng(s.seed), {}
+            for name in sorted(self.backend.linears(self.model)):
+                if name.split(".")[-1] in lora.targets:
+                    rows, columns = self.model.config.shape_of(name.split(".")[-1])
+                    state[name + ".lora_A"] = rng.uniform(-1, 1, (lora.rank, columns)) * columns ** -0.5
+                    state[name + ".lora_B"] = np.zeros((rows, lora.rank))
+            self.backend.adapt(self.model, lora, state)
+        elif self.model.bits < 16 and not self.model.lora:
+            raise Problem(f"--bits={self.model.bits}: weights of {self.model.bits} bits can't be trained; train an adapter on them with --lora_rank=16")
+
     def resume(self, folder, optimizer):
         """The weights and the optimizer's state that `save` wrote, by either backend. -> optimizer steps that lie behind them. Raises Problem
         where they are of another network or optimizer."""
         if read_config(folder) != self.model.config:
             raise Problem(f"{folder} holds another network than this run's; repeat the settings it was begun with, or remove it")
-        self.backend.load_weights(self.model, folder)
+        if self.model.lora:
+            self.backend.adapt(self.model, *read_adapter(folder, self))
+        else:
+            self.backend.load_weights(self.model, folder)
         try:
             optimizer.load_state(load_file(folder / "optimizer.safetensors"))
         except (KeyError, OSError, SafetensorError) as e:
@@ -205,60 +264,117 @@ class LM:
         return optimizer.step_count
 
     def copy(self):
-        return LM(self.backend.copy(self.model), self.codec.tok, self.backend)
+        other = LM(self.backend.copy(self.model), self.codec.tok, self.backend)
+        other.folder = self.folder
+        return other
 
 
-def new(config, tok, seed, device="auto", framework="auto"):
+def fingerprint(folder, tail=1 << 24):
+    """Of the weights in a folder, by which an adapter knows its base: a hash of the last megabytes of its files."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        with open(path, "rb") as f:
+            f.seek(max(0, path.stat().st_size - tail))
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
+
+
+def read_adapter(folder, lm):
+    """A PEFT folder -> LoRA and {name: array}. Raises Problem where it is not one of this network."""
+    path = Path(folder) / "adapter_model.safetensors"
+    try:
+        raw = json.loads((Path(folder) / "adapter_config.json").read_text())
+        lora = LoRA(raw["r"], raw["lora_alpha"], raw["lora_dropout"], sorted(raw["target_modules"]))
+        state = {k.removeprefix("base_model.model.").removesuffix(".weight"): x for k, x in load_file(path).items()}
+        with safe_open(path, "np") as f:
+            base = (f.metadata() or {}).get("base")
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as e:
+        raise Problem(f"model: {folder} is not a LoRA adapter: {e!r}") from None
+    expected = {}
+    for name in lm.backend.linears(lm.model):
+        if name.split(".")[-1] in lora.targets:
+            rows, columns = lm.model.config.shape_of(name.split(".")[-1])
+            expected |= {name + ".lora_A": (lora.rank, columns), name + ".lora_B": (rows, lora.rank)}
+    odd = sorted(n for n in expected.keys() | state.keys() if n not in expected or n not in state or state[n].shape != expected[n])
+    if odd or base not in (None, fingerprint(lm.folder)):
+        what = f"{odd[0]} does not fit" if odd else "its weights are others"
+        raise Problem(f"model: {folder} is an adapter for another base than {lm.folder}: {what}; train it again, or put its base back")
+    return lora, state
+
+
+def new(config, tok, seed, device="auto", framework="auto", dtype="float32"):
     """A new network, ready to learn."""
     b = backend(framework)
-    network = b.build(config, b.pick_device(device))
+    network = b.build(config, b.pick_device(device), dtype)
     b.put(network, initial_weights(config, b.shapes(network), seed), "initial weights")
     return LM(network, tok, b)
 
 
-def load(folder, device="auto", framework="auto"):
-    """A folder that `LM.save` wrote -> LM."""
-    if not (Path(folder) / "config.json").is_file():
+def load(folder, device="auto", framework="auto", dtype="float32", bits=16):
+    """A folder that `LM.save` wrote -> LM. bits: 4 to keep the blocks' matrices in 4 bits. Raises Problem for an adapter whose base is not there."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
         raise Problem(f"{folder} is missing")
-    b = backend(framework)
-    network = b.load_weights(b.build(read_config(folder), b.pick_device(device)), folder)
-    return LM(network, PreTrainedTokenizerFast.from_pretrained(folder), b)    # as it was saved; AutoTokenizer may rebuild it by model type
+    b, whole = backend(framework), folder
+    if (folder / "adapter_config.json").is_file():
+        whole = Path(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+        whole = whole if whole.is_dir() else folder.parent / whole.name            # of a run that was moved
+        if not (whole / "config.json").is_file():
+            raise Problem(f"model: {folder} is an adapter for {whole}, which is missing; put it back or train again")
+    network = b.load_weights(b.build(read_config(whole), b.pick_device(device), dtype), whole)
+    lm = LM(network, PreTrainedTokenizerFast.from_pretrained(folder), b)           # as it was saved; AutoTokenizer may rebuild it by model type
+    lm.folder, adapter = whole, None
+    if whole != folder:
+        adapter = read_adapter(folder, lm)
+    if bits < 16:
+        b.quantize(network, bits)
+    if adapter:
+        b.adapt(network, *adapter)
+    return lm
 
 
-def load_pretrained(name, device="auto", framework="auto"):
+def load_pretrained(name, device="auto", framework="auto", dtype="float32"):
     """A checkpoint from elsewhere: Hugging Face folder, hub id or GGUF file -> LM.
 
     The tags become new tokens; their embeddings start as the mean of the pieces that spelled them. A GGUF file is read by transformers, with torch.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
     b, path, options = backend(framework), Path(name), {}
-    if importlib.util.find_spec("torch") is None:
-        raise Problem("model: reading a checkpoint of another program needs torch, once; pip install torch")
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise Problem(f"model: no such file: {name}")
-        name, options = str(path.parent), {"gguf_file": path.name}
-    elif path.is_dir():
-        read_config(path)                       # an unsupported architecture is said before gigabytes are read
     try:
-        config = ModelConfig.from_dict(AutoConfig.from_pretrained(name, **options).to_dict(), name)
+        if path.suffix == ".gguf":
+            config, state = read_gguf(path)
+            name, options = str(path.parent), {"gguf_file": path.name}
+        else:
+            if not path.is_dir():
+                name = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
+            config, state = read_config(name), b.read_weights(name)
         tok = AutoTokenizer.from_pretrained(name, **options)
-        source = AutoModelForCausalLM.from_pretrained(name, dtype="float32", **options)
     except (OSError, ValueError) as e:
-        raise Problem(f"model: {name} can't be read by transformers: {str(e).splitlines()[0]}") from None
+        raise Problem(f"model: {name} can't be read: {str(e).splitlines()[0]}") from None
     if len(tok) > config.vocab_size:
         raise Problem(f"model: the tokenizer of {name} has {len(tok)} entries, its weights {config.vocab_size}; they are not a pair")
     pieces = [tok.encode(t, add_special_tokens=False) for t in TAGS.values()]
     missing = [t for t in TAGS.values() if t not in tok.get_vocab()]
     tok.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
     config.eos_token_id, config.bos_token_id = tok.eos_token_id, tok.bos_token_id
-    config.vocab_size, state = max(config.vocab_size, len(tok)), source.state_dict()
+    config.vocab_size = max(config.vocab_size, len(tok))
     for key in {"model.embed_tokens.weight", "lm_head.weight"} & set(state):
-        old = state[key].float().numpy()
+        old = b.to_numpy(state[key])
         state[key] = np.concatenate([old, np.tile(old.mean(0), (config.vocab_size - len(old), 1))])
         for tag, spelled in zip(TAGS.values(), pieces):
             if tag in missing:
                 state[key][tok.convert_tokens_to_ids(tag)] = old[spelled].mean(0)
-    network = b.build(config, b.pick_device(device))
+    network = b.build(config, b.pick_device(device), dtype)
     b.put(network, state, name)
     return LM(network, tok, b)
+
+
+def read_gguf(path):
+    """-> ModelConfig and {name: array}, by transformers, which computes the weights from the file's with torch."""
+    if not path.is_file():
+        raise Problem(f"model: no such file: {path}")
+    if importlib.util.find_spec("torch") is None:
+        raise Problem("model: reading a GGUF file needs torch, once; pip install torch, or give a Hugging Face folder")
+    from transformers import AutoConfig, AutoModelForCausalLM
+    config = ModelConfig.from_dict(AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict(), path)
+    source = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+    return config, {k: x.numpy() for k, x in source.state_dict().items()}

@@ -8,24 +8,51 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten, tree_unflatten
 
 from common import Problem, weight_files
 
 
 # ---- network ------------------------------------------------------------------------------------------------------------
+class Linear(nn.Linear):
+    """W x + b in the type of x. An adapter adds scale B A dropout(x) (LoRA, Hu et al. 2021, section 4.1); `quantize` leaves 4 bits of W."""
+
+    def __call__(self, x):
+        if "scales" in self:
+            y = mx.quantized_matmul(x, self.weight, self.scales, self.biases, transpose=True, group_size=64, bits=4)
+        else:
+            y = x @ self.weight.astype(x.dtype).T
+        if "bias" in self:
+            y = y + self.bias.astype(x.dtype)
+        if "lora_A" in self:
+            if self.training and self.dropout:      # by a key of its own, so that a block that is computed again drops the same
+                x = x * mx.random.bernoulli(1 - self.dropout, x.shape, self._key) / (1 - self.dropout)
+            y = y + self.scale * (x @ self.lora_A.astype(x.dtype).T) @ self.lora_B.astype(x.dtype).T
+        return y
+
+    def to_quantized(self, group_size, bits, mode="affine"):
+        self.weight, self.scales, self.biases = mx.quantize(self.weight, group_size, bits)
+        return self
+
+
+class RMSNorm(nn.RMSNorm):
+    def __call__(self, x):
+        return mx.fast.rms_norm(x, self.weight.astype(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, q, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(q, c.hidden_size, bias=c.o_bias)
+        self.q_proj = Linear(c.hidden_size, q, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, kv, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, kv, bias=c.qkv_bias)
+        self.o_proj = Linear(q, c.hidden_size, bias=c.o_bias)
         if c.qk_norm:
-            self.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+            self.q_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps)
 
     def __call__(self, x, turn, cache=None, mask=None):
         B, T, _ = x.shape
@@ -50,9 +77,9 @@ def rotate(x, turn):
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def __call__(self, x):
         return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -61,9 +88,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.input_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.mlp = MLP(c)
 
     def __call__(self, x, turn, cache=None, mask=None):
@@ -72,29 +99,38 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Ids to hidden states. `logits` is apart, since most positions of a trajectory never need them."""
+    """Ids to hidden states. `logits` is apart, since most positions of a trajectory never need them.
 
-    def __init__(self, config):
+    Weights that are trained stay float32, whatever `dtype` says: it is the type of activations, to which each layer casts its weights as it uses
+    them, so that gradients, their sum over micro-batches and the optimizer are float32. Frozen weights are kept in it.
+    lora: rank, alpha, dropout and targets of the adapter that is trained, None for all weights. recompute: keep each block's input alone, and
+    compute the block again for its gradient.
+    """
+
+    def __init__(self, config, dtype="float32"):
         super().__init__()
-        self.config = config
+        self.config, self.dtype, self.lora, self.bits, self.recompute = config, getattr(mx, dtype), None, 16, False
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = [Block(config) for _ in range(config.num_hidden_layers)]
-        self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.model.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._periods = mx.array(1 / config.inv_freq())     # the underscore keeps it out of the parameters
 
     def __call__(self, ids, start=0, caches=None, mask=None):
         """ids (B, T), at positions start (one for all rows, or one a row) and on -> hidden states (B, T, hidden)."""
         turn = self._periods, start
-        x = self.model.embed_tokens(ids)
+        x = self.model.embed_tokens(ids).astype(self.dtype)
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, turn, caches[i] if caches else None, mask)
+            if self.recompute and caches is None:
+                x = checkpoint(layer, lambda x, layer=layer: layer(x, turn))(x)
+            else:
+                x = layer(x, turn, caches[i] if caches else None, mask)
         return self.model.norm(x)
 
     def logits(self, x):
-        return (self.model.embed_tokens.as_linear(x) if self.config.tie_word_embeddings else self.lm_head(x)).astype(mx.float32)
+        return (x @ (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight.astype(x.dtype).T).astype(mx.float32)
 
 
 def logprobs(model, ids, mask, temperature=1.0):
@@ -126,11 +162,11 @@ class Decoder:
     BLOCK = 64
 
     def __init__(self, model, prompts):
-        self.model, c = model, model.config
+        self.model, c = compute_copy(model), model.config
         first = {}
         order = [first.setdefault(tuple(p), len(first)) for p in prompts]           # equal prompts are prefilled once
         self.length = np.zeros(len(first), dtype=np.int64)
-        dtype = model.model.norm.weight.dtype
+        dtype = model.dtype
         shape = (len(first), c.num_key_value_heads, 0, c.head_dim)
         self.k = [mx.zeros(shape, dtype) for _ in range(c.num_hidden_layers)]
         self.v = [mx.zeros(shape, dtype) for _ in range(c.num_hidden_layers)]
@@ -242,7 +278,7 @@ class Optimizer:
     """
 
     def __init__(self, model, muon=True):
-        params = parameters(model)
+        params = trained(model)
         self.model, self.step_count = model, 0
         self.matrices = [n for n, p in params.items() if muon and p.ndim == 2 and ".layers." in n]
         self.m = {n: mx.zeros_like(p) for n, p in params.items()}
@@ -259,7 +295,7 @@ class Optimizer:
 
     def step(self, grads, lr, muon_lr, momentum=0.95, beta1=0.9, beta2=0.98, eps=1e-8):
         self.step_count += 1
-        params, shapes = parameters(self.model), {}
+        params, shapes = trained(self.model), {}
         for name in self.matrices:
             m = self.m[name] = momentum * self.m[name] + (1 - momentum) * grads[name]
             shapes.setdefault(m.shape, []).append((name, (1 - momentum) * grads[name] + momentum * m))
@@ -296,12 +332,17 @@ def train_step(model, optimizer, loss_fn, batches, lr, muon_lr, temperature=1.0,
     def loss(b):
         return loss_fn(mx, logprobs(model, b["ids"], b["mask"], temperature), b)
     total, grads = 0.0, None
-    for batch in batches:
+    model.train()
+    for i, batch in enumerate(batches):
+        if model.lora and model.lora.dropout:
+            for j, m in enumerate(linears(model).values()):
+                m._key = mx.random.key((optimizer.step_count * 1000 + i) * 1000 + j)
         value, new = nn.value_and_grad(model, loss)({k: mx.array(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()})
         new = dict(tree_flatten(new))
         grads = new if grads is None else {k: grads[k] + g for k, g in new.items()}
         mx.eval(value, grads)
         total += value.item()
+    model.eval()
     norm = mx.sqrt(sum(g.square().sum() for g in grads.values())).item()
     if math.isfinite(total) and math.isfinite(norm):
         optimizer.step({k: g * min(1.0, max_norm / (norm + 1e-6)) for k, g in grads.items()}, lr, muon_lr)
@@ -318,9 +359,9 @@ def pick_device(name):
     return name
 
 
-def build(config, device="cpu"):
+def build(config, device="cpu", dtype="float32"):
     """The network of a config, its weights still to be put."""
-    return Transformer(config)
+    return Transformer(config, dtype).eval()
 
 
 def shapes(model):
@@ -348,6 +389,10 @@ def read_weights(folder):
     return state
 
 
+def to_numpy(x):
+    return np.array(x.astype(mx.float32))
+
+
 def put(model, state, where):
     """Tensors or NumPy arrays into the network, by name. Raises Problem with the parameter that is missing, not known or of another shape."""
     own = shapes(model)
@@ -369,6 +414,72 @@ def save_weights(model, folder):
 
 
 def copy(model):
+    """A network of its own; frozen weights are shared."""
     twin = Transformer(model.config)
-    twin.update(model.parameters())
+    for a, b in zip(model.modules(), twin.modules()):
+        dict.update(b, {k: v for k, v in a.items() if isinstance(v, mx.array)})
+        vars(b).update({k: set(v) if isinstance(v, set) else v for k, v in vars(a).items()})
     return twin
+
+
+def compute_copy(model):
+    """The network with all weights in its compute type: itself where they are."""
+    if all(p.dtype in (model.dtype, mx.uint32) for p in parameters(model).values()):
+        return model
+    twin = copy(model)
+    twin.apply(lambda p: p if p.dtype == mx.uint32 else p.astype(model.dtype))
+    return twin
+
+
+# ---- adapters -----------------------------------------------------------------------------------------------------------
+def trained(model):
+    """{name: parameter} of what training changes."""
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def linears(model):
+    """{name: Linear} of the blocks."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Linear) and ".layers." in n}
+
+
+def arrays(model, names):
+    """-> {name: float32 array} of these parameters."""
+    own = parameters(model)
+    return {n: to_numpy(own[n]) for n in names}
+
+
+def quantize(model, bits=4):
+    """Keep 4 bits of each block's matrices (affine, groups of 64). Raises Problem where rows can't be cut into groups."""
+    model.bits = bits
+    for name, m in linears(model).items():
+        if m.weight.shape[1] % 64:
+            raise Problem(f"--bits=4: rows of {name} have {m.weight.shape[1]} weights, MLX wants a multiple of 64; take --bits=16")
+        m.weight = m.weight.astype(model.dtype)
+    nn.quantize(model, 64, bits, class_predicate=lambda name, m: isinstance(m, Linear) and ".layers." in name)
+    mx.eval(model.parameters())
+
+
+def adapt(model, lora, state):
+    """Freeze the network and give it an adapter. lora: rank, alpha, dropout, targets; state: {name: array} of lora_A (rank, in) and lora_B (out, rank)."""
+    model.lora = lora
+    model.apply(lambda p: p if p.dtype == mx.uint32 else p.astype(model.dtype))
+    model.freeze()
+    for name, m in linears(model).items():
+        if name.split(".")[-1] in lora.targets:
+            m.scale, m.dropout = lora.alpha / lora.rank, lora.dropout
+            m.lora_A, m.lora_B = (mx.array(state[f"{name}.{x}"], mx.float32) for x in ("lora_A", "lora_B"))
+            m.unfreeze(keys=["lora_A", "lora_B"], recurse=False)
+    mx.eval(model.parameters())
+
+
+def merge(model):
+    """The adapter into the weights, which are float32 and trained again."""
+    for m in linears(model).values():
+        if "scales" in m:
+            m.weight = mx.dequantize(m.weight, m.pop("scales"), m.pop("biases"), 64, 4)
+        if "lora_A" in m:
+            m.weight = m.weight.astype(mx.float32) + m.scale * m.pop("lora_B") @ m.pop("lora_A")
+    model.apply(lambda p: p.astype(mx.float32))
+    model.unfreeze()
+    model.lora, model.bits = None, 16
+    mx.eval(model.parameters())

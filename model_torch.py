@@ -3,6 +3,7 @@
 Parameter names are Hugging Face's. Everything that crosses to other files is a list or a NumPy array.
 """
 import math
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -10,23 +11,49 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from common import Problem, weight_files
 
 
 # ---- network ------------------------------------------------------------------------------------------------------------
+class Linear(nn.Linear):
+    """W x + b in the type of x. An adapter adds scale B A dropout(x) (LoRA, Hu et al. 2021, section 4.1); `quantize` leaves 4 bits of W."""
+
+    def __init__(self, columns, rows, bias):
+        super().__init__(columns, rows, bias)
+        self.lora_A = self.lora_B = self.packed = None
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.packed is None:
+            y = F.linear(x, self.weight.to(x.dtype), bias)
+        else:
+            import bitsandbytes
+            y = bitsandbytes.matmul_4bit(x, self.packed.t(), quant_state=self.quant_state, bias=bias)
+        if self.lora_A is not None:
+            x = F.dropout(x, self.dropout, self.training)
+            y = y + self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return y
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, q, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(q, c.hidden_size, bias=c.o_bias)
+        self.q_proj = Linear(c.hidden_size, q, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, kv, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, kv, bias=c.qkv_bias)
+        self.o_proj = Linear(q, c.hidden_size, bias=c.o_bias)
         if c.qk_norm:
-            self.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+            self.q_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps)
 
     def forward(self, x, turn, cache=None, mask=None):
         B, T, _ = x.shape
@@ -55,9 +82,9 @@ def rotate(x, turn):
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -66,9 +93,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.input_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.mlp = MLP(c)
 
     def forward(self, x, turn, cache=None, mask=None):
@@ -77,17 +104,23 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Ids to hidden states. `logits` is apart, since most positions of a trajectory never need them."""
+    """Ids to hidden states. `logits` is apart, since most positions of a trajectory never need them.
 
-    def __init__(self, config):
+    Weights that are trained stay float32, whatever `dtype` says: it is the type of activations, to which each layer casts its weights as it uses
+    them, so that gradients, their sum over micro-batches and the optimizer are float32. Frozen weights are kept in it.
+    lora: rank, alpha, dropout and targets of the adapter that is trained, None for all weights. recompute: keep each block's input alone, and
+    compute the block again for its gradient.
+    """
+
+    def __init__(self, config, dtype="float32"):
         super().__init__()
-        self.config = config
+        self.config, self.dtype, self.lora, self.bits, self.recompute = config, getattr(torch, dtype), None, 16, False
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.model.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("inv_freq", torch.as_tensor(config.inv_freq()), persistent=False)
 
     @property
@@ -98,14 +131,17 @@ class Transformer(nn.Module):
         """ids (B, T), at positions start (one for all rows, or one a row) and on -> hidden states (B, T, hidden)."""
         positions = torch.as_tensor(start, device=ids.device).reshape(-1, 1) + torch.arange(ids.shape[1], device=ids.device)
         angle = (positions[..., None].float() * self.inv_freq).repeat(1, 1, 2)[:, None]       # (1 or B, 1, T, head_dim)
-        x = self.model.embed_tokens(ids)
+        x = self.model.embed_tokens(ids).to(self.dtype)
         turn = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, turn, caches[i] if caches else None, mask)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, turn, use_reentrant=False)
+            else:
+                x = layer(x, turn, caches[i] if caches else None, mask)
         return self.model.norm(x)
 
     def logits(self, x):
-        return F.linear(x, self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight).float()
+        return F.linear(x, (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight.to(x.dtype)).float()
 
 
 def logprobs(model, ids, mask, temperature=1.0):
@@ -139,11 +175,11 @@ class Decoder:
     BLOCK = 64
 
     def __init__(self, model, prompts):
-        self.model, c = model, model.config
+        self.model, c = compute_copy(model), model.config
         first = {}
         order = [first.setdefault(tuple(p), len(first)) for p in prompts]           # equal prompts are prefilled once
         self.length = np.zeros(len(first), dtype=np.int64)
-        dtype = model.model.embed_tokens.weight.dtype
+        dtype = model.dtype
         shape = (len(first), c.num_key_value_heads, 0, c.head_dim)
         self.k = [torch.zeros(shape, device=model.device, dtype=dtype) for _ in range(c.num_hidden_layers)]
         self.v = [torch.zeros(shape, device=model.device, dtype=dtype) for _ in range(c.num_hidden_layers)]
@@ -246,7 +282,7 @@ class Optimizer:
     """
 
     def __init__(self, model, muon=True):
-        self.params, self.step_count = dict(model.named_parameters()), 0
+        self.params, self.step_count = trained(model), 0
         self.matrices = [n for n, p in self.params.items() if muon and p.dim() == 2 and ".layers." in n]
         self.m = {n: torch.zeros_like(p) for n, p in self.params.items()}
         self.v = {n: torch.zeros_like(p) for n, p in self.params.items() if n not in self.matrices}
@@ -296,15 +332,19 @@ def train_step(model, optimizer, loss_fn, batches, lr, muon_lr, temperature=1.0,
     Where loss or gradient is not finite, nothing is changed and the caller sees it in the figures.
     """
     model.zero_grad(set_to_none=True)
+    model.train()
+    if model.lora and model.lora.dropout:
+        torch.manual_seed(optimizer.step_count)
     total = 0.0
     for batch in batches:
         b = {k: torch.as_tensor(v, device=model.device) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
         loss = loss_fn(torch, logprobs(model, b["ids"], b["mask"], temperature), b)
         loss.backward()
         total += loss.item()
+    model.eval()
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
     if math.isfinite(total) and math.isfinite(norm):
-        optimizer.step({n: p.grad for n, p in model.named_parameters()}, lr, muon_lr)
+        optimizer.step({n: p.grad for n, p in trained(model).items()}, lr, muon_lr)
     return {"loss": total, "grad_norm": norm}
 
 
@@ -320,9 +360,9 @@ def pick_device(name):
     return name
 
 
-def build(config, device="cpu"):
+def build(config, device="cpu", dtype="float32"):
     """The network of a config, its weights still to be put."""
-    return Transformer(config).to(device)
+    return Transformer(config, dtype).to(device).eval()
 
 
 def shapes(model):
@@ -346,6 +386,10 @@ def read_weights(folder):
     return state
 
 
+def to_numpy(x):
+    return x.detach().float().cpu().numpy()
+
+
 def put(model, state, where):
     """Tensors or NumPy arrays into the network, by name. Raises Problem with the parameter that is missing, not known or of another shape."""
     own = dict(model.named_parameters())
@@ -367,6 +411,75 @@ def save_weights(model, folder):
 
 
 def copy(model):
-    twin = Transformer(model.config).to(model.device)
-    twin.load_state_dict(model.state_dict())
+    """A network of its own; frozen weights are shared."""
+    shared = [p for p in model.parameters() if not p.requires_grad] + [x for m in linears(model).values() if m.packed is not None for x in (m.packed, m.quant_state)]
+    return deepcopy(model, {id(x): x for x in shared})
+
+
+def compute_copy(model):
+    """The network with all weights in its compute type: itself where they are."""
+    if all(p.dtype == model.dtype for p in model.parameters()):
+        return model
+    twin = copy(model)
+    for p in twin.parameters():
+        p.data = p.data.to(model.dtype)
     return twin
+
+
+# ---- adapters -----------------------------------------------------------------------------------------------------------
+def trained(model):
+    """{name: parameter} of what training changes."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def linears(model):
+    """{name: Linear} of the blocks."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Linear) and ".layers." in n}
+
+
+def arrays(model, names):
+    """-> {name: float32 array} of these parameters."""
+    own = dict(model.named_parameters())
+    return {n: to_numpy(own[n]) for n in names}
+
+
+def quantize(model, bits=4):
+    """Keep 4 bits of each block's matrices (NF4, blocks of 64; QLoRA, Dettmers et al. 2023), by bitsandbytes. Raises Problem where that is not installed."""
+    try:
+        from bitsandbytes.functional import quantize_4bit
+    except ImportError:
+        raise Problem("--bits=4: with torch it needs bitsandbytes; pip install bitsandbytes") from None
+    model.bits = bits
+    for m in linears(model).values():
+        m.packed, m.quant_state = quantize_4bit(m.weight.data.to(model.dtype), quant_type="nf4", blocksize=64)
+        m.weight = None
+
+
+def adapt(model, lora, state):
+    """Freeze the network and give it an adapter. lora: rank, alpha, dropout, targets; state: {name: array} of lora_A (rank, in) and lora_B (out, rank)."""
+    model.lora = lora
+    for p in model.parameters():
+        p.requires_grad_(False)
+        p.data = p.data.to(model.dtype)
+    for name, m in linears(model).items():
+        if name.split(".")[-1] in lora.targets:
+            m.scale, m.dropout = lora.alpha / lora.rank, lora.dropout
+            m.lora_A, m.lora_B = (nn.Parameter(torch.tensor(state[f"{name}.{x}"], dtype=torch.float32, device=model.device)) for x in ("lora_A", "lora_B"))
+
+
+def merge(model):
+    """The adapter into the weights, which are float32 and trained again."""
+    for m in linears(model).values():
+        weight = m.weight
+        if m.packed is not None:
+            from bitsandbytes.functional import dequantize_4bit
+            weight, m.packed = dequantize_4bit(m.packed, m.quant_state), None
+        weight = weight.data.float()
+        if m.lora_A is not None:
+            weight = weight + m.scale * m.lora_B.data @ m.lora_A.data
+            m.lora_A = m.lora_B = None
+        m.weight = nn.Parameter(weight)
+    for p in model.parameters():
+        p.data = p.data.float()
+        p.requires_grad_(True)
+    model.lora, model.bits = None, 16

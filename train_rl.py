@@ -24,7 +24,7 @@ import autocoa
 import data
 import model
 import workflows
-from common import Log, Problem, main, start_folder, tqdm
+from common import Log, Problem, main, place, start_folder, tqdm
 from train_sft import STAGES, Checkpoint, finished
 
 
@@ -56,6 +56,7 @@ def update_batches(trajectories, advantages, reference, s):
 def grpo(lm, reference, s, stage, steps, pool, search, seed, scale=1.0):
     """One stage of GRPO on a pool of questions. reference: the policy that KL is measured to; search: a tool, or autocoa.IMAGINE; seed: two numbers
     for what is random; scale: of the learning rate."""
+    lm.adapt(s)
     optimizer = lm.backend.Optimizer(lm.model, muon=False)
     checkpoint = Checkpoint(lm, optimizer, Path("out", s.run, stage), s)
     log = Log(checkpoint.folder, done=checkpoint.done)
@@ -111,8 +112,8 @@ def run(s):
     root, task = Path("out", s.run), data.load_task(s)
     done = [] if s.stage else finished(s, ["rl1", "rl2"])
     start = s.start or ("rl1" if s.stage == "rl2" else "sft3")
-    reference = model.load(start_folder(root, start, [*STAGES, "rl1"]), s.device, s.backend)
-    lm = model.load(root / done[-1], s.device, s.backend) if done else reference.copy()
+    reference = model.load(start_folder(root, start, [*STAGES, "rl1"]), **place(s))
+    lm = model.load(root / done[-1], **place(s)) if done else reference.copy()
     if s.stage != "rl2" and "rl1" not in done:      # the policy is its own search engine
         grpo(lm, reference, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0), autocoa.IMAGINE, (s.seed, 1), s.rl1_scale)
     if s.stage != "rl1" and "rl2" not in done:      # the tool answers

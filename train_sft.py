@@ -26,7 +26,7 @@ import miniwiki
 import model
 import tools
 import workflows
-from common import Log, Problem, command, main, start_folder, tqdm, write
+from common import Log, Problem, command, main, place, start_folder, tqdm, write
 
 STAGES = ("base", "sft1", "sft2", "sft3")
 
@@ -37,6 +37,8 @@ def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
     The rate warms up over 5% of the steps and falls linearly to a tenth. A loss that is not finite stops the run before
     the weights change.
     """
+    if stage != "base":
+        lm.adapt(s)
     folder, optimizer, mean = Path("out", s.run, stage), lm.backend.Optimizer(lm.model, muon=s.muon), None
     checkpoint = Checkpoint(lm, optimizer, folder, s)
     log = Log(folder, checkpoint.done)
@@ -63,7 +65,7 @@ class Checkpoint:
     --resume found there."""
 
     def __init__(self, lm, optimizer, folder, s):
-        self.lm, self.optimizer, self.folder, self.seconds = lm, optimizer, folder, 60 * s.save_minutes
+        self.lm, self.optimizer, self.folder, self.seconds, self.merge = lm, optimizer, folder, 60 * s.save_minutes, s.lora_merge
         self.path, self.time = folder.with_name(folder.name + ".checkpoint"), time.time()
         self.done = lm.resume(self.path, optimizer) if s.resume and self.path.is_dir() else 0
 
@@ -75,6 +77,8 @@ class Checkpoint:
 
     def finish(self):
         """The stage is complete: its folder takes the place of the checkpoint."""
+        if self.merge and self.lm.model.lora:
+            self.lm.backend.merge(self.lm.model)
         self.lm.save(self.folder)
         shutil.rmtree(self.path, ignore_errors=True)
 
@@ -156,13 +160,13 @@ def make_base(s, task):
     """The model to start from: pretrained here (nano), or a checkpoint from elsewhere with the tags added."""
     model.backend(s.backend).pick_device(s.device)                               # a device that is not there is said before anything is made
     if s.model:
-        lm = model.load_pretrained(s.model, s.device, s.backend)
+        lm = model.load_pretrained(s.model, s.device, s.backend, s.dtype)
         lm.save(Path("out", s.run, "base"))
         return lm
     seeds = tqdm(range(1000, 1040), desc="encyclopedias to read about", unit="world", leave=False)     # not the world of training
     worlds, searches = zip(*[(world, tools.BM25(world.passages(), s.top_k)) for world in (miniwiki.World(seed, "train") for seed in seeds)])
     tok = data.nano_tokenizer(s.vocab_size, data.nano_text(worlds[0]))
-    lm = model.new(model.nano_config(len(tok), tok.eos_token_id, tok.bos_token_id, s.width, s.layers), tok, s.seed, s.device, s.backend)
+    lm = model.new(model.nano_config(len(tok), tok.eos_token_id, tok.bos_token_id, s.width, s.layers), tok, s.seed, s.device, s.backend, s.dtype)
     rng = random.Random(f"base {s.seed}")
     texts = data.base_data(lm.codec, worlds, searches, rng, s.base_tokens)
     train(lm, s, task, "base", data.steps_of(texts, s.batch_tokens, rng), autocoa.nll_loss, lambda b: language_batches(b, s.micro_tokens))
@@ -183,9 +187,9 @@ def run(s):
         for old in (root / "data").glob("*.jsonl"):     # of another base model
             old.unlink()
     else:
-        lm = model.load(start_folder(root, s.start or STAGES[STAGES.index(todo[0]) - 1], STAGES), s.device, s.backend)
+        lm = model.load(start_folder(root, s.start or STAGES[STAGES.index(todo[0]) - 1], STAGES), **place(s))
     if "base" in todo or not (root / "data" / "pairs.jsonl").is_file():
-        base = lm if "base" in todo else model.load(start_folder(root, "base", STAGES), s.device, s.backend)
+        base = lm if "base" in todo else model.load(start_folder(root, "base", STAGES), **place(s))
         make_data(base, task, s, root / "data")
     coa, cot, flat = (read_trajectories(root / "data" / f"{split}.jsonl") for split in ("coa", "cot", "pairs"))
     if "sft1" in todo:      # when to act

@@ -17,7 +17,7 @@ import numpy as np
 import autocoa
 import data
 import model
-from common import main, start_folder
+from common import main, place, start_folder
 from train_sft import read_trajectories
 
 
@@ -47,14 +47,14 @@ def fidelity(lm, trajectories, s):
 
 def run(s):
     root, task = Path("out", s.run), data.load_task(s)
-    lm = model.load(start_folder(root, "sft3", ["sft3"]), s.device, s.backend)
+    lm = model.load(start_folder(root, "sft3", ["sft3"]), **place(s))
     chains = read_trajectories(root / "data" / "coa.jsonl")[:200]
     fresh = data.teach(lm.codec, [q for rows in task.evaluation.values() for q in rows[:30]], set(), task.eval_search)[0]
     rows = {}
     print(f"{'':8}{'training questions':>30}{'unseen questions':>30}\n{'':8}" + f"{'nll':>10}{'title':>10}{'words':>10}" * 2)
     for stage in ("sft2", "sft3", "rl1", "rl2"):
         if (root / stage / "config.json").is_file():
-            lm = model.load(root / stage, s.device, s.backend)
+            lm = model.load(root / stage, **place(s))
             rows[stage] = {"training": fidelity(lm, chains, s), "unseen": fidelity(lm, [t for _, t in fresh], s)}
             print(f"{stage:8}" + "".join(f"{r['nll']:10.2f}{r['title']:10.2f}{r['words']:10.2f}" for r in rows[stage].values()), flush=True)
     (root / "world_model.json").write_text(json.dumps(rows, indent=1))

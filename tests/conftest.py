@@ -49,10 +49,10 @@ def lm(codec):
     return tiny(codec, spread=0.1)
 
 
-def shell(cwd, script, *args, timeout=120, threads="1"):
+def shell(cwd, script, *args, timeout=120, threads="1", **environment):
     """A script of the project, run as a user runs it, in a folder of its own."""
     done = subprocess.run([sys.executable, ROOT / script, *args], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": threads})
+                          env={**os.environ, "OMP_NUM_THREADS": threads, **environment})
     return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
 

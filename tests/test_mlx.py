@@ -1,10 +1,11 @@
 """The MLX twin against the torch twin (and so against transformers, see test_model.py): logits, losses, gradients, steps, rollouts."""
 import ast
+import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny
+from conftest import ROOT, shell, tiny
 from test_losses import SCRIPT_LOSSES, batches_of, chains
 from test_model import CHECKPOINTS, IDS, ours, random_checkpoint, theirs
 from transformers import AutoModelForCausalLM
@@ -53,14 +54,14 @@ def public(module):
 
 def test_twins_have_the_same_names():
     """Public functions and classes, their arguments, in the same order, with the same docstrings. What only one needs is named here."""
-    own = {"Transformer.device", "parameters"}
+    own = {"Transformer.device", "parameters", "Linear.__init__", "Linear.to_quantized"}
     same = [[row for row in public(m) if row[0] not in own] for m in ("model_torch", "model_mlx")]
     assert [r[:2] for r in same[0]] == [r[:2] for r in same[1]]
     differ = {a[0] for a, b in zip(*same) if a[2] != b[2]}
-    assert differ <= {"pick_device"}        # the choices differ
+    assert differ <= {"pick_device", "quantize"}        # the choices differ
 
 
-@pytest.mark.parametrize("there, machine, wanted", [("torch mlx", "arm64", "model_mlx"), ("torch", "arm64", "model_torch"), ("torch mlx", "x86_64", "model_torch")])
+@pytest.mark.parametrize("there, machine, wanted", [("torch mlx", "arm64", "model_mlx"), ("torch", "arm64", "model_torch"), ("torch mlx", "x86_64", "model_torch"), ("mlx", "x86_64", "model_mlx")])
 def test_auto(monkeypatch, there, machine, wanted):
     """MLX on Apple silicon where it is installed, else torch."""
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: name in there.split() or None)
@@ -77,6 +78,35 @@ def test_a_backend_that_is_not_installed(monkeypatch, name):
         model.backend(name)
     with pytest.raises(Problem, match="'jax' is not one of auto, torch, mlx"):
         model.backend("jax")
+
+
+HIDE = """import importlib.machinery
+find = importlib.machinery.PathFinder.find_spec
+hidden = lambda cls, name, path=None, target=None: None if name.partition(".")[0] == "%s" else find(name, path, target)
+importlib.machinery.PathFinder.find_spec = classmethod(hidden)
+"""
+
+
+@pytest.mark.parametrize("own, other", [("mlx", "torch"), ("torch", "mlx")])
+def test_without_the_other_installed(tmp_path, codec, own, other):
+    """A checkpoint of another program becomes a base model, and a stage is trained on it, where the other framework can't be imported."""
+    reference = random_checkpoint("Llama")
+    reference.resize_token_embeddings(len(codec.tok))
+    reference.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    codec.tok.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide" / "sitecustomize.py").write_text(HIDE % other)
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"id": str(i), "question": f"Who directed {i}?", "golden_answers": ["Eva Moss"], "metadata": {"gold_titles": ["Eva Moss"]}}) + "\n" for i in range(4)))
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": "1", "contents": '"Eva Moss"\nEva Moss directed it.'}) + "\n")
+    args = [str(ROOT / "config" / "smollm2.py"), "--quick", "--model=theirs", "--train_data=q.jsonl", "--eval_data=q.jsonl", "--corpus=p.jsonl", "--run=t",
+            "--coa=4", "--cot=2", "--pairs=2", "--max_len=300", "--max_thought=4", "--eval_questions=1"]
+    for script, more in (("train_sft.py", ["--stage=base"]), ("train_sft.py", ["--stage=sft2", "--start=base"]), ("eval.py", [])):
+        done = shell(tmp_path, script, *args, *more, PYTHONPATH=str(tmp_path / "hide"))     # --backend=auto
+        assert done.status == 0, done.err
+    base = model.load(tmp_path / "out" / "t" / "base", "cpu", "torch")
+    np.testing.assert_allclose(ours(base.model, IDS), theirs(reference, IDS), atol=1e-4)
+    done = shell(tmp_path, "train_sft.py", *args, f"--backend={other}", PYTHONPATH=str(tmp_path / "hide"))
+    assert done.status == 2 and f"{other} is not installed; pip install" in done.err
 
 
 def test_a_folder_of_the_twin(agent, tmp_path):
