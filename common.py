@@ -29,6 +29,7 @@ class Settings:
     backend: str = "auto"               # torch or mlx; auto takes MLX on Apple silicon
     device: str = "auto"                # auto or cpu; with torch also cuda or mps
     quick: bool = False                 # the config file's short form: the same story, weaker numbers
+    dry_run: bool = False               # stop behind the estimate of memory and time that each script begins with
     resume: bool = False                # go on with an interrupted run: finished stages are kept, the one that was begun goes on from its checkpoint
     save_minutes: float = 10.0          # between the checkpoints of a stage, which --resume needs
     # -- how weights are kept and trained

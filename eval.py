@@ -19,6 +19,7 @@ import numpy as np
 
 import autocoa
 import data
+import estimate
 import model
 import workflows
 from common import main, place, start_folder, write
@@ -102,6 +103,8 @@ def run(s):
     start, root, task = time.time(), Path("out", s.run), data.load_task(s)
     questions = [q for rows in task.evaluation.values() for q in rows]
     base = model.load(start_folder(root, "base", ROWS.values()), **place(s))
+    if not estimate.show(base, s, "eval"):
+        return
     known, _ = recall(base, questions, s)
     rows, predictions = {}, {}
     for row, stage in ROWS.items():

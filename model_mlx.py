@@ -21,10 +21,11 @@ class Linear(nn.Linear):
     def __call__(self, x):
         if "scales" in self:
             y = mx.quantized_matmul(x, self.weight, self.scales, self.biases, transpose=True, group_size=64, bits=4)
+            y = y + self.bias.astype(x.dtype) if "bias" in self else y
+        elif "bias" in self:
+            y = mx.addmm(self.bias.astype(x.dtype), x, self.weight.astype(x.dtype).T)
         else:
             y = x @ self.weight.astype(x.dtype).T
-        if "bias" in self:
-            y = y + self.bias.astype(x.dtype)
         if "lora_A" in self:
             if self.training and self.dropout:      # by a key of its own, so that a block that is computed again drops the same
                 x = x * mx.random.bernoulli(1 - self.dropout, x.shape, self._key) / (1 - self.dropout)
@@ -61,10 +62,10 @@ class Attention(nn.Module):
         v = self.v_proj(x).reshape(B, T, -1, self.c.head_dim).swapaxes(1, 2)
         if self.c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q.swapaxes(1, 2), turn), rotate(k.swapaxes(1, 2), turn)
+        q, k = mx.split(rotate(mx.concatenate((q, k), 2).swapaxes(1, 2), turn), [self.c.num_attention_heads], 1)     # one call for both
         if cache is not None:
             k, v = cache(k, v)                                          # (B, kv heads, keys, head_dim)
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.c.head_dim ** -0.5, mask="causal" if mask is None else mask)
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.c.head_dim ** -0.5, mask="causal" if mask is None and T > 1 else mask)
         return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1))
 
 
@@ -209,12 +210,20 @@ class Decoder:
         if keys > self.k[0].shape[2]:
             more = -(-keys // self.BLOCK) * self.BLOCK - self.k[0].shape[2]
             self.k, self.v = [[mx.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in cache] for cache in (self.k, self.v)]
-        positions = start[:, None] + mx.arange(T)                                   # (B, T)
-        mask = (mx.arange(keys) <= positions[..., None])[:, None]                   # (B, 1, T, keys)
-        which, at = None if rows is None else mx.array(rows), positions[:, None, :, None]
+        even = rows is None and (length == length[0]).all()                         # all rows end at one place: they need no mask
+        if even:
+            start = at = int(length[0])
+            mask = which = None
+        else:
+            positions = start[:, None] + mx.arange(T)                               # (B, T)
+            mask = (mx.arange(keys) <= positions[..., None])[:, None]               # (B, 1, T, keys)
+            which, at = None if rows is None else mx.array(rows), positions[:, None, :, None]
 
         def write(i):
             def put_in(cache, new):
+                if even:
+                    cache[:, :, at:at + T] = new
+                    return cache, cache[:, :, :keys]
                 own = cache if rows is None else cache[which]
                 own = mx.put_along_axis(own, mx.broadcast_to(at, new.shape), new, axis=2)
                 if rows is None:
@@ -246,22 +255,24 @@ class Decoder:
         if not steps:
             return [[] for _ in limits], [[] for _ in limits]
         for step in range(steps):
-            z = self.logits / warmth
+            z = self.logits if all_cold else self.logits / warmth
             logp = z - mx.logsumexp(z, -1, keepdims=True)                           # (rows, vocab)
             token = logp.argmax(-1)
             if not all_cold:
                 u = mx.array(rng.random((len(limits), 1)), mx.float32)
                 token = mx.where(cold, token, mx.minimum((mx.exp(logp).cumsum(-1) < u).sum(-1), logp.shape[1] - 1))
             picked = mx.take_along_axis(logp, token[:, None], 1)[:, 0]
-            mx.eval(token, picked, self.k, self.v)                                  # once a step
-            token, picked = np.array(token).astype(np.int64), np.array(picked)      # uint32 has no -1
+            mx.async_eval(token, picked)
+            if step + 1 < steps:                                                    # the next step is on its way before this one's tokens are read:
+                x = self.model.logits(self._forward(token[:, None])[:, 0])          # stopped rows write beyond their length
+                mx.async_eval(x)
+            token = np.array(token).astype(np.int64)                                # uint32 has no -1
             ids.append(np.where(running, token, -1))
-            logps.append(picked)
+            logps.append(np.array(picked))
             running = running & ~np.isin(token, stops) & (step + 1 < limits)
             if running.sum() <= leave * len(limits):
                 break
-            x = self._forward(mx.array(token[:, None]))                             # stopped rows write beyond their length
-            self.logits = mx.where(mx.array(running)[:, None], self.model.logits(x[:, 0]), self.logits)
+            self.logits = x if running.all() else mx.where(mx.array(running)[:, None], x, self.logits)
             self.length += running
         ids, logps = np.stack(ids, 1), np.stack(logps, 1)
         counts = (ids >= 0).sum(1)
@@ -279,7 +290,7 @@ class Optimizer:
 
     def __init__(self, model, muon=True):
         params = trained(model)
-        self.model, self.step_count = model, 0
+        self.model, self.step_count, self.update = model, 0, mx.compile(new_state)
         self.matrices = [n for n, p in params.items() if muon and p.ndim == 2 and ".layers." in n]
         self.m = {n: mx.zeros_like(p) for n, p in params.items()}
         self.v = {n: mx.zeros_like(p) for n, p in params.items() if n not in self.matrices}
@@ -295,22 +306,29 @@ class Optimizer:
 
     def step(self, grads, lr, muon_lr, momentum=0.95, beta1=0.9, beta2=0.98, eps=1e-8):
         self.step_count += 1
-        params, shapes = trained(self.model), {}
-        for name in self.matrices:
-            m = self.m[name] = momentum * self.m[name] + (1 - momentum) * grads[name]
-            shapes.setdefault(m.shape, []).append((name, (1 - momentum) * grads[name] + momentum * m))
-        for shape, group in shapes.items():
-            update = orthogonalize(mx.stack([u for _, u in group]))
-            scale = muon_lr * max(1, shape[0] / shape[1]) ** 0.5
-            for (name, _), u in zip(group, update):
-                params[name] = params[name] - scale * u
-        for name in self.v:
-            m = self.m[name] = beta1 * self.m[name] + (1 - beta1) * grads[name]
-            v = self.v[name] = beta2 * self.v[name] + (1 - beta2) * grads[name].square()
-            fix1, fix2 = 1 - beta1 ** self.step_count, 1 - beta2 ** self.step_count
-            params[name] = params[name] - lr * m / fix1 / (mx.sqrt(v / fix2) + eps)
+        settings = [mx.array(float(x)) for x in (lr, muon_lr, momentum, beta1, beta2, eps, self.step_count)]        # arrays: a number would be compiled in
+        params, self.m, self.v = self.update(trained(self.model), self.m, self.v, grads, *settings)
         self.model.update(tree_unflatten(list(params.items())))
-        mx.eval(self.model.parameters(), self.m, self.v)
+        mx.eval(params, self.m, self.v)
+
+
+def new_state(params, m, v, grads, lr, muon_lr, momentum, beta1, beta2, eps, step):
+    """What a step makes of parameters and moments: a function without effects, so that it can be compiled."""
+    params, m, v, shapes = dict(params), dict(m), dict(v), {}
+    for name in [n for n in m if n not in v]:
+        m[name] = momentum * m[name] + (1 - momentum) * grads[name]
+        shapes.setdefault(m[name].shape, []).append((name, (1 - momentum) * grads[name] + momentum * m[name]))
+    for shape, group in shapes.items():
+        update = orthogonalize(mx.stack([u for _, u in group]))
+        scale = muon_lr * max(1, shape[0] / shape[1]) ** 0.5
+        for (name, _), u in zip(group, update):
+            params[name] = params[name] - scale * u
+    for name in v:
+        m[name] = beta1 * m[name] + (1 - beta1) * grads[name]
+        v[name] = beta2 * v[name] + (1 - beta2) * grads[name].square()
+        fix1, fix2 = 1 - beta1 ** step, 1 - beta2 ** step
+        params[name] = params[name] - lr * m[name] / fix1 / (mx.sqrt(v[name] / fix2) + eps)
+    return params, m, v
 
 
 def orthogonalize(x):

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import autocoa
 import data
+import estimate
 import model
 import workflows
 from common import Log, Problem, main, place, start_folder, tqdm
@@ -114,6 +115,8 @@ def run(s):
     start = s.start or ("rl1" if s.stage == "rl2" else "sft3")
     reference = model.load(start_folder(root, start, [*STAGES, "rl1"]), **place(s))
     lm = model.load(root / done[-1], **place(s)) if done else reference.copy()
+    if not estimate.show(lm, s, "rl"):
+        return
     if s.stage != "rl2" and "rl1" not in done:      # the policy is its own search engine
         grpo(lm, reference, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0), autocoa.IMAGINE, (s.seed, 1), s.rl1_scale)
     if s.stage != "rl1" and "rl2" not in done:      # the tool answers

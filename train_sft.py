@@ -22,6 +22,7 @@ from pathlib import Path
 
 import autocoa
 import data
+import estimate
 import miniwiki
 import model
 import tools
@@ -29,6 +30,7 @@ import workflows
 from common import Log, Problem, command, main, place, start_folder, tqdm, write
 
 STAGES = ("base", "sft1", "sft2", "sft3")
+READING = range(1000, 1040)     # seeds of the encyclopedias that pretraining reads about: not the world of training
 
 
 def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
@@ -156,21 +158,24 @@ def read_trajectories(path):
     return [autocoa.Trajectory(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def make_base(s, task):
-    """The model to start from: pretrained here (nano), or a checkpoint from elsewhere with the tags added."""
+def untrained(s):
+    """The network to start from: a checkpoint from elsewhere with the tags added, or a new one (nano)."""
     model.backend(s.backend).pick_device(s.device)                               # a device that is not there is said before anything is made
     if s.model:
-        lm = model.load_pretrained(s.model, s.device, s.backend, s.dtype)
-        lm.save(Path("out", s.run, "base"))
-        return lm
-    seeds = tqdm(range(1000, 1040), desc="encyclopedias to read about", unit="world", leave=False)     # not the world of training
+        return model.load_pretrained(s.model, s.device, s.backend, s.dtype)
+    tok = data.nano_tokenizer(s.vocab_size, data.nano_text(miniwiki.World(READING[0], "train")))
+    return model.new(model.nano_config(len(tok), tok.eos_token_id, tok.bos_token_id, s.width, s.layers), tok, s.seed, s.device, s.backend, s.dtype)
+
+
+def make_base(lm, s, task):
+    """The base model: pretrained here (nano), or the checkpoint as it is."""
+    if s.model:
+        return lm.save(Path("out", s.run, "base"))
+    seeds = tqdm(READING, desc="encyclopedias to read about", unit="world", leave=False)
     worlds, searches = zip(*[(world, tools.BM25(world.passages(), s.top_k)) for world in (miniwiki.World(seed, "train") for seed in seeds)])
-    tok = data.nano_tokenizer(s.vocab_size, data.nano_text(worlds[0]))
-    lm = model.new(model.nano_config(len(tok), tok.eos_token_id, tok.bos_token_id, s.width, s.layers), tok, s.seed, s.device, s.backend, s.dtype)
     rng = random.Random(f"base {s.seed}")
     texts = data.base_data(lm.codec, worlds, searches, rng, s.base_tokens)
     train(lm, s, task, "base", data.steps_of(texts, s.batch_tokens, rng), autocoa.nll_loss, lambda b: language_batches(b, s.micro_tokens))
-    return lm
 
 
 def run(s):
@@ -182,12 +187,13 @@ def run(s):
     root, task = Path("out", s.run), data.load_task(s)
     if not todo:
         return print(f"all stages are in {root} already")
+    lm = untrained(s) if "base" in todo else model.load(start_folder(root, s.start or STAGES[STAGES.index(todo[0]) - 1], STAGES), **place(s))
+    if not estimate.show(lm, s, "sft"):
+        return
     if "base" in todo:
-        lm = make_base(s, task)
+        make_base(lm, s, task)
         for old in (root / "data").glob("*.jsonl"):     # of another base model
             old.unlink()
-    else:
-        lm = model.load(start_folder(root, s.start or STAGES[STAGES.index(todo[0]) - 1], STAGES), **place(s))
     if "base" in todo or not (root / "data" / "pairs.jsonl").is_file():
         base = lm if "base" in todo else model.load(start_folder(root, "base", STAGES), **place(s))
         make_data(base, task, s, root / "data")

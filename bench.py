@@ -1,0 +1,175 @@
+"""Speed, side by side with what one would take instead: mlx_lm (--backend=mlx), or transformers (--backend=torch).
+
+    python bench.py                     # with the agent in out/nano; --start= names another stage
+    python bench.py --backend=mlx
+
+one answer      a prompt, 128 tokens
+agents          questions x rollouts with tool calls, greedy; the library decodes all rows of a turn together and reads the
+                grown texts again after each call, as its interface has it
+training        optimizer steps of a LoRA adapter (MLX: that library's own trainer) or of all weights (torch)
+
+Both sides have the same weights, texts and budgets and run in turns; the figure is the median of the ratios.
+"""
+import contextlib
+import io
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import autocoa
+import data
+import model
+from common import Problem, main, place, start_folder
+from train_sft import language_batches, read_trajectories
+
+ROUNDS = 5
+
+
+def with_tool_calls(generate, codec, prompts, search, s):
+    """Tool calls around a library's generate: (texts, limit) -> new ids of each, its stop token included. -> whole texts"""
+    texts, live = [list(p) for p in prompts], list(range(len(prompts)))
+    for _ in range(s.max_actions + 1):
+        new = generate([texts[i] for i in live], s.max_len - max(len(texts[i]) for i in live))
+        for i, ids in zip(live, new):
+            texts[i] += ids
+        live = [i for i in live if texts[i][-1] == codec.end_search and len(texts[i]) < s.max_len - 150]
+        if not live:
+            break
+        for i, said in zip(live, search([codec.decode(texts[i][len(texts[i]) - texts[i][::-1].index(codec.search):-1]).strip() for i in live])):
+            texts[i] += [codec.result] + codec.encode(said) + [codec.end_result]
+    return texts
+
+
+def mlx_lm_side(folder, base, codec, s):
+    """-> (generate one, generate many, a function that times n optimizer steps of a LoRA adapter on some rows)"""
+    import mlx.optimizers
+    import mlx_lm
+    from mlx import core as mx
+    from mlx_lm.generate import BatchGenerator, generate_step
+    from mlx_lm.tuner import trainer, utils
+    network, _ = mlx_lm.load(str(folder))
+    stops = [codec.eos, codec.end_search]
+
+    def one(prompt, n):
+        return [int(t) for t, _ in zip((t for t, _ in generate_step(mx.array(prompt), network, max_tokens=n)), range(n))]
+
+    def many(texts, limit):
+        generator = BatchGenerator(network, stop_tokens=[[t] for t in stops], completion_batch_size=len(texts), prefill_batch_size=len(texts))
+        uids = generator.insert(texts, [limit] * len(texts))
+        out = {u: [] for u in uids}
+        while responses := generator.next_generated():
+            for r in responses:
+                out[r.uid].append(r.token)
+        generator.close()
+        return [out[u] for u in uids]
+
+    def learn(rows, steps):
+        student, _ = mlx_lm.load(str(base))
+        student.freeze()
+        utils.linear_to_lora_layers(student, len(student.layers), {"rank": s.lora_rank, "scale": s.lora_alpha / s.lora_rank, "dropout": 0.0,
+                                                                    "keys": ["self_attn." + t if t[0] in "qkvo" else "mlp." + t for t in s.lora_targets]})
+        times = []
+
+        class Clock(trainer.TrainingCallback):
+            def on_train_loss_report(self, info):
+                times.append(time.perf_counter())
+        with tempfile.TemporaryDirectory() as there, contextlib.redirect_stdout(io.StringIO()):
+            args = trainer.TrainingArgs(batch_size=len(rows), iters=steps + 2, steps_per_report=1, max_seq_length=s.max_len, adapter_file=os.path.join(there, "a.safetensors"))
+            trainer.train(student, mlx.optimizers.Adam(1e-5), [(r, 0) for r in rows], args=args, training_callback=Clock())
+        return times[-1] - times[1]             # the first steps compile
+    return one, many, learn
+
+
+def transformers_side(folder, base, codec, s):
+    import torch
+    from transformers import AutoModelForCausalLM
+    network = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.backend("torch").pick_device(s.device))
+    device = network.device
+
+    def many(texts, limit, stops=(codec.eos, codec.end_search)):
+        longest = max(map(len, texts))
+        ids = torch.tensor([[codec.eos] * (longest - len(t)) + t for t in texts], device=device)
+        mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in texts], device=device)
+        with torch.no_grad():
+            out = network.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=0)[:, longest:].tolist()
+        ends = [next((i for i, t in enumerate(row) if t in stops), len(row) - 1) for row in out]
+        return [row[:end + 1] for row, end in zip(out, ends)]
+
+    def one(prompt, n):
+        network.generation_config.eos_token_id = None
+        return many([prompt], n, stops=())[0]
+
+    def learn(rows, steps):
+        student = AutoModelForCausalLM.from_pretrained(base).to(device).train()
+        optimizer = torch.optim.AdamW(student.parameters(), 1e-5)
+        longest = max(map(len, rows))
+        ids = torch.tensor([r + [0] * (longest - len(r)) for r in rows], device=device)
+        mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows], device=device)
+        for step in range(steps + 1):
+            if step == 1:
+                start = time.perf_counter()
+            optimizer.zero_grad()
+            student(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+        return time.perf_counter() - start
+    return one, many, learn
+
+
+def timed(f):
+    start = time.perf_counter()
+    out = f()
+    return time.perf_counter() - start, out
+
+
+def run(s):
+    root, task = Path("out", s.run), data.load_task(s)
+    folder = start_folder(root, s.start or "rl2", ["rl2"])
+    lm, backend = model.load(folder, **place(s)), model.backend(s.backend)
+    if lm.model.lora:
+        raise Problem(f"{folder} holds an adapter; compare with --lora_merge, whose stages are whole networks")
+    s.lora_rank = s.lora_rank or 8
+    theirs, side = ("mlx_lm", mlx_lm_side) if backend.__name__ == "model_mlx" else ("transformers", transformers_side)
+    one, many, learn = side(folder, root / "base", lm.codec, s)
+    prompts = [lm.codec.prompt(q["question"]) for q in task.train(s.questions, "rl2") for _ in range(s.rollouts)]
+    rows = sorted(read_trajectories(root / "data" / "coa.jsonl")[:400], key=lambda t: len(t.ids))[200:216]
+
+    def our_one():
+        return lm.decoder([prompts[0]]).decode([], [128], 0.0)[0][0]
+
+    def our_many():
+        return [t.ids for t in autocoa.rollout(lm.decoder, lm.codec, prompts, task.rl_search, s.max_actions, s.max_len, s.max_answer)]
+
+    def our_learn(steps=6):
+        student = model.load(root / "base", **place(s))
+        if theirs == "mlx_lm":
+            student.adapt(s)
+        else:
+            s.muon = False
+        optimizer = student.backend.Optimizer(student.model, muon=False)
+        whole = language_batches([autocoa.Trajectory(t.ids, [1] * len(t.ids), t.role) for t in rows], 10 ** 9)
+        for step in range(steps + 1):
+            if step == 1:
+                start = time.perf_counter()
+            student.backend.train_step(student.model, optimizer, autocoa.nll_loss, whole, 1e-5, 0.0)
+        return time.perf_counter() - start
+
+    def same(a, b):
+        return f"{sum(x == y for x, y in zip(a, b))} of {len(a)} texts are the same"
+    print(f"{'':14}{'ours':>9}{theirs:>15}{'ratio':>8}")
+    for name, ours, others in (("one answer", lambda: timed(our_one), lambda: timed(lambda: one(prompts[0], 128))),
+                               ("agents", lambda: timed(our_many), lambda: timed(lambda: with_tool_calls(many, lm.codec, prompts, task.rl_search, s))),
+                               ("training", lambda: (our_learn(), None), lambda: (learn([t.ids for t in rows], 6), None))):
+        pairs = [(ours(), others()) for _ in range(ROUNDS)]
+        (_, mine), (_, other) = pairs[-1]
+        note = same([mine], [other]) if name == "one answer" else same(mine, other) if mine else f"6 steps of {len(rows)} rows"
+        print(f"{name:14}{statistics.median(a for (a, _), _ in pairs):8.2f}s{statistics.median(b for _, (b, _) in pairs):14.2f}s"
+              f"{statistics.median(b / a for (a, _), (b, _) in pairs):7.1f}x  {note}", flush=True)
+
+
+if __name__ == "__main__":
+    main(run, __doc__)

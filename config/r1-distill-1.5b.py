@@ -1,0 +1,31 @@
+"""R1-Distill-Qwen-1.5B, the reasoning model the paper begins with at its smallest: an adapter on a 4-bit base, for a 16 GB Mac or one GPU.
+
+    python train_sft.py config/r1-distill-1.5b.py --train_data=.. --eval_data=.. --corpus=.. --dry-run
+
+The other arguments are those of config/smollm2.py. Not yet trained: the estimate is measured, the recipe is the authors'.
+"""
+run = "r1-distill-1.5b"
+model = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+dtype = "bfloat16"
+bits = 4
+lora_rank = 16
+checkpointing = True
+muon = False
+lr = 1e-4                   # of an adapter: ten times what all weights would take
+sft1_scale = 0.1
+sft2_scale = 1.0
+sft3_scale = 1.0
+batch_tokens = 12_000
+micro_tokens = 1024
+rl1_scale = 1.0
+rl_lr = 1e-5
+temperature = 0.6
+call_cost = 0.0
+kl = 0.001
+questions = 16
+top_k = 3
+max_actions = 4
+max_len = 1024
+max_answer = 24
+max_observation = 400
+batch_rows = 32

@@ -1,0 +1,119 @@
+"""What a run will take, said before it starts: parameters, memory at the chosen sizes, and with --dry-run seconds a step, measured on two.
+
+Memory is counted from the shapes, in bytes: what stays (weights, gradients, optimizer, and in RL the reference), and what comes and goes
+(activations of a micro-batch; the KV cache of the rollouts). Not counted: the framework itself and what its kernels use for a moment.
+"""
+import time
+
+import numpy as np
+
+import autocoa
+
+GB = 1e9
+
+
+def matrices(c):
+    """[(name, rows, columns)] of one block."""
+    return [(n, *c.shape_of(n)) for n in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")]
+
+
+def parameters(c, s):
+    """-> how many: {"blocks": those in the blocks' matrices, "rest": embeddings, norms, biases, "adapter"}"""
+    q, kv = c.shape_of("q_proj")[0], c.shape_of("k_proj")[0]
+    block = sum(rows * columns for _, rows, columns in matrices(c))
+    small = 2 * c.hidden_size + c.qkv_bias * (q + 2 * kv) + c.o_bias * c.hidden_size + c.qk_norm * 2 * c.head_dim
+    adapter = sum(s.lora_rank * (rows + columns) for n, rows, columns in matrices(c) if n in s.lora_targets)
+    L = c.num_hidden_layers
+    return {"blocks": L * block, "rest": L * small + c.hidden_size + c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2), "adapter": L * adapter}
+
+
+def kept(c, s, muon, scale_bytes):
+    """Bytes of weights, of gradients and of the optimizer. Weights that are trained take 4 bytes, frozen ones those of --dtype or --bits.
+    scale_bytes: what 64 weights of 4 bits have beside them."""
+    n, size = parameters(c, s), 2 if s.dtype == "bfloat16" else 4
+    if s.lora_rank:
+        block = 0.5 + scale_bytes / 64 if s.bits == 4 else size
+        in_matrices = n["adapter"]
+        trained, weights = n["adapter"], block * n["blocks"] + size * n["rest"] + 4 * n["adapter"]
+    else:
+        in_matrices = n["blocks"]
+        trained, weights = n["blocks"] + n["rest"], 4 * (n["blocks"] + n["rest"])
+    return {"weights": weights, "gradients": 4 * trained, "optimizer": 8 * trained - 4 * in_matrices * muon}
+
+
+def activations(c, s, tokens, learned):
+    """Bytes that the forward pass of a micro-batch leaves for the backward pass. tokens: with padding; learned: those that carry loss.
+
+    A block keeps the inputs of its norms (2), its linear maps and its activation, and the queries, keys, values and output of attention;
+    with bfloat16 also the trained matrices as they were cast. The head keeps log-probs, and its logits while it computes them.
+    """
+    size = 2 if s.dtype == "bfloat16" else 4
+    h, q, kv, m = c.hidden_size, c.shape_of("q_proj")[0], c.shape_of("k_proj")[0], c.intermediate_size
+    block = tokens * size * (4 * h + 3 * q + 2 * kv + 4 * m)
+    if c.qk_norm:
+        block += tokens * size * (q + kv)
+    if s.lora_rank:
+        block += tokens * size * s.lora_rank * len(s.lora_targets)
+    elif size == 2:
+        block += size * sum(rows * columns for _, rows, columns in matrices(c))
+    L = c.num_hidden_layers
+    blocks = L * tokens * size * h + block if s.checkpointing else L * block
+    return blocks + 2 * tokens * size * h + 3 * 4 * learned * c.vocab_size
+
+
+def cache(c, s, rows, length):
+    """Bytes of keys and values of the rollouts, and of the logits of a step."""
+    size = 2 if s.dtype == "bfloat16" else 4
+    return 2 * size * c.num_hidden_layers * rows * length * c.shape_of("k_proj")[0] + 3 * 4 * rows * c.vocab_size
+
+
+def show(lm, s, kind):
+    """Print the estimate for a script. kind: sft, rl or eval. -> whether to go on"""
+    c = lm.model.config
+    n, size = parameters(c, s), 2 if s.dtype == "bfloat16" else 4
+    whole = n["blocks"] + n["rest"]
+    keep = kept(c, s, s.muon and kind == "sft", 2 * size if lm.backend.__name__ == "model_mlx" else 4)      # MLX has an offset beside the scale
+    rows = {"sft": 0, "rl": s.questions * s.rollouts, "eval": s.batch_rows}[kind]
+    going = {"KV cache": cache(c, s, min(rows, s.batch_rows), s.max_len)} if rows else {}
+    copy = 0 if size == 4 or s.lora_rank else size * whole           # the rollouts' own copy in the compute type
+    if kind == "eval":
+        peak = keep["weights"] + copy + going["KV cache"]
+        keep = {"weights": keep["weights"]}
+    else:
+        going["activations"] = activations(c, s, s.micro_tokens, s.micro_tokens)
+        if kind == "rl":
+            keep["reference"] = 4 * (n["adapter"] if s.lora_rank else whole)
+        peak = sum(keep.values()) + max(going.get("KV cache", 0) + copy, going["activations"])
+    print(f"{whole / 1e6:,.2f} M parameters" + ("" if kind == "eval" else f", {n['adapter'] / 1e6:,.2f} M trained (rank {s.lora_rank})" if s.lora_rank else ", all trained"))
+    print("memory: " + ", ".join(f"{k} {v / GB:.2f}" for k, v in (keep | going).items()) + f"; together at most {peak / GB:.2f} GB"
+          + (f" (micro-batches of {s.micro_tokens} tokens" + (f", {min(rows, s.batch_rows)} rows of {s.max_len}" if rows else "") + ")"), flush=True)
+    if s.dry_run:
+        if kind != "eval":
+            print(f"time: {step_seconds(lm, s):.2f} s an optimizer step of {s.batch_tokens} tokens")
+        if rows:
+            print(f"time: {decode_seconds(lm, s, min(rows, s.batch_rows)):.3f} s a token of {min(rows, s.batch_rows)} rollouts")
+        print("nothing was trained or written (--dry-run)")
+    return not s.dry_run
+
+
+def step_seconds(lm, s):
+    """Of the second of two optimizer steps of a copy on random tokens."""
+    lm, rng = lm.copy(), np.random.default_rng(0)
+    lm.adapt(s)
+    optimizer = lm.backend.Optimizer(lm.model, muon=s.muon)
+    length = min(s.max_len, s.micro_tokens)
+    batch = {"ids": rng.integers(0, lm.model.config.vocab_size, (max(1, s.micro_tokens // length), length)), "norm": float(s.batch_tokens)}
+    batch["mask"] = np.ones(batch["ids"].shape, np.float32)
+    for _ in range(2):
+        start = time.time()
+        lm.backend.train_step(lm.model, optimizer, autocoa.nll_loss, [batch] * max(1, round(s.batch_tokens / batch["ids"].size)), 0.0, 0.0)
+    return time.time() - start
+
+
+def decode_seconds(lm, s, rows, tokens=8):
+    """Of one token of all rollouts, in the second of two rounds, behind half of their length."""
+    dec = lm.decoder([[1] * (s.max_len // 2)] * rows)
+    for _ in range(2):
+        start = time.time()
+        dec.decode([], [tokens] * rows, 0.0)
+    return (time.time() - start) / tokens

@@ -1,0 +1,120 @@
+"""The estimate before a run: parameters and bytes against those of the real tensors, activations against what autograd saves, --dry-run."""
+import runpy
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, shell, tiny
+from test_model import CHECKPOINTS
+
+import autocoa
+import estimate
+import model
+import model_torch
+from common import Settings
+
+NANO = model.nano_config(2048, 0, 1)
+R1 = model.ModelConfig(["Qwen2ForCausalLM"], 151936, 1536, 8960, 28, 12, 2, 128, tie_word_embeddings=False)     # R1-Distill-Qwen-1.5B
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_parameters(name):
+    c = model.ModelConfig.from_dict(CHECKPOINTS[name]().to_dict() | {"architectures": [type(CHECKPOINTS[name]()).__name__.replace("Config", "ForCausalLM")]}, "x")
+    n = estimate.parameters(c, Settings())
+    assert n["blocks"] + n["rest"] == sum(np.prod(shape) for shape in model_torch.shapes(model_torch.build(c)).values()) and n["adapter"] == 0
+
+
+def nbytes(lm):
+    """Of the weights that a network holds."""
+    if lm.backend is model_torch:
+        packed = [t for m in model_torch.linears(lm.model).values() if m.packed is not None for t in (m.packed, m.quant_state.absmax)]
+        return sum(p.numel() * p.element_size() for p in [*lm.model.parameters(), *packed])
+    return sum(p.nbytes for p in lm.backend.parameters(lm.model).values())
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+@pytest.mark.parametrize("settings", [{}, dict(muon=False), dict(dtype="bfloat16"), dict(lora_rank=4), dict(lora_rank=4, dtype="bfloat16", lora_targets=["q_proj"]),
+                                      dict(lora_rank=4, bits=4), dict(lora_rank=4, bits=4, dtype="bfloat16")])
+def test_what_is_kept(codec, tmp_path, backend, settings):
+    """Weights, gradients and optimizer, to the byte."""
+    pytest.importorskip(backend)
+    if settings.get("bits") == 4 and backend == "torch":
+        pytest.importorskip("bitsandbytes")
+    s = Settings(**settings)
+    tiny(codec, width=128).save(tmp_path / "x")
+    lm = model.load(tmp_path / "x", "cpu", backend, s.dtype)
+    lm.adapt(s)
+    keep = estimate.kept(lm.model.config, s, s.muon, 4 if backend == "torch" else 4 if s.dtype == "bfloat16" else 8)
+    assert keep["weights"] == nbytes(lm)
+    state = lm.backend.Optimizer(lm.model, muon=s.muon).state()
+    assert keep["optimizer"] == sum(x.nbytes for n, x in state.items() if n != "step")
+    assert keep["gradients"] == 4 * sum(np.prod(p.shape) for p in lm.backend.trained(lm.model).values())
+
+
+@pytest.mark.parametrize("settings", [{}, dict(dtype="bfloat16"), dict(checkpointing=True), dict(lora_rank=8), dict(lora_rank=8, dtype="bfloat16", checkpointing=True)])
+@pytest.mark.parametrize("arch", ["nano", "wide, grouped", "Qwen3"])
+def test_activations(codec, settings, arch):
+    """Within 15% of what autograd saves for the backward pass, parameters apart."""
+    c = {"nano": NANO, "wide, grouped": model.ModelConfig(["LlamaForCausalLM"], 3000, 288, 768, 3, 9, 3, 32),
+         "Qwen3": model.ModelConfig(["Qwen3ForCausalLM"], 2048, 128, 384, 3, 4, 2, 64)}[arch]
+    if arch == "Qwen3" and settings == {"dtype": "bfloat16"}:
+        pytest.skip("the CPU's RMS norm keeps float32 copies of the queries and keys; CUDA's does not")
+    s = Settings(**settings)
+    lm = model.LM(model_torch.build(c, "cpu", s.dtype), codec.tok, model_torch)
+    lm.adapt(s)
+    rows, length = 8, 128
+    ids = torch.randint(0, 300, (rows, length + 1))
+    own, saved = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}, {}
+
+    def keep(t):
+        saved.setdefault(t.untyped_storage().data_ptr(), (t.untyped_storage().nbytes(), t))
+        return t
+    lm.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        logp = model_torch.logprobs(lm.model, ids, torch.ones(ids.shape))
+        autocoa.nll_loss(torch, logp, {"mask": torch.ones(ids.shape), "norm": 1.0})
+    measured = sum(size for pointer, (size, _) in saved.items() if pointer not in own)
+    head = 2 * 4 * rows * length * c.vocab_size             # logits, and those over the temperature: there for a moment, not saved
+    if s.checkpointing:                                     # what a block keeps when it is computed again is not seen here
+        one = Settings(**settings | {"checkpointing": False})
+        head += (estimate.activations(c, one, rows * length, 0) - 2 * rows * length * (2 if s.dtype == "bfloat16" else 4) * c.hidden_size) / c.num_hidden_layers
+    assert estimate.activations(c, s, rows * length, rows * length) == pytest.approx(measured + head, rel=0.15)
+
+
+def test_a_16_gb_mac(codec, capsys):
+    """R1-Distill-Qwen-1.5B with its preset: under two thirds of 16 GB, in SFT and in RL."""
+    preset = {k: v for k, v in runpy.run_path(str(ROOT / "config" / "r1-distill-1.5b.py")).items() if not k.startswith("_")}
+    s = Settings(**preset)
+    assert s.bits == 4
+
+    class Shapes:
+        class model:
+            config = R1
+        backend = type("b", (), {"__name__": "model_mlx"})
+    for kind in ("sft", "rl"):
+        assert estimate.show(Shapes, s, kind)
+        out = capsys.readouterr().out
+        assert "1,777.09 M parameters" in out and "rank 16" in out
+        assert 2 < float(out.split("at most ")[1].split(" GB")[0]) < 10.6
+
+
+def test_dry_run(codec, tmp_path):
+    """Each script says parameters, memory and a step's time, and stops: nothing is trained or written."""
+    tiny(codec).save(tmp_path / "out" / "t" / "sft3")
+    tiny(codec).save(tmp_path / "out" / "t" / "base")
+    before = sorted(tmp_path.rglob("*"))
+    for script, times in (("train_sft.py", ["optimizer step"]), ("train_rl.py", ["optimizer step", "rollouts"]), ("eval.py", ["rollouts"])):
+        done = shell(tmp_path, script, "--run=t", "--dry-run", "--width=64", "--layers=2", "--questions=2", "--max_len=100", "--batch_rows=16", "--eval_questions=2")
+        assert done.status == 0, done.err
+        lines = done.out.splitlines()
+        assert " M parameters" in lines[1] and lines[2].startswith("memory: weights 0.00, ") and "together at most 0." in lines[2]
+        assert [any(word in line and line.startswith("time: ") for word in times) for line in lines[3:-1]] == [True] * len(times) and "--dry-run" in lines[-1]
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_step_is_timed_on_a_copy(codec):
+    """The measurement leaves the network as it was. Guards: a run that begins with what the estimate trained."""
+    lm = tiny(codec)
+    before = {n: p.clone() for n, p in lm.model.named_parameters()}
+    assert estimate.step_seconds(lm, Settings(batch_tokens=600, micro_tokens=300, max_len=100)) > 0
+    assert all(torch.equal(p, before[n]) for n, p in lm.model.named_parameters()) and not lm.model.lora
