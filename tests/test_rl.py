@@ -50,6 +50,7 @@ def test_the_two_environments(monkeypatch, tmp_path):
     monkeypatch.setattr(train_rl.data, "load_task", lambda s: task)
     monkeypatch.setattr(train_rl.model, "load", lambda *a, **k: types.SimpleNamespace(copy=lambda: "the start"))
     monkeypatch.setattr(train_rl, "grpo", lambda lm, reference, s, stage, steps, pool, search, rng, scale=1.0: calls.append((lm, stage, steps, pool, search, scale)))
+    monkeypatch.setattr(train_rl.estimate, "show", lambda *a: True)
     train_rl.run(Settings(rl1_steps=3, rl2_steps=2, questions=4, rl_questions=10))
     assert calls == [("the start", "rl1", 3, (10, "rl1", 0.0), autocoa.IMAGINE, Settings.rl1_scale), ("the start", "rl2", 2, (10, "rl2", 0.1), "the tool", 1.0)]
 
