@@ -148,8 +148,6 @@ def run(s):
         student = model.load(root / "base", **place(s))
         if theirs == "mlx_lm":
             student.adapt(s)
-        else:
-            s.muon = False
         optimizer = student.backend.Optimizer(student.model, muon=False)
         whole = language_batches([autocoa.Trajectory(t.ids, [1] * len(t.ids), t.role) for t in rows], 10 ** 9)
         for step in range(steps + 1):

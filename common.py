@@ -19,6 +19,9 @@ class Problem(Exception):
     """Bad input: one line that names the file, line or setting and the way out. The scripts print it and exit with 2."""
 
 
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")        # of a block
+
+
 @dataclass
 class Settings:
     """Every setting of every script; the defaults are the nano path. A config file sets some, the command line wins:
@@ -38,7 +41,7 @@ class Settings:
     lora_rank: int = 0                  # of a low-rank adapter that is trained instead of all weights; 0: none
     lora_alpha: float = 32.0            # its scale is this over the rank
     lora_dropout: float = 0.0           # of what goes into it
-    lora_targets: list = dataclasses.field(default_factory=lambda: "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())  # matrices that get one
+    lora_targets: list = dataclasses.field(default_factory=lambda: list(MATRICES))  # matrices that get one
     lora_merge: bool = False            # put it into the weights at the end of each stage, or keep it apart as a PEFT folder
     bits: int = 16                      # 4: the frozen matrices under an adapter in 4 bits; torch needs bitsandbytes for that
     # -- model and data of the real path (empty: the nano path makes its own)
@@ -145,8 +148,8 @@ def read_settings(doc):
     for key, values in CHOICES.items():
         if getattr(s, key) not in values:
             raise Problem(f"--{key}: {getattr(s, key)!r} is not one of {', '.join(map(str, values))}")
-    if odd := [t for t in s.lora_targets if t not in LORA_TARGETS]:
-        raise Problem(f"--lora_targets: {odd[0]!r} is not one of {', '.join(LORA_TARGETS)}")
+    if odd := [t for t in s.lora_targets if t not in MATRICES]:
+        raise Problem(f"--lora_targets: {odd[0]!r} is not one of {', '.join(MATRICES)}")
     for key, value in vars(s).items():
         if type(value) in (int, float) and not (math.isfinite(value) and (value > 0 or value == 0 and key not in POSITIVE)):
             raise Problem(f"--{key}: {value} is out of range; it must be {'above 0' if key in POSITIVE else '0 or more'}")
@@ -187,7 +190,6 @@ def parse(kind, key, text):
 
 POSITIVE = ("vocab_size", "width", "layers", "base_tokens", "train_scale", "epochs", "batch_tokens", "micro_tokens", "questions", "rollouts", "rl_questions",
             "temperature", "minibatches", "top_k", "max_actions", "max_len", "max_answer", "max_thought", "max_observation", "eval_questions", "batch_rows")
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CHOICES = {"dtype": ("float32", "bfloat16"), "bits": (4, 16)}
 KIND = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
 
@@ -217,8 +219,8 @@ def settings_help():
             out.append("\n " + line.strip()[5:])
         elif ": " in line and "=" in line:
             name, rest = line.strip().split(":", 1)
-            default, _, comment = rest.partition("#")
-            out.append(f"  --{name:<16} {comment.strip()} [{default.split('=', 1)[1].strip().replace('dataclasses.field(default_factory=list)', '').replace('dataclasses.field(default_factory=lambda: ', '').replace('.split())', '')}]")
+            default = getattr(Settings(), name)
+            out.append(f"  --{name:<16} {rest.partition('#')[2].strip()} [{','.join(default) if type(default) is list else default}]")
     return "\n".join(out)
 
 

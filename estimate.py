@@ -8,13 +8,12 @@ import time
 import numpy as np
 
 import autocoa
-
-GB = 1e9
+from common import MATRICES
 
 
 def matrices(c):
     """[(name, rows, columns)] of one block."""
-    return [(n, *c.shape_of(n)) for n in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")]
+    return [(n, *c.shape_of(n)) for n in MATRICES]
 
 
 def parameters(c, s):
@@ -85,8 +84,9 @@ def show(lm, s, kind):
             keep["reference"] = 4 * (n["adapter"] if s.lora_rank else whole)
         peak = sum(keep.values()) + max(going.get("KV cache", 0) + copy, going["activations"])
     print(f"{whole / 1e6:,.2f} M parameters" + ("" if kind == "eval" else f", {n['adapter'] / 1e6:,.2f} M trained (rank {s.lora_rank})" if s.lora_rank else ", all trained"))
-    print("memory: " + ", ".join(f"{k} {v / GB:.2f}" for k, v in (keep | going).items()) + f"; together at most {peak / GB:.2f} GB"
-          + (f" (micro-batches of {s.micro_tokens} tokens" + (f", {min(rows, s.batch_rows)} rows of {s.max_len}" if rows else "") + ")"), flush=True)
+    sizes = [f"micro-batches of {s.micro_tokens} tokens"] * (kind != "eval") + [f"{min(rows, s.batch_rows)} rows of {s.max_len}"] * (rows > 0)
+    print("memory in MB: " + ", ".join(f"{k} {v / 1e6:,.1f}" for k, v in (keep | going).items())
+          + f"; together at most {peak / 1e6:,.0f}, beside the framework and the data ({', '.join(sizes)})", flush=True)
     if s.dry_run:
         if kind != "eval":
             print(f"time: {step_seconds(lm, s):.2f} s an optimizer step of {s.batch_tokens} tokens")

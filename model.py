@@ -232,6 +232,15 @@ class LM:
             "rank": lora.rank, "scale": lora.alpha / lora.rank, "dropout": lora.dropout, "keys": keys}}, indent=2))
         save_file({n.replace("lora_A", "lora_a").replace("lora_B", "lora_b"): np.ascontiguousarray(x.T) for n, x in state.items()}, there / "adapters.safetensors")
 
+    def adapter_shapes(self, lora):
+        """{name: shape} of an adapter of this network: A is (rank, in), B (out, rank)."""
+        out = {}
+        for name in sorted(self.backend.linears(self.model)):
+            if (target := name.split(".")[-1]) in lora.targets:
+                rows, columns = self.model.config.shape_of(target)
+                out |= {name + ".lora_A": (lora.rank, columns), name + ".lora_B": (rows, lora.rank)}
+        return out
+
     def adapt(self, s):
         """Before a stage: an adapter of --lora_rank, if that is set and the network has none, on a base of --bits; and --checkpointing."""
         self.model.recompute = s.checkpointing
@@ -239,11 +248,8 @@ class LM:
             if s.bits < 16 and self.model.bits == 16:
                 self.backend.quantize(self.model, s.bits)
             lora, rng, state = LoRA(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets), np.random.default_rng(s.seed), {}
-            for name in sorted(self.backend.linears(self.model)):
-                if name.split(".")[-1] in lora.targets:
-                    rows, columns = self.model.config.shape_of(name.split(".")[-1])
-                    state[name + ".lora_A"] = rng.uniform(-1, 1, (lora.rank, columns)) * columns ** -0.5
-                    state[name + ".lora_B"] = np.zeros((rows, lora.rank))
+            for name, shape in self.adapter_shapes(lora).items():
+                state[name] = rng.uniform(-1, 1, shape) * shape[1] ** -0.5 if name.endswith("lora_A") else np.zeros(shape)
             self.backend.adapt(self.model, lora, state)
         elif self.model.bits < 16 and not self.model.lora:
             raise Problem(f"--bits={self.model.bits}: weights of {self.model.bits} bits can't be trained; train an adapter on them with --lora_rank=16")
@@ -290,11 +296,7 @@ def read_adapter(folder, lm):
             base = (f.metadata() or {}).get("base")
     except (KeyError, TypeError, ValueError, OSError, SafetensorError) as e:
         raise Problem(f"model: {folder} is not a LoRA adapter: {e!r}") from None
-    expected = {}
-    for name in lm.backend.linears(lm.model):
-        if name.split(".")[-1] in lora.targets:
-            rows, columns = lm.model.config.shape_of(name.split(".")[-1])
-            expected |= {name + ".lora_A": (lora.rank, columns), name + ".lora_B": (rows, lora.rank)}
+    expected = lm.adapter_shapes(lora)
     odd = sorted(n for n in expected.keys() | state.keys() if n not in expected or n not in state or state[n].shape != expected[n])
     if odd or base not in (None, fingerprint(lm.folder)):
         what = f"{odd[0]} does not fit" if odd else "its weights are others"

@@ -282,10 +282,11 @@ class Optimizer:
     """
 
     def __init__(self, model, muon=True):
-        self.params, self.step_count = trained(model), 0
-        self.matrices = [n for n, p in self.params.items() if muon and p.dim() == 2 and ".layers." in n]
-        self.m = {n: torch.zeros_like(p) for n, p in self.params.items()}
-        self.v = {n: torch.zeros_like(p) for n, p in self.params.items() if n not in self.matrices}
+        params = trained(model)
+        self.model, self.step_count = model, 0
+        self.matrices = [n for n, p in params.items() if muon and p.dim() == 2 and ".layers." in n]
+        self.m = {n: torch.zeros_like(p) for n, p in params.items()}
+        self.v = {n: torch.zeros_like(p) for n, p in params.items() if n not in self.matrices}
 
     def state(self):
         """-> {name: array}: the step count and both moments, as either twin reads them."""
@@ -299,7 +300,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, grads, lr, muon_lr, momentum=0.95, beta1=0.9, beta2=0.98, eps=1e-8):
         self.step_count += 1
-        shapes = {}
+        params, shapes = trained(self.model), {}
         for name in self.matrices:
             m = self.m[name].lerp_(grads[name], 1 - momentum)
             shapes.setdefault(m.shape, []).append((name, grads[name].lerp(m, momentum)))
@@ -307,12 +308,12 @@ class Optimizer:
             update = orthogonalize(torch.stack([u for _, u in group]))
             scale = muon_lr * max(1, shape[0] / shape[1]) ** 0.5
             for (name, _), u in zip(group, update):
-                self.params[name].sub_(u, alpha=scale)
+                params[name].sub_(u, alpha=scale)
         for name, v in self.v.items():
             m = self.m[name].lerp_(grads[name], 1 - beta1)
             v.lerp_(grads[name].square(), 1 - beta2)
             fix1, fix2 = 1 - beta1 ** self.step_count, 1 - beta2 ** self.step_count
-            self.params[name].sub_(m / fix1 / ((v / fix2).sqrt() + eps), alpha=lr)
+            params[name].sub_(m / fix1 / ((v / fix2).sqrt() + eps), alpha=lr)
 
 
 def orthogonalize(x):

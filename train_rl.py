@@ -26,7 +26,7 @@ import estimate
 import model
 import workflows
 from common import Log, Problem, main, place, start_folder, tqdm
-from train_sft import STAGES, Checkpoint, finished
+from train_sft import STAGES, Checkpoint, to_do
 
 
 def sample(lm, questions, search, s, rng):
@@ -111,15 +111,17 @@ def run(s):
     if s.out and not s.stage:
         raise Problem("--out: it goes with one stage; say which with --stage")
     root, task = Path("out", s.run), data.load_task(s)
-    done = [] if s.stage else finished(s, ["rl1", "rl2"])
     start = s.start or ("rl1" if s.stage == "rl2" else "sft3")
     reference = model.load(start_folder(root, start, [*STAGES, "rl1"]), **place(s))
-    lm = model.load(root / done[-1], **place(s)) if done else reference.copy()
+    todo = [s.stage] if s.stage else to_do(s, ["rl1", "rl2"], start)
+    if not todo:
+        return print(f"both stages are in {root} already")
+    lm = model.load(root / "rl1", **place(s)) if todo == ["rl2"] and not s.stage else reference.copy()
     if not estimate.show(lm, s, "rl"):
         return
-    if s.stage != "rl2" and "rl1" not in done:      # the policy is its own search engine
+    if "rl1" in todo:       # the policy is its own search engine
         grpo(lm, reference, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0), autocoa.IMAGINE, (s.seed, 1), s.rl1_scale)
-    if s.stage != "rl1" and "rl2" not in done:      # the tool answers
+    if "rl2" in todo:       # the tool answers
         grpo(lm, reference, s, s.out or "rl2", s.rl2_steps, task.train(s.rl_questions, "rl2"), task.rl_search, (s.seed, 2))
 
 

@@ -12,7 +12,6 @@ Without `--stage=` all are trained anew, or with `--resume` from where an interr
 `--start=` and `--out=` name other folders, for ablations.
 Each stage leaves a Hugging Face folder, log.jsonl and rollouts.jsonl in out/<run>/<stage>/.
 """
-import itertools
 import json
 import math
 import random
@@ -69,7 +68,9 @@ class Checkpoint:
     def __init__(self, lm, optimizer, folder, s):
         self.lm, self.optimizer, self.folder, self.seconds, self.merge = lm, optimizer, folder, 60 * s.save_minutes, s.lora_merge
         self.path, self.time = folder.with_name(folder.name + ".checkpoint"), time.time()
-        self.done = lm.resume(self.path, optimizer) if s.resume and self.path.is_dir() else 0
+        if not s.resume:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.done = lm.resume(self.path, optimizer) if self.path.is_dir() else 0
 
     def after(self, steps):
         """Called after each step, with how many there were."""
@@ -85,9 +86,20 @@ class Checkpoint:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def finished(s, stages):
-    """With --resume, the stages from the first on that are in the run's folder already."""
-    return list(itertools.takewhile(lambda stage: s.resume and Path("out", s.run, stage, "config.json").is_file(), stages))
+def to_do(s, stages, start):
+    """The stages that are still to be made, in order. With --resume not those that are complete and younger than what they are made from, `start`
+    first; without, whatever an interrupted run left of them is removed."""
+    root, left = Path("out", s.run), list(stages)
+    if s.resume:
+        def made(stage):
+            return 0 if stage is None else (root / stage / "config.json").stat().st_mtime
+        while left and (root / left[0] / "config.json").is_file() and not (root / f"{left[0]}.partial").exists() and made(left[0]) >= made(start):
+            start = left.pop(0)
+    else:
+        for stage in left:
+            for leftover in ("checkpoint", "partial"):
+                shutil.rmtree(root / f"{stage}.{leftover}", ignore_errors=True)
+    return left
 
 
 def language_batches(trajectories, micro_tokens):
@@ -183,7 +195,7 @@ def run(s):
         raise Problem(f"--stage: {s.stage!r} is not one of {', '.join(STAGES)}")
     if (s.start or s.out) and not s.stage:
         raise Problem("--start, --out: they go with one stage; say which with --stage")
-    todo = [s.stage] if s.stage else STAGES[len(finished(s, STAGES)):]
+    todo = [s.stage] if s.stage else to_do(s, STAGES, None)
     root, task = Path("out", s.run), data.load_task(s)
     if not todo:
         return print(f"all stages are in {root} already")

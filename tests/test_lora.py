@@ -204,44 +204,33 @@ def test_rollouts_in_bfloat16(codec, tmp_path, backend):
     lm.save(tmp_path / "y")
     lm = model.load(tmp_path / "y", "cpu", backend, "bfloat16")
     dec = lm.decoder([codec.prompt("Who?")])
-    assert "bfloat16" in str(dec.k[0].dtype)
+    own = dec.model.parameters() if backend == "torch" else model_mlx.parameters(dec.model).values()
+    assert "bfloat16" in str(dec.k[0].dtype) and all("bfloat16" in str(p.dtype) for p in own)       # cast once, not at each token
     t, = autocoa.rollout(lm.decoder, codec, [codec.prompt("Who?")], lambda q: ["Eva"] * len(q), max_len=60, temperature=1.0, rng=np.random.default_rng(0))
     batch = {"ids": np.array([t.ids]), "mask": np.array([t.mask], np.float32)}
     policy = np.array(t.mask) > 0
     np.testing.assert_allclose(np.array(t.logprobs)[policy], lm.backend.score(lm.model, batch)[0][policy], atol=0.15)
 
 
-def test_4_bits_in_torch(codec, ids, tmp_path):
-    """Logits are those of transformers with the matrices of the blocks rounded by bitsandbytes; an adapter learns on them, and merges."""
-    bnb = pytest.importorskip("bitsandbytes.functional")
+@pytest.mark.parametrize("backend", BOTH)
+def test_4_bits(codec, ids, tmp_path, backend):
+    """Logits are those of transformers with the matrices of the blocks rounded by bitsandbytes, or in MLX by groups of 64; an adapter learns on
+    them, is saved, loaded, copied and merged."""
+    def rounded(p):
+        if backend == "torch":
+            bnb = pytest.importorskip("bitsandbytes.functional")
+            return bnb.dequantize_4bit(*bnb.quantize_4bit(p, quant_type="nf4", blocksize=64))
+        return torch.tensor(np.array(mx.dequantize(*mx.quantize(mx.array(p.numpy()), 64, 4), 64, 4)))
     reference = tiny(codec, spread=0.1)
     reference.save(tmp_path / "x")
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
     with torch.no_grad():
         for n, p in network.named_parameters():
             if "proj.weight" in n:
-                p.copy_(bnb.dequantize_4bit(*bnb.quantize_4bit(p, quant_type="nf4", blocksize=64)))
-    lm = model.load(tmp_path / "x", "cpu", "torch", bits=4)
+                p.copy_(rounded(p))
+    lm = model.load(tmp_path / "x", "cpu", backend, bits=4)
     np.testing.assert_allclose(logits(lm, ids), theirs(network, ids), atol=1e-4)
     assert np.abs(logits(lm, ids) - logits(reference, ids)).max() > 0.01
-    learns_on_4_bits(lm, codec, ids, tmp_path)
-
-
-def test_4_bits_in_mlx(codec, ids, tmp_path):
-    """The same with MLX's own rounding, groups of 64."""
-    reference = tiny(codec, spread=0.1)
-    reference.save(tmp_path / "x")
-    network = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
-    with torch.no_grad():
-        for n, p in network.named_parameters():
-            if "proj.weight" in n:
-                p.copy_(torch.tensor(np.array(mx.dequantize(*mx.quantize(mx.array(p.numpy()), 64, 4), 64, 4))))
-    lm = model.load(tmp_path / "x", "cpu", "mlx", bits=4)
-    np.testing.assert_allclose(logits(lm, ids), theirs(network, ids), atol=1e-4)
-    learns_on_4_bits(lm, codec, ids, tmp_path)
-
-
-def learns_on_4_bits(lm, codec, ids, folder):
     with pytest.raises(Problem, match="can't be trained; train an adapter on them with --lora_rank=16"):
         lm.adapt(Settings())
     lm.adapt(Settings(lora_rank=4))
@@ -249,8 +238,8 @@ def learns_on_4_bits(lm, codec, ids, folder):
     for _ in range(12):
         losses.append(lm.backend.train_step(lm.model, optimizer, autocoa.nll_loss, train_sft.language_batches(chains(codec), 500), 1e-2, 0)["loss"])
     assert losses[-1] < 0.7 * losses[0]
-    lm.save(folder / "sft")
-    again = model.load(folder / "sft", "cpu", "torch" if lm.backend is model_torch else "mlx", bits=4)
+    lm.save(tmp_path / "sft")
+    again = model.load(tmp_path / "sft", "cpu", backend, bits=4)
     np.testing.assert_allclose(logits(again, ids), logits(lm, ids), atol=1e-4)
     other = again.copy()
     np.testing.assert_allclose(logits(other, ids), logits(lm, ids), atol=1e-4)
@@ -283,6 +272,29 @@ def test_a_copy_stands_still(codec, ids, tmp_path, backend):
     lm.backend.train_step(lm.model, lm.backend.Optimizer(lm.model, muon=False), autocoa.nll_loss, train_sft.language_batches(chains(codec), 500), 1e-2, 0)
     np.testing.assert_array_equal(logits(reference, ids), before)
     assert np.abs(logits(lm, ids) - before).max() > 0.01
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_an_adapter_goes_on(codec, tmp_path, backend):
+    """Six steps are three, a checkpoint, and three more from it. Guards: an optimizer that goes on with the matrices that the checkpoint replaced."""
+    batches = train_sft.language_batches(chains(codec), 500)
+
+    def learn(lm, optimizer):
+        for _ in range(3):
+            lm.backend.train_step(lm.model, optimizer, autocoa.nll_loss, batches, 1e-2, 0)
+    whole, half = (adapted(codec, tmp_path / "x", backend) for _ in range(2))
+    optimizer = whole.backend.Optimizer(whole.model, muon=False)
+    learn(whole, optimizer), learn(whole, optimizer)
+    optimizer = half.backend.Optimizer(half.model, muon=False)
+    learn(half, optimizer)
+    half.save(tmp_path / "half", optimizer)
+    again = model.load(tmp_path / "x", "cpu", backend)
+    again.adapt(Settings(lora_rank=4, lora_alpha=8.0))
+    optimizer = again.backend.Optimizer(again.model, muon=False)        # made before the checkpoint is read, as the stages do
+    assert again.resume(tmp_path / "half", optimizer) == 3
+    learn(again, optimizer)
+    for n in whole.backend.trained(whole.model):
+        np.testing.assert_allclose(weights(again)[n], weights(whole)[n], atol=1e-5, err_msg=n)
 
 
 @pytest.mark.parametrize("merge", [False, True])

@@ -217,6 +217,34 @@ def test_a_stage_goes_on_from_its_checkpoint(made, tmp_path, monkeypatch, script
     assert not list(root.glob("*.checkpoint")) and not list(root.glob("*.partial"))
 
 
+def test_resume_keeps_one_run_together(tmp_path, monkeypatch):
+    """What is complete and in order is kept. A stage older than the one before it, or one that was begun again, belongs to another run; so does
+    a checkpoint, once all is trained anew without --resume."""
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "out" / "nano"
+    for i, stage in enumerate(STAGES[:4]):
+        (root / stage).mkdir(parents=True)
+        (root / stage / "config.json").write_text("{}")
+        os.utime(root / stage / "config.json", (i + 1, i + 1))
+    go_on = Settings(resume=True)
+    assert train_sft.to_do(go_on, STAGES[:4], None) == [] and train_sft.to_do(go_on, ["rl1", "rl2"], "sft3") == ["rl1", "rl2"]
+    os.utime(root / "sft1" / "config.json", (9, 9))
+    assert train_sft.to_do(go_on, STAGES[:4], None) == ["sft2", "sft3"]
+    (root / "sft1.partial").mkdir()
+    (root / "sft2.checkpoint").mkdir()
+    assert train_sft.to_do(go_on, STAGES[:4], None) == ["sft1", "sft2", "sft3"] and (root / "sft2.checkpoint").is_dir()
+    assert train_sft.to_do(Settings(), STAGES[:4], None) == list(STAGES[:4])
+    assert not list(root.glob("*.checkpoint")) and not list(root.glob("*.partial")) and (root / "sft3").is_dir()
+
+
+def test_bench(made):
+    """Both sides run, and greedy decoding gives the same text on both; how fast is no matter here."""
+    done = shell(made.cwd, "bench.py", *TINY, "--questions=2", "--rollouts=1")
+    assert done.status == 0, done.err
+    found = {line[:14].strip(): line for line in done.out.splitlines()}
+    assert {"one answer", "agents", "training"} <= set(found) and "1 of 1 texts are the same" in found["one answer"]
+
+
 def test_a_checkpoint_of_other_settings(made, tmp_path):
     """Another optimizer or another network: said, with the way out, and the checkpoint stays."""
     lm = model.load(made.root / "base", "cpu")
