@@ -408,7 +408,8 @@ def read_weights(folder):
 
 
 def to_numpy(x):
-    return np.array(x.astype(mx.float32))
+    """A tensor, or an array, as a float32 array."""
+    return np.array(mx.array(x).astype(mx.float32))
 
 
 def put(model, state, where):

@@ -388,7 +388,8 @@ def read_weights(folder):
 
 
 def to_numpy(x):
-    return x.detach().float().cpu().numpy()
+    """A tensor, or an array, as a float32 array."""
+    return torch.as_tensor(x).detach().float().cpu().numpy()
 
 
 def put(model, state, where):

@@ -2,6 +2,7 @@
 import json
 import math
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -284,3 +285,33 @@ def test_a_bad_loss_stops_the_stage(codec, tmp_path, monkeypatch):
     with pytest.raises(Problem, match="sft2: loss is nan at step 0"):
         train_sft.train(lm, Settings(), None, "sft2", steps, lambda xp, logp, b: math.nan * autocoa.nll_loss(xp, logp, b), lambda b: train_sft.language_batches(b, 1000))
     assert not (tmp_path / "out" / "nano" / "sft2").exists()
+
+
+PARTS = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
+         "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_a_gguf_file(codec, tmp_path, backend):
+    """Written by the gguf package, with its names and its order of rotary pairs: the logits of the network it holds, in both twins."""
+    pytest.importorskip(backend)
+    vocab = [t for t, _ in sorted(codec.tok.get_vocab().items(), key=lambda x: x[1])] + ["<unk>", "<s>", "</s>", "<|endoftext|>"]
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(vocab), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=True)).eval()
+    w = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    for key, value in dict(context_length=128, embedding_length=64, block_count=2, feed_forward_length=96, head_count=4, head_count_kv=4, layer_norm_rms_eps=1e-6, rope_freq_base=10000.0,
+                           vocab_size=len(vocab), tokenizer_model="gpt2", token_list=vocab, token_types=[1] * len(vocab), bos_token_id=1, eos_token_id=codec.eos,
+                           token_merges=[" ".join(m) for m in json.loads(codec.tok.backend_tokenizer.to_str())["model"]["merges"]]).items():
+        getattr(w, f"add_{key}")(value)
+    for name, p in reference.named_parameters():
+        x = p.detach().numpy()
+        if ".layers." in name:
+            _, _, i, part = name.removesuffix(".weight").split(".", 3)
+            if part.endswith(("q_proj", "k_proj")):
+                x = x.reshape(4, 2, 8, 64).swapaxes(1, 2).reshape(64, 64)
+            name = f"blk.{i}.{PARTS[part]}.weight"
+        w.add_tensor({"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}.get(name, name), np.ascontiguousarray(x))
+    for write in (w.write_header_to_file, w.write_kv_data_to_file, w.write_tensors_to_file, w.close):
+        write()
+    lm = model.load_pretrained(str(tmp_path / "x.gguf"), "cpu", backend)
+    lm.save(tmp_path / "y")
+    np.testing.assert_allclose(ours(model.load(tmp_path / "y", "cpu", "torch").model, IDS), theirs(reference, IDS), atol=1e-4)
