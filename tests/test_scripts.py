@@ -281,6 +281,32 @@ def test_the_scripts_on_mlx(tmp_path):
 
 
 @pytest.mark.slow
+def test_both_backends_learn_the_same(tmp_path):
+    """The whole pipeline on each backend, a minute with torch and eight with MLX's unoptimised BLAS: losses fall, the reward of RL-2 rises, and the
+    EM of each row lies within the other's interval (a row with no right answer has none)."""
+    args = ("--run=p --width=64 --layers=2 --base_tokens=1200000 --coa=800 --cot=60 --pairs=60 --epochs=2 --max_len=200 --rl1_steps=8 --rl2_steps=20 --questions=12 "
+            "--rollouts=4 --rl_questions=192 --rl_lr=1.5e-4 --call_cost=0 --eval_questions=40").split()
+    found = {}
+    for backend in ("torch", "mlx"):
+        pytest.importorskip(backend)
+        (tmp_path / backend).mkdir()
+        for script in ("train_sft", "train_rl", "eval"):
+            done = shell(tmp_path / backend, f"{script}.py", *args, f"--backend={backend}", timeout=1800)
+            assert done.status == 0, done.err
+        for stage, figure, sign in (("base", "loss", -1), ("sft2", "loss", -1), ("sft3", "loss", -1), ("rl2", "reward", 1)):
+            values = [sign * r[figure] for r in rows(tmp_path / backend / "out/p" / stage / "log.jsonl")]
+            quarter = len(values) // 4
+            assert np.mean(values[-quarter:]) > np.mean(values[:quarter]), (backend, stage)
+        found[backend] = strict((tmp_path / backend / "out/p/eval.json").read_text())["rows"]
+    compared = 0
+    for row, a, b in ((row, found["torch"][row]["avg"], found["mlx"][row]["avg"]) for row in ROWS):
+        if a["em"] and b["em"]:
+            assert b["em_low"] <= a["em"] <= b["em_high"] and a["em_low"] <= b["em"] <= a["em_high"], (row, a, b)
+            compared += 1
+    assert compared >= 5 and found["mlx"]["SFT-1&2"]["em"] > 20 + found["mlx"]["model only"]["em"]
+
+
+@pytest.mark.slow
 def test_quick_tells_the_story(tmp_path):
     """`--quick` end to end, about three minutes on two cores: the method shows in the table, weakly; what RL gains is less than the noise of 120 questions."""
     for script in ("train_sft", "train_rl", "eval", "plot"):
