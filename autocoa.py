@@ -76,6 +76,31 @@ class Codec:
             self.memo[text] = self.plain.encode(" " + text.strip(), add_special_tokens=False).ids
         return list(self.memo[text])
 
+    def fit(self, observation, budget):
+        """An observation (passages, one a line) in at most `budget` tokens: passages leave from the last one on and only their titles stay, then those
+        leave; the first, if it alone is too long, ends with its last whole sentence, or else word, that fits.
+
+        >>> codec.fit("Silver River 1: A film.\\n Iron Hill 2: A band of four.", 12)
+        'Silver River 1: A film.\\n Iron Hill 2:'
+        """
+        def size(lines):
+            return len(self.encode("\n ".join(lines)))
+        if size([observation]) <= budget:
+            return observation
+        lines = observation.split("\n ")
+        for n in range(len(lines) - 1, 0, -1):
+            lines[n] = lines[n].partition(": ")[0] + ":"
+            if size(lines) <= budget:
+                return "\n ".join(lines)
+        while len(lines) > 1 and size(lines) > budget:
+            lines.pop()
+        for ends in (r"(?<=[.!?]) ", r" "):
+            pieces = re.split(ends, lines[0])
+            for n in range(len(pieces), 0, -1):
+                if size([" ".join(pieces[:n])]) <= budget:
+                    return " ".join(pieces[:n])
+        return self.decode(self.encode(lines[0])[:budget]).strip()
+
     def decode(self, ids):
         return self.tok.decode(ids, skip_special_tokens=False)
 
@@ -294,7 +319,7 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
         if not turn:
             break
         calls = [t for t, _, feed in turn if feed is None]
-        said = dict(zip(map(id, calls), search([t.queries[-1] for t in calls]))) if calls else {}
+        said = {id(t): codec.fit(o, max_observation) for t, o in zip(calls, search([t.queries[-1] for t in calls]))} if calls else {}
         firsts, order, index = [], [], {}                   # rollouts that are still one text read an observation as one row
         for t, row, feed in turn:
             if feed is None:

@@ -48,7 +48,9 @@ class Settings:
     model: str = ""                     # Hugging Face folder, hub id or GGUF file
     train_data: list = dataclasses.field(default_factory=list)  # FlashRAG question files to learn from
     eval_data: list = dataclasses.field(default_factory=list)   # FlashRAG question files to be judged on
-    corpus: str = ""                    # FlashRAG passage file, .jsonl or .jsonl.gz
+    corpus: str = ""                    # where to search: a FlashRAG passage file (.jsonl, .jsonl.gz), wikipedia, leads, or a retrieval server's http address
+    cache: str = "live"                 # of --corpus=wikipedia: live (ask for what it lacks), replay (never ask) or refresh (ask for all)
+    language: str = "en"                # of --corpus=wikipedia
     # -- the nano model and its base stage
     vocab_size: int = 2048              # of the nano tokenizer
     width: int = 128                    # hidden size
@@ -97,7 +99,7 @@ class Settings:
     max_len: int = 512                  # tokens of a trajectory, observations included
     max_answer: int = 12                # tokens of a forced answer
     max_thought: int = 48               # tokens that a workflow lets the model write at a time
-    max_observation: int = 128          # tokens of an imagined observation
+    max_observation: int = 128          # tokens of an observation, imagined or real; passages that do not fit leave their titles
     eval_questions: int = 150           # of each set
     batch_rows: int = 256               # rollouts decoded together
 
@@ -190,7 +192,7 @@ def parse(kind, key, text):
 
 POSITIVE = ("vocab_size", "width", "layers", "base_tokens", "train_scale", "epochs", "batch_tokens", "micro_tokens", "questions", "rollouts", "rl_questions",
             "temperature", "minibatches", "top_k", "max_actions", "max_len", "max_answer", "max_thought", "max_observation", "eval_questions", "batch_rows")
-CHOICES = {"dtype": ("float32", "bfloat16"), "bits": (4, 16)}
+CHOICES = {"cache": ("live", "replay", "refresh"), "dtype": ("float32", "bfloat16"), "bits": (4, 16)}
 KIND = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
 
 

@@ -224,7 +224,7 @@ def ending(q):
 
 
 # ---- the teacher --------------------------------------------------------------------------------------------------------
-def teach(codec, questions, known, search):
+def teach(codec, questions, known, search, max_observation=128):
     """Chains of action by a scripted teacher: recall what the base model knows, search for the rest, reword on a miss.
 
     It follows `metadata.steps`, one fact a step (see miniwiki.step, real_steps): what is asked, queries to try in
@@ -233,7 +233,7 @@ def teach(codec, questions, known, search):
     plans that found all they needed, and counts.
     """
     asked = sorted({text for q in questions for s in q["metadata"]["steps"] if s["fact"] not in known for text in s["queries"]})
-    seen = dict(zip(asked, search(asked)))
+    seen = {query: codec.fit(observation, max_observation) for query, observation in zip(asked, search(asked))}
     out, counts = [], {"searches": 0, "misses": 0, "dropped": 0}
     for q in tqdm(questions, desc="what the teacher does", unit="question", leave=False):
         parts = opening(q)
@@ -361,7 +361,7 @@ def load_task(s):
         raise Problem("train_data, eval_data, corpus: a run with --model needs all three; see config/smollm2.py")
     pool = [q for path in s.train_data for q in read_questions(path)]
     sets = {Path(path).stem: read_questions(path) for path in s.eval_data}
-    search = tools.library(tools.read_passages(s.corpus), s.top_k)
+    search = tools.open_library(s)
 
     def train(n, pool_name, p_head=0.0):
         """n questions, the sets mixed; RL begins behind those of SFT's chains, and all begin again at the end."""

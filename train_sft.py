@@ -143,7 +143,7 @@ def make_data(lm, task, s, folder):
     chains, thoughts = task.train(s.coa, "coa", p_head=0.05), task.train(s.cot - len(made_up), "cot", p_head=1.0)
     contrast = list({q["id"]: q for q in task.train(s.pairs, "act") + task.train(s.pairs, "think", p_head=1.0)}.values())
     known, said = recall(lm, chains + thoughts + contrast, s)
-    coa, counts = data.teach(lm.codec, chains, known, task.search)
+    coa, counts = data.teach(lm.codec, chains, known, task.search, s.max_observation)
     cot = made_up + [data.cot(lm.codec, q) for q in thoughts if all(step["fact"] in known for step in q["metadata"]["steps"])]
     found = workflows.react(lm, contrast, task.search, s, examples=workflows.REACT, desc="where acting and thinking part")
     acted = {q["id"]: bool(autocoa.exact_match(answer, q["golden_answers"])) for q, (answer, _) in zip(contrast, found)}

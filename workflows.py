@@ -122,6 +122,7 @@ def react(lm, questions, search, s, max_steps=4, examples="", desc=None):
                 queries = [q.replace("</end_search>", "").strip() for q in write(w.act_ends, ACTION, s.max_thought)]
                 seen = []
                 for i, query, observation in zip(live, queries, search(queries)):
+                    observation = codec.fit(observation, s.max_observation)
                     ids = w.observe + codec.encode(observation) + w.observed
                     if len(out[i].ids) + len(ids) + tail > s.max_len:
                         ids = w.observe + codec.encode("The result is too long to show.") + w.observed

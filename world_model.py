@@ -49,7 +49,7 @@ def run(s):
     root, task = Path("out", s.run), data.load_task(s)
     lm = model.load(start_folder(root, "sft3", ["sft3"]), **place(s))
     chains = read_trajectories(root / "data" / "coa.jsonl")[:200]
-    fresh = data.teach(lm.codec, [q for rows in task.evaluation.values() for q in rows[:30]], set(), task.eval_search)[0]
+    fresh = data.teach(lm.codec, [q for rows in task.evaluation.values() for q in rows[:30]], set(), task.eval_search, s.max_observation)[0]
     rows = {}
     print(f"{'':8}{'training questions':>30}{'unseen questions':>30}\n{'':8}" + f"{'nll':>10}{'title':>10}{'words':>10}" * 2)
     for stage in ("sft2", "sft3", "rl1", "rl2"):

@@ -126,7 +126,7 @@ def test_bm25_by_hand():
     for query in ("Silver River", "eva moss born", "Iron", "who directed the film", "river of silver"):
         scores = [score(query, d) for d in docs]
         order = [i for i in sorted(range(3), key=lambda i: -scores[i]) if scores[i] > 0]
-        assert [i for i in tool.ranked([query])[0] if i >= 0] == order
+        assert [i for i in tool.ranked([query])[0][0] if i >= 0] == order
     assert tool(["zebra", "Iron Hill"]) == ["Nothing found.", "\n ".join(
         ["Iron Hill 1: It lies by a river of silver.", "Eva Moss 2: She was born in Iron Hill near the Silver River."])]
 

@@ -208,7 +208,7 @@ def test_unknown_tool(codec):
     search = tools.library([{"id": "0", "contents": '"Silver River"\nIt was directed by Eva Moss.'}], 2)
     (t,), _ = run(codec, "<begin_search> film: Silver River</end_search><begin_search> search: Silver River</end_search>"
                   "<begin_search> Silver</end_search><begin_search> search:</end_search>" + PLAIN, search=search)
-    assert t.observations == ["Unknown tool film. Tools: search.", "Silver River 1: It was directed by Eva Moss.", "Silver River 1: It was directed by Eva Moss.", "search needs an argument."]
+    assert t.observations == ["Unknown tool film. Tools: search, calculate.", "Silver River 1: It was directed by Eva Moss.", "Silver River 1: It was directed by Eva Moss.", "search needs an argument."]
     assert codec.well_formed(t)
 
 
