@@ -213,10 +213,10 @@ def read_passages(path):
 
 def open_index(path, top_k, root="out"):
     """The index of a passage file: built once under <root>/index, then memory-mapped. One whose file has changed is built anew, and that is said."""
+    if not Path(path).is_file():
+        read_passages(path)         # says what is missing
     path = Path(path).resolve()
     folder = Path(root, "index", f"{path.name.partition('.')[0]}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}")
-    if not path.is_file():
-        read_passages(path)         # says what is missing
     made_from = json.dumps({"size": path.stat().st_size, "changed": path.stat().st_mtime_ns, "bm25s": bm25s.__version__, "index": 1})
     note = folder / "made_from.json"
     if not note.is_file() or note.read_text() != made_from:
@@ -226,7 +226,7 @@ def open_index(path, top_k, root="out"):
         passages = read_passages(path)
         built = BM25(passages, top_k, b=0.9, title=8)
         shutil.rmtree(parts, ignore_errors=True)
-        built.index.save(parts, corpus=tqdm(passages, desc="writing the index", unit="passage", leave=False), show_progress=False)
+        built.index.save(parts, corpus=tqdm(passages, desc="writing the index", unit="passage", leave=False, delay=2), show_progress=False)
         (parts / note.name).write_text(made_from)
         shutil.rmtree(folder, ignore_errors=True)
         parts.rename(folder)
