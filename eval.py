@@ -117,6 +117,7 @@ def run(s):
         predictions[row] = {name: [next(records) for _ in qs] for name, qs in task.evaluation.items()}
         rows[row] = summary(predictions[row], task.evaluation, known)
     print(table(rows, list(task.evaluation)))
+    print(task.eval_search.report())
     write(root / "predictions.jsonl", "".join(json.dumps({"row": row, "set": name, **r}) + "\n"
                                               for row, sets in predictions.items() for name, records in sets.items() for r in records))
     result = {"rows": rows, "model": str(root), "seed": s.seed, "seconds": round(time.time() - start, 1)}

@@ -123,6 +123,7 @@ def run(s):
         grpo(lm, reference, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0), autocoa.IMAGINE, (s.seed, 1), s.rl1_scale)
     if "rl2" in todo:       # the tool answers
         grpo(lm, reference, s, s.out or "rl2", s.rl2_steps, task.train(s.rl_questions, "rl2"), task.rl_search, (s.seed, 2))
+        print(task.rl_search.report())
 
 
 if __name__ == "__main__":

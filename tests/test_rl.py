@@ -9,6 +9,7 @@ from conftest import tiny
 import autocoa
 import data
 import model_torch
+import tools
 import train_rl
 import train_sft
 from common import Problem, Settings
@@ -46,13 +47,14 @@ def test_the_two_environments(monkeypatch, tmp_path):
     (tmp_path / "out/nano/sft3").mkdir(parents=True)
     (tmp_path / "out/nano/sft3/config.json").write_text("{}")
     calls = []
-    task = types.SimpleNamespace(train=lambda n, pool, p_head=0.1: (n, pool, p_head), rl_search="the tool")
+    the_tool = tools.Library({})
+    task = types.SimpleNamespace(train=lambda n, pool, p_head=0.1: (n, pool, p_head), rl_search=the_tool)
     monkeypatch.setattr(train_rl.data, "load_task", lambda s: task)
     monkeypatch.setattr(train_rl.model, "load", lambda *a, **k: types.SimpleNamespace(copy=lambda: "the start"))
     monkeypatch.setattr(train_rl, "grpo", lambda lm, reference, s, stage, steps, pool, search, rng, scale=1.0: calls.append((lm, stage, steps, pool, search, scale)))
     monkeypatch.setattr(train_rl.estimate, "show", lambda *a: True)
     train_rl.run(Settings(rl1_steps=3, rl2_steps=2, questions=4, rl_questions=10))
-    assert calls == [("the start", "rl1", 3, (10, "rl1", 0.0), autocoa.IMAGINE, Settings.rl1_scale), ("the start", "rl2", 2, (10, "rl2", 0.1), "the tool", 1.0)]
+    assert calls == [("the start", "rl1", 3, (10, "rl1", 0.0), autocoa.IMAGINE, Settings.rl1_scale), ("the start", "rl2", 2, (10, "rl2", 0.1), the_tool, 1.0)]
 
 
 def test_groups_that_agree_are_skipped_and_counted(codec, tmp_path, monkeypatch):
