@@ -175,10 +175,26 @@ def exact_match(answer, golden):
     return float(normalize(answer) in [normalize(g) for g in golden])
 
 
+def cover_match(answer, golden):
+    """Whether the answer, which may say more, holds a golden one word for word (cover-EM)."""
+    return float(any(f" {normalize(g)} " in f" {normalize(answer)} " for g in golden))
+
+
+def overlap_match(answer, golden):
+    """What the authors' code rewards: an exact match, or 70% of the golden answer's words; but not an answer that merely holds the
+    golden one, or is a part of it."""
+    def one(a, g):
+        words = set(g.split())
+        return a == g or (g not in a and a not in g and len(words & set(a.split())) >= 0.7 * len(words))
+    return float(any(one(normalize(answer), normalize(g)) for g in golden))
+
+
 def f1(answer, golden):
-    """Word-overlap F1, the best over the golden answers."""
+    """Word-overlap F1, the best over the golden answers. Yes and no are right or wrong, as in HotpotQA's script."""
     def one(a, g):
         a, g = normalize(a).split(), normalize(g).split()
+        if a != g and {"yes", "no", "noanswer"} & {" ".join(a), " ".join(g)}:
+            return 0.0
         same = sum((Counter(a) & Counter(g)).values())
         return 2 * same / (len(a) + len(g)) if same else float(a == g)
     return max(one(answer, g) for g in golden)

@@ -7,7 +7,7 @@ model only           the base model, no tool
 ReAct workflow       the base model, and a script that decides: a thought, a search, a thought, a search ..
 SFT-1 .. +RL-1&2     agent models after each stage: they decide by themselves
 
-EM and F1; actions a question; of the facts that a question needs, the share that was searched for, apart for those that
+EM and F1 (in eval.json also cover-EM, the score of the authors' code, and the gain in EM over the ReAct workflow with a paired interval); actions a question; of the facts that a question needs, the share that was searched for, apart for those that
 the base model knows and those that it does not; malformed trajectories; in eval.json also answers that had to be forced. Averages are over the sets, with a 95% bootstrap
 interval over questions.
 """
@@ -31,6 +31,9 @@ ROWS = {"model only": "base", "ReAct workflow": "base", "SFT-1": "sft1", "SFT-2"
 MADE_FROM = {"sft1": "base", "sft2": "sft1", "sft2_alone": "base", "sft3": "sft2", "rl1": "sft3", "rl2": "rl1", "rl2_alone": "base", "rl2_from_sft2": "sft2"}
 
 
+PERCENT = ("em", "f1", "cover", "overlap", "malformed", "forced")
+
+
 def run_row(row, lm, questions, task, s):
     """-> a record a question: answer, trajectory and figures."""
     if row == "model only":
@@ -41,7 +44,7 @@ def run_row(row, lm, questions, task, s):
         done = [(lm.codec.answer(t), t) for t in workflows.answers(lm, questions, task.eval_search, s, desc=row)]
     agent = row not in ("model only", "ReAct workflow")
     return [{"id": q["id"], "question": q["question"], "golden_answers": q["golden_answers"], "answer": a, "em": autocoa.exact_match(a, q["golden_answers"]),
-             "f1": autocoa.f1(a, q["golden_answers"]), "actions": len(t.queries), "queries": t.queries,
+             "f1": autocoa.f1(a, q["golden_answers"]), "cover": autocoa.cover_match(a, q["golden_answers"]), "overlap": autocoa.overlap_match(a, q["golden_answers"]), "actions": len(t.queries), "queries": t.queries,
              "malformed": float(agent and not lm.codec.well_formed(t)), "forced": float(agent and t.forced), "text": lm.codec.decode(t.ids)}
             for q, (a, t) in zip(questions, done)]
 
@@ -65,11 +68,9 @@ def summary(records, by_set, known):
     out, facts = {}, []
     for name, questions in by_set.items():
         rows = records[name]
-        out[name] = {"em": 100 * mean([r["em"] for r in rows]), "f1": 100 * mean([r["f1"] for r in rows]),
-                     "actions": mean([r["actions"] for r in rows]), "malformed": 100 * mean([r["malformed"] for r in rows]),
-                     "forced": 100 * mean([r["forced"] for r in rows])}
+        out[name] = {k: 100 * mean([r[k] for r in rows]) for k in PERCENT} | {"actions": mean([r["actions"] for r in rows])}
         facts += [f for q, r in zip(questions, rows) for f in searched(q, r, known)]
-    avg = {k: mean([v[k] for v in out.values()]) for k in ("em", "f1", "actions", "malformed", "forced")}
+    avg = {k: mean([v[k] for v in out.values()]) for k in (*PERCENT, "actions")}
     avg["search_known"] = mean([asked for knows, asked in facts if knows])
     avg["search_unknown"] = mean([asked for knows, asked in facts if not knows])
     avg["em_low"], avg["em_high"] = interval([[100 * r["em"] for r in rows] for rows in records.values()])
@@ -84,6 +85,13 @@ def interval(sets, draws=2000):
         values = np.array(values)
         means += values[rng.integers(0, len(values), (draws, len(values)))].mean(1) / len(sets)
     return [float(x) for x in np.percentile(means, [2.5, 97.5])]
+
+
+def paired(records, others, draws=2000):
+    """How much more EM one row has than another on the same questions, with a paired 95% bootstrap interval: {"gain", "gain_low", "gain_high"}."""
+    gains = [[100 * (r["em"] - o["em"]) for r, o in zip(rows, others[name], strict=True)] for name, rows in records.items()]
+    low, high = interval(gains)
+    return {"gain": mean([mean(g) for g in gains]), "gain_low": low, "gain_high": high}
 
 
 def share(value):
@@ -116,6 +124,8 @@ def run(s):
         records = iter(run_row(row, base if stage == "base" else model.load(root / stage, **place(s)), questions, task, s))
         predictions[row] = {name: [next(records) for _ in qs] for name, qs in task.evaluation.items()}
         rows[row] = summary(predictions[row], task.evaluation, known)
+        if "ReAct workflow" in predictions:
+            rows[row]["avg"] |= paired(predictions[row], predictions["ReAct workflow"])
     print(table(rows, list(task.evaluation)))
     print(task.eval_search.report())
     write(root / "predictions.jsonl", "".join(json.dumps({"row": row, "set": name, **r}) + "\n"

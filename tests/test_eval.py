@@ -14,7 +14,7 @@ def question(name, *facts):
 
 
 def record(em, *queries, malformed=0.0, forced=0.0):
-    return {"em": em, "f1": em, "actions": len(queries), "queries": list(queries), "malformed": malformed, "forced": forced}
+    return {"em": em, "f1": em, "cover": em, "overlap": em, "actions": len(queries), "queries": list(queries), "malformed": malformed, "forced": forced}
 
 
 SETS = {"single": [question("a", "Silver River|director"), question("b", "Iron Hill|mayor")], "chain": [question("c", "Eva Moss|spouse", "Ada Falk|job")]}
@@ -48,6 +48,20 @@ def test_interval():
     mean, error = np.mean([x.mean() for x in sets]), np.sqrt(sum(x.var() / len(x) for x in sets)) / 3
     assert low == pytest.approx(mean - 1.96 * error, abs=0.3) and high == pytest.approx(mean + 1.96 * error, abs=0.3)
     assert benchmark.interval([[100.0] * 5, [100.0] * 9]) == [100, 100]
+
+
+def test_a_paired_interval():
+    """Two rows that differ on a tenth of the questions, always in one direction: a gain of ten points, whatever the questions' own spread."""
+    rng = np.random.default_rng(0)
+    right = rng.random(400) < 0.5
+    others = {"a": [record(float(r)) for r in right[:200]], "b": [record(float(r)) for r in right[200:]]}
+    wrong = np.flatnonzero(~right)[:40]
+    records = {"a": [record(float(right[i] or i in wrong)) for i in range(200)], "b": [record(float(right[i] or i in wrong)) for i in range(200, 400)]}
+    found = benchmark.paired(records, others)
+    assert found["gain"] == pytest.approx(10) and 6.5 < found["gain_low"] < 8.5 and 11.5 < found["gain_high"] < 13.5
+    assert benchmark.paired(others, others) == {"gain": 0, "gain_low": 0, "gain_high": 0}
+    with pytest.raises(ValueError):
+        benchmark.paired({"a": records["a"]}, {"a": others["a"][:10]})
 
 
 def test_answers_come_back_in_order(lm):

@@ -174,11 +174,20 @@ def test_normalize(text, plain):
 
 @pytest.mark.parametrize("answer, golden, em, f1", [
     ("the Eva Moss.", ["Eva Moss"], 1, 1), ("Eva", ["Eva Moss"], 0, 2 / 3), ("Eva Moss", ["Ada", "Moss"], 0, 2 / 3), ("Moss", ["Ada", "Moss"], 1, 1),
-    ("", ["Eva"], 0, 0), ("Ada Falk", ["Eva Moss"], 0, 0), ("yes yes no", ["yes"], 0, 0.5), ("Eva Eva", ["Eva Moss Eva"], 0, 0.8)])
+    ("", ["Eva"], 0, 0), ("Ada Falk", ["Eva Moss"], 0, 0), ("yes yes no", ["yes"], 0, 0), ("No.", ["no"], 1, 1), ("Eva Moss", ["yes", "Eva"], 0, 2 / 3), ("Eva Eva", ["Eva Moss Eva"], 0, 0.8)])
 def test_exact_match_and_f1(answer, golden, em, f1):
     """By hand: precision and recall of the words, each word counted as often as it stands in both; the best golden answer."""
     assert autocoa.exact_match(answer, golden) == em
     assert autocoa.f1(answer, golden) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize("answer, golden, cover, overlap", [
+    ("the Eva Moss.", ["Eva Moss"], 1, 1), ("It was Eva Moss who did", ["Eva Moss"], 1, 0), ("Evan Moss", ["Eva"], 0, 0), ("Moss", ["Eva Moss"], 0, 0), ("", ["Eva"], 0, 0),
+    ("Moss Eva", ["Eva Moss"], 0, 1), ("one two x three four five six seven", ["one two three four five six seven eight nine ten"], 0, 1),
+    ("one two x three four five six", ["one two three four five six seven eight nine ten"], 0, 0), ("Ada", ["Eva", "Ada"], 1, 1)])
+def test_cover_and_overlap(answer, golden, cover, overlap):
+    """By hand: words one for word inside the answer; 70% of the golden words, and nothing for one text inside the other, as in the authors' code."""
+    assert autocoa.cover_match(answer, golden) == cover and autocoa.overlap_match(answer, golden) == overlap
 
 
 def test_reward(codec):
