@@ -128,7 +128,7 @@ class Wikipedia:
             raise Problem(f"--cache: {mode!r} is not one of live, replay, refresh")
         self.package, self.http = wikipedia, Polite()
         wikipedia.wikipedia.requests = self.http
-        wikipedia.set_lang(language)
+        wikipedia.set_lang(language)            # and forget what the package itself kept
         wikipedia.wikipedia.API_URL = wikipedia.wikipedia.API_URL.replace("http://", "https://")
         wikipedia.set_user_agent(AGENT)
         wikipedia.set_rate_limiting(True)
@@ -158,7 +158,6 @@ class Wikipedia:
     def ask(self, query):
         """-> [(title, lead)], None where it failed. Raises Problem when nothing works any more."""
         try:
-            self.package.search.clear_cache()       # the package would keep what failed, and never refresh
             titles = self.package.search(query[:300], results=self.top_k)
             passages = [p for p in map(self.lead, titles) if p]
             self.failed = 0

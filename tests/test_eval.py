@@ -64,6 +64,13 @@ def test_a_paired_interval():
         benchmark.paired({"a": records["a"]}, {"a": others["a"][:10]})
 
 
+def test_a_workflow_sees_what_fits(lm):
+    """The ReAct loop's observations have at most max_observation tokens, like those of agents."""
+    long = "Silver River 1: A film. It was directed by Eva Moss.\n Iron Hill 2: A film."
+    _, t = workflows.react(lm, [{"question": "Who?"}], lambda queries: [long] * len(queries), Settings(max_len=400, max_observation=10, max_thought=8), max_steps=2)[0]
+    assert t.observations and all(o == lm.codec.fit(long, 10) != long for o in t.observations)
+
+
 def test_answers_come_back_in_order(lm):
     """Questions are rolled out by length, a few at a time; each trajectory is its own question's."""
     texts = ["Who directed it?", "Who?", "Who starred in Silver River film of Eva Moss?", "A", "Who was born in 1950?"]

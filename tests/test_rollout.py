@@ -203,6 +203,14 @@ def test_tags_inside_an_observation(codec):
     assert t.observations == [hostile] and hostile in text(codec, t, OBSERVATION)
 
 
+def test_a_long_observation_is_fitted(codec):
+    """What the tool says is cut to max_observation tokens at passage boundaries, in the trajectory and in its text alike."""
+    long = "Silver River 1: A film. It was directed by Eva Moss.\n Iron Hill 2: A film. It was directed by Ada Falk."
+    budget = len(codec.encode(long)) - 3
+    (t,), _ = run(codec, ACT, search=lambda queries: [long], max_observation=budget)
+    assert t.observations == [codec.fit(long, budget)] != [long] and t.role.count(OBSERVATION) <= budget + 2 and "Iron Hill 2:" in text(codec, t, OBSERVATION)
+
+
 def test_unknown_tool(codec):
     """A name that is not in the library comes back as an observation; the policy goes on."""
     search = tools.library([{"id": "0", "contents": '"Silver River"\nIt was directed by Eva Moss.'}], 2)

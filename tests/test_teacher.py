@@ -268,6 +268,16 @@ def taught(codec, q, top_k=1):
     return (chains[0][1] if chains else None), counts
 
 
+def test_the_teacher_sees_what_fits(nano):
+    """Observations in chains have at most max_observation tokens, as in rollouts; and what was cut away is nothing the teacher can read."""
+    q = real("Where did the author of The Clay Hour grow up?", ["Tallow"], ["Orla Venn", "The Clay Hour"])
+    whole, _ = data.teach(nano, [q], set(), tools.library(PASSAGES, 2), 128)
+    longest = max(len(nano.encode(o)) for o in whole[0][1].observations)
+    fitted, _ = data.teach(nano, [q], set(), tools.library(PASSAGES, 2), longest - 1)
+    assert all(len(nano.encode(o)) < longest for _, t in fitted for o in t.observations)
+    assert data.teach(nano, [q], set(), tools.library(PASSAGES, 2), 4)[0] == []
+
+
 def test_a_real_bridge(nano):
     """First the passage that the question names, then the one that it leads to; what is said of each is the passage's own
     sentence that holds the next title, then the answer."""

@@ -94,6 +94,7 @@ def test_an_index_is_kept(tmp_path, monkeypatch, capsys):
     first = tools.open_index(path, 2, tmp_path)(queries)
     assert first == tools.BM25(PASSAGES, 2, b=0.9, title=8)(queries) and "made in" in capsys.readouterr().out
     monkeypatch.setattr(tools, "read_passages", None)           # not read again
+    assert (tools.open_index(path, 2, tmp_path).ranked(queries)[1] == tools.BM25(PASSAGES, 2, b=0.9, title=8).ranked(queries)[1]).all()
     assert tools.open_index(path, 2, tmp_path)(queries) == first and capsys.readouterr().out == ""
     monkeypatch.undo()
     write(path, PASSAGES[:1] + [{"id": "z", "contents": '"Zebra"\nAn animal.'}])
@@ -230,6 +231,16 @@ def test_a_fault_that_stays(wiki, fault):
         search([f"{i} river" for i in range(20)])
     there.fault = []
     assert tool("replay")(["b river"]) == [RIVER]
+
+
+def test_failures_now_and_then(wiki):
+    """Only failures in a row stop a run."""
+    there, tool = wiki
+    search = tool(threads=1)
+    for n in range(3):
+        there.fault = ["html"] * 5 * live.TRIES
+        assert search([f"{n}{i} river" for i in range(6)]) == [live.FAILED] * 5 + [RIVER]
+    assert search.counts["errors"] == 15
 
 
 def test_at_most_one_request_in_a_while(serve):
