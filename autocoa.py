@@ -89,7 +89,7 @@ class Codec:
             return observation
         lines = observation.split("\n ")
         for n in range(len(lines) - 1, 0, -1):
-            lines[n] = lines[n].partition(": ")[0] + ":"
+            lines[n] = lines[n].partition(f" {n + 1}: ")[0] + f" {n + 1}:"
             if size(lines) <= budget:
                 return "\n ".join(lines)
         while len(lines) > 1 and size(lines) > budget:

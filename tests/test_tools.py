@@ -1,5 +1,6 @@
 """The tools: calculator, index on disk, what an observation may hold, live Wikipedia over loopback HTTP with its faults, cache, retrieval server."""
 import json
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,7 +37,7 @@ def serve():
 # ---- calculator ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("expression, result", [
     ("1993 - 1976", "17"), ("(3 + 4) * 2.5", "17.5"), ("1,234,567 + 1", "1234568"), ("2 ^ 10", "1024"), ("7 ÷ 2 − 1", "2.5"), ("10 // 3 + 10 % 3", "4"), ("-3 * -(2)", "6"),
-    ("12 May 1990 - 1990-01-01", "131 days"), ("May 12, 1990 + 30 days", "1990-06-11"), ("2000-03-01 - 1 day", "2000-02-29"), ("1 / 0", "Division by zero."),
+    ("12 May 1990 - 1990-01-01", "131"), ("(2000-01-01 - 1990-01-01) / 365.25", "9.998631075"), ("May 12, 1990 + 30 days", "1990-06-11"), ("2000-03-01 - 1 day", "2000-02-29"), ("1 / 0", "Division by zero."),
     ("1993 - 1976 =", "17"), ("2 ** 40", "1099511627776")])
 def test_calculate(expression, result):
     assert tools.calculate([expression]) == [result]
@@ -76,6 +77,7 @@ def test_an_observation_fits_its_budget(codec):
     assert codec.fit(both, size(both)) == both
     assert codec.fit(both, size(both) - 1) == f"{first}\n Iron Hill 2:" == codec.fit(both, size(f"{first}\n Iron Hill 2:"))
     assert codec.fit(both, size(first)) == first
+    assert codec.fit(both.replace("Iron", "Iron: Ada"), size(both)).endswith("\n Iron: Ada Hill 2:")
     assert codec.fit(both, size(first) - 1) == "Silver River 1: A film."
     assert codec.fit(both, size("Silver River 1: A")) == "Silver River 1: A"
     assert all(size(codec.fit(both, n)) <= n for n in range(1, size(both)))
@@ -267,6 +269,16 @@ def test_a_broken_cache_is_set_aside(wiki, tmp_path, capsys):
     assert aside.read_bytes().startswith(b"not a database") and tool("replay")(["a river"]) == [RIVER]
 
 
+def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path):
+    """Guards: a good file that is set aside because the disk is full or another process holds it."""
+    cache = live.Cache(tmp_path / "c.sqlite")
+    cache.put("a", 2, "en", passages=[["t", "x"]])
+    cache.db.execute("PRAGMA query_only = ON")
+    with pytest.raises(Problem, match="c.sqlite: attempt to write"):
+        cache.put("b", 2, "en", passages=[])
+    assert cache.get("a", 2, "en") == [("t", "x")] and not list(tmp_path.glob("*.broken*"))
+
+
 def test_two_processes_share_a_cache(tmp_path):
     """Writers at the same time lose nothing."""
     caches = [live.Cache(tmp_path / "c.sqlite") for _ in range(3)]
@@ -292,6 +304,24 @@ def test_server_and_client(serve):
     assert live.Retriever(address, 2)(queries) == index(queries)
     for bad in ({"topk": 1}, {"queries": "x", "topk": "many"}, {"queries": [1]}):
         assert requests.post(address, json=bad, timeout=5).status_code == 422
+
+
+def test_the_server_answers_many_at_once(serve, tmp_path):
+    """Each client gets its own passages. Guards: threads that seek in one file of passages, and read each other's."""
+    many = [{"id": str(i), "contents": f'"Number w{i}"\n' + f"w{i} " * (i % 50 + 1)} for i in range(400)]
+    index = tools.open_index(write(tmp_path / "many.jsonl", many), 1, tmp_path)
+    address, wrong = serve(tools.server(index, 0)) + "/retrieve", []
+
+    def ask(n):
+        queries = [f"w{i}" for i in range(n, 400, 8)]
+        got = requests.post(address, json={"queries": queries}, timeout=20).json()["result"]
+        wrong.extend(q for q, hits in zip(queries, got) if hits[0]["contents"].split()[1] != q + '"')
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(8)]
+    often, seldom = 1e-6, sys.getswitchinterval()
+    sys.setswitchinterval(often)
+    [t.start() for t in threads], [t.join() for t in threads]
+    sys.setswitchinterval(seldom)
+    assert wrong == []
 
 
 def test_a_server_that_answers_nonsense(serve, monkeypatch):
