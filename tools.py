@@ -63,7 +63,7 @@ class Library(dict):
     def report(self):
         """One line: calls of each tool and, of tools that reach out, hits, misses, errors and seconds waited."""
         told = [f"{n:,} calls of {name}" + (f" ({self[name].report()})" if hasattr(self[name], "report") else "") for name, n in self.counts.items()]
-        return "; ".join(told)
+        return "; ".join(told) or "no call of a tool"
 
 
 def neutral(text):
