@@ -106,7 +106,7 @@ class Settings:
 
 def place(s):
     """Where and how the scripts load a network: the arguments of model.load."""
-    return dict(device=s.device, framework=s.backend, dtype=s.dtype, bits=s.bits)
+    return dict(device=s.device, framework=s.backend, dtype=s.dtype, bits=s.bits, frozen=s.lora_rank > 0)
 
 
 def read_settings(doc):

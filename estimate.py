@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 import autocoa
+from autocoa import TAGS
 from common import MATRICES
 
 
@@ -17,13 +18,13 @@ def matrices(c):
 
 
 def parameters(c, s):
-    """-> how many: {"blocks": those in the blocks' matrices, "rest": embeddings, norms, biases, "adapter"}"""
+    """-> how many: {"blocks": those in the blocks' matrices, "rest": embeddings, norms, biases, "adapter", and "tags": their embeddings, trained with it}"""
     q, kv = c.shape_of("q_proj")[0], c.shape_of("k_proj")[0]
     block = sum(rows * columns for _, rows, columns in matrices(c))
     small = 2 * c.hidden_size + c.qkv_bias * (q + 2 * kv) + c.o_bias * c.hidden_size + c.qk_norm * 2 * c.head_dim
     adapter = sum(s.lora_rank * (rows + columns) for n, rows, columns in matrices(c) if n in s.lora_targets)
-    L = c.num_hidden_layers
-    return {"blocks": L * block, "rest": L * small + c.hidden_size + c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2), "adapter": L * adapter}
+    L, heads = c.num_hidden_layers, 1 if c.tie_word_embeddings else 2
+    return {"blocks": L * block, "rest": L * small + c.hidden_size + heads * c.vocab_size * c.hidden_size, "adapter": L * adapter, "tags": bool(s.lora_rank) * heads * len(TAGS) * c.hidden_size}
 
 
 def kept(c, s, muon, scale_bytes):
@@ -32,8 +33,8 @@ def kept(c, s, muon, scale_bytes):
     n, size = parameters(c, s), 2 if s.dtype == "bfloat16" else 4
     if s.lora_rank:
         block = 0.5 + scale_bytes / 64 if s.bits == 4 else size
-        in_matrices = n["adapter"]
-        trained, weights = n["adapter"], block * n["blocks"] + size * n["rest"] + 4 * n["adapter"]
+        in_matrices, trained = n["adapter"], n["adapter"] + n["tags"]
+        weights = block * n["blocks"] + size * n["rest"] + 4 * trained
     else:
         in_matrices = n["blocks"]
         trained, weights = n["blocks"] + n["rest"], 4 * (n["blocks"] + n["rest"])
@@ -81,9 +82,9 @@ def show(lm, s, kind):
     else:
         going["activations"] = activations(c, s, s.micro_tokens, s.micro_tokens)
         if kind == "rl":
-            keep["reference"] = 4 * (n["adapter"] if s.lora_rank else whole)
+            keep["reference"] = 4 * (n["adapter"] + n["tags"] if s.lora_rank else whole)
         peak = sum(keep.values()) + max(going.get("KV cache", 0) + copy, going["activations"])
-    print(f"{whole / 1e6:,.2f} M parameters" + ("" if kind == "eval" else f", {n['adapter'] / 1e6:,.2f} M trained (rank {s.lora_rank})" if s.lora_rank else ", all trained"))
+    print(f"{whole / 1e6:,.2f} M parameters" + ("" if kind == "eval" else f", {(n['adapter'] + n['tags']) / 1e6:,.2f} M trained (rank {s.lora_rank})" if s.lora_rank else ", all trained"))
     sizes = [f"micro-batches of {s.micro_tokens} tokens"] * (kind != "eval") + [f"{min(rows, s.batch_rows)} rows of {s.max_len}"] * (rows > 0)
     print("memory in MB: " + ", ".join(f"{k} {v / 1e6:,.1f}" for k, v in (keep | going).items())
           + f"; together at most {peak / 1e6:,.0f}, beside the framework and the data ({', '.join(sizes)})", flush=True)

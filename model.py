@@ -29,11 +29,13 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 
 @dataclass
 class LoRA:
-    """A low-rank adapter (Hu et al. 2021): which matrices get one, and W + alpha / rank * B A."""
+    """A low-rank adapter (Hu et al. 2021): which matrices get one, W + alpha / rank * B A; and the tokens whose embeddings are trained with it, the
+    tags, which a checkpoint from elsewhere never met."""
     rank: int
     alpha: float
     dropout: float
     targets: list
+    tokens: list
 
 
 @dataclass
@@ -219,27 +221,46 @@ class LM:
         parts.rename(folder)
 
     def save_adapter(self, folder):
-        """PEFT's files, and in mlx_lm/ the same for that library."""
-        lora, state = self.model.lora, self.backend.arrays(self.model, self.backend.trained(self.model))
+        """PEFT's files, and in mlx_lm/ the same for that library, where the rank is not below the number of trained tokens: to it they are a low-rank
+        change of the embeddings like another."""
+        lora, state, scale = self.model.lora, self.backend.arrays(self.model, self.backend.trained(self.model)), self.model.lora.alpha / self.model.lora.rank
         (folder / "adapter_config.json").write_text(json.dumps({
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(self.folder), "r": lora.rank, "lora_alpha": lora.alpha,
-            "lora_dropout": lora.dropout, "target_modules": lora.targets, "bias": "none", "inference_mode": True}, indent=2))
-        save_file({f"base_model.model.{n}.weight": x for n, x in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt", "base": fingerprint(self.folder)})
-        there = folder / "mlx_lm"
+            "lora_dropout": lora.dropout, "target_modules": lora.targets, "bias": "none", "inference_mode": True,
+            "trainable_token_indices": {name.split(".")[-1]: lora.tokens for name in self.backend.embeddings(self.model)}}, indent=2))
+        save_file({peft_name(n): x for n, x in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt", "base": fingerprint(self.folder)})
+        if lora.rank < len(lora.tokens):
+            return
+        there, known = folder / "mlx_lm", {}
         there.mkdir(exist_ok=True)
-        keys = sorted({".".join(n.split(".")[3:5]) for n in state})
+        for n, x in state.items():
+            if n.endswith(".rows"):         # W + scale * one_hot @ change
+                name, c = n.removesuffix(".rows"), self.model.config
+                one_hot, change = np.zeros((c.vocab_size, lora.rank), np.float32), np.zeros((lora.rank, c.hidden_size), np.float32)
+                one_hot[lora.tokens, range(len(lora.tokens))] = 1
+                change[:len(lora.tokens)] = (x - self.frozen_rows(lora)[name]) / scale
+                a, b = (change.T, one_hot.T) if name == "lm_head" else (one_hot, change)
+                known |= {f"{name}.lora_a": np.ascontiguousarray(a), f"{name}.lora_b": np.ascontiguousarray(b)}
+            else:
+                known[n.replace("lora_A", "lora_a").replace("lora_B", "lora_b")] = np.ascontiguousarray(x.T)
+        keys = sorted({".".join(n.split(".")[3:5]) if ".layers." in n else n.rpartition(".")[0] for n in known})
         (there / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "num_layers": self.model.config.num_hidden_layers, "lora_parameters": {
-            "rank": lora.rank, "scale": lora.alpha / lora.rank, "dropout": lora.dropout, "keys": keys}}, indent=2))
-        save_file({n.replace("lora_A", "lora_a").replace("lora_B", "lora_b"): np.ascontiguousarray(x.T) for n, x in state.items()}, there / "adapters.safetensors")
+            "rank": lora.rank, "scale": scale, "dropout": lora.dropout, "keys": keys}}, indent=2))
+        save_file(known, there / "adapters.safetensors")
 
     def adapter_shapes(self, lora):
-        """{name: shape} of an adapter of this network: A is (rank, in), B (out, rank)."""
+        """{name: shape} of an adapter of this network: A is (rank, in), B (out, rank), embeddings' rows (tokens, hidden)."""
         out = {}
         for name in sorted(self.backend.linears(self.model)):
             if (target := name.split(".")[-1]) in lora.targets:
                 rows, columns = self.model.config.shape_of(target)
                 out |= {name + ".lora_A": (lora.rank, columns), name + ".lora_B": (rows, lora.rank)}
-        return out
+        return out | {f"{name}.rows": (len(lora.tokens), self.model.config.hidden_size) for name in self.backend.embeddings(self.model)}
+
+    def frozen_rows(self, lora):
+        """{name: (tokens, hidden)}: what the embeddings of the trained tokens are without the adapter."""
+        own = self.backend.arrays(self.model, [f"{name}.weight" for name in self.backend.embeddings(self.model)])
+        return {name.removesuffix(".weight"): x[lora.tokens] for name, x in own.items()}
 
     def adapt(self, s):
         """Before a stage: an adapter of --lora_rank, if that is set and the network has none, on a base of --bits; and --checkpointing."""
@@ -247,9 +268,11 @@ class LM:
         if s.lora_rank and not self.model.lora:
             if s.bits < 16 and self.model.bits == 16:
                 self.backend.quantize(self.model, s.bits)
-            lora, rng, state = LoRA(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets), np.random.default_rng(s.seed), {}
+            tags = sorted(self.codec.tok.convert_tokens_to_ids(list(TAGS.values())))
+            lora, rng, state = LoRA(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, tags), np.random.default_rng(s.seed), {}
             for name, shape in self.adapter_shapes(lora).items():
                 state[name] = rng.uniform(-1, 1, shape) * shape[1] ** -0.5 if name.endswith("lora_A") else np.zeros(shape)
+            state |= {f"{name}.rows": x for name, x in self.frozen_rows(lora).items()}
             self.backend.adapt(self.model, lora, state)
         elif self.model.bits < 16 and not self.model.lora:
             raise Problem(f"--bits={self.model.bits}: weights of {self.model.bits} bits can't be trained; train an adapter on them with --lora_rank=16")
@@ -285,13 +308,20 @@ def fingerprint(folder, tail=1 << 24):
     return digest.hexdigest()[:16]
 
 
+def peft_name(name):
+    """Our name of an adapter's parameter -> PEFT's."""
+    return "base_model.model." + (name.removesuffix("rows") + "token_adapter.trainable_tokens_delta" if name.endswith(".rows") else name + ".weight")
+
+
 def read_adapter(folder, lm):
     """A PEFT folder -> LoRA and {name: array}. Raises Problem where it is not one of this network."""
     path = Path(folder) / "adapter_model.safetensors"
     try:
         raw = json.loads((Path(folder) / "adapter_config.json").read_text())
-        lora = LoRA(raw["r"], raw["lora_alpha"], raw["lora_dropout"], sorted(raw["target_modules"]))
-        state = {k.removeprefix("base_model.model.").removesuffix(".weight"): x for k, x in load_file(path).items()}
+        tokens = raw["trainable_token_indices"]
+        lora = LoRA(raw["r"], raw["lora_alpha"], raw["lora_dropout"], sorted(raw["target_modules"]), tokens["embed_tokens"])
+        ours = {peft_name(n): n for n in lm.adapter_shapes(lora)}
+        state = {ours.get(k, k): x for k, x in load_file(path).items()}
         with safe_open(path, "np") as f:
             base = (f.metadata() or {}).get("base")
     except (KeyError, TypeError, ValueError, OSError, SafetensorError) as e:
@@ -312,8 +342,8 @@ def new(config, tok, seed, device="auto", framework="auto", dtype="float32"):
     return LM(network, tok, b)
 
 
-def load(folder, device="auto", framework="auto", dtype="float32", bits=16):
-    """A folder that `LM.save` wrote -> LM. bits: 4 to keep the blocks' matrices in 4 bits. Raises Problem for an adapter whose base is not there."""
+def load(folder, device="auto", framework="auto", dtype="float32", bits=16, frozen=False):
+    """A folder that `LM.save` wrote -> LM. bits: 4 to keep the blocks' matrices in 4 bits; frozen: only an adapter will be trained. Raises Problem for an adapter whose base is not there."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise Problem(f"{folder} is missing")
@@ -323,7 +353,7 @@ def load(folder, device="auto", framework="auto", dtype="float32", bits=16):
         whole = whole if whole.is_dir() else folder.parent / whole.name            # of a run that was moved
         if not (whole / "config.json").is_file():
             raise Problem(f"model: {folder} is an adapter for {whole}, which is missing; put it back or train again")
-    network = b.load_weights(b.build(read_config(whole), b.pick_device(device), dtype), whole)
+    network = b.load_weights(b.build(read_config(whole), b.pick_device(device), dtype, frozen), whole)
     lm = LM(network, PreTrainedTokenizerFast.from_pretrained(folder), b)           # as it was saved; AutoTokenizer may rebuild it by model type
     lm.folder, adapter = whole, None
     if whole != folder:
@@ -335,8 +365,8 @@ def load(folder, device="auto", framework="auto", dtype="float32", bits=16):
     return lm
 
 
-def load_pretrained(name, device="auto", framework="auto", dtype="float32"):
-    """A checkpoint from elsewhere: Hugging Face folder, hub id or GGUF file -> LM.
+def load_pretrained(name, device="auto", framework="auto", dtype="float32", frozen=False):
+    """A checkpoint from elsewhere: Hugging Face folder, hub id or GGUF file -> LM. frozen: only an adapter will be trained.
 
     The tags become new tokens; their embeddings start as the mean of the pieces that spelled them. A GGUF file is read by transformers, with torch.
     """
@@ -365,7 +395,7 @@ def load_pretrained(name, device="auto", framework="auto", dtype="float32"):
         for tag, spelled in zip(TAGS.values(), pieces):
             if tag in missing:
                 state[key][tok.convert_tokens_to_ids(tag)] = old[spelled].mean(0)
-    network = b.build(config, b.pick_device(device), dtype)
+    network = b.build(config, b.pick_device(device), dtype, frozen)
     b.put(network, state, name)
     return LM(network, tok, b)
 

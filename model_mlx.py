@@ -37,6 +37,30 @@ class Linear(nn.Linear):
         return self
 
 
+class Embedding(nn.Embedding):
+    """Ids to vectors, and hidden states to logits. Under an adapter a few of its rows, those of `tokens`, are trained in place of the frozen ones."""
+
+    def __call__(self, ids):
+        x = self.weight[ids]
+        if "rows" in self:
+            slot = self._slot[ids]
+            x = mx.where((slot >= 0)[..., None], self.rows[mx.maximum(slot, 0)].astype(x.dtype), x)
+        return x
+
+    def logits(self, x):
+        y = (x @ self.weight.astype(x.dtype).T).astype(mx.float32)
+        if "rows" in self:
+            y = y.at[..., self._tokens].add((x @ self.rows.astype(x.dtype).T).astype(mx.float32) - y[..., self._tokens])
+        return y
+
+    def train_rows(self, tokens, rows):
+        """tokens: ids; rows: array (tokens, columns)."""
+        self._tokens, self.rows = mx.array(tokens), mx.array(rows, mx.float32)
+        self._slot = mx.full(self.weight.shape[0], -1)                          # id -> its row, -1 for none
+        self._slot[self._tokens] = mx.arange(len(tokens))
+        self.unfreeze(keys=["rows"], recurse=False)
+
+
 class RMSNorm(nn.RMSNorm):
     def __call__(self, x):
         return mx.fast.rms_norm(x, self.weight.astype(x.dtype), self.eps)
@@ -104,7 +128,7 @@ class Transformer(nn.Module):
 
     Weights that are trained stay float32, whatever `dtype` says: it is the type of activations, to which each layer casts its weights as it uses
     them, so that gradients, their sum over micro-batches and the optimizer are float32. Frozen weights are kept in it.
-    lora: rank, alpha, dropout and targets of the adapter that is trained, None for all weights. recompute: keep each block's input alone, and
+    lora: rank, alpha, dropout, targets and tokens of the adapter that is trained, None for all weights. recompute: keep each block's input alone, and
     compute the block again for its gradient.
     """
 
@@ -112,11 +136,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.dtype, self.lora, self.bits, self.recompute = config, getattr(mx, dtype), None, 16, False
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = [Block(config) for _ in range(config.num_hidden_layers)]
         self.model.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Embedding(config.vocab_size, config.hidden_size)
         self._periods = mx.array(1 / config.inv_freq())     # the underscore keeps it out of the parameters
 
     def __call__(self, ids, start=0, caches=None, mask=None):
@@ -131,7 +155,7 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def logits(self, x):
-        return (x @ (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight.astype(x.dtype).T).astype(mx.float32)
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).logits(x)
 
 
 def logprobs(model, ids, mask, temperature=1.0):
@@ -364,6 +388,7 @@ def train_step(model, optimizer, loss_fn, batches, lr, muon_lr, temperature=1.0,
     norm = mx.sqrt(sum(g.square().sum() for g in grads.values())).item()
     if math.isfinite(total) and math.isfinite(norm):
         optimizer.step({k: g * min(1.0, max_norm / (norm + 1e-6)) for k, g in grads.items()}, lr, muon_lr)
+    mx.clear_cache()            # buffers of shapes that the next micro-batches will not have
     return {"loss": total, "grad_norm": norm}
 
 
@@ -377,9 +402,12 @@ def pick_device(name):
     return name
 
 
-def build(config, device="cpu", dtype="float32"):
-    """The network of a config, its weights still to be put."""
-    return Transformer(config, dtype).eval()
+def build(config, device="cpu", dtype="float32", frozen=False):
+    """The network of a config, its weights still to be put; in dtype where they are to be frozen, so that they are never held in more."""
+    network = Transformer(config, dtype).eval()
+    if frozen:
+        network.apply(lambda p: p.astype(network.dtype))
+    return network
 
 
 def shapes(model):
@@ -414,17 +442,17 @@ def to_numpy(x):
 
 def put(model, state, where):
     """Tensors or NumPy arrays into the network, by name. Raises Problem with the parameter that is missing, not known or of another shape."""
-    own = shapes(model)
+    own = parameters(model)
     if model.config.tie_word_embeddings:
         state = {k: v for k, v in state.items() if k != "lm_head.weight"}
     state = {k: v for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}
     odd = sorted(set(own) ^ set(state))
     if odd:
         raise Problem(f"model: {where}: parameter {odd[0]} is {'missing' if odd[0] in own else 'not one of this architecture'}")
-    for name, shape in own.items():
-        if shape != tuple(state[name].shape):
-            raise Problem(f"model: {where}: {name} has shape {tuple(state[name].shape)}, config.json says {shape}")
-    model.update(tree_unflatten([(k, mx.array(v).astype(mx.float32)) for k, v in state.items()]))
+    for name, p in own.items():
+        if p.shape != tuple(state[name].shape):
+            raise Problem(f"model: {where}: {name} has shape {tuple(state[name].shape)}, config.json says {p.shape}")
+    model.update(tree_unflatten([(k, mx.array(v).astype(own[k].dtype)) for k, v in state.items()]))
     mx.eval(model.parameters())
 
 
@@ -461,6 +489,11 @@ def linears(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, Linear) and ".layers." in n}
 
 
+def embeddings(model):
+    """{name: Embedding} of the tokens, and of the head where it has its own."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Embedding)}
+
+
 def arrays(model, names):
     """-> {name: float32 array} of these parameters."""
     own = parameters(model)
@@ -479,7 +512,8 @@ def quantize(model, bits=4):
 
 
 def adapt(model, lora, state):
-    """Freeze the network and give it an adapter. lora: rank, alpha, dropout, targets; state: {name: array} of lora_A (rank, in) and lora_B (out, rank)."""
+    """Freeze the network and give it an adapter. lora: rank, alpha, dropout, targets, tokens; state: {name: array} of lora_A (rank, in), lora_B (out, rank)
+    and the embeddings' rows (tokens, hidden)."""
     model.lora = lora
     model.apply(lambda p: p if p.dtype == mx.uint32 else p.astype(model.dtype))
     model.freeze()
@@ -488,6 +522,8 @@ def adapt(model, lora, state):
             m.scale, m.dropout = lora.alpha / lora.rank, lora.dropout
             m.lora_A, m.lora_B = (mx.array(state[f"{name}.{x}"], mx.float32) for x in ("lora_A", "lora_B"))
             m.unfreeze(keys=["lora_A", "lora_B"], recurse=False)
+    for name, m in embeddings(model).items():
+        m.train_rows(lora.tokens, state[f"{name}.rows"])
     mx.eval(model.parameters())
 
 
@@ -498,6 +534,10 @@ def merge(model):
             m.weight = mx.dequantize(m.weight, m.pop("scales"), m.pop("biases"), 64, 4)
         if "lora_A" in m:
             m.weight = m.weight.astype(mx.float32) + m.scale * m.pop("lora_B") @ m.pop("lora_A")
+    for m in embeddings(model).values():
+        if "rows" in m:
+            m.weight = m.weight.astype(mx.float32)
+            m.weight[m._tokens] = m.pop("rows")
     model.apply(lambda p: p.astype(mx.float32))
     model.unfreeze()
     model.lora, model.bits = None, 16

@@ -37,6 +37,32 @@ class Linear(nn.Linear):
         return y
 
 
+class Embedding(nn.Embedding):
+    """Ids to vectors, and hidden states to logits. Under an adapter a few of its rows, those of `tokens`, are trained in place of the frozen ones."""
+
+    def __init__(self, vocab, columns):
+        super().__init__(vocab, columns)
+        self.rows = self.tokens = None
+
+    def forward(self, ids):
+        x = super().forward(ids)
+        if self.rows is not None:
+            slot = self.slot[ids]
+            x = torch.where((slot >= 0)[..., None], self.rows[slot].to(x.dtype), x)
+        return x
+
+    def logits(self, x):
+        y = F.linear(x, self.weight.to(x.dtype)).float()
+        return y if self.rows is None else y.index_copy(-1, self.tokens, F.linear(x, self.rows.to(x.dtype)).float())
+
+    def train_rows(self, tokens, rows):
+        """tokens: ids; rows: array (tokens, columns)."""
+        device = self.weight.device
+        self.tokens, self.rows = torch.tensor(tokens, device=device), nn.Parameter(torch.tensor(rows, dtype=torch.float32, device=device))
+        self.slot = torch.full((self.num_embeddings,), -1, device=device)       # id -> its row, -1 for none
+        self.slot[self.tokens] = torch.arange(len(tokens), device=device)
+
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -108,7 +134,7 @@ class Transformer(nn.Module):
 
     Weights that are trained stay float32, whatever `dtype` says: it is the type of activations, to which each layer casts its weights as it uses
     them, so that gradients, their sum over micro-batches and the optimizer are float32. Frozen weights are kept in it.
-    lora: rank, alpha, dropout and targets of the adapter that is trained, None for all weights. recompute: keep each block's input alone, and
+    lora: rank, alpha, dropout, targets and tokens of the adapter that is trained, None for all weights. recompute: keep each block's input alone, and
     compute the block again for its gradient.
     """
 
@@ -116,11 +142,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.dtype, self.lora, self.bits, self.recompute = config, getattr(torch, dtype), None, 16, False
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Embedding(config.vocab_size, config.hidden_size)
         self.register_buffer("inv_freq", torch.as_tensor(config.inv_freq()), persistent=False)
 
     @property
@@ -141,7 +167,7 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def logits(self, x):
-        return F.linear(x, (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight.to(x.dtype)).float()
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).logits(x)
 
 
 def logprobs(model, ids, mask, temperature=1.0):
@@ -361,9 +387,13 @@ def pick_device(name):
     return name
 
 
-def build(config, device="cpu", dtype="float32"):
-    """The network of a config, its weights still to be put."""
-    return Transformer(config, dtype).to(device).eval()
+def build(config, device="cpu", dtype="float32", frozen=False):
+    """The network of a config, its weights still to be put; in dtype where they are to be frozen, so that they are never held in more."""
+    with torch.device("meta"):
+        network = Transformer(config, dtype)
+    network = (network.to(network.dtype) if frozen else network).to_empty(device=device)
+    network.inv_freq = torch.as_tensor(config.inv_freq(), device=device)
+    return network.eval()
 
 
 def shapes(model):
@@ -439,6 +469,11 @@ def linears(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, Linear) and ".layers." in n}
 
 
+def embeddings(model):
+    """{name: Embedding} of the tokens, and of the head where it has its own."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Embedding)}
+
+
 def arrays(model, names):
     """-> {name: float32 array} of these parameters."""
     own = dict(model.named_parameters())
@@ -458,7 +493,8 @@ def quantize(model, bits=4):
 
 
 def adapt(model, lora, state):
-    """Freeze the network and give it an adapter. lora: rank, alpha, dropout, targets; state: {name: array} of lora_A (rank, in) and lora_B (out, rank)."""
+    """Freeze the network and give it an adapter. lora: rank, alpha, dropout, targets, tokens; state: {name: array} of lora_A (rank, in), lora_B (out, rank)
+    and the embeddings' rows (tokens, hidden)."""
     model.lora = lora
     for p in model.parameters():
         p.requires_grad_(False)
@@ -467,6 +503,8 @@ def adapt(model, lora, state):
         if name.split(".")[-1] in lora.targets:
             m.scale, m.dropout = lora.alpha / lora.rank, lora.dropout
             m.lora_A, m.lora_B = (nn.Parameter(torch.tensor(state[f"{name}.{x}"], dtype=torch.float32, device=model.device)) for x in ("lora_A", "lora_B"))
+    for name, m in embeddings(model).items():
+        m.train_rows(lora.tokens, state[f"{name}.rows"])
 
 
 def merge(model):
@@ -481,6 +519,10 @@ def merge(model):
             weight = weight + m.scale * m.lora_B.data @ m.lora_A.data
             m.lora_A = m.lora_B = None
         m.weight = nn.Parameter(weight)
+    for m in embeddings(model).values():
+        if m.rows is not None:
+            m.weight.data = m.weight.data.float().index_copy(0, m.tokens, m.rows.data)
+            m.rows = None
     for p in model.parameters():
         p.data = p.data.float()
         p.requires_grad_(True)

@@ -184,7 +184,7 @@ def make_base(lm, s, task):
     if s.model:
         return lm.save(Path("out", s.run, "base"))
     seeds = tqdm(READING, desc="encyclopedias to read about", unit="world", leave=False)
-    worlds, searches = zip(*[(world, tools.BM25(world.passages(), s.top_k)) for world in (miniwiki.World(seed, "train") for seed in seeds)])
+    worlds, searches = zip(*[(world, tools.library(world.passages(), s.top_k)) for world in (miniwiki.World(seed, "train") for seed in seeds)])
     rng = random.Random(f"base {s.seed}")
     texts = data.base_data(lm.codec, worlds, searches, rng, s.base_tokens)
     train(lm, s, task, "base", data.steps_of(texts, s.batch_tokens, rng), autocoa.nll_loss, lambda b: language_batches(b, s.micro_tokens))

@@ -34,11 +34,11 @@ def weights(lm):
     return {n: lm.backend.to_numpy(p).copy() for n, p in own.items()}
 
 
-def adapted(codec, folder, backend="torch", noise=0.1, **settings):
+def adapted(codec, folder, backend="torch", noise=0.1, tie=True, **settings):
     """A network saved in `folder`, loaded by a backend, with an adapter that is not zero."""
-    tiny(codec, spread=0.1).save(folder)
+    tiny(codec, spread=0.1, tie=tie).save(folder)
     lm = model.load(folder, "cpu", backend)
-    lm.adapt(Settings(**{"lora_rank": 4, "lora_alpha": 8.0, **settings}))
+    lm.adapt(Settings(**{"lora_rank": 8, "lora_alpha": 16.0, **settings}))
     rng, state = np.random.default_rng(3), lm.backend.arrays(lm.model, sorted(lm.backend.trained(lm.model)))
     lm.backend.adapt(lm.model, lm.model.lora, {n: x + noise * rng.standard_normal(x.shape).astype(np.float32) for n, x in state.items()})
     return lm
@@ -50,21 +50,23 @@ def ids(codec):
 
 
 def test_a_new_adapter_changes_nothing(codec, ids):
-    """B starts at zero; A as in the paper's code, the same in both twins; what is trained is the adapter alone."""
+    """B starts at zero; A as in the paper's code, the same in both twins; what is trained is the adapter alone, and the embeddings of the tags."""
     for a in (tiny(codec, spread=0.1), twin(tiny(codec, spread=0.1))):
         before = logits(a, ids)
         a.adapt(Settings(lora_rank=4, lora_targets=["q_proj", "down_proj"]))
         np.testing.assert_allclose(logits(a, ids), before, atol=1e-5)
-        assert {n.split(".", 3)[3] for n in a.backend.trained(a.model)} == {f"{m}.{x}" for m in ("self_attn.q_proj", "mlp.down_proj") for x in ("lora_A", "lora_B")}
+        trained = set(a.backend.trained(a.model))
+        assert {n.split(".", 3)[3] for n in trained if ".layers." in n} == {f"{m}.{x}" for m in ("self_attn.q_proj", "mlp.down_proj") for x in ("lora_A", "lora_B")}
+        assert {n for n in trained if ".layers." not in n} == {"model.embed_tokens.rows"}
     assert 0 < np.abs(weights(a)["model.layers.1.mlp.down_proj.lora_A"]).max() <= 192 ** -0.5
 
 
 @pytest.mark.parametrize("backend", BOTH)
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], Settings().lora_targets])
-def test_a_folder_in_peft_and_mlx_lm(codec, ids, tmp_path, backend, targets):
-    """Kept apart: peft on the transformers model, mlx_lm and the other twin have the same logits. Merged: transformers alone has."""
+@pytest.mark.parametrize("targets, tie", [(["q_proj", "v_proj"], True), (Settings().lora_targets, False)])
+def test_a_folder_in_peft_and_mlx_lm(codec, ids, tmp_path, backend, targets, tie):
+    """Matrices and the tags' embeddings, with a head of their own or not. Kept apart: peft on the transformers model, mlx_lm and the other twin have the same logits. Merged: transformers alone has."""
     peft, mlx_lm = pytest.importorskip("peft"), pytest.importorskip("mlx_lm")
-    lm = adapted(codec, tmp_path / "base", backend, lora_targets=targets)
+    lm = adapted(codec, tmp_path / "base", backend, tie=tie, lora_targets=targets)
     expected = logits(lm, ids)
     assert np.abs(expected - logits(model.load(tmp_path / "base", "cpu", backend), ids)).max() > 0.05
     lm.save(tmp_path / "sft")
@@ -99,7 +101,7 @@ def test_an_adapter_for_another_base(codec, tmp_path, backend):
     """Other weights of the same shape, another width, a file that is none: one line, in both twins."""
     lm = adapted(codec, tmp_path / "base", backend)
     lm.save(tmp_path / "sft1")
-    for other, message in ((tiny(codec, seed=1, spread=0.1), "its weights are others"), (tiny(codec, width=96), "lora_. does not fit")):
+    for other, message in ((tiny(codec, seed=1, spread=0.1), "its weights are others"), (tiny(codec, width=96), "rows does not fit")):
         other.save(tmp_path / "base")
         with pytest.raises(Problem, match=f"adapter for another base than .*base: .*{message}"):
             model.load(tmp_path / "sft1", "cpu", backend)
@@ -130,7 +132,7 @@ def test_gradients_of_an_adapter(codec, tmp_path, name):
     """Each loss: the same gradient for A and B in both twins, none for anything else."""
     (loss, a), (other, b) = (gradients(adapted(codec, tmp_path / x, x), name, codec) for x in BOTH)
     assert loss == pytest.approx(other, rel=2e-6, abs=1e-6)
-    assert a and all(".lora_" in n for n in a)
+    assert a and all(".lora_" in n or n.endswith(".rows") for n in a)
     near(a, b)
 
 
@@ -314,3 +316,18 @@ def test_the_scripts_with_an_adapter(codec, tmp_path, merge):
     assert len(rows(root / "predictions.jsonl")) == 6 * 7
     done = shell(tmp_path, "autocoa.py", *args, "--ask=Who?")
     assert done.status == 0 and "rl2" in done.out
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_a_frozen_base_is_read_in_its_own_type(codec, ids, tmp_path, backend):
+    """Weights that only carry an adapter never take four bytes, and the network is the same. Guards: 7 GB for 1.5 billion parameters on the way to 4 bits."""
+    lm = adapted(codec, tmp_path / "base", backend)
+    lm.save(tmp_path / "sft1")
+    for folder in ("base", "sft1"):
+        a, b = (model.load(tmp_path / folder, "cpu", backend, "bfloat16", frozen=frozen) for frozen in (False, True))
+        b.adapt(Settings(lora_rank=8))
+        a.adapt(Settings(lora_rank=8))
+        np.testing.assert_array_equal(logits(a, ids), logits(b, ids))
+    made = lm.backend.build(lm.model.config, "cpu", "bfloat16", frozen=True)
+    own = dict(made.named_parameters()) if backend == "torch" else model_mlx.parameters(made)
+    assert {str(p.dtype).split(".")[-1] for p in own.values()} == {"bfloat16"}
