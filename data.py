@@ -42,10 +42,10 @@ def nano_text(world):
             for s in q["metadata"]["steps"]:
                 yield f" {s['ask']} {s['recall']} {s['called']} 1 says {s['noun']} {s['answer']}. {' '.join(s['queries'])}"
     words = (miniwiki.FIRST + miniwiki.LAST + miniwiki.STEM + miniwiki.CITY + miniwiki.ADJ + miniwiki.NOUN + miniwiki.FIRM + miniwiki.LAND
-             + miniwiki.SIDE + miniwiki.JOBS + miniwiki.MONEY + miniwiki.TONGUE + [str(y) for y in range(1900, 2000)])
+             + miniwiki.SIDE + miniwiki.JOBS + miniwiki.MONEY + miniwiki.TONGUE + [str(n) for n in [*range(1900, 2000), *range(1, 100)]])
     for word in words + [f"({q})" for q in [*miniwiki.JOBS, *miniwiki.SIZES]]:
         yield f" {word}" * 40
-    yield f" {TO_QUERY} {TO_READ} I recall it. It is so. Not found. In order: 1, 2. 1 is before 2. First is at 1. Later is at 2. Nothing found." * 40
+    yield f" {TO_QUERY} {TO_READ} I recall it. It is so. Not found. In order: 1, 2. 1 is before 2. First is at 1. Later is at 2. Nothing found. Difference? difference of 2 and 1? calculate: 2 - 1. It is 1." * 40
 
 
 # ---- base stage: documents and single skills ----------------------------------------------------------------------------
@@ -129,14 +129,18 @@ def titles(codec, world, rng):
 
 
 def order(codec, world, rng):
-    """Years in order; or of two things with their years, which is first or later."""
+    """Years in order; or of two things with their years, which is first or later, or how to calculate what lies between."""
     first, span = rng.choice([(1900, 100), (rng.randint(1900, 1985), 15)])         # years that lie close are the hard ones
     years = [str(y) for y in rng.sample(range(first, first + span), 10 if rng.random() < 0.4 else 2)]
+    low, high = min(years), max(years)
     if len(years) > 2:
-        return codec.build(f"In order: {', '.join(years)}.", [("think", " is before ".join(sorted(years)) + "."), ("answer", min(years))])
+        return codec.build(f"In order: {', '.join(years)}.", [("think", " is before ".join(sorted(years)) + "."), ("answer", low)])
     things, early = rng.sample(world.groups[False, None], 2), rng.random() < 0.5
-    winner = things[years.index(min(years) if early else max(years))]
-    return codec.build(f"{'First' if early else 'Later'}? {' '.join(f'at {y} {e.name}.' for y, e in zip(years, things))}",
+    winner = things[years.index(low if early else high)]
+    seen = " ".join(f"at {y} {e.name}." for y, e in zip(years, things))
+    if rng.random() < 0.4:
+        return codec.build(f"Difference? {seen}", [("think", f"difference of {high} and {low}?"), ("search", f"calculate: {high} - {low}")])
+    return codec.build(f"{'First' if early else 'Later'}? {seen}",
                        [("think", miniwiki.conclude(years, things, early)), ("answer", winner.name)])
 
 
@@ -198,8 +202,9 @@ def made_up(codec, world, rng, short=0.0):
 
 
 def cot(codec, q, recalled="think"):
-    """A chain of thought from memory: the plan, then what is asked and what is recalled ("given": not to be learned), for each fact."""
-    return codec.build(q["question"], opening(q) + [part for s in q["metadata"]["steps"] for part in told(s, recalled)] + ending(q))
+    """A chain of thought from memory: the plan, then what is asked and what is recalled ("given": not to be learned), for each fact. Differences are not
+    to be learned by heart."""
+    return codec.build(q["question"], opening(q) + [part for s in q["metadata"]["steps"] for part in told(s, "given" if s.get("noun") == miniwiki.DIFFERENCE else recalled)] + ending(q))
 
 
 def told(s, recalled="think"):
@@ -280,6 +285,8 @@ def found(s, observation):
 
 
 def says(s, n):
+    if s["noun"] == miniwiki.DIFFERENCE:
+        return f"It is {s['answer']}."
     return f"{s['called']} {n} says {s['noun']} {s['answer']}."
 
 

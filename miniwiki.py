@@ -291,7 +291,7 @@ class World:
         return row(self.wording(rng, path[-1], x), e, steps)
 
     def _compare(self, rng, p_head):
-        kind, relation, forms = rng.choice(COMPARISONS)
+        kind, relation, verb, forms = rng.choice(COMPARISONS)
         bridge = rng.choice([None, None, "director", "author", "singer", "founder"]) if kind == "person" else None
         first_kind = RELATIONS[bridge].domain if bridge else kind
         a, b = (self._start(rng, p_head, first_kind) for _ in range(2))
@@ -315,20 +315,29 @@ class World:
                                ["Which {k} has the {n} who was born later, {a} or {b}?", "Of {a} and {b}, which has the {n} with the later birth year?"]][not early])
             form = form.replace("{k}", first_kind).replace("{n}", RELATIONS[bridge].noun)
         winner = (a, b)[(years[0] < years[1]) != early]
-        text = form.format(a=mention(a, a.title != a.name), b=mention(b, b.title != b.name))
-        return row(text, winner, steps, conclude(years, (a, b), early))
+        said = [mention(e, e.title != e.name) for e in (a, b)]
+        if rng.random() < APART:
+            noun = RELATIONS[relation].noun
+            said = [f"the {RELATIONS[bridge].noun} of {x}" if bridge else x for x in said]
+            form = rng.choice([f"How many years {'after' if years[0] < years[1] else 'before'} {{a}} {verb}?", f"How many years lie between the {noun} of {{a}} and the {noun} of {{b}}?"])
+            return row(form.format(a=said[0], b=said[1]), difference(years)["answer"], steps + [difference(years)], parts=2)
+        return row(form.format(a=said[0], b=said[1]), winner, steps, conclude(years, (a, b), early), parts=2)
 
 
+APART = 0.4     # of comparisons ask how many years lie between
 COMPARISONS = [
-    ("person", "birth_year", [["Who was born first, {a} or {b}?", "Of {a} and {b}, who has the earlier birth year?"],
+    ("person", "birth_year", "was {b} born", [["Who was born first, {a} or {b}?", "Of {a} and {b}, who has the earlier birth year?"],
                               ["Who was born later, {a} or {b}?", "Of {a} and {b}, who has the later birth year?"]]),
-    ("film", "film_year", [["Which came out first, {a} or {b}?", "Of {a} and {b}, which has the earlier release year?"],
+    ("film", "film_year", "did {b} come out", [["Which came out first, {a} or {b}?", "Of {a} and {b}, which has the earlier release year?"],
                            ["Which came out later, {a} or {b}?", "Of {a} and {b}, which has the later release year?"]]),
-    ("novel", "novel_year", [["Which appeared first, {a} or {b}?", "Of {a} and {b}, which has the earlier publication year?"],
+    ("novel", "novel_year", "did {b} appear", [["Which appeared first, {a} or {b}?", "Of {a} and {b}, which has the earlier publication year?"],
                              ["Which appeared later, {a} or {b}?", "Of {a} and {b}, which has the later publication year?"]]),
-    ("company", "company_year", [["Which was founded first, {a} or {b}?", "Of {a} and {b}, which has the earlier founding year?"],
+    ("company", "company_year", "was {b} founded", [["Which was founded first, {a} or {b}?", "Of {a} and {b}, which has the earlier founding year?"],
                                  ["Which was founded later, {a} or {b}?", "Of {a} and {b}, which has the later founding year?"]]),
 ]
+
+
+DIFFERENCE = "difference"      # the noun of a step that is no fact of the world, but a calculation
 
 
 def mention(e, typed, former=False):
@@ -353,6 +362,15 @@ def step(e, relation, typed, former=False):
             "wordings": [w.format(x=mention(e, e.title != e.name)) for w in asked]}
 
 
+def difference(years):
+    """The last step of a question that asks how many years lie between: one for the calculator. Like a fact it can be recalled, or looked up."""
+    low, high = sorted(years)
+    answer = str(int(high) - int(low))
+    return {"ask": f"difference of {high} and {low}?", "noun": DIFFERENCE, "note": "", "title": answer, "called": "", "head": False, "queries": [f"calculate: {high} - {low}"],
+            "recall": f"I recall {answer}.", "answer": answer, "answers": [answer], "subject": "calculate", "fact": f"{high} - {low}",
+            "wordings": [f"What is the difference of {high} and {low}?", f"How many years lie between {low} and {high}?", f"How many years after {low} was {high}?"]}
+
+
 def conclude(years, things, early):
     """How a comparison ends: which thing is the first or the later, by its name in the question. "at" stands before a year only where
     the name follows it: the end is found by a match with the note, not with a passage that says the year."""
@@ -370,14 +388,14 @@ def outline(asks, parts=1):
     """
     if len(asks) == 1:
         return "", asks
-    starts = range(0, len(asks), len(asks) // parts)
+    starts = [i * (len(asks) // parts) for i in range(parts)]
     items = [ask[:-1] if i in starts else ask.partition(" of ")[0] for i, ask in enumerate(asks)]
     return " ".join(f"{n} {item}" for n, item in enumerate(items, 1)) + ".", [f"{n} {ask}" for n, ask in enumerate(asks, 1)]
 
 
-def row(question, answer, steps, conclusion=""):
+def row(question, answer, steps, conclusion="", parts=1):
     golden = [answer] if isinstance(answer, str) else list(dict.fromkeys([answer.name, answer.title]))
-    plan, asks = outline([s["ask"] for s in steps], 2 if conclusion else 1)
+    plan, asks = outline([s["ask"] for s in steps], parts)
     return {"question": question[0].upper() + question[1:], "golden_answers": golden,
             "metadata": {"plan": plan, "steps": [dict(s, ask=ask) for s, ask in zip(steps, asks)], "conclusion": conclusion}}
 

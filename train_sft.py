@@ -174,7 +174,7 @@ def untrained(s):
     """The network to start from: a checkpoint from elsewhere with the tags added, or a new one (nano)."""
     model.backend(s.backend).pick_device(s.device)                               # a device that is not there is said before anything is made
     if s.model:
-        return model.load_pretrained(s.model, s.device, s.backend, s.dtype)
+        return model.load_pretrained(s.model, s.device, s.backend, s.dtype, frozen=s.lora_rank > 0)
     tok = data.nano_tokenizer(s.vocab_size, data.nano_text(miniwiki.World(READING[0], "train")))
     return model.new(model.nano_config(len(tok), tok.eos_token_id, tok.bos_token_id, s.width, s.layers), tok, s.seed, s.device, s.backend, s.dtype)
 

@@ -94,7 +94,7 @@ def test_chains_of_thought_have_no_action(nano):
 
 def test_base_data_holds_no_chain_of_action(nano):
     """Guards: a base model that is already an agent. Of single skills, none both searches and reads or answers after it."""
-    texts = data.base_data(nano, [WORLD], [tools.BM25(WORLD.passages(), 2)], random.Random(0), 60_000)
+    texts = data.base_data(nano, [WORLD], [SEARCH], random.Random(0), 60_000)
     assert 60_000 <= sum(len(t.ids) for t in texts) < 62_000
     kinds = {(nano.search in t.ids, nano.result in t.ids, nano.boxed in t.ids) for t in texts}
     assert kinds >= {(True, False, False), (False, True, True), (False, False, True)}
@@ -105,18 +105,23 @@ def test_base_data_holds_no_chain_of_action(nano):
 def test_queries_and_readings_behind_other_facts(nano):
     """The skills that a workflow puts together are learned at every fact of a question, with what was said before given: the ask and its query, or the ask,
     what is read and the next ask. Guards: a workflow that can't do two hops because its model has never written a second query."""
-    texts = data.base_data(nano, [WORLD], [tools.BM25(WORLD.passages(), 2)], random.Random(3), 150_000)
+    texts = data.base_data(nano, [WORLD], [SEARCH], random.Random(3), 150_000)
     seen = set()
     for t in texts:
         question, _, text = nano.decode(t.ids).partition("<think>")
         if data.TO_QUERY in question or data.TO_READ in question and "?" in question:
             learned = [nano.decode([i for i, _ in run]).strip() for run in runs(t)]
-            number = re.match(r"(?:.*\. )?(\d)? ?[a-z ]+ of [^?]+\?", learned[0]).group(1)
+            number, noun = re.match(r"(?:.*\. )?(\d)? ?([a-z ]+) of [^?]+\?", learned[0]).groups()
             kind = "query" if nano.search in t.ids else "reading"
-            seen.add((kind, number))
             assert not any("I recall" in x for x in learned)
-            assert learned[0].endswith("</end_search>") if kind == "query" else learned[1].startswith("Not found.") or " says " in learned[1]
-    assert seen == {(kind, number) for kind in ("query", "reading") for number in (None, "1", "2", "3", "4")}
+            if noun == miniwiki.DIFFERENCE:
+                seen.add((kind, noun))
+                high, low = re.search(r"difference of (\d+) and (\d+)\?", learned[0]).groups()
+                assert learned[0].endswith(f"<begin_search> calculate: {high} - {low}</end_search>") if kind == "query" else learned[1].startswith(f"It is {int(high) - int(low)}.")
+            else:
+                seen.add((kind, number))
+                assert learned[0].endswith("</end_search>") if kind == "query" else learned[1].startswith("Not found.") or " says " in learned[1]
+    assert seen == {(kind, number) for kind in ("query", "reading") for number in (None, "1", "2", "3", "4", miniwiki.DIFFERENCE)}
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.2, 0.3, 0.45, 1.0])
@@ -162,16 +167,19 @@ def runs(t):
 def test_plans_never_hold_a_composition_of_evaluation(nano):
     """A chain of made-up facts plans and asks for them inside out, as the question nests them; what is recalled carries no loss. No pair of relations
     that is kept for evaluation follows one another, while pairs that no encyclopedia has do. Guards: `compose` seen in pretraining."""
-    nouns, rng, pairs, compared = {rel.noun: r for r, rel in RELATIONS.items()}, random.Random(0), set(), 0
+    nouns, rng, pairs, compared = {rel.noun: r for r, rel in RELATIONS.items()} | {miniwiki.DIFFERENCE: miniwiki.DIFFERENCE}, random.Random(0), set(), 0
+    noun_of = {r: noun for noun, r in nouns.items()}
     for _ in range(600):
         t = data.made_up(nano, WORLD, rng)
         text = nano.decode(t.ids).split("<think>")[1].strip()
         path = [nouns[noun] for noun in re.findall(r"(?:^|\. )(?:\d )?\b([a-z ]+?) of [^?.]+\?", text)]
-        assert 1 <= len(path) <= 4 and text.count("I recall") == len(path)
+        assert 1 <= len(path) <= 4 + (path[-1] == miniwiki.DIFFERENCE) and text.count("I recall") == len(path)
         learned = [nano.decode([i for i, _ in run]).strip() for run in runs(t)]
         plan, _, first = learned[0].rpartition(". ")
-        assert re.findall(r"\d ([a-z ]+?)(?= of | \d |$)", plan) == ([RELATIONS[r].noun for r in path] if len(path) > 1 else [])
-        assert [re.sub(r"^(at \d{4} [^.]+\. )?\d ", "", x).split(" of ")[0] for x in [first, *learned[1:-1]]] == [RELATIONS[r].noun for r in path]
+        assert re.findall(r"\d ([a-z ]+?)(?= of | \d |$)", plan) == ([noun_of[r] for r in path] if len(path) > 1 else [])
+        assert [re.sub(r"^(at \d{4} [^.]+\. )?\d ", "", x).split(" of ")[0] for x in [first, *learned[1:-1]]] == [noun_of[r] for r in path]
+        if path[-1] == miniwiki.DIFFERENCE:
+            continue
         if " is at 1" in text:
             compared += 1
             assert re.search(r"(First|Later) is at (\d+) (.+)\.</think>\\boxed\{ \3\}", text)

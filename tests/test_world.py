@@ -30,8 +30,13 @@ def every(sets):
     return [q for rows in sets.values() for q in rows]
 
 
+def facts(q):
+    """The steps of a question that are facts of the world: all but a calculation."""
+    return [s for s in q["metadata"]["steps"] if s["noun"] != miniwiki.DIFFERENCE]
+
+
 def steps(sets):
-    return [s for q in every(sets) for s in q["metadata"]["steps"]]
+    return [s for q in every(sets) for s in facts(q)]
 
 
 # ---- from a seed ----------------------------------------------------------------------------------------------------
@@ -86,9 +91,9 @@ def test_evaluation_shares_no_tail_name_with_training():
 
 def test_head_facts_are_the_same_everywhere():
     """What the base model read is true in every world, and leads to head entities only."""
-    def facts(world):
+    def known(world):
         return {(e.title, r): v if isinstance(v, str) else v.title for e in world.entities if e.head for r, v in e.facts.items()}
-    assert all(facts(w) == facts(TRAINING[0]) for w in TRAINING + EVALUATION)
+    assert all(known(w) == known(TRAINING[0]) for w in TRAINING + EVALUATION)
     assert all(v.head for e in TRAINING[0].entities if e.head for v in e.facts.values() if isinstance(v, miniwiki.Entity))
 
 
@@ -121,7 +126,7 @@ def test_one_wording_is_kept_for_evaluation():
         for sets in worlds:
             for name in ("single", "typed", "bridge", "chain"):
                 for q in sets[name]:
-                    relation = q["metadata"]["steps"][-1]["fact"].rsplit("|", 1)[1]
+                    relation = facts(q)[-1]["fact"].rsplit("|", 1)[1]
                     seen[split] |= {(relation, i) for i in range(6) if spelled(relation, i).fullmatch(q["question"])}
             for s in steps(sets):                               # wordings in which the base model is asked what it knows
                 relation = s["fact"].rsplit("|", 1)[1]
@@ -166,7 +171,7 @@ def test_hardness(world):
 @pytest.mark.parametrize("sets", EVAL_QUESTIONS, ids=["seed 0", "seed 1", "seed 2"])
 def test_half_of_the_questions_need_two_unknown_facts(sets):
     """Over all six sets; facts of tail entities are those that no model can know."""
-    need = [len({s["fact"] for s in q["metadata"]["steps"] if not s["head"]}) for q in every(sets)]
+    need = [len({s["fact"] for s in facts(q) if not s["head"]}) for q in every(sets)]
     assert len(need) == 900
     assert sum(n >= 2 for n in need) >= 0.5 * len(need)
     assert sum(n == 0 for n in need) > 20               # and some need none: there is something to learn about when to act
@@ -176,16 +181,19 @@ def test_half_of_the_questions_need_two_unknown_facts(sets):
 @pytest.mark.parametrize("world, sets", [*zip(EVALUATION, EVAL_QUESTIONS), *zip(TRAINING, TRAIN_QUESTIONS)], ids=lambda x: getattr(x, "split", ""))
 def test_every_step_is_written_in_its_article(world, sets):
     """A step's answer stands in the article that it names, in one of its relation's wordings; steps lead from one to the
-    next; the last answer, or the winner of a comparison, is golden."""
+    next; the last answer, the winner of a comparison or what lies between is golden."""
     for q in every(sets):
-        plan = q["metadata"]["steps"]
+        plan = facts(q)
         for s in plan:
             relation = RELATIONS[s["fact"].rsplit("|", 1)[1]]
             spellings = [x.format(v=s["answer"], s=sub, p=pos, o=obj, a=a) for x in relation.sentences for a in ("a", "an")
                          for sub, pos, obj in (("It", "Its", "it"), ("He", "His", "him"), ("She", "Her", "her"))]
             assert any(x in world.articles[s["title"]] for x in spellings)
             assert s["answers"] == [s["answer"]] and s["answer"] in s["recall"]
-        if q["metadata"]["conclusion"]:
+        if len(plan) < len(q["metadata"]["steps"]):
+            years = [int(s["answer"]) for s in plan if s["answer"].isdigit()]
+            assert q["golden_answers"] == [str(abs(years[0] - years[1]))] and len(years) == 2
+        elif q["metadata"]["conclusion"]:
             subjects = {e.title for e in world.entities if e.title in q["golden_answers"]}
             assert subjects and q["golden_answers"][0] in q["question"]
         else:
@@ -210,7 +218,7 @@ def test_a_question_means_one_thing(world, sets):
 
 def test_comparisons_by_hand():
     """The winner is worked out again from the articles' years and the words of the question."""
-    rows = EVAL_QUESTIONS[0]["compare"]
+    rows = [q for q in EVAL_QUESTIONS[0]["compare"] if q["metadata"]["conclusion"]]
     for q in rows:
         plan = q["metadata"]["steps"]
         years = [s for s in plan if s["answer"].isdigit()]
@@ -229,19 +237,41 @@ def test_comparisons_by_hand():
     assert {len(q["metadata"]["steps"]) for q in rows} == {2, 4}
 
 
+def test_differences_by_hand():
+    """"How many years after A was B founded?": A is the older one; the years stand in the steps' notes; the last step is for the calculator, whose plan
+    says nothing of it. Two in five comparisons ask it, in training as in evaluation."""
+    for sets in (EVAL_QUESTIONS[0], TRAIN_QUESTIONS[0]):
+        rows = [q for q in sets["compare"] if not q["metadata"]["conclusion"]]
+        assert 0.3 < len(rows) / len(sets["compare"]) < 0.5
+        forms = set()
+        for q in rows:
+            *plan, last = q["metadata"]["steps"]
+            years = [int(s["answer"]) for s in plan if s["answer"].isdigit()]
+            starts = plan[0], plan[len(plan) // 2]                                              # the two things, in the order in which they are named
+            at = [q["question"].find(s["subject"]) for s in starts]
+            assert 0 < at[0] < at[1] and [s["note"].split(" ", 2)[2] for s in plan if s["note"]] == [f"{s['subject']}." for s in starts]
+            form = re.match("How many years (after|before|lie between)", q["question"]).group(1)
+            assert form == "lie between" or (form == "after") == (years[0] < years[1])
+            forms.add(form)
+            assert last["queries"] == [f"calculate: {max(years)} - {min(years)}"] and tools.calculate([f"{max(years)} - {min(years)}"]) == [last["answer"]] == q["golden_answers"]
+            assert re.fullmatch(rf"{len(plan) + 1} difference of {max(years)} and {min(years)}\?", last["ask"]) and q["metadata"]["plan"].endswith(f" {len(plan) + 1} difference.")
+        assert len(forms) == 3
+
+
 def test_a_plan_names_each_fact_and_what_the_question_names():
     """"1 director of Lost Story 2 birth year." before the asks of those numbers; a single fact has no plan. Guards: an answer that slips into
     a plan, which a reader could then read off instead of searching."""
     for q in every(EVAL_QUESTIONS[0]):
-        plan, steps = q["metadata"]["plan"], q["metadata"]["steps"]
+        plan, steps = q["metadata"]["plan"], facts(q)
+        compared = q["metadata"]["conclusion"] or len(steps) < len(q["metadata"]["steps"])
         if len(steps) == 1:
             assert plan == "" and not steps[0]["ask"][0].isdigit()
             continue
-        items = re.split(r"(?:^| )\d ", plan.rstrip("."))[1:]
+        items = re.split(r"(?:^| )\d ", plan.rstrip(".").removesuffix(f" {len(steps) + 1} difference"))[1:]
         nouns = [RELATIONS[s["fact"].rsplit("|", 1)[1]].noun for s in steps]
         assert [item.split(" of ")[0] for item in items] == nouns
         named = [i for i, item in enumerate(items) if " of " in item]
-        assert named == ([0, len(steps) // 2] if q["metadata"]["conclusion"] else [0])
+        assert named == ([0, len(steps) // 2] if compared else [0])
         assert all(items[i].split(" of ")[1].lower() in q["question"].lower() for i in named)
         assert [s["ask"].split(" of ")[0] for s in steps] == [f"{n} {noun}" for n, noun in enumerate(nouns, 1)]
         assert not any(s["answer"] in plan for s in steps)
@@ -257,7 +287,7 @@ def test_training_asks_for_every_relation():
 def test_sets_have_their_hops():
     """One fact; two; two or four (compared); three or four; two, unseen."""
     for sets in EVAL_QUESTIONS + TRAIN_QUESTIONS:
-        hops = {name: {len(q["metadata"]["steps"]) for q in rows} for name, rows in sets.items()}
+        hops = {name: {len(facts(q)) for q in rows} for name, rows in sets.items()}
         assert {k: v for k, v in hops.items() if k != "compose"} == {"single": {1}, "typed": {1}, "bridge": {2}, "compare": {2, 4}, "chain": {3, 4}}
         assert len({q["question"] for q in every(sets)}) >= 0.98 * len(every(sets))
 
