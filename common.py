@@ -87,6 +87,10 @@ class Settings:
     advantage_std: bool = False         # divide advantages by the group's standard deviation, as the authors' code does
     format_penalty: float = 0.5         # taken off the reward of a malformed trajectory
     call_cost: float = 0.1              # taken off the reward for each call of the real tool; 0.25 keeps RL-2 from searching for what it knows, at a price in EM
+    # -- eval.py
+    data: list = dataclasses.field(default_factory=list)        # FlashRAG question files on which to judge --model as it is, instead of the stages of a run
+    compare: list = dataclasses.field(default_factory=list)     # two rows: how much better the first is, over the predictions of --runs
+    runs: list = dataclasses.field(default_factory=list)        # of --compare, pooled; none: this run
     # -- autocoa.py
     ask: str = ""                       # the question to answer
     # -- ablations

@@ -360,14 +360,21 @@ def nano_task(s):
     return Task(train, sets, *(tools.library(w.passages(), s.top_k) for w in (world, other, unseen)), world)
 
 
+def gold_passages(q, search):
+    """The passages that a question's answer comes from, as one observation; "" where the question does not name them, or where the tool has no titles to go by."""
+    titles = q["metadata"].get("gold_titles") or [s["title"] for s in q["metadata"]["steps"] if "holds" not in s and s["noun"] != miniwiki.DIFFERENCE]
+    found = search["search"].titled(dict.fromkeys(titles)) if isinstance(search["search"], tools.BM25) else []
+    return tools.neutral(tools.listed(found)) if found else ""
+
+
 def load_task(s):
-    """The nano task, or real questions where the settings name a model."""
+    """The nano task; real questions where the settings name a model; or only those of --data."""
     if not s.model:
         return nano_task(s)
-    if not (s.train_data and s.eval_data and s.corpus):
-        raise Problem("train_data, eval_data, corpus: a run with --model needs all three; see config/smollm2.py")
-    pool = [q for path in s.train_data for q in read_questions(path)]
-    sets = {Path(path).stem: read_questions(path) for path in s.eval_data}
+    if not (s.corpus and (s.data or s.train_data and s.eval_data)):
+        raise Problem("train_data, eval_data, corpus: a run with --model needs all three; see config/smollm2.py" + "; eval.py alone can do with --data and --corpus" * (not s.train_data))
+    pool = [q for path in s.train_data for q in read_questions(path)] if not s.data else []
+    sets = {Path(path).stem: read_questions(path) for path in s.data or s.eval_data}
     search = tools.open_library(s)
 
     def train(n, pool_name, p_head=0.0):

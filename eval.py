@@ -1,16 +1,18 @@
-"""The benchmark: every trained row on the same questions, with the same tool and budgets, as a table and one JSON line.
+"""The benchmark table: each trained stage beside workflows around the base model, on question sets that training never saw.
 
-    python eval.py                          # the models in out/nano, in a world they have never seen
-    python eval.py config/smollm2.py        # the same for a real checkpoint
+    python eval.py                                                              # all stages of out/nano
+    python eval.py --model=FOLDER --data=hotpotqa_dev.jsonl,nq_dev.jsonl --corpus=passages.jsonl.gz     # any checkpoint, as it is
+    python eval.py --compare="SFT-1&2&3+RL-1&2,ReAct workflow" --runs=nano,seed1,seed2                  # over the predictions of several seeds
 
-model only           the base model, no tool
-ReAct workflow       the base model, and a script that decides: a thought, a search, a thought, a search ..
-SFT-1 .. +RL-1&2     agent models after each stage: they decide by themselves
+Writes eval.json and predictions.jsonl to out/<run>/ (with --data to out/eval/<model>/), and prints the table and, as the last line, the JSON. --resume keeps
+the answers that the same weights gave under the same settings, of an evaluation that was interrupted or is finished.
 
-EM and F1 (in eval.json also cover-EM, the score of the authors' code, and the gain in EM over the ReAct workflow with a paired interval); actions a question; of the facts that a question needs, the share that was searched for, apart for those that
-the base model knows and those that it does not; malformed trajectories; in eval.json also answers that had to be forced. Averages are over the sets, with a 95% bootstrap
-interval over questions.
+What is printed beside EM: F1, actions a question, how often the facts that a question needs were searched for, apart for those that
+the base model knows and those that it does not; malformed trajectories. In eval.json also: answers that had to be forced, cover-EM, the score of the authors'
+code, the gain over ReAct, questions and right answers by number of actions (paper Fig. 3), EM where the base model knows all facts and where not
+(appendix A), calculations that were done with the calculator. Averages are over the sets, with a 95% bootstrap interval over questions.
 """
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -22,40 +24,117 @@ import data
 import estimate
 import model
 import workflows
-from common import main, place, start_folder, write
+from common import Problem, main, place, read_jsonl, start_folder, write
+from miniwiki import DIFFERENCE
 from train_sft import recall
 
-ROWS = {"model only": "base", "ReAct workflow": "base", "SFT-1": "sft1", "SFT-2": "sft2_alone", "SFT-1&2": "sft2", "SFT-1&2&3": "sft3",
-        "RL-2 alone": "rl2_alone", "SFT-1&2&3+RL-1": "rl1", "SFT-1&2&3+RL-1&2": "rl2", "SFT-1&2+RL-2": "rl2_from_sft2"}
-
+STAGES = {"SFT-1": "sft1", "SFT-2": "sft2_alone", "SFT-1&2": "sft2", "SFT-1&2&3": "sft3", "RL-2 alone": "rl2_alone", "SFT-1&2&3+RL-1": "rl1",
+          "SFT-1&2&3+RL-1&2": "rl2", "SFT-1&2+RL-2": "rl2_from_sft2"}
 MADE_FROM = {"sft1": "base", "sft2": "sft1", "sft2_alone": "base", "sft3": "sft2", "rl1": "sft3", "rl2": "rl1", "rl2_alone": "base", "rl2_from_sft2": "sft2"}
-
-
+WORKFLOWS = ("model only (at once)", "model only", "retrieve-then-read", "oracle passages", "ReAct workflow", "Reflexion workflow")     # around the base model
 PERCENT = ("em", "f1", "cover", "overlap", "malformed", "forced")
 
 
+# ---- answers ------------------------------------------------------------------------------------------------------------
 def run_row(row, lm, questions, task, s):
     """-> a record a question: answer, trajectory and figures."""
-    if row == "model only":
-        done = [(a, autocoa.Trajectory()) for a in workflows.closed_book(lm, questions, s, workflows.CLOSED_BOOK, desc=row)]
+    def bare(answers):
+        return [(a, autocoa.Trajectory()) for a in answers]
+
+    def looked_up(observations, budget):
+        return [lm.codec.fit(o, budget) for o in observations]
+    if row == "model only (at once)":
+        done = bare(workflows.direct(lm, questions, s, desc=row))
+    elif row == "model only":
+        done = bare(workflows.closed_book(lm, questions, s, workflows.CLOSED_BOOK, desc=row))
+    elif row == "retrieve-then-read":
+        done = workflows.read(lm, questions, looked_up(task.eval_search([q["question"] for q in questions]), s.max_observation), s, desc=row)
+    elif row == "oracle passages":
+        done = workflows.read(lm, questions, looked_up([data.gold_passages(q, task.eval_search) for q in questions], s.max_len // 2), s, desc=row)
     elif row == "ReAct workflow":
         done = workflows.react(lm, questions, task.eval_search, s, examples=workflows.REACT, desc=row)
+    elif row == "Reflexion workflow":
+        done = workflows.reflexion(lm, questions, task.eval_search, s, desc=row)
     else:
         done = [(lm.codec.answer(t), t) for t in workflows.answers(lm, questions, task.eval_search, s, desc=row)]
-    agent = row not in ("model only", "ReAct workflow")
+    agent = row not in WORKFLOWS
     return [{"id": q["id"], "question": q["question"], "golden_answers": q["golden_answers"], "answer": a, "em": autocoa.exact_match(a, q["golden_answers"]),
              "f1": autocoa.f1(a, q["golden_answers"]), "cover": autocoa.cover_match(a, q["golden_answers"]), "overlap": autocoa.overlap_match(a, q["golden_answers"]), "actions": len(t.queries), "queries": t.queries,
              "malformed": float(agent and not lm.codec.well_formed(t)), "forced": float(agent and t.forced), "text": lm.codec.decode(t.ids)}
             for q, (a, t) in zip(questions, done)]
 
 
+def asked(row, lm, task):
+    """{set: questions} that this row is asked: with oracle passages those that name them, and Reflexion only of a model that can speak of itself."""
+    if row == "Reflexion workflow" and not lm.codec.tok.chat_template:
+        return {}
+    if row == "oracle passages":
+        named = {name: [q for q in questions if data.gold_passages(q, task.eval_search)] for name, questions in task.evaluation.items()}
+        return {name: questions for name, questions in named.items() if questions}
+    return task.evaluation
+
+
+def made_by(folder, s):
+    """What an answer depends on, beside its question and row: a hash of the weights and of the settings of evaluation."""
+    files = sorted(Path(folder).glob("*.safetensors")) or [Path(folder)]
+    weights = [model.tail_hash([f]) if f.is_file() else str(f) for f in files]
+    settings = [s.seed, s.corpus, s.language, s.cache, s.top_k, s.max_actions, s.max_len, s.max_answer, s.max_thought, s.max_observation, s.dtype, s.bits]
+    return hashlib.sha256(json.dumps([weights, settings]).encode()).hexdigest()[:16]
+
+
+def known_facts(base, task, s, root, folder):
+    """What the base model knows of what evaluation asks, kept in known.json. -> set of facts"""
+    path, made = root / "known.json", made_by(folder, s)
+    questions = [q for rows in task.evaluation.values() for q in rows]
+    if s.resume and path.is_file():
+        kept = json.loads(path.read_text())
+        if kept["made"] == made and kept["asked"] == len(questions):
+            return set(kept["known"])
+    known, _ = recall(base, questions, s)
+    write(path, json.dumps({"made": made, "asked": len(questions), "known": sorted(known)}))
+    return known
+
+
+class Predictions:
+    """Records of an evaluation, in <folder>/predictions.jsonl; until all are there in predictions.jsonl.partial, so that --resume finds them."""
+
+    def __init__(self, folder, resume):
+        self.path, self.part, self.known = folder / "predictions.jsonl", folder / "predictions.jsonl.partial", {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (self.path, self.part) if resume else ():
+            for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+                if line.endswith("}"):          # the last may have been cut
+                    r = json.loads(line)
+                    self.known[r["row"], r["set"], r["id"], r["question"], r.get("made")] = r
+        if not resume:
+            self.part.unlink(missing_ok=True)
+
+    def row(self, row, sets, made, answer, piece):
+        """{set: records} of one row, asking `answer` (questions -> records) for those that are not there yet, `piece` at a time."""
+        def key(name, q):
+            return row, name, q["id"], q["question"], made
+        missing = [(name, q) for name, questions in sets.items() for q in questions if key(name, q) not in self.known]
+        for at in range(0, len(missing), piece):
+            part = missing[at:at + piece]
+            with open(self.part, "a", encoding="utf-8") as f:
+                for (name, q), r in zip(part, answer([q for _, q in part]), strict=True):
+                    self.known[key(name, q)] = r = {"row": row, "set": name, **r, "made": made}
+                    f.write(json.dumps(r) + "\n")
+        return {name: [self.known[key(name, q)] for q in questions] for name, questions in sets.items()}
+
+    def finish(self, rows):
+        write(self.path, "".join(json.dumps(r) + "\n" for sets in rows.values() for records in sets.values() for r in records))
+        self.part.unlink(missing_ok=True)
+
+
+# ---- figures ------------------------------------------------------------------------------------------------------------
 def searched(q, record, known):
     """For each fact a question needs: (whether the base model knows it, whether a query named its subject). A real question
-    is one fact, and any search counts."""
+    is one fact, and any search counts. Calculations are no facts."""
     steps = q["metadata"]["steps"]
     if "holds" in steps[0]:
         return [(steps[0]["fact"] in known, bool(record["queries"]))]
-    return [(step["fact"] in known, any(step["subject"].lower() in query.lower() for query in record["queries"])) for step in steps]
+    return [(step["fact"] in known, any(step["subject"].lower() in query.lower() for query in record["queries"])) for step in steps if step["noun"] != DIFFERENCE]
 
 
 def mean(values):
@@ -63,18 +142,37 @@ def mean(values):
     return float(np.mean(values)) if len(values) else None
 
 
-def summary(records, by_set, known):
-    """Figures of one row: {set: {..}, "avg": {.., "em_low", "em_high"}}; EM, F1 and shares in percent."""
-    out, facts = {}, []
-    for name, questions in by_set.items():
-        rows = records[name]
-        out[name] = {k: 100 * mean([r[k] for r in rows]) for k in PERCENT} | {"actions": mean([r["actions"] for r in rows])}
-        facts += [f for q, r in zip(questions, rows) for f in searched(q, r, known)]
+def percent(values):
+    return None if not len(values) else 100 * mean(values)
+
+
+def summary(records, sets, known):
+    """Figures of one row over {set: records} and {set: questions}: {set: {..}, "avg": {.., "em_low", "em_high"}}; EM, F1 and shares in percent."""
+    out, facts, sums, sure = {}, [], [], {True: [], False: []}
+    for name, rows in records.items():
+        out[name] = {k: percent([r[k] for r in rows]) for k in PERCENT} | {"actions": mean([r["actions"] for r in rows])}
+        for q, r in zip(sets[name], rows, strict=True):
+            facts += searched(q, r, known)
+            sure[all(step["fact"] in known for step in q["metadata"]["steps"])].append(r["em"])
+            sums += [any(query.startswith("calculate") for query in r["queries"]) for step in q["metadata"]["steps"] if step.get("noun") == DIFFERENCE]
     avg = {k: mean([v[k] for v in out.values()]) for k in (*PERCENT, "actions")}
     avg["search_known"] = mean([asked for knows, asked in facts if knows])
     avg["search_unknown"] = mean([asked for knows, asked in facts if not knows])
+    avg["em_known"], avg["em_unknown"], avg["calculated"] = percent(sure[True]), percent(sure[False]), mean(sums)
     avg["em_low"], avg["em_high"] = interval([[100 * r["em"] for r in rows] for rows in records.values()])
+    avg["by_actions"] = by_actions([r for rows in records.values() for r in rows])
     return {**out, "avg": avg}
+
+
+def by_actions(records):
+    """Paper Fig. 3: for each number of actions how many questions were answered with it, how many of them right, and in percent the success rate and the
+    share of all right answers."""
+    correct = sum(r["em"] for r in records)
+    out = {}
+    for n in sorted({r["actions"] for r in records}):
+        right = [r["em"] for r in records if r["actions"] == n]
+        out[str(n)] = {"questions": len(right), "correct": int(sum(right)), "success": percent(right), "share": 100 * sum(right) / correct if correct else 0.0}
+    return out
 
 
 def interval(sets, draws=2000):
@@ -88,12 +186,31 @@ def interval(sets, draws=2000):
 
 
 def paired(records, others, draws=2000):
-    """How much more EM one row has than another on the same questions, with a paired 95% bootstrap interval: {"gain", "gain_low", "gain_high"}."""
-    gains = [[100 * (r["em"] - o["em"]) for r, o in zip(rows, others[name], strict=True)] for name, rows in records.items()]
-    low, high = interval(gains)
+    """How much more EM one row has than another on the questions that both answered, with a paired 95% bootstrap interval: {"gain", "gain_low", "gain_high"}."""
+    other = {name: {r["id"]: r["em"] for r in rows} for name, rows in others.items()}
+    gains = [[100 * (r["em"] - other[name][r["id"]]) for r in rows if r["id"] in other.get(name, ())] for name, rows in records.items()]
+    gains = [g for g in gains if g]
+    low, high = interval(gains, draws)
     return {"gain": mean([mean(g) for g in gains]), "gain_low": low, "gain_high": high}
 
 
+def compare(s):
+    """--compare: two rows over the predictions of one or several runs, each set of each run with the same weight."""
+    if len(s.compare) != 2:
+        raise Problem(f"--compare: two rows are needed, separated by a comma, not {len(s.compare)}")
+    found = {row: {} for row in s.compare}
+    for run in s.runs or [s.run]:
+        for _, r in read_jsonl(Path("out", run, "predictions.jsonl"), "the predictions that eval.py writes", "--runs"):
+            if r["row"] in found:
+                found[r["row"]].setdefault(f"{run} {r['set']}", []).append(r)
+        lacks = [row for row in s.compare if not any(name.startswith(f"{run} ") for name in found[row])]
+        if lacks:
+            raise Problem(f"--compare: {Path('out', run, 'predictions.jsonl')} has no row {lacks[0]!r}; evaluate it first, or name another")
+    gain = paired(*found.values())
+    print(json.dumps({"rows": s.compare, "runs": s.runs or [s.run], **{k: round(v, 2) for k, v in gain.items()}}))
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------------
 def share(value):
     return "-" if value is None else f"{value:.2f}"
 
@@ -102,34 +219,45 @@ def table(rows, sets):
     lines = [f"{'EM':24}" + "".join(f"{n[:10]:>11}" for n in sets) + f"{'avg':>8}{'95% interval':>15}{'F1':>7}{'actions':>9}{'known':>7}{'unknown':>9}{'malformed':>11}"]
     for name, r in rows.items():
         a = r["avg"]
-        lines.append(f"{name:24}" + "".join(f"{r[n]['em']:11.1f}" for n in sets) + f"{a['em']:8.1f}{a['em_low']:8.1f} -{a['em_high']:5.1f}{a['f1']:7.1f}"
+        lines.append(f"{name:24}" + "".join(f"{r[n]['em']:11.1f}" if n in r else f"{'-':>11}" for n in sets) + f"{a['em']:8.1f}{a['em_low']:8.1f} -{a['em_high']:5.1f}{a['f1']:7.1f}"
                      f"{a['actions']:9.2f}{share(a['search_known']):>7}{share(a['search_unknown']):>9}{a['malformed']:10.1f}%")
     return "\n".join(lines)
 
 
 def run(s):
-    start, root, task = time.time(), Path("out", s.run), data.load_task(s)
-    questions = [q for rows in task.evaluation.values() for q in rows]
-    base = model.load(start_folder(root, "base", ROWS.values()), **place(s))
+    if s.compare:
+        return compare(s)
+    start, task = time.time(), data.load_task(s)
+    if s.data:
+        if not s.model:
+            raise Problem("--data: it needs --model, the checkpoint to judge")
+        root, (base, tagged) = Path("out", "eval", Path(s.model).name), model.load_any(s.model, **place(s))
+        todo = [(row, Path(s.model)) for row in WORKFLOWS] + [("agent", Path(s.model))] * tagged
+    else:
+        root = Path("out", s.run)
+        base = model.load(start_folder(root, "base", ("base", *STAGES.values())), **place(s))
+        todo = [(row, root / "base") for row in WORKFLOWS] + [(row, root / stage) for row, stage in STAGES.items() if (root / stage / "config.json").is_file()]
     if not estimate.show(base, s, "eval"):
         return
-    known, _ = recall(base, questions, s)
-    rows, predictions = {}, {}
-    for row, stage in ROWS.items():
-        if not (root / stage / "config.json").is_file():
-            continue
-        before = root / MADE_FROM.get(stage, stage)
-        if (before / "config.json").is_file() and (root / stage / "config.json").stat().st_mtime < (before / "config.json").stat().st_mtime:
-            print(f"{root / stage} is older than {before}, from which it should come: train it again, or this row compares two runs")
-        records = iter(run_row(row, base if stage == "base" else model.load(root / stage, **place(s)), questions, task, s))
-        predictions[row] = {name: [next(records) for _ in qs] for name, qs in task.evaluation.items()}
-        rows[row] = summary(predictions[row], task.evaluation, known)
-        if "ReAct workflow" in predictions:
-            rows[row]["avg"] |= paired(predictions[row], predictions["ReAct workflow"])
+    known, predictions, answers, rows = known_facts(base, task, s, root, todo[0][1]), Predictions(root, s.resume), {}, {}
+    for row, folder in todo:
+        before = root / MADE_FROM.get(folder.name, folder.name) / "config.json"
+        if before.is_file() and (folder / "config.json").stat().st_mtime < before.stat().st_mtime:
+            print(f"{folder} is older than {before.parent}, from which it should come: train it again, or this row compares two runs")
+        sets, lm = asked(row, base, task), None
+
+        def answer(questions):
+            nonlocal lm
+            lm = lm or (model.load(folder, **place(s)) if row in STAGES else base)
+            return run_row(row, lm, questions, task, s)
+        if sets:
+            answers[row] = predictions.row(row, sets, made_by(folder, s), answer, 4 * s.batch_rows)
+            rows[row] = summary(answers[row], sets, known)
+            if "ReAct workflow" in answers:
+                rows[row]["avg"] |= paired(answers[row], answers["ReAct workflow"])
+    predictions.finish(answers)
     print(table(rows, list(task.evaluation)))
     print(task.eval_search.report())
-    write(root / "predictions.jsonl", "".join(json.dumps({"row": row, "set": name, **r}) + "\n"
-                                              for row, sets in predictions.items() for name, records in sets.items() for r in records))
     result = {"rows": rows, "model": str(root), "seed": s.seed, "seconds": round(time.time() - start, 1)}
     write(root / "eval.json", json.dumps(result, indent=1))
     print(json.dumps(result))

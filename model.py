@@ -298,10 +298,15 @@ class LM:
         return other
 
 
-def fingerprint(folder, tail=1 << 24):
-    """Of the weights in a folder, by which an adapter knows its base: a hash of the last megabytes of its files."""
+def fingerprint(folder):
+    """Of the weights in a folder, by which an adapter knows its base."""
+    return tail_hash(weight_files(folder))
+
+
+def tail_hash(files, tail=1 << 24):
+    """Of the last megabytes of each file."""
     digest = hashlib.sha256()
-    for path in weight_files(folder):
+    for path in files:
         with open(path, "rb") as f:
             f.seek(max(0, path.stat().st_size - tail))
             digest.update(f.read())
@@ -398,6 +403,13 @@ def load_pretrained(name, device="auto", framework="auto", dtype="float32", froz
     network = b.build(config, b.pick_device(device), dtype, frozen)
     b.put(network, state, name)
     return LM(network, tok, b)
+
+
+def load_any(name, **place):
+    """-> (LM, whether it has the tags): a folder that `LM.save` wrote, or a checkpoint from elsewhere."""
+    path = Path(name) / "tokenizer.json"
+    tagged = path.is_file() and f'"{TAGS["search"]}"' in path.read_text()
+    return (load(name, **place) if tagged else load_pretrained(name, **{k: v for k, v in place.items() if k != "bits"})), tagged
 
 
 def read_gguf(path):

@@ -174,6 +174,12 @@ class BM25:
     def passage(self, i):
         return split_passage(self.passages[int(i)]["contents"])
 
+    def titled(self, titles):
+        """-> [(title, text)] of the passages that have these titles, those that there are."""
+        if not hasattr(self, "by_title"):
+            self.by_title = {self.passage(i)[0]: i for i in range(len(self.passages) - 1, -1, -1)}
+        return [self.passage(self.by_title[t]) for t in titles if t in self.by_title]
+
     def __call__(self, queries):
         return [listed([self.passage(i) for i in row if i >= 0]) for row in self.ranked(queries)[0]]
 

@@ -1,4 +1,5 @@
-"""Ways to have questions answered: by a model alone or as an agent (`answers`), or by a workflow around it (`react`)."""
+"""Ways to have questions answered: as an agent (`answers`), by the model alone (`closed_book`, `direct`), or by a workflow around it (`react`, `reflexion`,
+`read`). All get the same tool, the same budgets, and decode greedily."""
 import re
 from dataclasses import dataclass
 
@@ -35,6 +36,31 @@ Observation: Rembrandt: Rembrandt Harmenszoon van Rijn was a Dutch painter, born
 Thought: He was born in Leiden in the Netherlands. Answer: Netherlands
 
 """
+READ = """Answer the question from the observation. Write a thought, then Answer: and the answer in a few words.
+
+Question: In which country was the painter of The Night Watch born?
+Observation: The Night Watch 1: The Night Watch is a 1642 painting by Rembrandt van Rijn.
+ Rembrandt 2: Rembrandt Harmenszoon van Rijn was a Dutch painter, born in Leiden in the Netherlands.
+Thought: Rembrandt van Rijn painted it, and he was born in Leiden in the Netherlands. Answer: Netherlands
+
+"""
+DIRECT = """Answer the question in a few words.
+
+Question: In which country was the painter of The Night Watch born?
+Answer: Netherlands
+
+Question: Who wrote The Origin of Species?
+Answer: Charles Darwin
+
+"""
+JUDGE_OWN = """{tried}
+
+The answer that was given is: {answer}
+Do the observations above say that this answers the question? Yes or No:"""
+REFLECT = """{tried}
+
+The answer that was given, {answer}, is wrong or not supported. In one sentence, what should be searched for instead?
+Next time"""
 CLOSED_BOOK = """Answer the question in a few words.
 
 Question: In which country was the painter of The Night Watch born?
@@ -76,9 +102,10 @@ def words(codec, examples):
                  text("\nThought:"), text("Answer:"), line, r"[Aa]nswer(?: is|:)\s*(.+)")
 
 
-def react(lm, questions, search, s, max_steps=4, examples="", desc=None):
+def react(lm, questions, search, s, max_steps=4, examples="", desc=None, given=None):
     """The ReAct workflow: a script outside the model makes it think, then act, then observe, again and again, until it
-    gives an answer in a thought or max_steps are spent; then it is asked for one. Greedy. -> [(answer, Trajectory)]"""
+    gives an answer in a thought or max_steps are spent; then it is asked for one. Greedy. -> [(answer, Trajectory)]
+    given: an observation for each question, which the model gets whatever it would search for."""
     codec, w = lm.codec, words(lm.codec, examples)
     out = [Trajectory() for _ in questions]
     found = [None] * len(questions)
@@ -118,15 +145,19 @@ def react(lm, questions, search, s, max_steps=4, examples="", desc=None):
                 tail = s.max_thought + len(w.ask) + s.max_answer + 8        # what must still find room after an observation
                 if step == max_steps or max(len(out[i].ids) for i in live) + len(w.act) + s.max_thought + 64 + tail > s.max_len:
                     break
-                put([list(w.act) for _ in live], ACTION)
-                queries = [q.replace("</end_search>", "").strip() for q in write(w.act_ends, ACTION, s.max_thought)]
+                if given:
+                    told = [given[i] for i in live]
+                else:
+                    put([list(w.act) for _ in live], ACTION)
+                    queries = [q.replace("</end_search>", "").strip() for q in write(w.act_ends, ACTION, s.max_thought)]
+                    told = [codec.fit(observation, s.max_observation) for observation in search(queries)]
+                    for i, query in zip(live, queries):
+                        out[i].queries.append(query)
                 seen = []
-                for i, query, observation in zip(live, queries, search(queries)):
-                    observation = codec.fit(observation, s.max_observation)
+                for i, observation in zip(live, told):
                     ids = w.observe + codec.encode(observation) + w.observed
                     if len(out[i].ids) + len(ids) + tail > s.max_len:
                         ids = w.observe + codec.encode("The result is too long to show.") + w.observed
-                    out[i].queries.append(query)
                     out[i].observations.append(observation)
                     seen.append(ids)
                 put(seen, OBSERVATION)
@@ -144,6 +175,62 @@ def closed_book(lm, questions, s, examples="", desc=None):
     if not lm.codec.tok.chat_template:
         return [lm.codec.answer(t) for t in answers(lm, questions, None, s, max_actions=0, desc=desc)]
     return [a for a, _ in react(lm, questions, None, s, max_steps=0, examples=examples, desc=desc)]
+
+
+def direct(lm, questions, s, desc=None):
+    """The answer at once, without a chain of thought, as a chatbot gives it. Greedy. -> [answer]"""
+    codec = lm.codec
+    if codec.tok.chat_template:
+        return complete(lm, [f"{DIRECT}Question: {q['question']}\nAnswer:" for q in questions], s.max_answer, s, desc)
+    prompts = [codec.prompt(q["question"]) + [codec.end_think, codec.boxed] for q in questions]
+    return [text.replace("}", "").replace(codec.tok.eos_token, "").strip() for text in written(lm, prompts, [codec.close, codec.eos], s.max_answer, s, desc)]
+
+
+def complete(lm, texts, budget, s, desc=None):
+    """What an instruct model writes behind each text, to the end of the line. Greedy."""
+    prompts = [lm.codec.tok.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
+    return [text.replace(lm.codec.tok.eos_token, "").strip() for text in written(lm, prompts, words(lm.codec, "").answer_ends, budget, s, desc)]
+
+
+def written(lm, prompts, stops, budget, s, desc=None):
+    """What the model writes behind each prompt (ids), as text: to one of the stops, included, or for `budget` tokens. Greedy."""
+    out = []
+    with progress(len(prompts), desc, "question") as bar:
+        for at in range(0, len(prompts), s.batch_rows):
+            rows = prompts[at:at + s.batch_rows]
+            ids, _ = lm.decoder(rows).decode(stops, [budget] * len(rows), 0.0)
+            out += map(lm.codec.decode, ids)
+            bar.update(len(rows))
+    return out
+
+
+def read(lm, questions, observations, s, desc=None):
+    """Answers from passages that a script has looked up: retrieve-then-read, or with the gold ones an upper bound of reading. -> [(answer, Trajectory)]"""
+    if not lm.codec.tok.chat_template:
+        return react(lm, questions, None, s, max_steps=1, desc=desc, given=observations)
+    return react(lm, [{"question": f"{q['question']}\nObservation: {o}"} for q, o in zip(questions, observations)], None, s, max_steps=0, examples=READ, desc=desc)
+
+
+def reflexion(lm, questions, search, s, trials=3, desc=None):
+    """Reflexion (Shinn et al. 2023) around ReAct, for instruct models: an answer that the model itself calls wrong is followed by a sentence on what to do
+    better, and by another try with that in mind. Whether it is wrong is never read off the gold answer. -> [(answer, Trajectory of the last try, with
+    the queries of all)]"""
+    out, lessons = react(lm, questions, search, s, examples=REACT, desc=desc), [""] * len(questions)
+    live = list(range(len(questions)))
+    for trial in range(1, trials):
+        def about(text):
+            return [text.format(tried=lm.codec.decode(out[i][1].ids).removeprefix(REACT).strip(), answer=out[i][0] or "none") for i in live]
+        verdicts = complete(lm, about(JUDGE_OWN), 4, s)
+        live = [i for i, verdict in zip(live, verdicts) if verdict.lower().startswith("no")]
+        if not live:
+            break
+        for i, lesson in zip(live, complete(lm, about(REFLECT), s.max_thought, s)):
+            lessons[i] += f"\nLesson from try {trial}: Next time {lesson}"
+        again = react(lm, [{"question": questions[i]["question"] + lessons[i]} for i in live], search, s, examples=REACT, desc=desc)
+        for i, (answer, t) in zip(live, again):
+            t.queries = out[i][1].queries + t.queries
+            out[i] = answer, t
+    return out
 
 
 def sampled(lm, questions, search, s):

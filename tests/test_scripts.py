@@ -25,7 +25,7 @@ from common import Problem, Settings, read_settings
 TINY = ("--run=tiny --width=64 --layers=2 --base_tokens=250000 --batch_tokens=2000 --coa=500 --cot=40 --pairs=40 --epochs=2 --max_len=200 "
         "--rl1_steps=2 --rl2_steps=2 --questions=6 --rollouts=3 --rl_questions=20 --eval_questions=4").split()
 STAGES = ("base", "sft1", "sft2", "sft3", "rl1", "rl2")
-ROWS = ["model only", "ReAct workflow", "SFT-1", "SFT-1&2", "SFT-1&2&3", "SFT-1&2&3+RL-1", "SFT-1&2&3+RL-1&2"]
+ROWS = ["model only (at once)", "model only", "retrieve-then-read", "oracle passages", "ReAct workflow", "SFT-1", "SFT-1&2", "SFT-1&2&3", "SFT-1&2&3+RL-1", "SFT-1&2&3+RL-1&2"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_nothing_is_left_over(made):
     """All stages and files, no `.partial`, and nothing written elsewhere."""
     assert [p.name for p in made.cwd.iterdir()] == ["out"]
     assert all(s.err.count("\r") < 60 for s in (made.train_sft, made.train_rl, made.eval))     # bars in a file come now and then
-    assert sorted(p.name for p in made.root.iterdir()) == sorted([*STAGES, "data", "eval.json", "predictions.jsonl", "figures"])
+    assert sorted(p.name for p in made.root.iterdir()) == sorted([*STAGES, "data", "eval.json", "known.json", "predictions.jsonl", "figures"])
     for stage in STAGES:
         assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "log.jsonl", "rollouts.jsonl"} == {p.name for p in (made.root / stage).iterdir()}
 
