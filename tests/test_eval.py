@@ -32,6 +32,17 @@ def test_summary_by_hand():
     assert row["avg"]["search_unknown"] == 0.5          # Silver River was, Eva Moss was not
 
 
+def test_analyses_by_hand():
+    """Right answers and success by number of actions (Fig. 3); EM where all facts are known and where not (appendix A); calculations."""
+    avg = benchmark.summary(RECORDS, SETS, {"Silver River|director"})["avg"]
+    assert avg["by_actions"] == {"0": {"questions": 1, "correct": 0, "success": 0.0, "share": 0.0}, "1": {"questions": 1, "correct": 1, "success": 100.0, "share": 50.0},
+                                 "2": {"questions": 1, "correct": 1, "success": 100.0, "share": 50.0}}
+    assert (avg["em_known"], avg["em_unknown"], avg["calculated"]) == (100, 50, None)
+    sums = {"compare": [question("d", "Eva Moss|birth year", "1993 - 1976|difference")] * 2}
+    avg = benchmark.summary({"compare": [record(1.0, "Eva Moss", "calculate: 1993 - 1976"), record(0.0, "Eva Moss")]}, sums, set())["avg"]
+    assert avg["calculated"] == 0.5 and avg["search_unknown"] == 1.0           # a calculation is no fact to search for
+
+
 @pytest.mark.parametrize("known", [set(), {"Silver River|director", "Iron Hill|mayor", "Eva Moss|spouse", "Ada Falk|job"}])
 def test_nothing_known_is_still_json(known):
     """A base model that knows none of the facts (or all): the rate of no facts is null. Guards: NaN, which is not JSON."""

@@ -313,7 +313,7 @@ def test_the_scripts_with_an_adapter(codec, tmp_path, merge):
         assert {json.loads((root / stage / "adapter_config.json").read_text())["base_model_name_or_path"] for stage in ("sft2", "rl2")} == {"out/t/base"}
     a, b = (model.load(root / stage, "cpu", "torch") for stage in ("sft1", "sft2"))
     assert any(not np.array_equal(x, weights(b)[n]) for n, x in weights(a).items())
-    assert len(rows(root / "predictions.jsonl")) == 6 * 7
+    assert len(rows(root / "predictions.jsonl")) == 6 * 10
     done = shell(tmp_path, "autocoa.py", *args, "--ask=Who?")
     assert done.status == 0 and "rl2" in done.out
 

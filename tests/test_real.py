@@ -73,8 +73,33 @@ def test_stages_and_table_of_the_real_path(made):
     """All stages, both environments, and a row each in the table, by question file."""
     assert {"base", "sft1", "sft2", "sft3", "rl1", "rl2"} <= {p.name for p in made.root.iterdir()}
     result = strict(made.eval.out.splitlines()[-1])
-    assert len(result["rows"]) == 7 and all(set(row) == {"hotpotqa_dev", "nq_dev", "avg"} for row in result["rows"].values())
+    sets = {name: set(row) - {"avg"} for name, row in result["rows"].items()}
+    assert len(sets) == 11 and sets.pop("oracle passages") == {"hotpotqa_dev"}             # the other set's questions do not name theirs
+    assert all(names == {"hotpotqa_dev", "nq_dev"} for names in sets.values()) and "Reflexion workflow" in sets
     assert len(rows(made.root / "rl2" / "log.jsonl")) == 1
+
+
+def test_any_checkpoint_is_judged(made):
+    """`--model --data --corpus`, without training: a checkpoint of another program by its workflows, one of this project also as the agent that it is. --resume asks
+    nothing again, and an evaluation that was cut goes on."""
+    args = [str(ROOT / "config" / "smollm2.py"), "--max_len=480", "--max_observation=60", "--data=hotpotqa_dev.jsonl", "--corpus=passages.jsonl.gz", "--eval_questions=3"]
+    for folder, name, agent in (("checkpoint", "checkpoint", 0), ("out/real/rl2", "rl2", 1)):
+        done = shell(made.cwd, "eval.py", *args, f"--model={folder}")
+        assert done.status == 0, done.err
+        result = strict(done.out.splitlines()[-1])["rows"]
+        assert len(result) == 6 + agent and ("agent" in result) == agent
+    path = made.cwd / "out" / "eval" / "rl2" / "predictions.jsonl"
+    before = path.read_text()
+    lines = before.splitlines(keepends=True)
+    path.with_name("predictions.jsonl.partial").write_text("".join(lines[:5]) + lines[5][:40])          # stopped in the middle of a line
+    path.write_text("")
+    again = shell(made.cwd, "eval.py", *args, "--model=out/real/rl2", "--resume")
+    assert again.status == 0 and path.read_text() == before and not path.with_name("predictions.jsonl.partial").exists()
+    again = shell(made.cwd, "eval.py", *args, "--model=out/real/rl2", "--resume")
+    assert again.status == 0 and path.read_text() == before and "no call of a tool" in again.out        # all answers were there
+    for words, message in ((["--data=hotpotqa_dev.jsonl"], "it needs --model"), (["--compare=a"], "two rows are needed")):
+        done = shell(made.cwd, "eval.py", *words, "--eval_questions=1")
+        assert done.status == 2 and message in done.err
 
 
 def test_the_last_stage_in_transformers(made):

@@ -141,6 +141,21 @@ def test_figures_of_the_table_are_its_predictions(made):
     assert not any(q in learned for q, p in zip(questions["model only"], predictions) if p["set"] == "compose")
 
 
+def test_seeds_are_pooled(made, tmp_path):
+    """--compare over two runs: the mean of their gains, by hand; a row that is not there is said."""
+    for run in ("a", "b"):
+        shutil.copytree(made.root, tmp_path / "out" / run)
+    lines = rows(made.root / "predictions.jsonl")
+    (tmp_path / "out/b/predictions.jsonl").write_text("".join(json.dumps(dict(r, em=1.0) if r["row"] == "SFT-1&2" else r) + "\n" for r in lines))
+    done = shell(tmp_path, "eval.py", "--compare=SFT-1&2,model only", "--runs=a,b")
+    assert done.status == 0, done.err
+    em = {row: np.mean([r["em"] for r in lines if r["row"] == row]) for row in ("SFT-1&2", "model only")}       # the sets are of one size
+    found = strict(done.out.splitlines()[-1])
+    assert found["gain"] == pytest.approx(100 * ((em["SFT-1&2"] + 1) / 2 - em["model only"]), abs=0.01) and found["gain_low"] <= found["gain"] <= found["gain_high"]
+    done = shell(tmp_path, "eval.py", "--compare=SFT-1&2,nothing", "--runs=a")
+    assert done.status == 2 and "no row 'nothing'" in done.err
+
+
 def test_a_stage_older_than_its_start_is_said(made, tmp_path):
     """SFT-3 trained again, RL not: the table would compare two runs, and says so of rl1, not of the rest."""
     shutil.copytree(made.root, tmp_path / "out" / "tiny")
