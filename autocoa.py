@@ -104,19 +104,22 @@ class Codec:
     def decode(self, ids):
         return self.tok.decode(ids, skip_special_tokens=False)
 
-    def prompt(self, question):
-        """Question to prompt ids: a chat template where the tokenizer has one, then the opening of the thought."""
+    def around(self):
+        """What stands before and after the question in a prompt: a chat template's turns where the tokenizer has one, then the opening of the thought."""
         if self.tok.chat_template:
-            # The template's own tags are tags, a tag spelled in the question is not: so the question is encoded apart.
             messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "QUESTION"}]
             before, _, after = self.tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).rpartition("QUESTION")
-            return (self.tok.encode(before, add_special_tokens=False) + self.plain.encode(question, add_special_tokens=False).ids
-                    + self.tok.encode(after, add_special_tokens=False) + [self.think])
-        return ([] if self.tok.bos_token_id is None else [self.tok.bos_token_id]) + self.encode(question) + [self.think]
+            return self.tok.encode(before, add_special_tokens=False), self.tok.encode(after, add_special_tokens=False) + [self.think]
+        return [] if self.tok.bos_token_id is None else [self.tok.bos_token_id], [self.think]
+
+    def prompt(self, question):
+        """Question to prompt ids. The template's own tags are tags, a tag spelled in the question is not."""
+        before, after = self.around()
+        return before + (self.plain.encode(question, add_special_tokens=False).ids if self.tok.chat_template else self.encode(question)) + after
 
     def build(self, question, parts):
         """[("think", text), ("search", query), ("result", text), ("answer", text)] after a question -> Trajectory. "given" is a
-        thought that is not learned.
+        thought that is not learned, "conclude" what is said between the end of the thoughts and the answer.
 
         >>> codec.build("Who?", [("think", "Hm."), ("answer", "Eva")]).mask     # prompt 0, all that the policy writes 1
         [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
@@ -132,8 +135,11 @@ class Codec:
             elif kind == "result":
                 t.add([self.result] + self.encode(text) + [self.end_result], OBSERVATION, 0)
                 t.observations.append(text)
+            elif kind == "conclude":
+                t.add([self.end_think] + self.encode(text), THINK, 1)
             elif kind == "answer":
-                t.add([self.end_think], THINK, 1)
+                if "conclude" not in dict(parts):
+                    t.add([self.end_think], THINK, 1)
                 t.add([self.boxed] + self.encode(text) + [self.close, self.eos], ANSWER, 1)
         return t
 
@@ -147,7 +153,7 @@ class Codec:
         return self.decode(ids[:ends[0]] if ends else ids).strip()
 
     def well_formed(self, t):
-        """Whether the policy closed every step in order and answered by itself: (think | action observation)* answer eos.
+        """Whether the policy closed every step in order and answered by itself: (think | action observation)* conclusion answer eos.
 
         Roles say whose tokens these are; the tags are read from ids, never from text. What the policy imagines inside an
         observation is the environment's, tags too.
@@ -156,7 +162,7 @@ class Codec:
                   self.end_result: "]", self.boxed: "A", self.eos: "$"}
         around = zip([PROMPT] + t.role[:-1], t.role, t.role[1:] + [PROMPT], t.ids)
         shape = "".join("o" if before == r == after == OBSERVATION else letter.get(i, "x") for before, r, after, i in around if r != PROMPT)
-        return (not t.forced and re.fullmatch(r"(x*Sx+E\[o*\])*x*KAxx+\$", shape) is not None
+        return (not t.forced and re.fullmatch(r"(x*Sx+E\[o*\])*x*Kx*Axx+\$", shape) is not None
                 and t.ids[-2] == self.close)
 
 

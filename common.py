@@ -51,6 +51,7 @@ class Settings:
     corpus: str = ""                    # where to search: a FlashRAG passage file (.jsonl, .jsonl.gz), wikipedia, leads, or a retrieval server's http address
     cache: str = "live"                 # of --corpus=wikipedia: live (ask for what it lacks), replay (never ask) or refresh (ask for all)
     language: str = "en"                # of --corpus=wikipedia
+    sft_files: list = dataclasses.field(default_factory=list)   # AutoCoA's SFT files, jsonl and json, to learn from in place of the teacher's chains
     # -- the nano model and its base stage
     vocab_size: int = 2048              # of the nano tokenizer
     width: int = 128                    # hidden size

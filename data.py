@@ -1,6 +1,10 @@
-"""Questions in, trajectories out: the nano tokenizer, the base model's skills, the teacher, contrastive pairs, batches."""
+"""Questions in, trajectories out: the nano tokenizer, the base model's skills, the teacher, contrastive pairs, batches.
+
+Its commands, `python data.py get|show|export`, are those of formats.py.
+"""
 import random
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -480,3 +484,12 @@ def steps_of(trajectories, batch_tokens, rng, window=2000):
                 out.append(now)
                 now, count = [], 0
     return out + [now] if now else out
+
+
+if __name__ == "__main__":
+    import formats
+    try:
+        formats.main(sys.argv[1:])
+    except Problem as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

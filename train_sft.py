@@ -26,7 +26,8 @@ import miniwiki
 import model
 import tools
 import workflows
-from common import Log, Problem, command, main, place, start_folder, tqdm, write
+from common import Log, Problem, main, place, start_folder, tqdm, write
+from formats import read_sft, read_trajectories
 
 STAGES = ("base", "sft1", "sft2", "sft3")
 READING = range(1000, 1040)     # seeds of the encyclopedias that pretraining reads about: not the world of training
@@ -137,7 +138,12 @@ def recall(lm, questions, s):
 
 
 def make_data(lm, task, s, folder):
-    """The three data sets of SFT, built by asking the base model and searching with the real tool. Kept as token ids."""
+    """The three data sets of SFT, kept as token ids: read from --sft_files, or built by asking the base model and searching with the real tool."""
+    if s.sft_files:
+        coa, cot, pairs, odd = read_sft(lm.codec, s.sft_files)
+        if odd:
+            print(f"{len(odd)} rows are no trajectories and are left out, the first at {odd[0]}")
+        return keep_data(lm, s, folder, coa, cot, pairs, f"from {', '.join(s.sft_files)}: ")
     rng = random.Random(f"sft {s.seed}")
     made_up = [data.made_up(lm.codec, task.world, rng) for _ in range(s.cot * 3 // 5)] if task.world else []     # or relations that training never puts together are forgotten
     chains, thoughts = task.train(s.coa, "coa", p_head=0.05), task.train(s.cot - len(made_up), "cot", p_head=1.0)
@@ -152,22 +158,20 @@ def make_data(lm, task, s, folder):
     pairs = rng.sample(act, min(half, len(act))) + rng.sample(think, min(half, len(think)))
     rng.shuffle(pairs)
     facts = data.facts_of(chains)
-    long = [len(t.ids) for t in [t for _, t in coa] + cot + [t for p in pairs for t in p] if len(t.ids) > s.max_len]
+    keep_data(lm, s, folder, [t for _, t in coa], cot, pairs, f"base model knows {len(known & set(facts))} of {len(facts)} facts; {counts['searches']} searches, "
+              f"{counts['misses']} missed, {counts['dropped']} chains dropped; of {len(act)} pairs where acting was right and {len(think)} where thinking was: ")
+
+
+def keep_data(lm, s, folder, coa, cot, pairs, said):
+    """Write what is not longer than max_len."""
+    long = [len(t.ids) for t in coa + cot + [t for p in pairs for t in p] if len(t.ids) > s.max_len]
     if long:
         print(f"{len(long)} trajectories are longer than max_len {s.max_len} (the longest has {max(long)} tokens) and are left out")
-    coa, cot = [(q, t) for q, t in coa if len(t.ids) <= s.max_len], [t for t in cot if len(t.ids) <= s.max_len]
+    coa, cot = ([t for t in rows if len(t.ids) <= s.max_len] for rows in (coa, cot))
     pairs = [p for p in pairs if max(len(t.ids) for t in p) <= s.max_len]
-    print(f"base model knows {len(known & set(facts))} of {len(facts)} facts; {len(coa)} chains of action ({counts['searches']} searches, "
-          f"{counts['misses']} missed, {counts['dropped']} chains dropped), {len(cot)} chains of thought; "
-          f"{len(pairs)} pairs of {len(act)} where acting was right and {len(think)} where thinking was", flush=True)
-    for split, rows in (("coa", [t for _, t in coa]), ("cot", cot), ("pairs", [t for p in pairs for t in p])):
+    print(f"{said}{len(coa)} chains of action, {len(cot)} chains of thought, {len(pairs)} pairs", flush=True)
+    for split, rows in (("coa", coa), ("cot", cot), ("pairs", [t for p in pairs for t in p])):
         write(folder / f"{split}.jsonl", "".join(json.dumps({"ids": t.ids, "mask": t.mask, "role": t.role}) + "\n" for t in rows))
-
-
-def read_trajectories(path):
-    if not path.is_file():
-        raise Problem(f"{path} is missing; make it with: {command('train_sft.py')}")
-    return [autocoa.Trajectory(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def untrained(s):

@@ -18,7 +18,7 @@ import autocoa
 import data
 import model
 from common import main, place, start_folder
-from train_sft import read_trajectories
+from formats import read_trajectories
 
 
 def fidelity(lm, trajectories, s):

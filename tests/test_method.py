@@ -132,11 +132,18 @@ def inserted(codec, text, before):
     ("<think>", "end_think"), ("</think>", "end_think"), ("<search_result> A</search_result>", "end_think"), ("</search_result>", "end_think"),
     ("</end_search>", "end_think"), ("<begin_search> A", "end_think"), ("<begin_search> A", "end_search"), ("<begin_search> A</end_search>", "end_think"),
     ("\\boxed{ A}", "end_think"), ("\\boxed{ A}", "eos"), ("<begin_search> A</end_search>", "eos"), (" so", None), ("<eos>", None),
-    ("<eos>", "end_think"), (" so", "boxed"), (" so", "eos")])
+    ("<eos>", "end_think"), ("<begin_search> A</end_search>", "boxed"), ("</think>", "boxed"), (" so", "eos")])
 def test_a_stray_tag_is_malformed(codec, text, before):
     """Unbalanced or doubled tags, results that the policy invents, an action without its observation, two answers, an
     action or words after the answer."""
     assert not codec.well_formed(inserted(codec, text, before))
+
+
+def test_a_conclusion_may_stand_before_the_box(codec):
+    """As in the authors' trajectories: words between the end of the thoughts and the answer."""
+    t = codec.build("Who directed it?", [*WELL[:-1], ("conclude", "It was Eva."), WELL[-1]])
+    assert codec.well_formed(t) and t.ids.count(codec.end_think) == 1 and codec.answer(t) == codec.answer(codec.build("Who directed it?", WELL))
+    assert codec.well_formed(inserted(codec, " so", "boxed"))
 
 
 @pytest.mark.parametrize("kind, text", [("search", "it"), ("answer", "Eva")])

@@ -79,6 +79,21 @@ def test_stages_and_table_of_the_real_path(made):
     assert len(rows(made.root / "rl2" / "log.jsonl")) == 1
 
 
+def test_training_on_files_of_others(made):
+    """The run's own SFT data, exported as AutoCoA's files and read with --sft_files, trains to the same weights; a row that is none is counted and named."""
+    done = shell(made.cwd, "data.py", "export", "out/real/data", "theirs")
+    assert done.status == 0, done.err
+    with open(made.cwd / "theirs" / "coa.jsonl", "a") as f:
+        f.write('{"messages": []}\n')
+    args = [str(ROOT / "config" / "smollm2.py"), *TINY, "--run=again", "--sft_files=" + ",".join(sorted(f"theirs/{p.name}" for p in (made.cwd / "theirs").iterdir()))]
+    done = shell(made.cwd, "train_sft.py", *args)
+    assert done.status == 0, done.err
+    assert "1 rows are no trajectories and are left out, the first at theirs/coa.jsonl:" in done.out
+    for name in ("coa", "cot", "pairs"):
+        assert rows(made.root / "data" / f"{name}.jsonl") == rows(made.cwd / "out/again/data" / f"{name}.jsonl")
+    assert (made.cwd / "out/again/sft3/model.safetensors").read_bytes() == (made.root / "sft3/model.safetensors").read_bytes()
+
+
 def test_any_checkpoint_is_judged(made):
     """`--model --data --corpus`, without training: a checkpoint of another program by its workflows, one of this project also as the agent that it is. --resume asks
     nothing again, and an evaluation that was cut goes on."""

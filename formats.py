@@ -1,0 +1,200 @@
+"""Files of other projects, in and out: AutoCoA's SFT files, FlashRAG's question sets; and a trajectory to look at.
+
+    python data.py get hotpotqa                 # FlashRAG's copy of a question set, by the package `datasets`, to hotpotqa_train.jsonl ..
+    python data.py show out/nano/sft2/rollouts.jsonl 3      # the third trajectory of a file, its trained tokens in colour
+    python data.py export out/nano/data FOLDER  # the SFT data of a run as AutoCoA's files: coa.jsonl, cot.jsonl, pairs.json
+
+AutoCoA's files are jsonl of {"messages": [{"role", "content"} ..]} for chains of thought with or without action, and json lists of
+{"conversation": [{"from", "value"} ..], "chosen": {"from", "value"}, "rejected": {"from", "value"}} for pairs, whose shared beginning, where there is
+one, is the last turn of the conversation. In them a trajectory is text:
+
+    <think> .. <begin_search> query </end_search> <search_result> .. </search_result> .. </think> .. \\boxed{answer}
+"""
+import itertools
+import json
+import re
+from pathlib import Path
+
+from autocoa import PROMPT, TAGS, Codec, Trajectory
+from common import Problem, command, read_jsonl, write
+
+CALL = re.compile("|".join(f"{re.escape(TAGS[a])}(?P<{a}>.*?){re.escape(TAGS[b])}" for a, b in (("search", "end_search"), ("result", "end_result"))), re.S)
+ASKS = "answer the user's question below:"      # what the authors' prompt ends with; ours (autocoa.SYSTEM) takes its place
+SETS = {"hotpotqa": "hotpotqa", "nq": "nq", "triviaqa": "triviaqa", "popqa": "popqa", "2wiki": "2wikimultihopqa", "musique": "musique", "bamboogle": "bamboogle"}
+TRAINED, OTHER, PLAIN = "\033[1;32m", "\033[90m", "\033[0m"
+
+
+def read_trajectories(path):
+    """The SFT data that a run keeps as token ids."""
+    if not path.is_file():
+        raise Problem(f"{path} is missing; make it with: {command('train_sft.py')}")
+    return [Trajectory(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+# ---- AutoCoA's files ----------------------------------------------------------------------------------------------------
+def parts_of(text, whole=True):
+    """The text form of a trajectory -> parts for `Codec.build`. whole: it must end with an answer; else it is a beginning or a piece. Raises ValueError for
+    text that is no trajectory."""
+    text, parts, at = text.strip().removeprefix(TAGS["think"]), [], 0
+    thought, closed, final = text.rpartition(TAGS["end_think"])
+    if not closed:
+        thought, final = text, ""
+    for call in CALL.finditer(thought):
+        if thought[at:call.start()].strip():
+            parts.append(("think", thought[at:call.start()].strip()))
+        parts.append((call.lastgroup, call[call.lastgroup].strip()))
+        at = call.end()
+    if thought[at:].strip():
+        parts.append(("think", thought[at:].strip()))
+    if any(tag in x for kind, x in parts if kind == "think" for tag in TAGS.values()):
+        raise ValueError("a tag that is not closed, or in the wrong place")
+    kinds = [kind for kind, _ in parts]
+    if any(kind == "result" and kinds[i - 1:i] != ["search"] for i, kind in enumerate(kinds)) or any(kind == "search" and kinds[i + 1:i + 2] != ["result"] for i, kind in enumerate(kinds[:-1])):
+        raise ValueError("a search without its result, or a result without a search")
+    if closed:
+        said, boxed, answer = final.rpartition(TAGS["boxed"])
+        depth = next((i for i, c in enumerate(answer) if answer[:i + 1].count("}") > answer[:i + 1].count("{")), None)      # the brace that closes the box
+        if not boxed or depth is None or not answer[:depth].strip():
+            raise ValueError("no \\boxed{answer}")
+        parts += [("conclude", said.strip())] * bool(said.strip()) + [("answer", answer[:depth].strip())]
+    elif whole:
+        raise ValueError(f"no {TAGS['end_think']}")
+    return parts
+
+
+def turns(row, key, role, text):
+    """[(whose, text)] of a conversation. Raises ValueError where it is none."""
+    names = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+    try:
+        return [(names[turn[role]], turn[text]) for turn in row[key] if names[turn[role]] != "system"]
+    except (KeyError, TypeError):
+        raise ValueError(f"{key} is not a list of turns with {role} and {text}") from None
+
+
+def asked(text):
+    """The question of a user's turn, without the authors' instructions before it."""
+    return text.rpartition(ASKS)[2].strip()
+
+
+def read_sft(codec, paths):
+    """AutoCoA's files -> (chains of action, chains of thought, pairs (chosen, rejected)) as trajectories, and how many rows were no trajectories. Raises
+    Problem for a file that is none of the two."""
+    coa, cot, pairs, odd = [], [], [], []
+    for path in paths:
+        text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+        try:
+            rows = list(enumerate(json.loads(text), 1)) if text.lstrip().startswith("[") else read_jsonl(path, "AutoCoA's SFT rows, messages or conversation", "sft_files")
+        except ValueError as e:
+            raise Problem(f"{path}: not JSON: {e}; expected AutoCoA's SFT rows") from None
+        for n, row in rows:
+            try:
+                if "messages" in row:
+                    (_, question), (_, said) = turns(row, "messages", "role", "content")[:2]
+                    t = codec.build(asked(question), parts_of(said))
+                    (coa if t.queries else cot).append(t)
+                elif "chosen" in row:
+                    (_, question), *before = turns(row, "conversation", "from", "value")
+                    prefix = [part for _, text in before for part in parts_of(text, False)]
+                    pair = [codec.build(asked(question), prefix + parts_of(row[side]["value"], False)) for side in ("chosen", "rejected")]
+                    shared = len(codec.build(asked(question), prefix).ids)
+                    for t in pair:
+                        if len(t.ids) == shared:
+                            raise ValueError("an empty side")
+                        t.mask[:shared] = [0] * shared
+                    pairs.append(tuple(pair))
+                else:
+                    raise Problem(f"{path}:{n}: neither messages nor chosen and rejected; expected AutoCoA's SFT rows")
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                odd.append(f"{path}:{n}: {e}")
+    return coa, cot, pairs, odd
+
+
+def as_text(codec, t):
+    """A trajectory -> (question, what the assistant says)."""
+    start = t.role.index(next(r for r in t.role if r != PROMPT))
+    before, after = (codec.decode(ids) for ids in codec.around())
+    question = codec.decode(t.ids[:start]).removeprefix(before).removesuffix(after).strip()
+    return question, TAGS["think"] + codec.decode([i for i in t.ids[start:] if i != codec.eos])
+
+
+def export(codec, folder, coa, cot, pairs):
+    """Trajectories -> AutoCoA's files in a folder, those that would not be empty."""
+    for name, rows in (("coa", coa), ("cot", cot)):
+        lines = [json.dumps({"messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant"), as_text(codec, t))]}) for t in rows]
+        if lines:
+            write(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
+    out = []
+    for sides in pairs:
+        texts = [codec.decode([i for i, m in zip(t.ids, t.mask) if m]) for t in sides]
+        question, shared = as_text(codec, sides[0])
+        out.append({"conversation": [{"from": "human", "value": question}, {"from": "gpt", "value": shared.removesuffix(texts[0])}],
+                    "chosen": {"from": "gpt", "value": texts[0]}, "rejected": {"from": "gpt", "value": texts[1]}})
+    if out:
+        write(folder / "pairs.json", json.dumps(out, indent=1))
+
+
+# ---- the command line of data.py ------------------------------------------------------------------------------------
+def codec_of(folder):
+    """The tokenizer of a run, from its base model's folder."""
+    from transformers import PreTrainedTokenizerFast
+    if not (folder / "tokenizer.json").is_file():
+        raise Problem(f"{folder} has no tokenizer; give a file inside out/<run>/")
+    return Codec(PreTrainedTokenizerFast.from_pretrained(folder))
+
+
+def show(path, number):
+    """One trajectory of a file, of any that this project writes or reads: what carries loss in green, the rest grey."""
+    path, text = Path(path), Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+    rows = json.loads(text) if text.startswith("[") else [row for _, row in read_jsonl(path, "trajectories", "data.py show")]
+    if not 1 <= number <= len(rows):
+        raise Problem(f"{path}: there is no trajectory {number}; it holds {len(rows)}")
+    row = rows[number - 1]
+    if "ids" in row:
+        tokens = row.get("tokens") or [codec.decode([i]) for codec in [codec_of(path.parent.parent / "base")] for i in row["ids"]]
+        pieces = list(zip(tokens, row["mask"]))
+    elif "messages" in row:
+        spans = re.split(f"({re.escape(TAGS['result'])}.*?{re.escape(TAGS['end_result'])})", row["messages"][-1]["content"], flags=re.S)
+        pieces = [(m["content"] + "\n", 0) for m in row["messages"][:-1]] + [(x, int(not x.startswith(TAGS["result"]))) for x in spans]
+    elif "chosen" in row:
+        pieces = [(turn["value"] + "\n", 0) for turn in row["conversation"]] + [(f"+ {row['chosen']['value']}\n- {row['rejected']['value']}", 1)]
+    else:
+        raise Problem(f"{path}:{number}: not a trajectory; expected ids, mask and role, or AutoCoA's messages or pairs")
+    print("".join((TRAINED if m else OTHER) + "".join(token for token, _ in run) for m, run in itertools.groupby(pieces, key=lambda piece: piece[1])) + PLAIN)
+
+
+def get(name, folder="."):
+    """FlashRAG's copy of a question set, one file a split, with the titles of its gold passages where the set marks them."""
+    if name not in SETS:
+        raise Problem(f"data.py get: {name!r} is not one of {', '.join(SETS)}")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise Problem("data.py get: it needs the package datasets; pip install datasets, or give question files of your own") from None
+    try:
+        splits = load_dataset("RUC-NLPIR/FlashRAG_datasets", SETS[name])
+    except Exception as e:      # each way of being offline has its own
+        raise Problem(f"data.py get: {name} can't be fetched ({str(e).splitlines()[0]}); try again online, or give question files of your own") from None
+    for split, rows in splits.items():
+        out = []
+        for row in rows:
+            metadata = dict(row.get("metadata") or {})
+            metadata["gold_titles"] = list(dict.fromkeys((metadata.pop("supporting_facts", None) or {}).get("title", [])))
+            out.append({"id": row["id"], "question": row["question"], "golden_answers": list(row["golden_answers"]), "metadata": {"gold_titles": metadata["gold_titles"]}})
+        path = Path(folder, f"{name}_{split}.jsonl")
+        write(path, "".join(json.dumps(row) + "\n" for row in out))
+        print(f"{path}: {len(out):,} questions")
+
+
+def main(args):
+    usage = "usage: python data.py get SET [FOLDER]  or  show FILE [NUMBER]  or  export out/<run>/data FOLDER"
+    if len(args) < 2 or args[0] not in ("get", "show", "export") or (args[0] == "export") != (len(args) == 3 and not args[2].isdecimal() and args[0] != "get"):
+        raise Problem(usage)
+    if args[0] == "get":
+        get(*args[1:3])
+    elif args[0] == "show":
+        show(args[1], int(args[2]) if args[2:] else 1)
+    else:
+        folder = Path(args[1])
+        coa, cot, flat = (read_trajectories(folder / f"{name}.jsonl") for name in ("coa", "cot", "pairs"))
+        export(codec_of(folder.parent / "base"), Path(args[2]), coa, cot, list(zip(flat[0::2], flat[1::2])))
+        print(f"{args[2]}: {len(coa):,} chains of action, {len(cot):,} chains of thought, {len(flat) // 2:,} pairs")

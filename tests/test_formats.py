@@ -1,0 +1,165 @@
+"""Files of other projects (formats.py): AutoCoA's SFT files in and out, `python data.py show` and `get`."""
+import json
+import random
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import shell
+from test_real import checkpoint
+
+import data
+import formats
+import miniwiki
+import model
+import tools
+from autocoa import ACTION, ANSWER, OBSERVATION, PROMPT, THINK, Codec
+from common import Problem
+
+WORLD = miniwiki.World(0, "train")
+QUESTIONS = [q for name in data.MIX for q in WORLD.questions(name, 20, random.Random(name))]
+# The structure of a released row, in words of our own.
+THEIRS = """<think>
+Hm, who wrote it? I think I should look.
+
+<begin_search>The Clay Hour author</end_search>
+
+<search_result> result 1: "The Clay Hour"
+A novel by Orla Venn, whose {best} friend was Ivo.
+result 2: "Clay"
+A soil. </search_result>
+
+
+So it is Orla Venn.
+</think>
+
+The author of the novel is Orla Venn.
+
+\\boxed{Orla {the elder} Venn}"""
+PROMPT_OF_THEIRS = "You may search the web.\n\nNow, please answer the user's question below: \nWho wrote The Clay Hour?"
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return Codec(data.nano_tokenizer(2048, data.nano_text(WORLD)))
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat") / "checkpoint"
+    checkpoint(folder)
+    return model.load_pretrained(str(folder), "cpu").codec
+
+
+def test_there_and_back(nano, tmp_path):
+    """The teacher's chains, chains of thought and pairs as AutoCoA's files and read again: the same ids, roles and masks."""
+    coa = [t for _, t in data.teach(nano, QUESTIONS, set(data.facts_of(QUESTIONS[::2])), tools.library(WORLD.passages(), 2))[0]]
+    pairs = [pair for side in data.pairs(nano, QUESTIONS, {f: "Eva Moss" for f in data.facts_of(QUESTIONS)}, {q["id"]: True for q in QUESTIONS}) for pair in side]
+    acting, thinking = [t for t in coa if t.queries], [data.cot(nano, q) for q in QUESTIONS if q["metadata"]["conclusion"] or len(q["metadata"]["steps"]) == 1]
+    assert len(acting) > 40 and len(pairs) > 50 and len(thinking) > 20
+    formats.export(nano, tmp_path, acting, thinking, pairs)
+    *found, odd = formats.read_sft(nano, [tmp_path / name for name in ("coa.jsonl", "cot.jsonl", "pairs.json")])
+    assert odd == []
+    for before, after in zip([acting, thinking, [t for p in pairs for t in p]], [*found[:2], [t for p in found[2] for t in p]], strict=True):
+        for a, b in zip(before, after, strict=True):
+            assert (a.ids, a.role, a.mask) == (b.ids, b.role, b.mask)
+    assert {t.ids.index(nano.think) for t in acting} == {t.role.index(THINK) - 1 for t in acting}
+
+
+def test_a_released_row(chat, tmp_path):
+    """The authors' structure: their instructions make room for ours, observations carry no loss, what is said before the box does, braces inside it stay."""
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": PROMPT_OF_THEIRS}, {"role": "assistant", "content": THEIRS}]}) + "\n")
+    (t,), cot, pairs, odd = formats.read_sft(chat, [tmp_path / "x.jsonl"])
+    assert (cot, pairs, odd) == ([], [], [])
+    start = t.role.index(THINK)
+    assert t.ids[:start] == chat.prompt("Who wrote The Clay Hour?") and set(t.role[:start]) == {PROMPT}
+    assert t.queries == ["The Clay Hour author"] and "{best} friend" in t.observations[0]
+    by_role = {r: chat.decode([i for i, x in zip(t.ids, t.role) if x == r]) for r in (ACTION, OBSERVATION, ANSWER, THINK)}
+    assert by_role[ACTION] == "<begin_search> The Clay Hour author</end_search>" and by_role[OBSERVATION].endswith("A soil.</search_result>")
+    assert by_role[ANSWER] == "\\boxed{ Orla {the elder} Venn}</s>" and by_role[THINK].endswith("</think> The author of the novel is Orla Venn.")
+    assert t.mask == [int(r not in (PROMPT, OBSERVATION)) for r in t.role]
+    assert chat.well_formed(t)
+
+
+def test_a_released_pair(chat, tmp_path):
+    """With a shared beginning in the conversation, which may hold a search, and without; only the two ends are learned."""
+    began, _, _ = THEIRS.partition("So it is")
+    human = {"from": "human", "value": PROMPT_OF_THEIRS}
+    rows = [{"conversation": [human, {"from": "gpt", "value": began}], "chosen": {"from": "gpt", "value": "So it is Orla."}, "rejected": {"from": "gpt", "value": "<begin_search>Orla</end_search>"}},
+            {"conversation": [human], "chosen": {"from": "gpt", "value": THEIRS}, "rejected": {"from": "gpt", "value": "<think>I know.</think> \\boxed{Ivo}"}}]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    _, _, pairs, odd = formats.read_sft(chat, [tmp_path / "x.json"])
+    assert odd == [] and len(pairs) == 2
+    learned = [[chat.decode([i for i, m in zip(t.ids, t.mask) if m]).strip() for t in pair] for pair in pairs]
+    assert learned[0] == ["So it is Orla.", "<begin_search> Orla</end_search>"] and learned[1][1] == "I know.</think>\\boxed{ Ivo}</s>"
+    assert "A soil" not in learned[1][0] and learned[1][0].startswith("Hm, who wrote it?")
+    for a, b in pairs:
+        first = min(a.mask.index(1), b.mask.index(1))
+        assert a.ids[:first] == b.ids[:first] and pairs[0][0].mask.index(1) > len(chat.prompt("Who wrote The Clay Hour?"))
+
+
+@pytest.mark.parametrize("said, why", [("<think>Hm", "no </think>"), ("<think>Hm</think> Eva", "no .boxed"), ("<think>Hm</think> \\boxed{Eva", "no .boxed"), ("<think>Hm</think> \\boxed{ }", "no .boxed"),
+                                       ("<think><begin_search>x</end_search> so</think>\\boxed{Eva}", "without its result"), ("<think><search_result>x</search_result></think>\\boxed{Eva}", "without its result"),
+                                       ("<think>a <begin_search> b</think>\\boxed{Eva}", "not closed"), (None, "AttributeError|no attribute"), ("", "no </think>")])
+def test_rows_that_are_no_trajectories(nano, tmp_path, said, why):
+    """Left out, counted, and named by file and line; the others stay."""
+    good = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "<think>Hm</think>\\boxed{Eva}"}]}
+    bad = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": said}]}
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, (good, bad, good))) + "\n")
+    coa, cot, pairs, odd = formats.read_sft(nano, [tmp_path / "x.jsonl"])
+    assert len(cot) == 2 and not coa + pairs and len(odd) == 1
+    assert re.search(f"x.jsonl:2: .*({why})", odd[0])
+
+
+@pytest.mark.parametrize("content, message", [('{"question": "Who?"}\n', "x.jsonl:1: neither messages"), ("[1", "not JSON"), ("", "x.jsonl: empty"), ("no", "x.jsonl:1: not JSON")])
+def test_files_that_are_none(nano, tmp_path, content, message):
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(Problem, match=message):
+        formats.read_sft(nano, [tmp_path / "x.jsonl"])
+    with pytest.raises(Problem, match="no such file"):
+        formats.read_sft(nano, [tmp_path / "y.jsonl"])
+
+
+def test_show(nano, tmp_path, capsys):
+    """What carries loss is green, all else grey: of a row with ids, and of AutoCoA's text."""
+    t = nano.build("Who?", [("think", "Hm"), ("search", "Eva"), ("result", "Eva 1: x"), ("answer", "Eva")])
+    row = {"ids": t.ids, "mask": t.mask, "role": t.role, "tokens": [nano.decode([i]) for i in t.ids]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    formats.show(tmp_path / "a.jsonl", 1)
+    green = re.findall(r"\x1b\[1;32m(.*?)\x1b\[", capsys.readouterr().out)
+    assert green == [" Hm<begin_search> Eva</end_search>", "</think>\\boxed{ Eva}<eos>"]
+    formats.export(nano, tmp_path, [t], [], [])
+    formats.show(tmp_path / "coa.jsonl", 1)
+    assert re.findall(r"\x1b\[1;32m(.*?)\x1b\[", capsys.readouterr().out) == ["<think> Hm<begin_search> Eva</end_search>", "</think>\\boxed{ Eva}"]
+    with pytest.raises(Problem, match="no trajectory 2; it holds 1"):
+        formats.show(tmp_path / "a.jsonl", 2)
+
+
+def test_get(tmp_path, monkeypatch):
+    """FlashRAG's rows, with the titles of the supporting facts as gold titles, so that the teacher knows what to search for. The package is replaced: this test
+    is offline."""
+    rows = [{"id": "dev_0", "question": "Who?", "golden_answers": ["Eva"], "metadata": {"supporting_facts": {"title": ["A", "B", "A"], "sent_id": [0, 1, 2]}}},
+            {"id": "dev_1", "question": "Where?", "golden_answers": ["Iron Hill"], "metadata": None}]
+
+    def load_dataset(name, part):
+        if part == "nq":
+            raise ConnectionError("offline\nand more")
+        assert (name, part) == ("RUC-NLPIR/FlashRAG_datasets", "2wikimultihopqa")
+        return {"dev": rows}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    formats.get("2wiki", tmp_path)
+    first, second = data.read_questions(tmp_path / "2wiki_dev.jsonl")
+    assert [s["title"] for s in first["metadata"]["steps"]] == ["A", "B"] or first["metadata"]["gold_titles"] == ["A", "B"]
+    assert second["golden_answers"] == ["Iron Hill"]
+    with pytest.raises(Problem, match=r"nq can't be fetched \(offline\)"):
+        formats.get("nq", tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(Problem, match="pip install datasets"):
+        formats.get("nq", tmp_path)
+
+
+@pytest.mark.parametrize("args", [[], ["show"], ["look", "x"], ["export", "x"], ["show", "nothing.jsonl"], ["show", "x", "y"], ["get", "squad"]])
+def test_bad_commands(tmp_path, args):
+    done = shell(tmp_path, "data.py", *args)
+    assert done.status == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1
