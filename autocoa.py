@@ -52,6 +52,33 @@ class Trajectory:
         self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
 
 
+def fit(observation, budget, size):
+    """An observation (passages, one a line) of at most `budget` by `size`, text -> a number: passages leave from the last one on and only their titles stay,
+    then those leave; the first, if it alone is too long, ends with its last whole sentence, or else word, that fits.
+
+    >>> fit("Silver River 1: A film.\\n Iron Hill 2: A band of four.", 40, len)
+    'Silver River 1: A film.\\n Iron Hill 2:'
+    """
+    if size(observation) <= budget:
+        return observation
+    lines = observation.split("\n ")
+    for n in range(len(lines) - 1, 0, -1):
+        lines[n] = lines[n].partition(f" {n + 1}: ")[0] + f" {n + 1}:"
+        if size("\n ".join(lines)) <= budget:
+            return "\n ".join(lines)
+    while len(lines) > 1 and size("\n ".join(lines)) > budget:
+        lines.pop()
+    for ends in (r"(?<=[.!?]) ", r" "):
+        pieces = re.split(ends, lines[0])
+        for n in range(len(pieces), 0, -1):
+            if size(" ".join(pieces[:n])) <= budget:
+                return " ".join(pieces[:n])
+    word = lines[0]
+    while word and size(word) > budget:
+        word = word[:-1]
+    return word
+
+
 class Codec:
     """A tokenizer and the ids of the tags: text to trajectories and back. `tok` is a transformers fast tokenizer."""
 
@@ -77,29 +104,8 @@ class Codec:
         return list(self.memo[text])
 
     def fit(self, observation, budget):
-        """An observation (passages, one a line) in at most `budget` tokens: passages leave from the last one on and only their titles stay, then those
-        leave; the first, if it alone is too long, ends with its last whole sentence, or else word, that fits.
-
-        >>> codec.fit("Silver River 1: A film.\\n Iron Hill 2: A band of four.", 12)
-        'Silver River 1: A film.\\n Iron Hill 2:'
-        """
-        def size(lines):
-            return len(self.encode("\n ".join(lines)))
-        if size([observation]) <= budget:
-            return observation
-        lines = observation.split("\n ")
-        for n in range(len(lines) - 1, 0, -1):
-            lines[n] = lines[n].partition(f" {n + 1}: ")[0] + f" {n + 1}:"
-            if size(lines) <= budget:
-                return "\n ".join(lines)
-        while len(lines) > 1 and size(lines) > budget:
-            lines.pop()
-        for ends in (r"(?<=[.!?]) ", r" "):
-            pieces = re.split(ends, lines[0])
-            for n in range(len(pieces), 0, -1):
-                if size([" ".join(pieces[:n])]) <= budget:
-                    return " ".join(pieces[:n])
-        return self.decode(self.encode(lines[0])[:budget]).strip()
+        """`fit` in tokens."""
+        return fit(observation, budget, lambda text: len(self.encode(text)))
 
     def decode(self, ids):
         return self.tok.decode(ids, skip_special_tokens=False)

@@ -91,13 +91,17 @@ class Settings:
     # -- eval.py
     data: list = dataclasses.field(default_factory=list)        # FlashRAG question files on which to judge --model as it is, instead of the stages of a run
     compare: list = dataclasses.field(default_factory=list)     # two rows: how much better the first is, over the predictions of --runs
+    judge: str = ""                     # a language model that judges answers too: a folder, or an OpenAI-compatible endpoint (chat.py)
     runs: list = dataclasses.field(default_factory=list)        # of --compare, pooled; none: this run
+    # -- teacher.py
+    teacher: str = ""                   # the language model that writes chains
+    tries: int = 4                      # chains of action for a question, until one is right
     # -- autocoa.py
     ask: str = ""                       # the question to answer
     # -- ablations
     stage: str = ""                     # run this stage only: base, sft1, sft2, sft3; rl1, rl2
     start: str = ""                     # .. from this folder of the run, instead of the stage before
-    out: str = ""                       # .. into this folder, instead of the stage's own
+    out: str = ""                       # .. into this folder, instead of the stage's own; of teacher.py, where to write
     # -- rollouts and evaluation
     top_k: int = 2                      # passages an observation holds
     max_actions: int = 6                # calls of the tool
@@ -196,7 +200,7 @@ def parse(kind, key, text):
 
 
 POSITIVE = ("vocab_size", "width", "layers", "base_tokens", "train_scale", "epochs", "batch_tokens", "micro_tokens", "questions", "rollouts", "rl_questions",
-            "temperature", "minibatches", "top_k", "max_actions", "max_len", "max_answer", "max_thought", "max_observation", "eval_questions", "batch_rows")
+            "temperature", "minibatches", "top_k", "max_actions", "tries", "max_len", "max_answer", "max_thought", "max_observation", "eval_questions", "batch_rows")
 CHOICES = {"cache": ("live", "replay", "refresh"), "dtype": ("float32", "bfloat16"), "bits": (4, 16)}
 KIND = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
 

@@ -10,7 +10,7 @@ the answers that the same weights gave under the same settings, of an evaluation
 What is printed beside EM: F1, actions a question, how often the facts that a question needs were searched for, apart for those that
 the base model knows and those that it does not; malformed trajectories. In eval.json also: answers that had to be forced, cover-EM, the score of the authors'
 code, the gain over ReAct, questions and right answers by number of actions (paper Fig. 3), EM where the base model knows all facts and where not
-(appendix A), calculations that were done with the calculator. Averages are over the sets, with a 95% bootstrap interval over questions.
+(appendix A), calculations that were done with the calculator, and with --judge what a language model says of the answers. Averages are over the sets, with a 95% bootstrap interval over questions.
 """
 import hashlib
 import json
@@ -24,6 +24,7 @@ import data
 import estimate
 import model
 import workflows
+from chat import Chat, judge
 from common import Problem, main, place, read_jsonl, start_folder, write
 from miniwiki import DIFFERENCE
 from train_sft import recall
@@ -216,11 +217,12 @@ def share(value):
 
 
 def table(rows, sets):
-    lines = [f"{'EM':24}" + "".join(f"{n[:10]:>11}" for n in sets) + f"{'avg':>8}{'95% interval':>15}{'F1':>7}{'actions':>9}{'known':>7}{'unknown':>9}{'malformed':>11}"]
+    judged = any("judge" in r["avg"] for r in rows.values())
+    lines = [f"{'EM':24}" + "".join(f"{n[:10]:>11}" for n in sets) + f"{'avg':>8}{'95% interval':>15}{'F1':>7}{'actions':>9}{'known':>7}{'unknown':>9}{'malformed':>11}" + (f"{'judge':>7}" if judged else "")]
     for name, r in rows.items():
         a = r["avg"]
         lines.append(f"{name:24}" + "".join(f"{r[n]['em']:11.1f}" if n in r else f"{'-':>11}" for n in sets) + f"{a['em']:8.1f}{a['em_low']:8.1f} -{a['em_high']:5.1f}{a['f1']:7.1f}"
-                     f"{a['actions']:9.2f}{share(a['search_known']):>7}{share(a['search_unknown']):>9}{a['malformed']:10.1f}%")
+                     f"{a['actions']:9.2f}{share(a['search_known']):>7}{share(a['search_unknown']):>9}{a['malformed']:10.1f}%" + (f"{a['judge'] or 0:7.1f}" if judged else ""))
     return "\n".join(lines)
 
 
@@ -255,6 +257,17 @@ def run(s):
             rows[row] = summary(answers[row], sets, known)
             if "ReAct workflow" in answers:
                 rows[row]["avg"] |= paired(answers[row], answers["ReAct workflow"])
+    if s.judge:
+        chat = Chat(s.judge, s, "judge")
+        for row, sets in answers.items():
+            verdicts = {name: judge(chat, records) for name, records in sets.items()}
+            for name, records in sets.items():
+                for r, verdict in zip(records, verdicts[name]):
+                    r["judge"] = verdict
+                rows[row][name]["judge"] = percent([v for v in verdicts[name] if v is not None])
+            rows[row]["avg"]["judge"] = mean([rows[row][name]["judge"] for name in sets if rows[row][name]["judge"] is not None])
+            rows[row]["avg"]["judge_unread"] = sum(v is None for vs in verdicts.values() for v in vs)
+        print(chat.report())
     predictions.finish(answers)
     print(table(rows, list(task.evaluation)))
     print(task.eval_search.report())

@@ -34,8 +34,8 @@ class Polite:
     what Retry-After says or a wait that doubles, with jitter. Raises requests.RequestException when that was in vain.
     """
 
-    def __init__(self, gap=0.1, longest=30.0):
-        self.gap, self.longest, self.lock, self.next, self.waited = gap, longest, threading.Lock(), 0.0, 0.0
+    def __init__(self, gap=0.1, longest=30.0, timeout=None):
+        self.timeout, self.gap, self.longest, self.lock, self.next, self.waited = timeout, gap, longest, threading.Lock(), 0.0, 0.0
         self.session = requests.Session()
 
     def wait(self, seconds):
@@ -53,7 +53,7 @@ class Polite:
             self.wait(max(0.0, at - time.monotonic()))
             pause = 0.5 * 2 ** i * (1 + random.random())
             try:
-                answer = self.session.request(method, url, timeout=TIMEOUT, **more)
+                answer = self.session.request(method, url, timeout=self.timeout or TIMEOUT, **more)
                 if answer.status_code in (429, 500, 502, 503, 504):
                     if answer.headers.get("Retry-After", "").isdecimal():
                         pause = float(answer.headers["Retry-After"]) + random.random()
@@ -72,7 +72,7 @@ class Polite:
 
 
 class Cache:
-    """(query, top_k, language) -> passages, in one SQLite file that several processes may share. A file that can't be read is set aside, and that is said."""
+    """What was asked -> what was said, both anything that JSON holds, in one SQLite file that several processes may share. A file that can't be read is set aside, and that is said."""
 
     def __init__(self, path):
         self.path, self.lock = Path(path), threading.Lock()
@@ -85,7 +85,7 @@ class Cache:
     def open(self):
         self.db = sqlite3.connect(self.path, timeout=30, check_same_thread=False, isolation_level=None)
         self.db.execute("PRAGMA journal_mode=WAL")
-        self.db.execute("CREATE TABLE IF NOT EXISTS answers (query TEXT, top_k INTEGER, language TEXT, passages TEXT, fetched REAL, PRIMARY KEY (query, top_k, language))")
+        self.db.execute("CREATE TABLE IF NOT EXISTS answers (asked TEXT PRIMARY KEY, said TEXT, fetched REAL)")
 
     def set_aside(self, error):
         if isinstance(error, sqlite3.OperationalError):         # locked, read-only, a full disk: nothing is wrong with what it holds
@@ -107,11 +107,11 @@ class Cache:
                 return self.db.execute(sql, values).fetchall()
 
     def get(self, *key):
-        found = self.run("SELECT passages FROM answers WHERE query = ? AND top_k = ? AND language = ?", *key)
-        return [tuple(p) for p in json.loads(found[0][0])] if found else None
+        found = self.run("SELECT said FROM answers WHERE asked = ?", json.dumps(key))
+        return json.loads(found[0][0]) if found else None
 
-    def put(self, *key, passages):
-        self.run("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", *key, json.dumps(passages), time.time())
+    def put(self, *key, said):
+        self.run("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", json.dumps(key), json.dumps(said), time.time())
 
 
 def normal(query):
@@ -150,7 +150,7 @@ class Wikipedia:
                 for key, passages in zip(asked, tqdm(answers, desc="Wikipedia", unit="query", total=len(asked), leave=False, delay=2)):
                     said[key] = passages
                     if passages is not None:
-                        self.cache.put(key, self.top_k, self.language, passages=passages)
+                        self.cache.put(key, self.top_k, self.language, said=passages)
                         self.fresh[key] = passages
         lost = "This search is not in the cache." if self.mode == "replay" else FAILED
         return [lost if said[key] is None else listed(said[key]) for key in keys]

@@ -272,11 +272,11 @@ def test_a_broken_cache_is_set_aside(wiki, tmp_path, capsys):
 def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path):
     """Guards: a good file that is set aside because the disk is full or another process holds it."""
     cache = live.Cache(tmp_path / "c.sqlite")
-    cache.put("a", 2, "en", passages=[["t", "x"]])
+    cache.put("a", 2, "en", said=[["t", "x"]])
     cache.db.execute("PRAGMA query_only = ON")
     with pytest.raises(Problem, match="c.sqlite: attempt to write"):
-        cache.put("b", 2, "en", passages=[])
-    assert cache.get("a", 2, "en") == [("t", "x")] and not list(tmp_path.glob("*.broken*"))
+        cache.put("b", 2, "en", said=[])
+    assert cache.get("a", 2, "en") == [["t", "x"]] and not list(tmp_path.glob("*.broken*"))
 
 
 def test_two_processes_share_a_cache(tmp_path):
@@ -285,10 +285,10 @@ def test_two_processes_share_a_cache(tmp_path):
 
     def fill(n):
         for i in range(60):
-            caches[n].put(f"{n} {i}", 2, "en", passages=[["t", "x"]])
+            caches[n].put(f"{n} {i}", 2, "en", said=[["t", "x"]])
     threads = [threading.Thread(target=fill, args=(n,)) for n in range(3)]
     [t.start() for t in threads], [t.join() for t in threads]
-    assert all(caches[0].get(f"{n} {i}", 2, "en") == [("t", "x")] for n in range(3) for i in range(60)) and caches[0].get("0 0", 3, "en") is None
+    assert all(caches[0].get(f"{n} {i}", 2, "en") == [["t", "x"]] for n in range(3) for i in range(60)) and caches[0].get("0 0", 3, "en") is None
 
 
 # ---- retrieval server ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,202 @@
+"""Language models that are asked in words (chat.py), as judge (eval.py) and as teacher (teacher.py): over loopback HTTP, and a local folder."""
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import ROOT, rows, shell, strict
+from test_real import BOOKS, ONE, PASSAGES, PEOPLE, TOWNS, TWO, checkpoint
+
+import chat
+import formats
+import live
+import teacher
+import tools
+from common import Problem, Settings
+
+
+class Endpoint:
+    """An OpenAI-compatible endpoint on a loopback port; `say` (messages, ask) -> text, or a whole answer as it is sent."""
+
+    def __init__(self, say):
+        self.asked = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                ask = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.asked.append(dict(ask, path=self.path, key=self.headers.get("Authorization")))
+                said = say(ask["messages"], ask)
+                body = json.dumps(said if not isinstance(said, str) else {
+                    "choices": [{"message": {"role": "assistant", "content": said}}], "usage": {"prompt_tokens": 10, "completion_tokens": 3}}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+
+@pytest.fixture
+def endpoint():
+    made = []
+
+    def make(say):
+        made.append(Endpoint(say))
+        return made[-1]
+    yield make
+    for e in made:
+        e.server.shutdown()
+        e.server.server_close()
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_an_endpoint_is_asked_once(endpoint, tmp_path, monkeypatch):
+    """The protocol, the name behind # (or the paper's judge), the key, the cost; the same question is answered from the cache, another sample of it is not."""
+    there = endpoint(lambda messages, ask: messages[-1]["content"].upper())
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    a = chat.Chat(there.url + "#small", Settings(), "judge", tmp_path / "c.sqlite")
+    assert a([user(f"q{i}") for i in range(20)], 5, stop=["x"]) == [f"Q{i}" for i in range(20)]
+    first = there.asked[0]
+    assert (first["path"], first["model"], first["max_tokens"], first["stop"], first["key"]) == ("/v1/chat/completions", "small", 5, ["x"], "Bearer secret")
+    assert a.report() == "small: asked 20 times (0 more from the cache), 200 tokens read and 60 written"
+    again = chat.Chat(there.url + "#small", Settings(), "judge", tmp_path / "c.sqlite")
+    assert again([user("q3"), user("new")], 5, stop=["x"]) == ["Q3", "NEW"] and len(there.asked) == 21
+    again([user("q3")], 5, stop=["x"], temperature=0.5, sample=1)
+    assert len(there.asked) == 22 and there.asked[-1]["seed"] == 1
+    assert chat.Chat(there.url, Settings(), "judge", tmp_path / "c.sqlite").name == "Qwen/Qwen2.5-14B-Instruct"
+
+
+@pytest.mark.parametrize("said", [{"choices": []}, {"error": "no such model"}, {"choices": [{"message": {"content": None}}]}, []])
+def test_an_endpoint_that_answers_nonsense(endpoint, tmp_path, said):
+    """One line with the setting; what was said before stays."""
+    there = endpoint(lambda messages, ask: said if messages[-1]["content"] == "bad" else "fine")
+    a = chat.Chat(there.url + "#x", Settings(), "judge", tmp_path / "c.sqlite", threads=1)
+    with pytest.raises(Problem, match=f"--judge={there.url}#x: not an endpoint that answers"):
+        a([user("good"), user("bad")], 5)
+    assert chat.Chat(there.url + "#x", Settings(), "judge", tmp_path / "c.sqlite")([user("good")], 5) == ["fine"]
+    assert len(there.asked) == 2
+
+
+def test_an_endpoint_that_is_down(tmp_path, monkeypatch):
+    monkeypatch.setattr(live.Polite, "wait", lambda self, seconds: None)
+    with pytest.raises(Problem, match="--teacher=http://127.0.0.1:9/v1#x: not an endpoint"):
+        chat.Chat("http://127.0.0.1:9/v1#x", Settings(), "teacher", tmp_path / "c.sqlite")([user("q")], 5)
+
+
+def test_verdicts(endpoint, tmp_path):
+    """Yes and no in any dress; what is neither is not guessed; an empty answer is wrong unasked."""
+    words = {"a": "Yes.", "b": " **no**, because", "c": "It may be.", "d": "Nobody", "e": "YES"}
+    there = endpoint(lambda messages, ask: words[re.search(r"Given answer: (.)", messages[0]["content"])[1]])
+    records = [{"question": "Who?", "golden_answers": ["Eva", "Eva Moss"], "answer": x} for x in ("a", "b", "", "c", "d", "e", " ")]
+    assert chat.judge(chat.Chat(there.url + "#x", Settings(), "judge", tmp_path / "c.sqlite"), records) == [1.0, 0.0, 0.0, None, None, 1.0, 0.0]
+    assert len(there.asked) == 5 and "Accepted answers: Eva; Eva Moss\n" in there.asked[0]["messages"][0]["content"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint, question files and passages, as a user has them."""
+    cwd = tmp_path_factory.mktemp("user")
+    checkpoint(cwd / "checkpoint")
+    for name, questions in (("hotpotqa", TWO), ("nq", ONE)):
+        (cwd / f"{name}_dev.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (cwd / "passages.jsonl").write_text("".join(json.dumps({"id": str(i), "contents": x}) + "\n" for i, x in enumerate(PASSAGES)))
+    return cwd
+
+
+def test_eval_with_a_judge(endpoint, folder):
+    """A column of the table and a figure of every row: the share of yes among the verdicts that could be read; the others are counted."""
+    turn = iter(range(10_000))
+    there = endpoint(lambda messages, ask: ("yes", "no", "perhaps")[next(turn) % 3])
+    done = shell(folder, "eval.py", str(ROOT / "config" / "smollm2.py"), "--model=checkpoint", "--data=nq_dev.jsonl", "--corpus=passages.jsonl", "--max_len=480", "--max_observation=60",
+                 "--eval_questions=6", f"--judge={there.url}#x")
+    assert done.status == 0, done.err
+    result = strict(done.out.splitlines()[-1])["rows"]
+    records = rows(folder / "out/eval/checkpoint/predictions.jsonl")
+    for row, figures in result.items():
+        verdicts = [r["judge"] for r in records if r["row"] == row]
+        read = [v for v in verdicts if v is not None]
+        assert figures["avg"]["judge_unread"] == len(verdicts) - len(read) and figures["nq_dev"]["judge"] == pytest.approx(100 * sum(read) / len(read))
+    assert sum(f["avg"]["judge_unread"] for f in result.values()) > 3 and "  judge" in done.out and "x: asked" in done.out
+
+
+def test_a_local_folder(folder, tmp_path):
+    """Decoded here, by the chat template, cut at a stop; a model without a template is refused."""
+    s = Settings(batch_rows=2)
+    a = chat.Chat(str(folder / "checkpoint"), s, "teacher", tmp_path / "c.sqlite")
+    texts = a([user(f"Who wrote {b}?") for b in BOOKS[:3]], 12)
+    tok = a.lm.codec.tok
+    prompt = tok.apply_chat_template(user(f"Who wrote {BOOKS[2]}?"), tokenize=False, add_generation_prompt=True)
+    ids, _ = a.lm.decoder([tok.encode(prompt, add_special_tokens=False)]).decode([tok.eos_token_id], [12], 0.0)
+    assert texts[2] == tok.decode([i for i in ids[0] if i != tok.eos_token_id]) and len(texts[2]) > 3
+    part = texts[2][len(texts[2]) // 2:][:2]
+    assert a([user(f"Who wrote {BOOKS[2]}?")], 12, stop=[part]) == [texts[2].split(part)[0]]
+    assert a([user("x")], 12, temperature=1.0, sample=1) != a([user("x")], 12, temperature=1.0, sample=2) and a.counts["asked"] == 6
+    done = shell(folder, "teacher.py", "--teacher=checkpoint", "--train_data=nq_dev.jsonl", "--corpus=passages.jsonl", "--out=t", "--coa=2", "--tries=1", "--batch_rows=8")
+    assert done.status == 0 and "0 chains of action" in done.out, done.err          # a random model solves nothing, and that is no error
+
+
+def scholar(messages, ask):
+    """A teacher by rule: it knows the writers of the first four books by heart; with the tool it finds everything but what the seventh book's writer did."""
+    question = re.search(r"Question: (.*)", messages[0]["content"])[1]
+    book = next(i for i, b in enumerate(BOOKS) if b in question)
+    town, found = "grow up" in question, " ".join(m["content"] for m in messages[1:] if "search_result" in m["content"] and m["role"] == "user")
+    if "Go on" in messages[-1]["content"] or "<begin_search>" not in messages[0]["content"]:        # without the tool
+        return f"I think it was {PEOPLE[book]}.</think> \\boxed{{{TOWNS[book] if town else PEOPLE[book]}}}" if book < 4 else "Perhaps Ada.\nOr not.</think>\\boxed{Ada}"
+    if book == 6 or book == 3 and ask["temperature"] == 0:
+        return f"I look. <begin_search> {BOOKS[book]}" if len(messages) < 3 else "Nothing.</think>\\boxed{nobody}"
+    if BOOKS[book] not in found:
+        return f"<think>I need the writer of {BOOKS[book]}. <begin_search> {BOOKS[book]}"
+    if town and TOWNS[book] not in found:
+        return f"It was {PEOPLE[book]}. <begin_search> {PEOPLE[book]}"
+    return f"So I know.</think>\n\\boxed{{{TOWNS[book] if town else PEOPLE[book]}}}"
+
+
+def test_a_model_as_teacher(endpoint, folder, monkeypatch):
+    """Rejection sampling against the gold answer, one and two searches with the real tool, pairs of both directions from questions that exactly one way solved,
+    with a beginning in common; what comes out trains. A second run asks nothing."""
+    there = endpoint(scholar)
+    args = [f"--teacher={there.url}#x", "--train_data=nq_dev.jsonl,hotpotqa_dev.jsonl", "--corpus=passages.jsonl", "--out=taught", "--tries=2", "--top_k=1", "--coa=100"]
+    done = shell(folder, "teacher.py", *args)
+    assert done.status == 0, done.err
+    coa, cot = rows(folder / "taught/coa.jsonl"), rows(folder / "taught/cot.jsonl")
+    pairs = json.loads((folder / "taught/pairs.json").read_text())
+    assert len(coa) == 14 and len(cot) == 8                                          # all but the seventh book; the four that are known by heart
+    searches = {r["messages"][0]["content"]: r["messages"][1]["content"].count("<begin_search>") for r in coa}
+    assert set(searches.values()) == {1, 2} and all((n == 2) == ("grow up" in q) for q, n in searches.items())
+    assert all("\n<search_result> " in r["messages"][1]["content"] and "1: " in r["messages"][1]["content"] for r in coa)
+    acting = [p for p in pairs if p["chosen"]["value"].startswith("<begin_search>")]
+    assert len(acting) == 6 and len(pairs) == 8                                      # books 5, 6 and 8; book 4, where the first try with the tool went wrong
+    assert {p["rejected"]["value"] for p in acting} == {"Perhaps Ada."} and all("I need the writer" in p["conversation"][1]["value"] for p in acting)
+    assert {p["rejected"]["value"] for p in pairs if p not in acting} == {f"<begin_search> {BOOKS[3]}</end_search>"}
+    assert "of 16 questions" in done.out and re.search(r"x: asked \d+ times \(0 more from the cache\), \d+0 tokens read", done.out)
+    n = len(there.asked)
+    again = shell(folder, "teacher.py", *args)
+    assert again.status == 0 and len(there.asked) == n and rows(folder / "taught/coa.jsonl") == coa
+    import model
+    codec = model.load_pretrained(str(folder / "checkpoint"), "cpu").codec
+    *found, odd = formats.read_sft(codec, [folder / "taught" / name for name in ("coa.jsonl", "cot.jsonl", "pairs.json")])
+    assert [len(x) for x in found] == [14, 8, 8] and odd == [] and all(codec.well_formed(t) for t in found[0] + found[1])
+
+
+def test_a_teacher_that_never_stops(endpoint, tmp_path):
+    """Searches end after max_actions, whatever it writes, and a text that is no trajectory is not kept."""
+    there = endpoint(lambda messages, ask: "More. <begin_search> more")
+    search = tools.library([{"id": "0", "contents": '"More"\nAnd more.'}], 1)
+    s = Settings(max_actions=3, tries=1)
+    text, = teacher.chains_of_action(chat.Chat(there.url + "#x", s, "teacher", tmp_path / "c.sqlite"), [{"question": "Who?"}], search, s, 0)
+    assert text.count("</end_search>") == 3 and len(there.asked) == 4 and not teacher.right(text, {"golden_answers": ["x"]})
+
+
+@pytest.mark.parametrize("args", [[], ["--teacher=x"], ["--teacher=x", "--train_data=a", "--corpus=b"]])
+def test_what_a_teacher_needs(tmp_path, args):
+    done = shell(tmp_path, "teacher.py", *args)
+    assert done.status == 2 and "needs all four" in done.err
