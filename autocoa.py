@@ -68,15 +68,15 @@ def fit(observation, budget, size):
             return "\n ".join(lines)
     while len(lines) > 1 and size("\n ".join(lines)) > budget:
         lines.pop()
-    for ends in (r"(?<=[.!?]) ", r" "):
-        pieces = re.split(ends, lines[0])
-        for n in range(len(pieces), 0, -1):
-            if size(" ".join(pieces[:n])) <= budget:
-                return " ".join(pieces[:n])
-    word = lines[0]
-    while word and size(word) > budget:
-        word = word[:-1]
-    return word
+    for ends in (r"(?<=[.!?]) ", " ", ""):
+        pieces = [piece for piece in re.split(f"({ends})", lines[0]) if piece] if ends else list(lines[0])
+        low, high = 0, len(pieces)              # the most pieces that fit, by bisection: a passage may be long
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if size("".join(pieces[:middle])) <= budget else (low, middle - 1)
+        if low:
+            return "".join(pieces[:low]).strip()
+    return ""
 
 
 class Codec:
@@ -105,7 +105,7 @@ class Codec:
 
     def fit(self, observation, budget):
         """`fit` in tokens."""
-        return fit(observation, budget, lambda text: len(self.encode(text)))
+        return fit(observation, budget, lambda text: len(self.plain.encode(" " + text.strip(), add_special_tokens=False).ids))
 
     def decode(self, ids):
         return self.tok.decode(ids, skip_special_tokens=False)

@@ -1,6 +1,8 @@
 """What all scripts share: settings, errors, logs and checkpoints."""
+import contextlib
 import dataclasses
 import difflib
+import fcntl
 import json
 import math
 import os
@@ -282,6 +284,15 @@ def write(path, text):
     part = path.with_name(path.name + ".partial")
     part.write_text(text)
     part.rename(path)
+
+
+@contextlib.contextmanager
+def alone(path):
+    """One process at a time, of those that ask for the same path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + ".lock"), "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 
 def weight_files(folder):

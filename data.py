@@ -274,7 +274,7 @@ def found(s, observation):
     passage's title (or the former name that was asked for) and number, what is asked again, then the answer: each a plain match, since a
     question of several facts speaks of several relations."""
     passages = [(n, line.partition(f" {n}: ")) for n, line in enumerate(observation.split("\n "), 1)]
-    passages = [(n, text) for n, (title, _, text) in passages if not s["title"] or title == s["title"]]
+    passages = [(n, text) for n, (title, _, text) in passages if not s["title"] or title == tools.shown(s["title"], n)]
     if "holds" not in s:
         return says(s, passages[0][0]) if passages else ""
     for text in s["holds"]:

@@ -7,6 +7,8 @@ Every answer of the live tool goes into one SQLite file, out/wikipedia.sqlite. `
 is an observation, and is counted), `refresh` asks for everything anew. What fails is not kept.
 """
 import json
+import math
+import os
 import random
 import sqlite3
 import threading
@@ -15,37 +17,47 @@ import unicodedata
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import requests
 
-from common import Problem, tqdm
+from common import Problem, alone, tqdm
 from tools import listed
 
 AGENT = "autocoa-small/1.0 (agent training for study; requests are cached and limited)"
 FAILED = "The search failed."
 TRIES, TIMEOUT, GIVE_UP = 4, 10.0, 8        # of a request; seconds; failed queries in a row before the run stops
+TRANSIENT = ("ratelimited", "maxlag", "readonly", "internal_api_error")        # MediaWiki's errors that pass
+NONSENSE = (ValueError, KeyError, TypeError, AssertionError, IndexError, AttributeError)       # what the package raises on answers that it does not expect
+BATCH = 64                                  # queries that a retrieval server gets at once
+BUSY = (3, 5, 6, 8, 10, 13, 14)             # SQLite's codes for a file that is locked, read-only, or on a full or failing disk
 
 
 class Polite:
     """In place of `requests` for the wikipedia package, which has no timeouts, no retries, and whose rate limit rounds its waits down to nothing.
 
-    At most one request begins in `gap` seconds, whatever the threads. 429 and 5xx, broken connections, cut bodies and what is not JSON are tried again, after
-    what Retry-After says or a wait that doubles, with jitter. Raises requests.RequestException when that was in vain.
+    At most one request begins in `gap` seconds, whatever the threads. 429 and 5xx, MediaWiki's own words for them, broken connections, cut bodies and what is
+    not JSON are tried again after a wait that doubles, with jitter; after a Retry-After no thread asks before its time, and where that is more than `longest`
+    seconds away the request fails at once. Raises requests.RequestException when all was in vain.
     """
 
     def __init__(self, gap=0.1, longest=30.0, timeout=None):
         self.timeout, self.gap, self.longest, self.lock, self.next, self.waited = timeout, gap, longest, threading.Lock(), 0.0, 0.0
-        self.session = requests.Session()
+        self.session, self.thread = requests.Session(), threading.local()       # thread.left: requests that this thread may still make
 
     def wait(self, seconds):
-        self.waited += seconds
+        with self.lock:
+            self.waited += seconds
         time.sleep(seconds)
 
     def get(self, url, **more):
         return self.send("GET", url, **more)
 
     def send(self, method, url, **more):
+        self.thread.left = getattr(self.thread, "left", math.inf) - 1
+        if self.thread.left < 0:
+            raise requests.TooManyRedirects(f"pages of {url} that send one on and on")
         for i in range(TRIES):
             with self.lock:
                 at = max(self.next, time.monotonic())
@@ -54,15 +66,21 @@ class Polite:
             pause = 0.5 * 2 ** i * (1 + random.random())
             try:
                 answer = self.session.request(method, url, timeout=self.timeout or TIMEOUT, **more)
-                if answer.status_code in (429, 500, 502, 503, 504):
-                    if answer.headers.get("Retry-After", "").isdecimal():
-                        pause = float(answer.headers["Retry-After"]) + random.random()
-                    error = requests.HTTPError(f"{answer.status_code} from {url}")
-                else:
+                if answer.status_code not in (429, 500, 502, 503, 504):
                     answer.raise_for_status()
-                    answer.json()
-                    return answer
-            except requests.TooManyRedirects:
+                    said = answer.json()
+                    trouble = said["error"].get("code", "") if isinstance(said, dict) and isinstance(said.get("error"), dict) else ""
+                    if not str(trouble).startswith(TRANSIENT):
+                        return answer
+                error = requests.HTTPError(f"{answer.status_code} from {url}")
+                told = retry_after(answer.headers.get("Retry-After", ""))
+                if told > self.longest:
+                    raise requests.HTTPError(f"{error}, and to wait {told:.0f} s")
+                if told:
+                    with self.lock:
+                        self.next = max(self.next, time.monotonic() + told)
+                    pause = told
+            except (requests.TooManyRedirects, requests.HTTPError):
                 raise
             except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError, ValueError) as e:
                 error = requests.RequestException(f"{type(e).__name__} from {url}")
@@ -71,12 +89,25 @@ class Polite:
         raise error
 
 
+def retry_after(text):
+    """The header's seconds or date -> seconds, 0 for none."""
+    if text.isdecimal():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
 class Cache:
     """What was asked -> what was said, both anything that JSON holds, in one SQLite file that several processes may share. A file that can't be read is set aside, and that is said."""
 
     def __init__(self, path):
         self.path, self.lock = Path(path), threading.Lock()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise Problem(f"{self.path.parent}: {e.strerror}; it must be a folder") from None
         try:
             self.open()
         except sqlite3.DatabaseError as e:
@@ -84,19 +115,27 @@ class Cache:
 
     def open(self):
         self.db = sqlite3.connect(self.path, timeout=30, check_same_thread=False, isolation_level=None)
+        self.db.text_factory = lambda raw: raw.decode(errors="replace")
         self.db.execute("PRAGMA journal_mode=WAL")
         self.db.execute("CREATE TABLE IF NOT EXISTS answers (asked TEXT PRIMARY KEY, said TEXT, fetched REAL)")
+        self.db.execute("SELECT asked, said, fetched FROM answers LIMIT 1").fetchall()
 
     def set_aside(self, error):
-        if isinstance(error, sqlite3.OperationalError):         # locked, read-only, a full disk: nothing is wrong with what it holds
+        """One process at a time; whoever comes second finds the new file and uses it."""
+        if getattr(error, "sqlite_errorcode", 0) & 255 in BUSY:         # nothing is wrong with what it holds
             raise Problem(f"{self.path}: {error}; make it writable, or wait for the process that holds it") from None
         self.db.close()
-        aside = self.path.with_name(f"{self.path.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}")
-        print(f"{self.path} can't be read ({error}): it is now {aside.name}, and an empty one is begun")
-        for end in ("-wal", "-shm"):
-            self.path.with_name(self.path.name + end).unlink(missing_ok=True)
-        self.path.rename(aside)
-        self.open()
+        with alone(self.path):
+            try:
+                return self.open()
+            except sqlite3.DatabaseError:
+                self.db.close()
+            aside = self.path.with_name(f"{self.path.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+            print(f"{self.path} can't be read ({error}): it is now {aside.name}, and an empty one is begun")
+            for end in ("", "-wal", "-shm"):
+                if (part := self.path.with_name(self.path.name + end)).exists():
+                    part.rename(aside.with_name(aside.name + end))
+            self.open()
 
     def run(self, sql, *values):
         with self.lock:
@@ -108,7 +147,10 @@ class Cache:
 
     def get(self, *key):
         found = self.run("SELECT said FROM answers WHERE asked = ?", json.dumps(key))
-        return json.loads(found[0][0]) if found else None
+        try:
+            return json.loads(found[0][0]) if found else None
+        except (ValueError, TypeError):         # a row that was damaged: as if it were not there
+            return None
 
     def put(self, *key, said):
         self.run("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", json.dumps(key), json.dumps(said), time.time())
@@ -149,34 +191,43 @@ class Wikipedia:
                 answers = pool.map(self.ask, asked.values())
                 for key, passages in zip(asked, tqdm(answers, desc="Wikipedia", unit="query", total=len(asked), leave=False, delay=2)):
                     said[key] = passages
-                    if passages is not None:
-                        self.cache.put(key, self.top_k, self.language, said=passages)
-                        self.fresh[key] = passages
         lost = "This search is not in the cache." if self.mode == "replay" else FAILED
         return [lost if said[key] is None else listed(said[key]) for key in keys]
 
     def ask(self, query):
         """-> [(title, lead)], None where it failed. Raises Problem when nothing works any more."""
         try:
+            self.http.thread.left = math.inf
             titles = self.package.search(query[:300], results=self.top_k)
             passages = [p for p in map(self.lead, titles) if p]
-            self.failed = 0
+            with self.http.lock:
+                self.failed = 0
+            self.cache.put(normal(query), self.top_k, self.language, said=passages)         # here, so that it is kept whatever becomes of the others
+            self.fresh[normal(query)] = passages
             return passages
-        except (requests.RequestException, self.package.exceptions.WikipediaException, ValueError, KeyError, TypeError, AssertionError, IndexError) as e:
-            self.counts["errors"] += 1
-            self.failed += 1
-            if self.failed >= GIVE_UP:
+        except self.package.exceptions.WikipediaException:          # it does not take this query: no reason to stop
+            with self.http.lock:
+                self.counts["errors"] += 1
+        except (requests.RequestException, *NONSENSE) as e:
+            with self.http.lock:
+                self.counts["errors"] += 1
+                self.failed += 1
+                many = self.failed >= GIVE_UP
+            if many:
                 raise Problem(f"Wikipedia: {GIVE_UP} searches in a row failed, the last with: {e}; what was found is in {self.cache.path}; go on later with --resume, or with --cache=replay") from None
 
     def lead(self, title):
-        """-> (title, text); a page that means several says which; None for a page that is missing, or that only sends one on and on."""
+        """-> (title, text); a page that means several says which; None for a page that is missing, that only sends one on and on, or is not understood."""
+        self.http.thread.left = 12
         try:
             page = self.package.page(title, auto_suggest=False)
             return page.title, " ".join(page.summary.split())
         except self.package.exceptions.DisambiguationError as e:
             return title, "This name may mean: " + "; ".join(e.options[:8]) + "."
-        except (self.package.exceptions.PageError, RecursionError):
+        except (self.package.exceptions.PageError, requests.TooManyRedirects, RecursionError, *NONSENSE):
             return None
+        finally:
+            self.http.thread.left = math.inf
 
     def report(self):
         return f"{self.counts['hits']} hits, {self.counts['misses']} misses, {self.counts['errors']} errors, {self.http.waited:.1f} s waited"
@@ -186,16 +237,22 @@ class Retriever:
     """A retrieval server that speaks Search-R1's protocol: Search-R1's own, FlashRAG's, or `python tools.py serve`."""
 
     def __init__(self, url, top_k):
-        self.url, self.top_k, self.http, self.counts = url, top_k, Polite(gap=0.0), Counter()
+        self.url, self.top_k, self.http, self.counts = url, top_k, Polite(gap=0.0, timeout=120.0), Counter()
 
     def __call__(self, queries):
+        return [observation for at in range(0, len(queries), BATCH) for observation in self.ask(queries[at:at + BATCH])]
+
+    def ask(self, queries):
         from tools import split_passage
-        ask = {"queries": list(queries), "topk": self.top_k, "return_scores": True}
+        self.counts["requests"] += 1
         try:
-            rows = self.http.send("POST", self.url, json=ask).json()["result"]
+            rows = self.http.send("POST", self.url, json={"queries": list(queries), "topk": self.top_k, "return_scores": True}).json()["result"]
             found = [[split_passage((hit.get("document") or hit)["contents"]) for hit in row] for row in rows]
-            if len(found) != len(ask["queries"]):
-                raise ValueError(f"{len(found)} results for {len(ask['queries'])} queries")
+            if len(found) != len(queries):
+                raise ValueError(f"{len(found)} results for {len(queries)} queries")
         except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError) as e:
             raise Problem(f"--corpus={self.url}: not a retrieval server that answers ({type(e).__name__}: {e}); start one with: python tools.py serve CORPUS 8000") from None
         return [listed(row) for row in found]
+
+    def report(self):
+        return f"{self.counts['requests']} requests, {self.http.waited:.1f} s waited between tries"

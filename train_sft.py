@@ -225,6 +225,7 @@ def run(s):
             rng = random.Random(f"{stage} {s.seed}")
             steps = [step for _ in range(s.epochs) for step in data.steps_of(rng.sample(coa + cot, len(coa + cot)), s.batch_tokens, rng)]
             train(lm, s, task, s.out or stage, steps, autocoa.nll_loss, lambda b: language_batches(view(b), s.micro_tokens), scale)
+    print(task.search.report())
 
 
 if __name__ == "__main__":
