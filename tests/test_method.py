@@ -1,8 +1,10 @@
 """Trajectories, scores and rewards (autocoa.py) against examples written by hand."""
 import copy
+import json
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import autocoa
 from autocoa import ACTION, ANSWER, OBSERVATION, PROMPT, TAGS, THINK, Codec, Trajectory
@@ -177,6 +179,19 @@ def test_well_formed_reads_roles_of_tokens(codec):
 def test_normalize(text, plain):
     """SQuAD's order: lower case, punctuation away (not replaced), then articles as whole words, then single spaces."""
     assert autocoa.normalize(text) == plain
+
+
+def test_scores_of_the_official_scripts():
+    """200 pairs written by hand (articles, punctuation, unicode, numbers, aliases, yes and no, empty), with the EM and F1 that HotpotQA's script and that of SQuAD 2.0
+    gave them. The two differ on 21: of yes and no HotpotQA's counts, of what is empty SQuAD's."""
+    pairs = json.loads((ROOT / "tests" / "official_scores.json").read_text())
+    differ = 0
+    for answer, golden, em, hotpot, squad in pairs:
+        assert autocoa.exact_match(answer, golden) == em, (answer, golden)
+        empty = any(not autocoa.normalize(x) for x in (answer, *golden))
+        differ += hotpot != squad
+        assert autocoa.f1(answer, golden) == pytest.approx(squad if empty else hotpot, abs=1e-6), (answer, golden)
+    assert len(pairs) == 200 and differ == 21
 
 
 @pytest.mark.parametrize("answer, golden, em, f1", [
