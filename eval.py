@@ -255,8 +255,8 @@ def run(s):
         if sets:
             answers[row] = predictions.row(row, sets, made_by(folder, s), answer, 4 * s.batch_rows)
             rows[row] = summary(answers[row], sets, known)
-            if "ReAct workflow" in answers:
-                rows[row]["avg"] |= paired(answers[row], answers["ReAct workflow"])
+    for row in rows:
+        rows[row]["avg"] |= paired(answers[row], answers["ReAct workflow"])
     if s.judge:
         chat = Chat(s.judge, s, "judge")
         for row, sets in answers.items():

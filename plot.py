@@ -6,7 +6,7 @@
 
 training.png         loss of the SFT stages; reward, exact match, actions, entropy, malformed share and length over RL
 table.png            exact match of each row of the table, with its 95% interval
-search.png           when each row acts: how often it searches for facts that the base model knows, and does not know
+search.png           when each row acts: how often it searches for facts that the base model knows, and does not know, and EM on both (appendix A)
 actions.png          agent models by number of actions: share of the correct answers, and success rate (paper Fig. 3)
 trajectories.html    what the policy wrote, token by token, coloured by who wrote it
 
@@ -101,17 +101,22 @@ def table(rows):
 
 
 def search(rates):
-    fig, ax = plt.subplots(figsize=(7.5, 1.2 + 0.45 * len(rates)))
-    for offset, k, color, word in ((-0.2, 0, GREEN, "known"), (0.2, 1, PURPLE, "unknown")):
-        for y, rate in enumerate(rates.values()):
-            if np.isfinite(rate[k]):
-                ax.barh(y + offset, 100 * rate[k], 0.36, color=color, alpha=0.8)
-                ax.annotate(f"{100 * rate[k]:.0f}% of {word}", (100 * rate[k], y + offset), (5, 0), textcoords="offset points", va="center", fontsize=8)
-    ax.set_yticks(range(len(rates)), rates)
-    ax.invert_yaxis()
-    ax.set(xlim=(0, 120), xticks=range(0, 101, 20), xlabel="facts that a question needs and that were searched for, %")
-    fig.suptitle("When to act: search rate on facts that the base model knows, and does not", x=0.01, ha="left", weight="bold")
-    return bare(fig, ax)
+    """rates: {row: (search rate on known facts, on unknown ones, EM in percent where all facts are known, where not)}"""
+    fig, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.45 * len(rates)), sharey=True)
+    for ax, first, scale, unit in ((axes[0], 0, 100, "% of"), (axes[1], 2, 1, " EM,")):
+        for offset, k, color, word in ((-0.2, 0, GREEN, "known"), (0.2, 1, PURPLE, "unknown")):
+            for y, rate in enumerate(rates.values()):
+                if np.isfinite(value := scale * rate[first + k]):
+                    ax.barh(y + offset, value, 0.36, color=color, alpha=0.8)
+                    ax.annotate(f"{value:.0f}{unit} {word}", (value, y + offset), (5, 0), textcoords="offset points", va="center", fontsize=8)
+        ax.set(xlim=(0, 125), xticks=range(0, 101, 20))
+        bare(fig, ax)
+    axes[0].set_yticks(range(len(rates)), rates)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("facts that a question needs, searched for, %")
+    axes[1].set_xlabel("exact match where all facts are known, and where not, %")
+    fig.suptitle("When to act: searches for what the base model knows and does not know, and what comes of it (paper appendix A)", x=0.01, ha="left", weight="bold")
+    return fig
 
 
 def bare(fig, ax):
@@ -198,11 +203,11 @@ def run(s):
     logs = {stage: log for stage in stages if (log := rows_of(root / stage / "log.jsonl"))}
     rollouts = {stage: rows for stage in stages if (rows := [r for r in rows_of(root / stage / "rollouts.jsonl") if "tokens" in r])}
     rows = json.loads((root / "eval.json").read_text())["rows"] if (root / "eval.json").is_file() else {}
-    rates = {name: np.array([row["avg"]["search_known"], row["avg"]["search_unknown"]], float) for name, row in rows.items()}    # None becomes nan
-    rates = {name: rate for name, rate in rates.items() if np.isfinite(rate).any()}
+    rates = {name: np.array([row["avg"][k] for k in ("search_known", "search_unknown", "em_known", "em_unknown")], float) for name, row in rows.items()}    # None becomes nan
+    rates = {name: rate for name, rate in rates.items() if np.isfinite(rate[:2]).any()}
     agents = {}
     for r in rows_of(root / "predictions.jsonl"):
-        if r["row"].startswith(("SFT", "RL")):      # the others are workflows: a script acts, not the model
+        if r["row"].startswith(("SFT", "RL", "agent")):      # the others are workflows: a script acts, not the model
             agents.setdefault(r["row"], []).append(r)
     if not (logs or rollouts or rows or agents):
         raise Problem(f"{root}: no finished stage and no evaluation to draw; make them with: python train_sft.py, python train_rl.py and python eval.py")

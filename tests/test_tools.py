@@ -8,6 +8,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlparse
 
+import numpy as np
 import pytest
 import requests
 from conftest import ROOT, shell
@@ -15,6 +16,7 @@ from conftest import ROOT, shell
 import data
 import live
 import tools
+from autocoa import rollout
 from common import Problem, Settings
 
 PASSAGES = [{"id": f"p{i}", "contents": f'"{title}"\n{text}'} for i, (title, text) in enumerate(
@@ -229,6 +231,18 @@ def test_live_search_and_its_cache(wiki):
     assert tool(top_k=1)(["a river"]) == [RIVER.split("\n")[0]] and len(there.asked) > n       # another top_k is another question
     n, refresh = len(there.asked), tool("refresh")
     assert refresh(["a river"]) == refresh(["a river"]) == [RIVER] and len(there.asked) == n + 5
+
+
+def test_the_same_cache_and_seed_give_the_same_rollouts(wiki, lm):
+    """Sampled with live answers, and again from the cache alone: token for token, and nothing is asked."""
+    there, tool = wiki
+
+    def sample(search):
+        return rollout(lm.decoder, lm.codec, [lm.codec.prompt("Who directed it?")] * 100, tools.Library({"search": search}), max_len=300, temperature=3.0, rng=np.random.default_rng(0))
+    live_ones, n = sample(tool()), len(there.asked)
+    again = sample(tool("replay"))
+    assert sum(len(t.queries) for t in live_ones) > 5 and len(there.asked) == n > 5
+    assert [(t.ids, t.role, t.observations) for t in live_ones] == [(t.ids, t.role, t.observations) for t in again]
 
 
 def test_pages_that_are_not_plain(wiki):
