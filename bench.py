@@ -2,6 +2,7 @@
 
     python bench.py                     # with the agent in out/nano; --start= names another stage
     python bench.py --backend=mlx
+    python bench.py index 10000 1000000         # what an index of so many made-up passages of 85 words costs
 
 one answer      a prompt, 128 tokens
 agents          questions x rollouts with tool calls, greedy; the library decodes all rows of a turn together and reads the
@@ -12,8 +13,11 @@ Both sides have the same weights, texts and budgets and run in turns; the figure
 """
 import contextlib
 import io
+import json
 import os
+import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +27,7 @@ import numpy as np
 import autocoa
 import data
 import model
+import tools
 from common import Problem, main, place, start_folder
 from train_sft import language_batches, read_trajectories
 
@@ -169,5 +174,31 @@ def run(s):
               f"{statistics.median(b / a for (a, _), (b, _) in pairs):7.1f}x  {note}", flush=True)
 
 
+def index_cost(n):
+    """Seconds to build and to load an index of n passages, ms a query in a batch of 200, bytes on disk, peak memory. Words by Zipf's law."""
+    rng, start = np.random.default_rng(n), time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "passages.jsonl")
+        with open(path, "w") as f:
+            for i in range(n):
+                words = [f"w{w}" for w in np.minimum(rng.zipf(1.2, 85), 500_000)]
+                f.write(json.dumps({"id": str(i), "contents": f'"{" ".join(words[:3])}"\n{" ".join(words[3:])}'}) + "\n")
+        made, start = time.time() - start, time.time()
+        index = tools.open_index(path, 3, folder)
+        built, start = time.time() - start, time.time()
+        index = tools.open_index(path, 3, folder)
+        loaded = time.time() - start
+        queries = [" ".join(f"w{w}" for w in np.minimum(rng.zipf(1.2, 12), 500_000)) for _ in range(200)]
+        start = time.time()
+        index(queries)
+        size = sum(p.stat().st_size for p in Path(folder, "index").rglob("*") if p.is_file())
+        print(f"{n:,} passages (made in {made:.0f} s): built in {built:.1f} s, loaded in {loaded:.2f} s, {1000 * (time.time() - start) / 200:.2f} ms a query, {size / 1e6:,.0f} MB on disk, "
+              f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:,.1f} GB of memory at most", flush=True)
+
+
 if __name__ == "__main__":
-    main(run, __doc__)
+    if sys.argv[1:2] == ["index"]:
+        for n in sys.argv[2:]:
+            index_cost(int(n))
+    else:
+        main(run, __doc__)
