@@ -92,6 +92,7 @@ class Settings:
     call_cost: float = 0.1              # taken off the reward for each call of the real tool; 0.25 keeps RL-2 from searching for what it knows, at a price in EM
     # -- eval.py
     data: list = dataclasses.field(default_factory=list)        # FlashRAG question files on which to judge --model as it is, instead of the stages of a run
+    rows: list = dataclasses.field(default_factory=list)        # of the table, by their names; none: all
     compare: list = dataclasses.field(default_factory=list)     # two rows: how much better the first is, over the predictions of --runs
     judge: str = ""                     # a language model that judges answers too: a folder, or an OpenAI-compatible endpoint (chat.py)
     runs: list = dataclasses.field(default_factory=list)        # of --compare, pooled; none: this run

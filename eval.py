@@ -83,9 +83,9 @@ def made_by(folder, s):
     return hashlib.sha256(json.dumps([weights, settings]).encode()).hexdigest()[:16]
 
 
-def known_facts(base, task, s, root, folder):
+def known_facts(base, task, s, root):
     """What the base model knows of what evaluation asks, kept in known.json. -> set of facts"""
-    path, made = root / "known.json", made_by(folder, s)
+    path, made = root / "known.json", made_by(Path(s.model) if s.data else root / "base", s)
     questions = [q for rows in task.evaluation.values() for q in rows]
     if s.resume and path.is_file():
         kept = json.loads(path.read_text())
@@ -239,9 +239,12 @@ def run(s):
         root = Path("out", s.run)
         base = model.load(start_folder(root, "base", ("base", *STAGES.values())), **place(s))
         todo = [(row, root / "base") for row in WORKFLOWS] + [(row, root / stage) for row, stage in STAGES.items() if (root / stage / "config.json").is_file()]
+    if odd := [row for row in s.rows if row not in dict(todo)]:
+        raise Problem(f"--rows: there is no row {odd[0]!r} here; there are: {', '.join(dict(todo))}")
+    todo = [(row, folder) for row, folder in todo if row in (s.rows or dict(todo))]
     if not estimate.show(base, s, "eval"):
         return
-    known, predictions, answers, rows = known_facts(base, task, s, root, todo[0][1]), Predictions(root, s.resume), {}, {}
+    known, predictions, answers, rows = known_facts(base, task, s, root), Predictions(root, s.resume), {}, {}
     for row, folder in todo:
         before = root / MADE_FROM.get(folder.name, folder.name) / "config.json"
         if before.is_file() and (folder / "config.json").stat().st_mtime < before.stat().st_mtime:
@@ -255,7 +258,7 @@ def run(s):
         if sets:
             answers[row] = predictions.row(row, sets, made_by(folder, s), answer, 4 * s.batch_rows)
             rows[row] = summary(answers[row], sets, known)
-    for row in rows:
+    for row in rows if "ReAct workflow" in answers else ():
         rows[row]["avg"] |= paired(answers[row], answers["ReAct workflow"])
     if s.judge:
         chat = Chat(s.judge, s, "judge")

@@ -112,6 +112,10 @@ def test_any_checkpoint_is_judged(made):
     assert again.status == 0 and path.read_text() == before and not path.with_name("predictions.jsonl.partial").exists()
     again = shell(made.cwd, "eval.py", *args, "--model=out/real/rl2", "--resume")
     assert again.status == 0 and path.read_text() == before and "no call of a tool" in again.out        # all answers were there
+    again = shell(made.cwd, "eval.py", *args, "--model=out/real/rl2", "--rows=agent,model only", "--resume")
+    assert again.status == 0 and list(strict(again.out.splitlines()[-1])["rows"]) == ["model only", "agent"]
+    done = shell(made.cwd, "eval.py", *args, "--model=out/real/rl2", "--rows=SFT-1")
+    assert done.status == 2 and "no row 'SFT-1' here; there are: model only (at once), model only," in done.err
     for words, message in ((["--data=hotpotqa_dev.jsonl"], "it needs --model"), (["--compare=a"], "two rows are needed")):
         done = shell(made.cwd, "eval.py", *words, "--eval_questions=1")
         assert done.status == 2 and message in done.err
