@@ -3,9 +3,11 @@ import json
 
 import numpy as np
 import pytest
+from conftest import tiny
 
 import eval as benchmark
 import workflows
+from autocoa import OBSERVATION, PROMPT, THINK, Trajectory
 from common import Settings
 
 
@@ -90,3 +92,65 @@ def test_answers_come_back_in_order(lm):
     texts = ["Who directed it?", "Who?", "Who starred in Silver River film of Eva Moss?", "A", "Who was born in 1950?"]
     done = workflows.answers(lm, [{"question": x} for x in texts], None, Settings(batch_rows=2, max_len=60), max_actions=0)
     assert [t.ids[:t.role.index(1)] if 1 in t.role else t.ids[:len(lm.codec.prompt(x))] for x, t in zip(texts, done)] == [lm.codec.prompt(x) for x in texts]
+
+
+def test_reflexion_by_script(lm, monkeypatch):
+    """A try that the model calls wrong is followed by its own sentence and another try with all lessons so far, three at most; one that it does not is final, whatever the
+    gold answer says. Queries of all tries count."""
+    tries = {"a": ["x", "y", "z", "never"], "b": ["right at once"], "c": ["x", "good"]}
+    seen, verdicts = [], {"x": "No.", "y": "no, it", "z": "No", "right at once": "Yes", "good": "Perhaps"}
+
+    def react(lm, questions, search, s, examples="", desc=None):
+        out = []
+        for q in questions:
+            name, _, lessons = q["question"].partition("?")
+            seen.append((name, lessons.count("Lesson from try")))
+            t = Trajectory()
+            t.add(lm.codec.encode(f"Question: {name}"), PROMPT, 0)
+            t.queries = [f"{name} {len(seen)}"]
+            out.append((tries[name].pop(0), t))
+        return out
+
+    def complete(lm, texts, budget, s, desc=None):
+        given = [text.split("answer that was given")[1] for text in texts]
+        if "Yes or No" in texts[0]:
+            return [next(v for k, v in verdicts.items() if f"is: {k}\n" in g) for g in given]
+        assert all("wrong or not supported" in g for g in given)
+        return ["look again."] * len(texts)
+    monkeypatch.setattr(workflows, "react", react)
+    monkeypatch.setattr(workflows, "complete", complete)
+    done = workflows.reflexion(lm, [{"question": f"{name}?", "golden_answers": ["none of these"]} for name in "abc"], None, Settings())
+    assert [answer for answer, _ in done] == ["z", "right at once", "good"]
+    assert seen == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1), ("a", 2)]
+    assert [t.queries for _, t in done] == [["a 1", "a 4", "a 6"], ["b 2"], ["c 3", "c 5"]]
+
+
+def test_reading_what_is_given(lm):
+    """Each question gets its own passages, whole, and no search is run; a workflow's thought comes first, as the base model has learned to read."""
+    given = ["Silver River 1: A film.", "Iron Hill 1: A film. It was directed by Ada Falk."]
+    done = workflows.read(lm, [{"question": "Who directed Silver River?"}, {"question": "Who?"}], given, Settings(max_len=300, max_thought=8))
+    assert [t.observations for _, t in done] == [[given[0]], [given[1]]] and all(t.queries == [] for _, t in done)
+    for (_, t), o in zip(done, given):
+        seen = [i for i, r in zip(t.ids, t.role) if r == OBSERVATION]
+        assert seen == [lm.codec.result, *lm.codec.encode(o), lm.codec.end_result] and t.role.index(OBSERVATION) > t.role.index(THINK)
+
+
+def test_an_answer_at_once(lm):
+    """No thought: the box is opened behind the question, and what the model writes in it is the answer."""
+    questions = [{"question": "Who?"}, {"question": "Who directed Silver River?"}, {"question": "A"}]
+    answers = workflows.direct(lm, questions, Settings(batch_rows=2, max_answer=5))
+    for q, answer in zip(questions, answers, strict=True):
+        dec = lm.decoder([lm.codec.prompt(q["question"]) + [lm.codec.end_think, lm.codec.boxed]])
+        (ids,), _ = dec.decode([lm.codec.close, lm.codec.eos], [5], 0.0)
+        assert answer == lm.codec.decode(ids).replace("}", "").replace("<eos>", "").strip()
+
+
+def test_what_an_answer_depends_on(lm, tmp_path):
+    """Weights and settings of evaluation make another key, the run's name does not: --resume mixes nothing."""
+    lm.save(tmp_path / "a")
+    key = benchmark.made_by(tmp_path / "a", Settings())
+    assert key == benchmark.made_by(tmp_path / "a", Settings(run="other", rl_lr=1.0, resume=True))
+    for change in (dict(top_k=5), dict(max_observation=9), dict(seed=1), dict(corpus="leads"), dict(max_actions=1), dict(bits=4)):
+        assert benchmark.made_by(tmp_path / "a", Settings(**change)) != key
+    tiny(lm.codec, seed=5).save(tmp_path / "b")
+    assert benchmark.made_by(tmp_path / "b", Settings()) != key
