@@ -92,6 +92,17 @@ def test_chains_of_thought_have_no_action(nano):
         assert f"<think> {q['metadata']['plan']}".strip() in nano.decode(t.ids)
 
 
+def test_differences_are_not_learned_by_heart(nano):
+    """In a chain of thought what is recalled of facts carries loss, what is recalled of a difference does not, but the answer does."""
+    rows = [q for q in QUESTIONS if q["metadata"]["steps"][-1]["noun"] == miniwiki.DIFFERENCE]
+    assert len(rows) > 10
+    for q in rows:
+        learned = " | ".join(nano.decode([i for i, _ in run]).strip() for run in runs(data.cot(nano, q)))
+        *steps, last = q["metadata"]["steps"]
+        assert all(s["recall"] in learned for s in steps) and last["ask"] in learned and last["recall"] not in learned
+        assert learned.endswith(f"</think>\\boxed{{ {last['answer']}}}<eos>")
+
+
 def test_base_data_holds_no_chain_of_action(nano):
     """Guards: a base model that is already an agent. Of single skills, none both searches and reads or answers after it."""
     texts = data.base_data(nano, [WORLD], [SEARCH], random.Random(0), 60_000)
