@@ -36,12 +36,17 @@ Observation: Rembrandt: Rembrandt Harmenszoon van Rijn was a Dutch painter, born
 Thought: He was born in Leiden in the Netherlands. Answer: Netherlands
 
 """
-READ = """Answer the question from the observation. Write a thought, then Answer: and the answer in a few words.
+READ = """Answer the question from the passages, in a few words.
 
-Question: In which country was the painter of The Night Watch born?
-Observation: The Night Watch 1: The Night Watch is a 1642 painting by Rembrandt van Rijn.
+Passages: The Night Watch 1: The Night Watch is a 1642 painting by Rembrandt van Rijn.
  Rembrandt 2: Rembrandt Harmenszoon van Rijn was a Dutch painter, born in Leiden in the Netherlands.
-Thought: Rembrandt van Rijn painted it, and he was born in Leiden in the Netherlands. Answer: Netherlands
+Question: In which country was the painter of The Night Watch born?
+Answer: Netherlands
+
+Passages: Charles Darwin 1: Charles Robert Darwin was an English naturalist, known for his contributions to evolutionary biology.
+ On the Origin of Species 2: On the Origin of Species is a work of scientific literature by Charles Darwin, published in 1859.
+Question: When did The Origin of Species come out?
+Answer: 1859
 
 """
 DIRECT = """Answer the question in a few words.
@@ -205,10 +210,12 @@ def written(lm, prompts, stops, budget, s, desc=None):
 
 
 def read(lm, questions, observations, s, desc=None):
-    """Answers from passages that a script has looked up: retrieve-then-read, or with the gold ones an upper bound of reading. -> [(answer, Trajectory)]"""
+    """Answers from passages that a script has looked up: retrieve-then-read, or with the gold ones an upper bound of reading. The nano base model first says
+    what it needs, as it has learned to read; an instruct model answers at once. -> [(answer, Trajectory)]"""
     if not lm.codec.tok.chat_template:
         return react(lm, questions, None, s, max_steps=1, desc=desc, given=observations)
-    return react(lm, [{"question": f"{q['question']}\nObservation: {o}"} for q, o in zip(questions, observations)], None, s, max_steps=0, examples=READ, desc=desc)
+    texts = [f"{READ}Passages: {o}\nQuestion: {q['question']}\nAnswer:" for q, o in zip(questions, observations)]
+    return [(answer, Trajectory()) for answer in complete(lm, texts, s.max_answer, s, desc)]
 
 
 def reflexion(lm, questions, search, s, trials=3, desc=None):
