@@ -1,5 +1,5 @@
 """Ways to have questions answered: as an agent (`answers`), by the model alone (`closed_book`, `direct`), or by a workflow around it (`react`, `reflexion`,
-`read`). All get the same tool, the same budgets, and decode greedily."""
+`read`). All get the same tool and decode greedily."""
 import re
 from dataclasses import dataclass
 
