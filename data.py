@@ -302,15 +302,15 @@ def facts_of(questions):
 def pairs(codec, questions, recalled, acted):
     """CoT+A pairs for SFT-1, cut where acting and thinking part: ([(chosen acts, rejected)], [(chosen thinks, rejected)]).
 
-    recalled: fact -> what the base model recalls when asked. acted: question id -> whether the base model got the question
-    right by acting at every step (the workflow). Acting is chosen at the first fact that recall got wrong, where acting
+    recalled: fact -> what the base model recalls when asked. acted: the ids of questions that acting at every step solved
+    (the base model in a workflow, or the teacher's searches). Acting is chosen at the first fact that recall got wrong, where acting
     got the question right; thinking is chosen at a recalled fact where recall was right throughout and acting went wrong.
     """
     acts, thinks = [], []
     for q in questions:
         steps = q["metadata"]["steps"]
         wrong = [i for i, s in enumerate(steps) if not exact_match(recalled[s["fact"]], s["answers"])]
-        if bool(wrong) != acted[q["id"]]:
+        if bool(wrong) != (q["id"] in acted):
             continue                                    # both right or both wrong: nothing to learn about when
         cut = wrong[0] if wrong else len(acts + thinks) % len(steps)
         s = steps[cut]

@@ -151,8 +151,11 @@ def make_data(lm, task, s, folder):
     known, said = recall(lm, chains + thoughts + contrast, s)
     coa, counts = data.teach(lm.codec, chains, known, task.search, s.max_observation)
     cot = made_up + [data.cot(lm.codec, q) for q in thoughts if all(step["fact"] in known for step in q["metadata"]["steps"])]
-    found = workflows.react(lm, contrast, task.search, s, examples=workflows.REACT, desc="where acting and thinking part")
-    acted = {q["id"]: bool(autocoa.exact_match(answer, q["golden_answers"])) for q, (answer, _) in zip(contrast, found)}
+    if s.model:         # what the teacher's searches find: a small checkpoint's ReAct hardly solves anything
+        acted = {q["id"] for q, _ in data.teach(lm.codec, contrast, set(), task.search, s.max_observation)[0]}
+    else:
+        found = workflows.react(lm, contrast, task.search, s, desc="where acting and thinking part")
+        acted = {q["id"] for q, (answer, _) in zip(contrast, found) if autocoa.exact_match(answer, q["golden_answers"])}
     act, think = data.pairs(lm.codec, contrast, said, acted)
     half = s.pairs // 2                                 # both directions weigh the same, where there are enough of each
     pairs = rng.sample(act, min(half, len(act))) + rng.sample(think, min(half, len(think)))

@@ -250,11 +250,11 @@ def test_pairs_of_both_directions(nano):
     """Acting is chosen where recall was wrong and acting right, thinking where recall was right and acting wrong; nothing is
     learned where both agree. The sides share a prefix without loss and part at its end."""
     recalled = {f: data.facts_of(QUESTIONS)[f][1][0] if f in KNOWN else "Nobody" for f in FACTS}
-    acted = {q["id"]: random.Random(q["id"]).random() < 0.5 for q in QUESTIONS}
+    acted = {q["id"] for q in QUESTIONS if random.Random(q["id"]).random() < 0.5}
     by_recall = {q["id"]: all(s["fact"] in KNOWN for s in q["metadata"]["steps"]) for q in QUESTIONS}
     acts, thinks = data.pairs(nano, QUESTIONS, recalled, acted)
-    assert len(acts) == sum(acted[q["id"]] and not by_recall[q["id"]] for q in QUESTIONS) > 10
-    assert len(thinks) == sum(by_recall[q["id"]] and not acted[q["id"]] for q in QUESTIONS) > 10
+    assert len(acts) == sum(q["id"] in acted and not by_recall[q["id"]] for q in QUESTIONS) > 10
+    assert len(thinks) == sum(by_recall[q["id"]] and q["id"] not in acted for q in QUESTIONS) > 10
     for pairs, chosen_acts in ((acts, True), (thinks, False)):
         for chosen, rejected in pairs:
             cut = chosen.mask.index(1)
