@@ -69,6 +69,16 @@ def test_chains_on_real_questions(made):
         assert codec.answer(t) in seen
 
 
+def test_pairs_on_real_questions(made):
+    """A checkpoint that solves nothing in a workflow still gets pairs: acting is what the teacher's searches find, and is chosen where recall was wrong."""
+    codec = model.load(made.root / "base", "cpu").codec
+    flat = train_sft.read_trajectories(made.root / "data" / "pairs.jsonl")
+    assert len(flat) == 6
+    for chosen, rejected in zip(flat[0::2], flat[1::2], strict=True):
+        assert autocoa.ACTION in chosen.role and autocoa.ACTION not in rejected.role
+        assert codec.search in [i for i, m in zip(chosen.ids, chosen.mask) if m]
+
+
 def test_stages_and_table_of_the_real_path(made):
     """All stages, both environments, and a row each in the table, by question file."""
     assert {"base", "sft1", "sft2", "sft3", "rl1", "rl2"} <= {p.name for p in made.root.iterdir()}
