@@ -4,6 +4,7 @@ Its commands, `python data.py get|show|export`, are those of formats.py.
 """
 import random
 import re
+import string
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,10 +227,29 @@ def opening(q):
     return [("think", plan)] if plan else []
 
 
-def ending(q):
-    """A comparison ends with a conclusion and the bare name that it says; all else with the title that was read."""
+def ending(q, evidence=""):
+    """A comparison ends with a conclusion and the bare name that it says, all else of the nano world with the title that was read; a real question, said
+    again where its words lie far back, with the answer as the evidence spells it."""
     conclusion, golden = q["metadata"].get("conclusion"), q["golden_answers"]
+    if "holds" in q["metadata"]["steps"][-1]:
+        return [("think", f"The question was: {q['question']}")] * (evidence != "") + [("answer", spelled(evidence, golden))]
     return [("think", conclusion), ("answer", golden[0])] if conclusion else [("answer", golden[-1])]
+
+
+def spelled(text, golden):
+    """The shortest of the golden answers that a text holds, in the text's own spelling; the first of all where it holds none.
+
+    >>> spelled("Ash was born in Philadelphia, then the capital.", ["Philly", "City of Philadelphia", "Philadelphia"])
+    'Philadelphia'
+    """
+    words = text.split()
+    for answer in (g for g in sorted(golden, key=len) if normalize(g)):
+        for size in range(1, len(answer.split()) + 2):                          # the shortest piece, so without an article before it
+            for i in range(len(words) - size + 1):
+                piece = " ".join(words[i:i + size]).strip(string.punctuation)
+                if normalize(piece) == normalize(answer):
+                    return piece
+    return golden[0]
 
 
 # ---- the teacher --------------------------------------------------------------------------------------------------------
@@ -245,7 +265,7 @@ def teach(codec, questions, known, search, max_observation=128):
     seen = {query: codec.fit(observation, max_observation) for query, observation in zip(asked, search(asked))}
     out, counts = [], {"searches": 0, "misses": 0, "dropped": 0}
     for q in tqdm(questions, desc="what the teacher does", unit="question", leave=False):
-        parts = opening(q)
+        parts, evidence = opening(q), ""
         for s in q["metadata"]["steps"]:
             if s["fact"] in known:
                 parts += told(s)
@@ -264,13 +284,13 @@ def teach(codec, questions, known, search, max_observation=128):
                 counts["dropped"] += 1
                 break
         else:
-            out.append((q, codec.build(q["question"], parts + ending(q))))
+            out.append((q, codec.build(q["question"], parts + ending(q, evidence))))
     return out, counts
 
 
 def found(s, observation):
     """What to say of an observation, "" where it does not hold what the step needs: the passage of that title (where the
-    step names one) and, for a real question, a sentence with one of the texts in s["holds"]. In the nano world it is the
+    step names one) and, for a real question, a sentence with one of the texts in s["holds"] ("": the first). In the nano world it is the
     passage's title (or the former name that was asked for) and number, what is asked again, then the answer: each a plain match, since a
     question of several facts speaks of several relations."""
     passages = [(n, line.partition(f" {n}: ")) for n, line in enumerate(observation.split("\n "), 1)]
@@ -278,12 +298,13 @@ def found(s, observation):
     if "holds" not in s:
         return says(s, passages[0][0]) if passages else ""
     for text in s["holds"]:
+        wanted = f" {normalize(text)} " if text else ""
         for _, passage in passages:
-            for sentence in re.split(r"(?<=[.!?]) ", passage):
-                if f" {normalize(text)} " in f" {normalize(sentence)} ":
+            for sentence in re.split(r"(?<=[.!?]) (?=[^a-z])", passage):
+                if wanted in f" {normalize(sentence)} ":
                     words, n = sentence.split(), 40         # of a long sentence, 40 words that still hold it
                     for at in range(0, max(1, len(words) - n // 2), n // 2):
-                        if f" {normalize(text)} " in f" {normalize(' '.join(words[at:at + n]))} ":
+                        if wanted in f" {normalize(' '.join(words[at:at + n]))} ":
                             return " ".join(words[at:at + n])
     return ""
 
@@ -417,10 +438,10 @@ def read_questions(path):
 def real_steps(q, source=""):
     """A teacher's plan for a real question, from what its gold passages name.
 
-    Where gold titles are marked: a search a title, in the order in which the question names them, and the last passage
-    must hold the answer. Else one search with the question itself. A title that shares no word with the question is
-    nothing a reader could ask for, so the question goes first and the title is the rewording. source: the file's name, which
-    tells the sets of several hops.
+    Of several hops: a search for each of two titles, in the order in which the question names them; the first passage must name the second, the
+    second must hold the answer; but where the answer is yes, no or something that the question names, two things are compared, and what each
+    passage begins with is noted. Of one hop: a search for the title, where the question names it; else with the question itself, and the title is the
+    rewording. source: the file's name, which tells the sets of several hops.
     """
     question, golden = q["question"], q["golden_answers"]
     said = set(normalize(question).split())
@@ -430,14 +451,15 @@ def real_steps(q, source=""):
         return sum(w in said for w in words) / max(1, len(words))
     titles = sorted(dict.fromkeys(q["metadata"].get("gold_titles") or []), key=lambda t: -overlap(t))[:2]
     fact = {"fact": str(q["id"]), "wordings": [question], "answers": golden, "recall": f"I recall {golden[0]}.", "head": False}
-    if not titles or (len(titles) == 1 and overlap(titles[0]) < 0.5):
-        return [dict(fact, ask="What do the passages say?", title=titles[0] if titles else "", subject=question, queries=[question] + titles, holds=golden)]
-    if not re.search("hotpot|musique|2wiki|bamboogle", f"{source} {q['id']}"):
-        titles = titles[:1]                             # further gold passages of a single-hop question are alternatives
+    if len(titles) < 2 or not re.search("hotpot|musique|2wiki|bamboogle", f"{source} {q['id']}"):
+        title = titles[0] if titles else ""             # further gold passages of a single-hop question are alternatives
+        if title and overlap(title) == 1:
+            return [dict(fact, ask=f"I look for {title}.", title=title, subject=title, queries=[title, question], holds=golden)]
+        return [dict(fact, ask="What do the passages say?", title=title, subject=question, queries=[question] + titles[:1], holds=golden)]
+    compared = any(f" {normalize(g)} " in f" {normalize(question)} " or normalize(g) in ("yes", "no") for g in golden)
     steps = []
     for i, title in enumerate(titles):
-        last = i == len(titles) - 1
-        holds = golden if last else [titles[i + 1], re.sub(r" \(.*?\)", "", titles[i + 1])]
+        holds = [""] if compared else golden if i else [titles[1], re.sub(r" \(.*?\)", "", titles[1])]
         steps.append(dict(fact, ask=f"I look for {title}.", title=title, subject=title, queries=[title, f"{title} {question}"], holds=holds))
     return steps
 

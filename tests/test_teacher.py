@@ -317,6 +317,27 @@ def test_a_real_miss_is_kept(nano):
     assert t.observations[0].startswith("Clay pipe 1:") and words[3] == "Not found." and words[6].startswith("It lies in Marrow County, by the sea.")
 
 
+def test_two_things_compared(nano):
+    """Yes, no and one of two that the question names are in no passage: what each passage begins with is noted, and the chain answers. Guards: such
+    questions were dropped, so a policy never answered them."""
+    for question, golden in (("Are Orla Venn and Tallow (town) both people?", "no"), ("Which is a person, Orla Venn or Tallow?", "Orla Venn")):
+        t, counts = taught(nano, real(question, [golden], ["Orla Venn", "Tallow (town)"]))
+        assert counts["dropped"] == 0 and set(t.queries) == {"Orla Venn", "Tallow (town)"} and nano.answer(t) == golden
+        first = [o.partition(" 1: ")[2].split(". ")[0] for o in t.observations]
+        said = " ".join(text for _, text in segments(nano, t) if not text.startswith("<search_result>"))
+        assert all(f in said for f in first)
+
+
+def test_the_answer_as_the_evidence_spells_it(nano):
+    """Of several golden answers the one that was read, without an article, and the question once more before it. Guards: the last alias was taught, which
+    no passage held, so that a policy learned to say other words than it had read."""
+    q = real("Where did Orla Venn grow up?", ["the Tallow Borough", "TALLOW", "Tallowtown"], ["Orla Venn"], "nq_1")
+    t, _ = taught(nano, q)
+    assert nano.answer(t) == "Tallow" and [text for _, text in segments(nano, t)][3].endswith(" The question was: Where did Orla Venn grow up?</think>")
+    assert data.spelled("He saw the U.S. and (Philadelphia), PA.", ["philadelphia, pa", "US"]) == "U.S"
+    assert data.spelled("In the Hague.", ["a hague"]) == "Hague" and data.spelled("Nothing.", ["no", "yes"]) == "no"
+
+
 def test_a_chain_without_its_answer_is_dropped(nano):
     """The right passage comes back and does not hold the golden answer: no chain, since it would be made up."""
     for golden in (["Tallowby"], ["the moon"]):
