@@ -386,9 +386,10 @@ def nano_task(s):
 
 
 def gold_passages(q, search):
-    """The passages that a question's answer comes from, as one observation; "" where the question does not name them, or where the tool has no titles to go by."""
+    """The passages that a question's answer comes from, as one observation; "" where the question does not name them, or where the tool has none to go by.
+    By metadata.gold_ids where the corpus has those under the gold titles (several passages may share one title), else by title."""
     titles = q["metadata"].get("gold_titles") or [s["title"] for s in q["metadata"]["steps"] if "holds" not in s and s["noun"] != miniwiki.DIFFERENCE]
-    found = search["search"].titled(dict.fromkeys(titles)) if isinstance(search["search"], tools.BM25) else []
+    found = search["search"].named(q["metadata"].get("gold_ids") or [], titles) if isinstance(search["search"], tools.BM25) else []
     return tools.neutral(tools.listed(found)) if found else ""
 
 
@@ -424,9 +425,10 @@ def read_questions(path):
         if not isinstance(q.get("metadata") or {}, dict):
             raise Problem(f"{path}:{n}: metadata of question {q['id']!r} must be an object")
         q["metadata"] = dict(q.get("metadata") or {})
-        titles = q["metadata"].get("gold_titles") or []
-        if not isinstance(titles, list) or not all(isinstance(t, str) for t in titles):
-            raise Problem(f"{path}:{n}: gold_titles of question {q['id']!r} must be a list of texts")
+        for key in ("gold_titles", "gold_ids"):
+            named = q["metadata"].get(key) or []
+            if not isinstance(named, list) or not all(isinstance(t, str) for t in named):
+                raise Problem(f"{path}:{n}: {key} of question {q['id']!r} must be a list of texts")
         q["metadata"]["steps"] = real_steps(q, Path(path).stem)
         q["id"] = f"{Path(path).stem}:{q['id']}"                # each data set counts from 0
         for step in q["metadata"]["steps"]:

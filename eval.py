@@ -4,7 +4,7 @@
     python eval.py --model=FOLDER --data=hotpotqa_dev.jsonl,nq_dev.jsonl --corpus=passages.jsonl.gz     # any checkpoint, as it is
     python eval.py --compare="SFT-1&2&3+RL-1&2,ReAct workflow" --runs=nano,seed1,seed2                  # over the predictions of several seeds
 
-Writes eval.json and predictions.jsonl to out/<run>/ (with --data to out/eval/<model>/), and prints the table and, as the last line, the JSON. --resume keeps
+Writes eval.json and predictions.jsonl to out/<run>/ (with --data to out/eval/<model>-<a hash of its path>/), and prints the table and, as the last line, the JSON. --resume keeps
 the answers that the same weights gave under the same settings, of an evaluation that was interrupted or is finished.
 
 What is printed beside EM: F1, actions a question, how often the facts that a question needs were searched for, apart for those that
@@ -76,10 +76,10 @@ def asked(row, lm, task):
 
 
 def made_by(folder, s):
-    """What an answer depends on, beside its question and row: a hash of the weights and of the settings of evaluation."""
+    """What an answer depends on, beside its question and row: a hash of the weights, of the passages and of the settings of evaluation."""
     files = sorted(Path(folder).glob("*.safetensors")) or [Path(folder)]
-    weights = [model.tail_hash([f]) if f.is_file() else str(f) for f in files]
-    settings = [s.seed, s.corpus, s.language, s.cache, s.top_k, s.max_actions, s.max_len, s.max_answer, s.max_thought, s.max_observation, s.dtype, s.bits]
+    weights, corpus = [model.tail_hash([f]) if f.is_file() else str(f) for f in files], Path(s.corpus)
+    settings = [s.seed, model.tail_hash([corpus]) if corpus.is_file() else s.corpus, s.language, s.cache, s.top_k, s.max_actions, s.max_len, s.max_answer, s.max_thought, s.max_observation, s.dtype, s.bits]
     return hashlib.sha256(json.dumps([weights, settings]).encode()).hexdigest()[:16]
 
 
@@ -87,12 +87,13 @@ def known_facts(base, task, s, root):
     """What the base model knows of what evaluation asks, kept in known.json. -> set of facts"""
     path, made = root / "known.json", made_by(Path(s.model) if s.data else root / "base", s)
     questions = [q for rows in task.evaluation.values() for q in rows]
+    asked = hashlib.sha256(json.dumps([(q["id"], q["question"]) for q in questions]).encode()).hexdigest()[:16]
     if s.resume and path.is_file():
         kept = json.loads(path.read_text())
-        if kept["made"] == made and kept["asked"] == len(questions):
+        if kept["made"] == made and kept["asked"] == asked:
             return set(kept["known"])
     known, _ = recall(base, questions, s)
-    write(path, json.dumps({"made": made, "asked": len(questions), "known": sorted(known)}))
+    write(path, json.dumps({"made": made, "asked": asked, "known": sorted(known)}))
     return known
 
 
@@ -103,10 +104,13 @@ class Predictions:
         self.path, self.part, self.known = folder / "predictions.jsonl", folder / "predictions.jsonl.partial", {}
         folder.mkdir(parents=True, exist_ok=True)
         for path in (self.path, self.part) if resume else ():
-            for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
-                if line.endswith("}"):          # the last may have been cut
-                    r = json.loads(line)
-                    self.known[r["row"], r["set"], r["id"], r["question"], r.get("made")] = r
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+            whole = [line for line in lines if line.endswith("}\n")]
+            if whole != lines:                  # the last was cut; what is written next must not go on behind it
+                write(path, "".join(whole))
+            for line in whole:
+                r = json.loads(line)
+                self.known[r["row"], r["set"], r["id"], r["question"], r.get("made")] = r
         if not resume:
             self.part.unlink(missing_ok=True)
 
@@ -123,8 +127,11 @@ class Predictions:
                     f.write(json.dumps(r) + "\n")
         return {name: [self.known[key(name, q)] for q in questions] for name, questions in sets.items()}
 
-    def finish(self, rows):
-        write(self.path, "".join(json.dumps(r) + "\n" for sets in rows.values() for records in sets.values() for r in records))
+    def finish(self, rows, made):
+        """rows: {row: {set: records}}. What --resume found of other rows and sets stays, where the same weights and settings gave it (made: {row: what made_by says})."""
+        now = [r for sets in rows.values() for records in sets.values() for r in records]
+        kept = [r for r in self.known.values() if r["set"] not in rows.get(r["row"], ()) and r["made"] == made.get(r["row"])]
+        write(self.path, "".join(json.dumps(r) + "\n" for r in now + kept))
         self.part.unlink(missing_ok=True)
 
 
@@ -186,29 +193,40 @@ def interval(sets, draws=2000):
     return [float(x) for x in np.percentile(means, [2.5, 97.5])]
 
 
-def paired(records, others, draws=2000):
-    """How much more EM one row has than another on the questions that both answered, with a paired 95% bootstrap interval: {"gain", "gain_low", "gain_high"}."""
-    other = {name: {r["id"]: r["em"] for r in rows} for name, rows in others.items()}
-    gains = [[100 * (r["em"] - other[name][r["id"]]) for r in rows if r["id"] in other.get(name, ())] for name, rows in records.items()]
-    gains = [g for g in gains if g]
-    low, high = interval(gains, draws)
-    return {"gain": mean([mean(g) for g in gains]), "gain_low": low, "gain_high": high}
+def paired(runs, draws=2000):
+    """How much more EM one row has than another on the questions that both answered, with a paired 95% bootstrap interval: {"gain", "gain_low", "gain_high"}.
+
+    runs: of each run the records of the two rows, ({set: records}, {set: records}). A question that several runs share is drawn as one: more seeds on
+    the same questions say more of chance in training, nothing of other questions.
+    """
+    gains = {}
+    for records, others in runs:
+        for name, rows in records.items():
+            other = {(r["id"], r["question"]): r["em"] for r in others.get(name, ())}
+            for r in rows:
+                if (key := (r["id"], r["question"])) in other:
+                    gains.setdefault(name, {}).setdefault(key, []).append(100 * (r["em"] - other[key]))
+    sets = [[mean(g) for g in questions.values()] for questions in gains.values()]
+    low, high = interval(sets, draws)
+    return {"gain": mean([mean(g) for g in sets]), "gain_low": low, "gain_high": high}
 
 
 def compare(s):
-    """--compare: two rows over the predictions of one or several runs, each set of each run with the same weight."""
-    if len(s.compare) != 2:
-        raise Problem(f"--compare: two rows are needed, separated by a comma, not {len(s.compare)}")
-    found = {row: {} for row in s.compare}
+    """--compare: two rows over the predictions of one or several runs, each set with the same weight."""
+    if len(set(s.compare)) != 2 or len(s.compare) != 2:
+        raise Problem(f"--compare: two rows are needed, separated by a comma, not {','.join(s.compare)!r}")
+    runs = []
     for run in s.runs or [s.run]:
-        for _, r in read_jsonl(Path("out", run, "predictions.jsonl"), "the predictions that eval.py writes", "--runs"):
+        path, found = Path("out", run, "predictions.jsonl"), {row: {} for row in s.compare}
+        for n, r in read_jsonl(path, "the predictions that eval.py writes", "--runs"):
+            if not isinstance(r, dict) or not {"row", "set", "id", "question", "em"} <= set(r):
+                raise Problem(f"{path}:{n}: not a prediction of eval.py (row, set, id, question, em); evaluate this run again")
             if r["row"] in found:
-                found[r["row"]].setdefault(f"{run} {r['set']}", []).append(r)
-        lacks = [row for row in s.compare if not any(name.startswith(f"{run} ") for name in found[row])]
-        if lacks:
-            raise Problem(f"--compare: {Path('out', run, 'predictions.jsonl')} has no row {lacks[0]!r}; evaluate it first, or name another")
-    gain = paired(*found.values())
-    print(json.dumps({"rows": s.compare, "runs": s.runs or [s.run], **{k: round(v, 2) for k, v in gain.items()}}))
+                found[r["row"]].setdefault(r["set"], []).append(r)
+        if lacks := [row for row in s.compare if not found[row]]:
+            raise Problem(f"--compare: {path} has no row {lacks[0]!r}; evaluate it first, or name another")
+        runs.append(tuple(found.values()))
+    print(json.dumps({"rows": s.compare, "runs": s.runs or [s.run], **{k: round(v, 2) for k, v in paired(runs).items()}}))
 
 
 # ---- the table ----------------------------------------------------------------------------------------------------------
@@ -233,7 +251,9 @@ def run(s):
     if s.data:
         if not s.model:
             raise Problem("--data: it needs --model, the checkpoint to judge")
-        root, (base, tagged) = Path("out", "eval", Path(s.model).name), model.load_any(s.model, **place(s))
+        path = Path(s.model).resolve()
+        root = Path("out", "eval", f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}")        # two runs may have folders of one name
+        base, tagged = model.load_any(s.model, **place(s))
         todo = [(row, Path(s.model)) for row in WORKFLOWS] + [("agent", Path(s.model))] * tagged
     else:
         root = Path("out", s.run)
@@ -241,11 +261,14 @@ def run(s):
         todo = [(row, root / "base") for row in WORKFLOWS] + [(row, root / stage) for row, stage in STAGES.items() if (root / stage / "config.json").is_file()]
     if odd := [row for row in s.rows if row not in dict(todo)]:
         raise Problem(f"--rows: there is no row {odd[0]!r} here; there are: {', '.join(dict(todo))}")
-    todo = [(row, folder) for row, folder in todo if row in (s.rows or dict(todo))]
     if not estimate.show(base, s, "eval"):
         return
+    chat = Chat(s.judge, s, "judge") if s.judge else None           # before the rows: one that is not there costs no time
+    made = {row: made_by(folder, s) for row, folder in todo}
     known, predictions, answers, rows = known_facts(base, task, s, root), Predictions(root, s.resume), {}, {}
     for row, folder in todo:
+        if s.rows and row not in s.rows:
+            continue
         before = root / MADE_FROM.get(folder.name, folder.name) / "config.json"
         if before.is_file() and (folder / "config.json").stat().st_mtime < before.stat().st_mtime:
             print(f"{folder} is older than {before.parent}, from which it should come: train it again, or this row compares two runs")
@@ -256,27 +279,37 @@ def run(s):
             lm = lm or (model.load(folder, **place(s)) if row in STAGES else base)
             return run_row(row, lm, questions, task, s)
         if sets:
-            answers[row] = predictions.row(row, sets, made_by(folder, s), answer, 4 * s.batch_rows)
+            answers[row] = predictions.row(row, sets, made[row], answer, 4 * s.batch_rows)
             rows[row] = summary(answers[row], sets, known)
     for row in rows if "ReAct workflow" in answers else ():
-        rows[row]["avg"] |= paired(answers[row], answers["ReAct workflow"])
-    if s.judge:
-        chat = Chat(s.judge, s, "judge")
-        for row, sets in answers.items():
-            verdicts = {name: judge(chat, records) for name, records in sets.items()}
-            for name, records in sets.items():
-                for r, verdict in zip(records, verdicts[name]):
-                    r["judge"] = verdict
-                rows[row][name]["judge"] = percent([v for v in verdicts[name] if v is not None])
-            rows[row]["avg"]["judge"] = mean([rows[row][name]["judge"] for name in sets if rows[row][name]["judge"] is not None])
-            rows[row]["avg"]["judge_unread"] = sum(v is None for vs in verdicts.values() for v in vs)
-        print(chat.report())
-    predictions.finish(answers)
+        rows[row]["avg"] |= paired([(answers[row], answers["ReAct workflow"])])
+    trouble = None
+    try:
+        if chat:
+            judged(chat, answers, rows)
+    except Problem as e:        # the table is worth more than its last column
+        trouble = e
+    predictions.finish(answers, made)
     print(table(rows, list(task.evaluation)))
     print(task.eval_search.report())
     result = {"rows": rows, "model": str(root), "seed": s.seed, "seconds": round(time.time() - start, 1)}
     write(root / "eval.json", json.dumps(result, indent=1))
     print(json.dumps(result))
+    if trouble:
+        raise trouble
+
+
+def judged(chat, answers, rows):
+    """What a language model says of the answers, into the records and the rows' figures."""
+    verdicts = {row: {name: judge(chat, records) for name, records in sets.items()} for row, sets in answers.items()}
+    for row, sets in answers.items():
+        for name, records in sets.items():
+            for r, verdict in zip(records, verdicts[row][name]):
+                r["judge"] = verdict
+            rows[row][name]["judge"] = percent([v for v in verdicts[row][name] if v is not None])
+        rows[row]["avg"]["judge"] = mean([rows[row][name]["judge"] for name in sets if rows[row][name]["judge"] is not None])
+        rows[row]["avg"]["judge_unread"] = sum(v is None for vs in verdicts[row].values() for v in vs)
+    print(chat.report())
 
 
 if __name__ == "__main__":

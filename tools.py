@@ -182,11 +182,15 @@ class BM25:
     def passage(self, i):
         return split_passage(self.passages[int(i)]["contents"])
 
-    def titled(self, titles):
-        """-> [(title, text)] of the passages that have these titles, those that there are."""
-        if not hasattr(self, "by_title"):
-            self.by_title = {self.passage(i)[0]: i for i in range(len(self.passages) - 1, -1, -1)}
-        return [self.passage(self.by_title[t]) for t in titles if t in self.by_title]
+    def named(self, ids, titles):
+        """-> [(title, text)] of the passages with these ids, where their titles are among `titles`; else one for each title, of those that there are."""
+        if not hasattr(self, "places"):
+            self.places = {}, {}
+            for i in range(len(self.passages) - 1, -1, -1):
+                self.places[0][str(self.passages[i]["id"])], self.places[1][self.passage(i)[0]] = i, i
+        by_id, by_title = self.places
+        passages = [self.passage(by_id[i]) for i in dict.fromkeys(ids) if i in by_id]
+        return [p for p in passages if p[0] in titles] or [self.passage(by_title[t]) for t in dict.fromkeys(titles) if t in by_title]
 
     def __call__(self, queries):
         return [listed([self.passage(i) for i in row if i >= 0]) for row in self.ranked(queries)[0]]

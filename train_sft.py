@@ -154,7 +154,7 @@ def make_data(lm, task, s, folder):
     if s.model:         # what the teacher's searches find: a small checkpoint's ReAct hardly solves anything
         acted = {q["id"] for q, _ in data.teach(lm.codec, contrast, set(), task.search, s.max_observation)[0]}
     else:
-        found = workflows.react(lm, contrast, task.search, s, desc="where acting and thinking part")
+        found = workflows.react(lm, contrast, task.search, s, max_actions=4, desc="where acting and thinking part")
         acted = {q["id"] for q, (answer, _) in zip(contrast, found) if autocoa.exact_match(answer, q["golden_answers"])}
     act, think = data.pairs(lm.codec, contrast, said, acted)
     half = s.pairs // 2                                 # both directions weigh the same, where there are enough of each

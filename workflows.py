@@ -107,11 +107,13 @@ def words(codec, examples):
                  text("\nThought:"), text("Answer:"), line, r"[Aa]nswer(?: is|:)\s*(.+)")
 
 
-def react(lm, questions, search, s, max_steps=4, examples="", desc=None, given=None):
-    """The ReAct workflow: a script outside the model makes it think, then act, then observe, again and again, until it
-    gives an answer in a thought or max_steps are spent; then it is asked for one. Greedy. -> [(answer, Trajectory)]
+def react(lm, questions, search, s, max_actions=None, examples="", desc=None, given=None):
+    """The ReAct workflow: a script outside the model makes it think, then act, then observe, again and again, until it gives an answer in a thought, or
+    its calls (as many as an agent has, s.max_actions) or its tokens (s.max_len) are spent; then it is asked for one. Greedy. -> [(answer, Trajectory)]
     given: an observation for each question, which the model gets whatever it would search for."""
     codec, w = lm.codec, words(lm.codec, examples)
+    calls = s.max_actions if max_actions is None else max_actions
+    tail = s.max_thought + len(w.ask) + s.max_answer + 8            # what must still find room after an observation
     out = [Trajectory() for _ in questions]
     found = [None] * len(questions)
     with progress(len(questions), desc, "question") as bar:
@@ -121,40 +123,39 @@ def react(lm, questions, search, s, max_steps=4, examples="", desc=None, given=N
                 out[i].add(w.prompt(questions[i]["question"]), PROMPT, 0)
             dec = lm.decoder([out[i].ids for i in live])
 
-            def write(stops, role, budget):
-                """Let the model write on each live row; its text, without the stop."""
-                room = [max(1, min(budget, s.max_len - len(out[i].ids) - 1)) for i in live]
+            def write(rows, stops, role, budget):
+                """Let the model write on these rows of the decoder -> {row: its text, without what ended it}."""
+                room = [max(1, min(budget, s.max_len - len(out[i].ids) - 1)) if row in rows else 0 for row, i in enumerate(live)]
                 ids, _ = dec.decode(stops, room, 0.0)
                 for i, new in zip(live, ids):
                     out[i].add(new, role, 1)
-                return [codec.decode(new).strip() for new in ids]
+                return {row: codec.decode([token for token in ids[row] if token not in (codec.eos, codec.end_search)]).strip() for row in rows}
 
             def put(sequences, role):
                 for i, ids in zip(live, sequences):
                     out[i].add(ids, role, 0)
                 dec.feed(sequences)
 
-            for step in range(max_steps + 1):
-                thoughts = write(w.thought_ends, THINK, s.max_thought)
-                keep = []
-                for row, (i, thought) in enumerate(zip(live, thoughts)):
-                    match = re.search(w.pattern, thought)
-                    if match:
-                        found[i] = match.group(1).strip()
-                    else:
-                        keep.append(row)
-                live = [live[row] for row in keep]
+            for turn in range(calls + 1):
+                for row, thought in write(range(len(live)), w.thought_ends, THINK, s.max_thought).items():
+                    if match := re.search(w.pattern, thought):
+                        found[live[row]] = match.group(1).strip()
+                asking = [row for row, i in enumerate(live) if found[i] is None]
+                last = [row for row in asking if turn == calls or len(out[live[row]].ids) + len(w.act) + s.max_thought + 64 + tail > s.max_len]
+                if last:
+                    put([w.ask if row in last else [] for row in range(len(live))], ANSWER)
+                    for row, text in write(last, w.answer_ends, ANSWER, s.max_answer).items():
+                        found[live[row]] = text.replace("}", "").strip()
+                rows = [row for row in asking if row not in last]
+                live = [live[row] for row in rows]
                 if not live:
                     break
-                dec.keep(keep)
-                tail = s.max_thought + len(w.ask) + s.max_answer + 8        # what must still find room after an observation
-                if step == max_steps or max(len(out[i].ids) for i in live) + len(w.act) + s.max_thought + 64 + tail > s.max_len:
-                    break
+                dec.keep(rows)
                 if given:
                     told = [given[i] for i in live]
                 else:
                     put([list(w.act) for _ in live], ACTION)
-                    queries = [q.replace("</end_search>", "").strip() for q in write(w.act_ends, ACTION, s.max_thought)]
+                    queries = list(write(range(len(live)), w.act_ends, ACTION, s.max_thought).values())
                     told = [codec.fit(observation, s.max_observation) for observation in search(queries)]
                     for i, query in zip(live, queries):
                         out[i].queries.append(query)
@@ -166,12 +167,8 @@ def react(lm, questions, search, s, max_steps=4, examples="", desc=None, given=N
                     out[i].observations.append(observation)
                     seen.append(ids)
                 put(seen, OBSERVATION)
-            if live:
-                put([list(w.ask) for _ in live], ANSWER)
-                for i, text in zip(live, write(w.answer_ends, ANSWER, s.max_answer)):
-                    found[i] = text.replace("}", "").replace(codec.tok.eos_token, "").strip()
             bar.update(min(s.batch_rows, len(questions) - at))
-    return [(answer or "", t) for answer, t in zip(found, out)]
+    return list(zip(found, out))
 
 
 def closed_book(lm, questions, s, examples="", desc=None):
@@ -179,7 +176,7 @@ def closed_book(lm, questions, s, examples="", desc=None):
     chain of thought. Greedy. -> [answer]"""
     if not lm.codec.tok.chat_template:
         return [lm.codec.answer(t) for t in answers(lm, questions, None, s, max_actions=0, desc=desc)]
-    return [a for a, _ in react(lm, questions, None, s, max_steps=0, examples=examples, desc=desc)]
+    return [a for a, _ in react(lm, questions, None, s, max_actions=0, examples=examples, desc=desc)]
 
 
 def direct(lm, questions, s, desc=None):
@@ -188,23 +185,23 @@ def direct(lm, questions, s, desc=None):
     if codec.tok.chat_template:
         return complete(lm, [f"{DIRECT}Question: {q['question']}\nAnswer:" for q in questions], s.max_answer, s, desc)
     prompts = [codec.prompt(q["question"]) + [codec.end_think, codec.boxed] for q in questions]
-    return [text.replace("}", "").replace(codec.tok.eos_token, "").strip() for text in written(lm, prompts, [codec.close, codec.eos], s.max_answer, s, desc)]
+    return [text.replace("}", "").strip() for text in written(lm, prompts, [codec.close, codec.eos], s.max_answer, s, desc)]
 
 
 def complete(lm, texts, budget, s, desc=None):
     """What an instruct model writes behind each text, to the end of the line. Greedy."""
     prompts = [lm.codec.tok.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
-    return [text.replace(lm.codec.tok.eos_token, "").strip() for text in written(lm, prompts, words(lm.codec, "").answer_ends, budget, s, desc)]
+    return [text.strip() for text in written(lm, prompts, words(lm.codec, "").answer_ends, budget, s, desc)]
 
 
 def written(lm, prompts, stops, budget, s, desc=None):
-    """What the model writes behind each prompt (ids), as text: to one of the stops, included, or for `budget` tokens. Greedy."""
+    """What the model writes behind each prompt (ids), as text: to one of the stops, or for `budget` tokens. Greedy."""
     out = []
     with progress(len(prompts), desc, "question") as bar:
         for at in range(0, len(prompts), s.batch_rows):
             rows = prompts[at:at + s.batch_rows]
             ids, _ = lm.decoder(rows).decode(stops, [budget] * len(rows), 0.0)
-            out += map(lm.codec.decode, ids)
+            out += [lm.codec.decode([token for token in row if token != lm.codec.eos]) for row in ids]
             bar.update(len(rows))
     return out
 
@@ -213,7 +210,7 @@ def read(lm, questions, observations, s, desc=None):
     """Answers from passages that a script has looked up: retrieve-then-read, or with the gold ones an upper bound of reading. The nano base model first says
     what it needs, as it has learned to read; an instruct model answers at once. -> [(answer, Trajectory)]"""
     if not lm.codec.tok.chat_template:
-        return react(lm, questions, None, s, max_steps=1, desc=desc, given=observations)
+        return react(lm, questions, None, s, max_actions=1, desc=desc, given=observations)
     texts = [f"{READ}Passages: {o}\nQuestion: {q['question']}\nAnswer:" for q, o in zip(questions, observations)]
     return [(answer, Trajectory()) for answer in complete(lm, texts, s.max_answer, s, desc)]
 

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from conftest import tiny
 
+import data
 import eval as benchmark
+import tools
 import workflows
 from autocoa import OBSERVATION, PROMPT, THINK, Trajectory
 from common import Settings
@@ -16,7 +18,7 @@ def question(name, *facts):
 
 
 def record(em, *queries, malformed=0.0, forced=0.0, id=None):
-    return {"id": id, "em": em, "f1": em, "cover": em, "overlap": em, "actions": len(queries), "queries": list(queries), "malformed": malformed, "forced": forced}
+    return {"id": id, "question": f"{id}?", "em": em, "f1": em, "cover": em, "overlap": em, "actions": len(queries), "queries": list(queries), "malformed": malformed, "forced": forced}
 
 
 SETS = {"single": [question("a", "Silver River|director"), question("b", "Iron Hill|mayor")], "chain": [question("c", "Eva Moss|spouse", "Ada Falk|job")]}
@@ -74,17 +76,106 @@ def test_a_paired_interval():
     better = right.copy()
     better[wrong] = True
     records = {"a": rows(better, range(200)), "b": rows(better, range(200, 400))[::-1]}        # matched by id, not by place
-    found = benchmark.paired(records, others)
+    found = benchmark.paired([(records, others)])
     assert found["gain"] == pytest.approx(10) and 6.5 < found["gain_low"] < 8.5 and 11.5 < found["gain_high"] < 13.5
-    assert benchmark.paired(others, others) == {"gain": 0, "gain_low": 0, "gain_high": 0}
-    assert benchmark.paired({**records, "c": [record(1.0, id=0)]}, {"a": others["a"], "b": others["b"][:150]})["gain"] > 0      # over what both answered
+    assert benchmark.paired([(others, others)]) == {"gain": 0, "gain_low": 0, "gain_high": 0}
+    assert benchmark.paired([({**records, "c": [record(1.0, id=0)]}, {"a": others["a"], "b": others["b"][:150]})])["gain"] > 0      # over what both answered
+
+
+def test_runs_on_the_same_questions_are_no_new_questions():
+    """Ten copies of one run have the interval of one; three runs with questions of their own have a narrower one."""
+    rng = np.random.default_rng(2)
+    def run(seed):
+        return {"a": [record(float(x), id=f"{seed} {i}") for i, x in enumerate(rng.random(100) < 0.6)]}, {"a": [record(float(x), id=f"{seed} {i}") for i, x in enumerate(rng.random(100) < 0.3)]}
+    one, two, three = run(0), run(1), run(2)
+    assert benchmark.paired([one] * 10) == pytest.approx(benchmark.paired([one]))
+    single, pooled = benchmark.paired([one]), benchmark.paired([one, two, three])
+    assert pooled["gain_high"] - pooled["gain_low"] < 0.7 * (single["gain_high"] - single["gain_low"])
 
 
 def test_a_workflow_sees_what_fits(lm):
     """The ReAct loop's observations have at most max_observation tokens, like those of agents."""
     long = "Silver River 1: A film. It was directed by Eva Moss.\n Iron Hill 2: A film."
-    _, t = workflows.react(lm, [{"question": "Who?"}], lambda queries: [long] * len(queries), Settings(max_len=400, max_observation=10, max_thought=8), max_steps=2)[0]
+    _, t = workflows.react(lm, [{"question": "Who?"}], lambda queries: [long] * len(queries), Settings(max_len=400, max_observation=10, max_thought=8), max_actions=2)[0]
     assert t.observations and all(o == lm.codec.fit(long, 10) != long for o in t.observations)
+
+
+def script(monkeypatch, lm, says):
+    """A decoder that writes what `says` says, given the row's text so far, instead of what the network would."""
+    class Decoder:
+        def __init__(self, prompts):
+            self.rows = [list(p) for p in prompts]
+
+        def keep(self, rows):
+            self.rows = [list(self.rows[r]) for r in rows]
+
+        def feed(self, sequences):
+            for row, ids in zip(self.rows, sequences, strict=True):
+                row += ids
+
+        def decode(self, stops, limits, temperature):
+            new = [says(lm.codec.decode(row))[:n] if n else [] for row, n in zip(self.rows, limits, strict=True)]
+            self.feed(new)
+            return new, None
+    monkeypatch.setattr(lm, "decoder", Decoder, raising=False)
+
+
+def test_a_workflow_calls_as_often_as_an_agent(lm, monkeypatch):
+    """max_actions calls, where the model goes on asking; then it is asked for the answer, whose end of turn is no part of it, nor of a query. Guards: four
+    calls whatever the setting said; an end-of-turn token left in answers and queries."""
+    codec = lm.codec
+
+    def says(text):
+        if text.endswith("\\boxed{"):
+            return codec.encode("Eva Moss") + [codec.eos]
+        return codec.encode("Silver River") + [codec.eos] if text.endswith("<begin_search>") else codec.encode("director of it?")
+    script(monkeypatch, lm, says)
+    seen = []
+    for most in (0, 1, 6):
+        (answer, t), = workflows.react(lm, [{"question": "Who?"}], lambda queries: seen.extend(queries) or ["Silver River 1: A film."] * len(queries), Settings(max_actions=most or 3), max_actions=0 if not most else None)
+        assert answer == "Eva Moss" and t.queries == ["Silver River"] * most and t.ids.count(codec.boxed) == 1
+    assert set(seen) == {"Silver River"}
+
+
+def test_a_workflow_answers_each_row_for_itself(lm):
+    """A question answered alone and beside one that has no room left: the same. Guards: the longest row of a batch ended the loop for all."""
+    questions = [{"question": "Who?"}, {"question": "Who directed it? " * 70}, {"question": "A"}]
+    found = {}
+    for rows in (1, 3):
+        s = Settings(max_len=420, max_thought=12, max_actions=3, batch_rows=rows)
+        found[rows] = workflows.react(lm, questions, lambda queries: ["Silver River 1: A film."] * len(queries), s)
+    assert [(a, t.ids, t.queries) for a, t in found[1]] == [(a, t.ids, t.queries) for a, t in found[3]]
+    assert len(found[3][0][1].queries) == 3 > len(found[3][1][1].queries)
+
+
+def test_oracle_passages_by_id():
+    """Of two passages with one title the one that is marked; by title where ids are of another corpus."""
+    passages = [{"id": str(i), "contents": f'"{title}"\n{text}'} for i, (title, text) in enumerate([("Iron Hill", "A band."), ("Eva Moss", "A judge."), ("Iron Hill", "A town.")])]
+    search = tools.library(passages, 1)
+    for ids, shown in ((["2"], "Iron Hill 1: A town."), (["1"], "Iron Hill 1: A band."), (["9"], "Iron Hill 1: A band."), ([], "Iron Hill 1: A band.")):
+        assert data.gold_passages({"metadata": {"gold_ids": ids, "gold_titles": ["Iron Hill"], "steps": []}}, search) == shown
+
+
+def test_predictions_that_were_cut(tmp_path):
+    """A line cut by an interruption is asked again, and what follows does not go on behind it. What --resume found of other sets stays, if the same weights gave it."""
+    made, asked = {"ReAct": "w1"}, []
+
+    def answer(questions):
+        asked.extend(q["id"] for q in questions)
+        return [record(1.0, id=q["id"]) for q in questions]
+    sets = {name: [{"id": f"{name}{i}", "question": f"{name}{i}?"} for i in range(3)] for name in "ab"}
+    first = benchmark.Predictions(tmp_path, False)
+    first.row("ReAct", sets, "w1", answer, 2)
+    first.part.write_text(first.part.read_text()[:-20])
+    for _ in range(2):
+        second = benchmark.Predictions(tmp_path, True)
+        found = second.row("ReAct", sets, "w1", answer, 2)
+    assert asked == ["a0", "a1", "a2", "b0", "b1", "b2", "b2"] and [r["id"] for r in found["b"]] == ["b0", "b1", "b2"]
+    second.finish({"ReAct": found}, made)
+    for weights, left in (("w1", 6), ("w2", 3)):
+        third = benchmark.Predictions(tmp_path, True)
+        third.finish({"ReAct": third.row("ReAct", {"a": sets["a"]}, weights, answer, 2)}, {"ReAct": weights})
+        assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == left
 
 
 def test_answers_come_back_in_order(lm):
@@ -152,5 +243,10 @@ def test_what_an_answer_depends_on(lm, tmp_path):
     assert key == benchmark.made_by(tmp_path / "a", Settings(run="other", rl_lr=1.0, resume=True))
     for change in (dict(top_k=5), dict(max_observation=9), dict(seed=1), dict(corpus="leads"), dict(max_actions=1), dict(bits=4)):
         assert benchmark.made_by(tmp_path / "a", Settings(**change)) != key
+    corpus, keys = tmp_path / "corpus.jsonl", set()
+    for text in ("one", "two"):         # the same path, other passages
+        corpus.write_text(text)
+        keys.add(benchmark.made_by(tmp_path / "a", Settings(corpus=str(corpus))))
+    assert len(keys) == 2
     tiny(lm.codec, seed=5).save(tmp_path / "b")
     assert benchmark.made_by(tmp_path / "b", Settings()) != key

@@ -113,7 +113,7 @@ def test_any_checkpoint_is_judged(made):
         assert done.status == 0, done.err
         result = strict(done.out.splitlines()[-1])["rows"]
         assert len(result) == 6 + agent and ("agent" in result) == agent
-    path = made.cwd / "out" / "eval" / "rl2" / "predictions.jsonl"
+    path = next((made.cwd / "out" / "eval").glob("rl2-*")) / "predictions.jsonl"
     before = path.read_text()
     lines = before.splitlines(keepends=True)
     path.with_name("predictions.jsonl.partial").write_text("".join(lines[:5]) + lines[5][:40])          # stopped in the middle of a line
@@ -124,6 +124,7 @@ def test_any_checkpoint_is_judged(made):
     assert again.status == 0 and path.read_text() == before and "no call of a tool" in again.out        # all answers were there
     again = shell(made.cwd, "eval.py", *args, "--model=out/real/rl2", "--rows=agent,model only", "--resume")
     assert again.status == 0 and list(strict(again.out.splitlines()[-1])["rows"]) == ["model only", "agent"]
+    assert sorted(path.read_text().splitlines()) == sorted(before.splitlines())         # the other rows' answers stay
     done = shell(made.cwd, "eval.py", *args, "--model=out/real/rl2", "--rows=SFT-1")
     assert done.status == 2 and "no row 'SFT-1' here; there are: model only (at once), model only," in done.err
     for words, message in ((["--data=hotpotqa_dev.jsonl"], "it needs --model"), (["--compare=a"], "two rows are needed")):

@@ -154,6 +154,10 @@ def test_seeds_are_pooled(made, tmp_path):
     assert found["gain"] == pytest.approx(100 * ((em["SFT-1&2"] + 1) / 2 - em["model only"]), abs=0.01) and found["gain_low"] <= found["gain"] <= found["gain_high"]
     done = shell(tmp_path, "eval.py", "--compare=SFT-1&2,nothing", "--runs=a")
     assert done.status == 2 and "no row 'nothing'" in done.err
+    assert shell(tmp_path, "eval.py", "--compare=SFT-1&2,SFT-1&2", "--runs=a").status == 2
+    (tmp_path / "out/b/predictions.jsonl").write_text('{"set": "single"}\n')
+    done = shell(tmp_path, "eval.py", "--compare=SFT-1&2,model only", "--runs=b")
+    assert done.status == 2 and "out/b/predictions.jsonl:1: not a prediction" in done.err
 
 
 def test_a_stage_older_than_its_start_is_said(made, tmp_path):
