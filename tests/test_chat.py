@@ -120,12 +120,22 @@ def test_eval_with_a_judge(endpoint, folder):
                  "--eval_questions=6", f"--judge={there.url}#x")
     assert done.status == 0, done.err
     result = strict(done.out.splitlines()[-1])["rows"]
-    records = rows(folder / "out/eval/checkpoint/predictions.jsonl")
+    records = rows(next((folder / "out/eval").glob("checkpoint-*/predictions.jsonl")))
     for row, figures in result.items():
         verdicts = [r["judge"] for r in records if r["row"] == row]
         read = [v for v in verdicts if v is not None]
         assert figures["avg"]["judge_unread"] == len(verdicts) - len(read) and figures["nq_dev"]["judge"] == pytest.approx(100 * sum(read) / len(read))
     assert sum(f["avg"]["judge_unread"] for f in result.values()) > 3 and "  judge" in done.out and "x: asked" in done.out
+
+
+def test_a_judge_that_fails_leaves_the_table(endpoint, folder):
+    """The rows are answered, shown and kept, then the judge's trouble ends the run. Guards: it cost the whole table."""
+    there = endpoint(lambda messages, ask: {"choices": []})
+    done = shell(folder, "eval.py", str(ROOT / "config" / "smollm2.py"), "--run=other", "--model=checkpoint", "--data=nq_dev.jsonl", "--corpus=passages.jsonl", "--max_len=480", "--max_observation=60",
+                 "--eval_questions=2", "--rows=model only,ReAct workflow", f"--judge={there.url}#x")
+    assert done.status == 2 and "not an endpoint that answers" in done.err
+    result = strict(done.out.splitlines()[-1])["rows"]
+    assert list(result) == ["model only", "ReAct workflow"] and len(rows(next((folder / "out/eval").glob("checkpoint-*/predictions.jsonl")))) == 4
 
 
 def test_a_local_folder(folder, tmp_path):
