@@ -300,7 +300,10 @@ def weight_files(folder):
     """The .safetensors files of a Hugging Face folder, by its index where it has one. Raises Problem for one that is missing."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise Problem(f"model: {index} can't be read: {e!r}; copy it again") from None
     for f in files:
         if not (folder / f).is_file():
             raise Problem(f"model: {folder / f} is missing" + (f", one of the {len(files)} files that {index.name} names; copy it again" if index.is_file() else "; give a folder with .safetensors weights"))

@@ -83,25 +83,28 @@ def show(lm, s, kind):
         going["activations"] = activations(c, s, s.micro_tokens, s.micro_tokens)
         if kind == "rl":
             keep["reference"] = 4 * (n["adapter"] + n["tags"] if s.lora_rank else whole)
-        peak = sum(keep.values()) + max(going.get("KV cache", 0) + copy, going["activations"])
+        if lm.backend.__name__ == "model_mlx":      # its arrays don't change: a step holds what it makes of weights and moments, and clipped gradients, beside what was
+            trained = keep["gradients"]
+            going["optimizer step"] = 2 * trained + keep["optimizer"]
+        peak = sum(keep.values()) + max(going.get("KV cache", 0) + copy, going["activations"], going.get("optimizer step", 0))
     print(f"{whole / 1e6:,.2f} M parameters" + ("" if kind == "eval" else f", {(n['adapter'] + n['tags']) / 1e6:,.2f} M trained (rank {s.lora_rank})" if s.lora_rank else ", all trained"))
     sizes = [f"micro-batches of {s.micro_tokens} tokens"] * (kind != "eval") + [f"{min(rows, s.batch_rows)} rows of {s.max_len}"] * (rows > 0)
     print("memory in MB: " + ", ".join(f"{k} {v / 1e6:,.1f}" for k, v in (keep | going).items())
           + f"; together at most {peak / 1e6:,.0f}, beside the framework and the data ({', '.join(sizes)})", flush=True)
     if s.dry_run:
         if kind != "eval":
-            print(f"time: {step_seconds(lm, s):.2f} s an optimizer step of {s.batch_tokens} tokens")
+            print(f"time: {step_seconds(lm, s, s.muon and kind == 'sft'):.2f} s an optimizer step of {s.batch_tokens} tokens")
         if rows:
             print(f"time: {decode_seconds(lm, s, min(rows, s.batch_rows)):.3f} s a token of {min(rows, s.batch_rows)} rollouts")
         print("nothing was trained or written (--dry-run)")
     return not s.dry_run
 
 
-def step_seconds(lm, s):
+def step_seconds(lm, s, muon):
     """Of the second of two optimizer steps of a copy on random tokens."""
     lm, rng = lm.copy(), np.random.default_rng(0)
     lm.adapt(s)
-    optimizer = lm.backend.Optimizer(lm.model, muon=s.muon)
+    optimizer = lm.backend.Optimizer(lm.model, muon=muon)
     length = min(s.max_len, s.micro_tokens)
     batch = {"ids": rng.integers(0, lm.model.config.vocab_size, (max(1, s.micro_tokens // length), length)), "norm": float(s.batch_tokens)}
     batch["mask"] = np.ones(batch["ids"].shape, np.float32)

@@ -179,14 +179,17 @@ def backend(name="auto"):
         name = "mlx" if importlib.util.find_spec("mlx") and (apple or not importlib.util.find_spec("torch")) else "torch"
     if name not in ("torch", "mlx"):
         raise Problem(f"--backend: {name!r} is not one of auto, torch, mlx")
+    package = "'mlx[cpu]'" if name == "mlx" and sys.platform == "linux" else name
     if importlib.util.find_spec(name) is None:
-        package = "'mlx[cpu]'" if name == "mlx" and sys.platform == "linux" else name
         raise Problem(f"--backend={name}: {name} is not installed; pip install {package}, or take --backend={'mlx' if name == 'torch' else 'torch'}")
-    if name == "mlx":
-        import model_mlx
-        return model_mlx
-    import model_torch
-    return model_torch
+    try:
+        if name == "mlx":
+            import model_mlx as twin
+        else:
+            import model_torch as twin
+    except ImportError as e:
+        raise Problem(f"--backend={name}: {name} is installed but can't be imported ({e}); pip install --force-reinstall {package}") from None
+    return twin
 
 
 class LM:
@@ -274,16 +277,27 @@ class LM:
                 state[name] = rng.uniform(-1, 1, shape) * shape[1] ** -0.5 if name.endswith("lora_A") else np.zeros(shape)
             state |= {f"{name}.rows": x for name, x in self.frozen_rows(lora).items()}
             self.backend.adapt(self.model, lora, state)
+            if s.lora_rank < len(tags):
+                print(f"an adapter of rank {s.lora_rank} is below the {len(tags)} tags whose embeddings it trains, so it gets no form for mlx_lm; --lora_rank={len(tags) + 1} would")
+        elif s.lora_rank and s.lora_rank != self.model.lora.rank:
+            raise Problem(f"--lora_rank={s.lora_rank}: what this run starts from has an adapter of rank {self.model.lora.rank}; repeat --lora_rank={self.model.lora.rank}, or begin at a stage without one")
         elif self.model.bits < 16 and not self.model.lora:
             raise Problem(f"--bits={self.model.bits}: weights of {self.model.bits} bits can't be trained; train an adapter on them with --lora_rank=16")
 
     def resume(self, folder, optimizer):
         """The weights and the optimizer's state that `save` wrote, by either backend. -> optimizer steps that lie behind them. Raises Problem
         where they are of another network or optimizer."""
+        def other(what):
+            return Problem(f"{folder} holds {what}; repeat the settings it was begun with, or remove it")
         if read_config(folder) != self.model.config:
-            raise Problem(f"{folder} holds another network than this run's; repeat the settings it was begun with, or remove it")
+            raise other("another network than this run's")
+        if (folder / "adapter_config.json").is_file() != bool(self.model.lora):
+            raise other("all weights, and this run trains an adapter" if self.model.lora else "an adapter, and this run trains all weights")
         if self.model.lora:
-            self.backend.adapt(self.model, *read_adapter(folder, self))
+            lora, state = read_adapter(folder, self)
+            if (lora.rank, lora.alpha, lora.dropout, sorted(lora.targets)) != (self.model.lora.rank, self.model.lora.alpha, self.model.lora.dropout, sorted(self.model.lora.targets)):
+                raise other("another kind of adapter than this run's")
+            self.backend.adapt(self.model, lora, state)
         else:
             self.backend.load_weights(self.model, folder)
         try:
@@ -323,6 +337,9 @@ def read_adapter(folder, lm):
     path = Path(folder) / "adapter_model.safetensors"
     try:
         raw = json.loads((Path(folder) / "adapter_config.json").read_text())
+        odd = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if raw.get(k)] + ["bias"] * (raw.get("bias", "none") != "none")
+        if odd:
+            raise Problem(f"model: {folder} is an adapter with {odd[0]}, which is not read; merge it into its base with peft, and start from that")
         tokens = raw["trainable_token_indices"]
         lora = LoRA(raw["r"], raw["lora_alpha"], raw["lora_dropout"], sorted(raw["target_modules"]), tokens["embed_tokens"])
         ours = {peft_name(n): n for n in lm.adapter_shapes(lora)}
@@ -354,11 +371,16 @@ def load(folder, device="auto", framework="auto", dtype="float32", bits=16, froz
         raise Problem(f"{folder} is missing")
     b, whole = backend(framework), folder
     if (folder / "adapter_config.json").is_file():
-        whole = Path(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+        try:
+            whole = Path(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise Problem(f"model: {folder / 'adapter_config.json'} can't be read: {e!r}; train this stage again") from None
         whole = whole if whole.is_dir() else folder.parent / whole.name            # of a run that was moved
         if not (whole / "config.json").is_file():
             raise Problem(f"model: {folder} is an adapter for {whole}, which is missing; put it back or train again")
     network = b.load_weights(b.build(read_config(whole), b.pick_device(device), dtype, frozen), whole)
+    if not (folder / "tokenizer.json").is_file():
+        raise Problem(f"model: {folder / 'tokenizer.json'} is missing; copy it from another stage of the run, or train this one again")
     lm = LM(network, PreTrainedTokenizerFast.from_pretrained(folder), b)           # as it was saved; AutoTokenizer may rebuild it by model type
     lm.folder, adapter = whole, None
     if whole != folder:

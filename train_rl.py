@@ -113,6 +113,7 @@ def run(s):
     root, task = Path("out", s.run), data.load_task(s)
     start = s.start or ("rl1" if s.stage == "rl2" else "sft3")
     reference = model.load(start_folder(root, start, [*STAGES, "rl1"]), **place(s))
+    reference.adapt(s)          # before it is copied, so that policy and reference share a base that only carries adapters
     todo = [s.stage] if s.stage else to_do(s, ["rl1", "rl2"], start)
     if not todo:
         return print(f"both stages are in {root} already")

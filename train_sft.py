@@ -200,6 +200,8 @@ def make_base(lm, s, task):
 def run(s):
     if s.stage not in ("", *STAGES):
         raise Problem(f"--stage: {s.stage!r} is not one of {', '.join(STAGES)}")
+    if s.bits < 16 and not s.lora_rank:
+        raise Problem(f"--bits={s.bits}: weights of {s.bits} bits can't be trained; train an adapter on them with --lora_rank=16")
     if (s.start or s.out) and not s.stage:
         raise Problem("--start, --out: they go with one stage; say which with --stage")
     todo = [s.stage] if s.stage else to_do(s, STAGES, None)

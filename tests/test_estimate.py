@@ -116,5 +116,5 @@ def test_a_step_is_timed_on_a_copy(codec):
     """The measurement leaves the network as it was. Guards: a run that begins with what the estimate trained."""
     lm = tiny(codec)
     before = {n: p.clone() for n, p in lm.model.named_parameters()}
-    assert estimate.step_seconds(lm, Settings(batch_tokens=600, micro_tokens=300, max_len=100)) > 0
+    assert estimate.step_seconds(lm, Settings(batch_tokens=600, micro_tokens=300, max_len=100), True) > 0
     assert all(torch.equal(p, before[n]) for n, p in lm.model.named_parameters()) and not lm.model.lora

@@ -110,6 +110,29 @@ def test_an_adapter_for_another_base(codec, tmp_path, backend):
         model.load(tmp_path / "sft1", "cpu", backend)
 
 
+def test_an_adapter_of_another_kind(codec, tmp_path):
+    """What PEFT can do and this can't is refused by name; a checkpoint or a start with another rank, or without an adapter, is not taken for this run's. Guards:
+    rank-stabilised adapters read at the wrong scale; a resumed run that went on with another rank than was asked for."""
+    lm = adapted(codec, tmp_path / "base", "torch")
+    lm.save(tmp_path / "sft1", model_torch.Optimizer(lm.model, muon=False))
+    path = tmp_path / "sft1" / "adapter_config.json"
+    own = path.read_text()
+    for change, named in ((dict(use_rslora=True), "use_rslora"), (dict(use_dora=True), "use_dora"), (dict(rank_pattern={"q_proj": 2}), "rank_pattern"), (dict(bias="all"), "bias")):
+        path.write_text(json.dumps({**json.loads(own), **change}))
+        with pytest.raises(Problem, match=f"sft1 is an adapter with {named}, which is not read"):
+            model.load(tmp_path / "sft1", "cpu", "torch")
+    path.write_text(own)
+    rank = lm.model.lora.rank
+    with pytest.raises(Problem, match=f"--lora_rank={rank + 1}: what this run starts from has an adapter of rank {rank}"):
+        model.load(tmp_path / "sft1", "cpu", "torch").adapt(Settings(lora_rank=rank + 1))
+    whole = model.load(tmp_path / "base", "cpu", "torch")
+    with pytest.raises(Problem, match="holds an adapter, and this run trains all weights; repeat the settings"):
+        whole.resume(tmp_path / "sft1", model_torch.Optimizer(whole.model, muon=False))
+    whole.adapt(Settings(lora_rank=rank + 1))
+    with pytest.raises(Problem, match="another kind of adapter than this run's; repeat the settings"):
+        whole.resume(tmp_path / "sft1", model_torch.Optimizer(whole.model, muon=False))
+
+
 def gradients(lm, name, codec):
     class Keep:
         step_count = 3
@@ -291,7 +314,7 @@ def test_an_adapter_goes_on(codec, tmp_path, backend):
     learn(half, optimizer)
     half.save(tmp_path / "half", optimizer)
     again = model.load(tmp_path / "x", "cpu", backend)
-    again.adapt(Settings(lora_rank=4, lora_alpha=8.0))
+    again.adapt(Settings(lora_rank=8, lora_alpha=16.0))
     optimizer = again.backend.Optimizer(again.model, muon=False)        # made before the checkpoint is read, as the stages do
     assert again.resume(tmp_path / "half", optimizer) == 3
     learn(again, optimizer)

@@ -1,6 +1,9 @@
 """The MLX twin against the torch twin (and so against transformers, see test_model.py): logits, losses, gradients, steps, rollouts."""
 import ast
+import builtins
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,10 +14,11 @@ from test_model import CHECKPOINTS, IDS, ours, random_checkpoint, theirs
 from transformers import AutoModelForCausalLM
 
 import autocoa
+import estimate
 import model
 import model_torch
 import train_sft
-from common import Problem
+from common import Problem, Settings
 
 mx = pytest.importorskip("mlx.core")
 import model_mlx    # noqa: E402
@@ -78,6 +82,19 @@ def test_a_backend_that_is_not_installed(monkeypatch, name):
         model.backend(name)
     with pytest.raises(Problem, match="'jax' is not one of auto, torch, mlx"):
         model.backend("jax")
+
+
+def test_a_backend_that_is_half_installed(monkeypatch):
+    """The package is found and its library is not: one line. Guards: a traceback from the depths of an import."""
+    real = builtins.__import__
+
+    def broken(name, *rest):
+        if name == "model_mlx":
+            raise ImportError("libmlx.so: cannot open shared object file")
+        return real(name, *rest)
+    monkeypatch.setattr(builtins, "__import__", broken)
+    with pytest.raises(Problem, match="--backend=mlx: mlx is installed but can't be imported .libmlx.so.*pip install"):
+        model.backend("mlx")
 
 
 HIDE = """import importlib.machinery
@@ -238,6 +255,83 @@ def test_training_goes_on_in_the_other(codec, muon, first, second, tmp_path, mon
     for n, p in model.load(tmp_path / "done", "cpu", "torch").model.named_parameters():
         other = dict(whole.model.named_parameters())[n].detach()
         assert (p - other).norm() < 0.01 * (other - start[n]).norm() + 1e-6, n
+
+
+def test_draws_of_a_large_vocabulary():
+    """49,152 ids, flat and peaked: both twins draw what float64 draws from the same u, but for one in a hundred. Guards: sums of float32 one after the other,
+    by which MLX drew another id in one of twenty. At either end of u no id of probability 0."""
+    rng = np.random.default_rng(0)
+    for spread in (0.5, 2.0):
+        logp = torch.tensor(rng.normal(0, spread, (300, 49_152)), dtype=torch.float32).log_softmax(-1)
+        u = rng.random((300, 1)).astype(np.float32)
+        cumulative = np.exp(logp.numpy().astype(np.float64)).cumsum(-1)
+        exact = (cumulative <= u * cumulative[:, -1:]).sum(-1)
+        for drawn in (model_torch.draw(logp, torch.tensor(u)).numpy(), np.array(model_mlx.draw(mx.array(logp.numpy()), mx.array(u)))):
+            assert (drawn != exact).mean() <= 0.01 and np.abs(drawn.astype(int) - exact).max() <= 2
+    p = np.zeros((4, 300), np.float32)
+    p[:, 7], p[:, 200] = 0.25, 0.75
+    with np.errstate(divide="ignore"):
+        logp, u = np.log(p), np.array([[0.0], [0.2499], [0.2501], [1.0]], np.float32)
+    for drawn in (model_torch.draw(torch.tensor(logp), torch.tensor(u)).tolist(), model_mlx.draw(mx.array(logp), mx.array(u)).tolist()):
+        assert drawn == [7, 7, 200, 200]
+
+
+def test_the_cache_of_mlx(codec):
+    """Feeds of other lengths, none for some, decoding in between, rows dropped, doubled and reordered, a row that fills the cache: the logits of the whole text
+    without a cache (torch's), and greedy tokens of a batch as of each row alone (see test_decode.py)."""
+    lm = tiny(codec, arch="Qwen3ForCausalLM", spread=0.1)
+    there, rows = twin(lm), [list(range(10, 10 + n)) for n in (3, 11, 1, 7)]
+    dec = there.decoder(rows)
+
+    def check():
+        for row, logits in zip(rows, np.array(dec.logits), strict=True):
+            np.testing.assert_allclose(logits, ours(lm.model, np.array([row]))[0, -1], atol=1e-4)
+    check()
+    for parts in ([[20, 21], [], list(range(30, 90)), [27]], [[], [5], [], [6, 7]]):
+        dec.feed(parts)
+        rows = [row + part for row, part in zip(rows, parts)]
+        check()
+    alone = [there.decoder([row]).decode([], [n], 0.0)[0][0] for row, n in zip(rows, (4, 1, 0, 6))]
+    ids, _ = dec.decode([], [4, 1, 0, 6], 0.0)
+    assert ids == alone
+    dec.keep([3, 0, 0, 2])
+    rows = [rows[i] + ids[i] for i in (3, 0, 0, 2)]
+    dec.feed([[30], [31, 32], [33, 34, 35], []])
+    rows = [row + part for row, part in zip(rows, ([30], [31, 32], [33, 34, 35], []))]
+    check()
+    assert dec.length.tolist() == [len(r) for r in rows]
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_another_optimizers_state(lm, backend):
+    """Muon does not take AdamW's moments, nor the other way round, nor those of another shape. Guards: second moments left lying without a word."""
+    lm = lm if backend == "torch" else twin(lm)
+    state = {muon: lm.backend.Optimizer(lm.model, muon=muon).state() for muon in (True, False)}
+    for muon in (True, False):
+        with pytest.raises(KeyError, match="v.model.layers"):
+            lm.backend.Optimizer(lm.model, muon=muon).load_state(state[not muon])
+    name = next(n for n in state[True] if n.startswith("m.") and state[True][n].ndim == 2)
+    with pytest.raises(KeyError, match=name):
+        lm.backend.Optimizer(lm.model).load_state({**state[True], name: state[True][name][:1]})
+
+
+STEP = """import sys; sys.path.insert(0, {root!r})
+import numpy as np, mlx.core as mx, autocoa, model, model_mlx
+lm = model.load("x", "cpu", "mlx")
+optimizer = model_mlx.Optimizer(lm.model, muon=False)
+for _ in range(2):
+    mx.reset_peak_memory()
+    model_mlx.train_step(lm.model, optimizer, autocoa.nll_loss, [dict(ids=np.ones((1, 8), np.int64), mask=np.ones((1, 8), np.float32), norm=8.0)], 0.0, 0.0)
+print(mx.get_peak_memory())"""
+
+
+def test_memory_of_a_step(codec, tmp_path):
+    """AdamW's step of MLX, by its own count, in a process that holds nothing else: the estimate, which counts old and new weights, moments and gradients, within 15%.
+    Guards: half of it left out."""
+    tiny(codec, width=256).save(tmp_path / "x")
+    peak = int(subprocess.run([sys.executable, "-c", STEP.format(root=str(ROOT))], cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
+    keep = estimate.kept(model.read_config(tmp_path / "x"), Settings(muon=False), False, 0)
+    assert sum(keep.values()) + 2 * keep["gradients"] + keep["optimizer"] == pytest.approx(peak, rel=0.15)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import tiny
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import autocoa
@@ -200,15 +201,38 @@ def test_a_tokenizer_that_does_not_fit(codec):
         model.new(config, codec.tok, 0, "cpu")
 
 
-def test_weights_that_do_not_fit(tmp_path):
-    """Named by parameter: one that is missing, one of another shape."""
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_weights_that_do_not_fit(tmp_path, backend):
+    """Named by parameter: one that is missing, one of another shape, packed ones without a word in config.json (guards: bytes of fp8 or int8 read as numbers)."""
+    pytest.importorskip(backend)
+    b = model.backend(backend)
     random_checkpoint("Qwen2, tied", tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     for change, message in (({"architectures": ["LlamaForCausalLM"]}, "self_attn.k_proj.bias is not one"), ({"architectures": ["Qwen3ForCausalLM"]}, "is (missing|not one)"),
                             ({"intermediate_size": 40}, r"mlp.*\(48, 32\).*\(40, 32\)"), ({"num_hidden_layers": 3}, r"layers.2.* is missing")):
-        network = model_torch.build(model.ModelConfig.from_dict({**raw, **change}, "x"))
+        network = b.build(model.ModelConfig.from_dict({**raw, **change}, "x"))
         with pytest.raises(Problem, match=message):
-            model_torch.load_weights(network, tmp_path)
+            b.load_weights(network, tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    for kind in (torch.float8_e4m3fn, torch.int8, torch.uint8):
+        save_file({n: p.to(kind) if n.endswith("1.mlp.up_proj.weight") else p for n, p in whole.items()}, tmp_path / "model.safetensors")
+        with pytest.raises(Problem, match=r"layers\.1\.mlp\.up_proj\.weight holds .*int8|float8.* packed weights"):
+            b.load_weights(b.build(model.read_config(tmp_path)), tmp_path)
+
+
+def test_a_folder_that_was_cut(codec, tmp_path):
+    """A cut or empty index of shards, a tokenizer or an adapter's file that is missing or cut: one line with the file's name. Guards: tracebacks."""
+    lm = tiny(codec)
+    lm.save(tmp_path / "x")
+    for name, content, message in (("tokenizer.json", None, "tokenizer.json is missing"), ("model.safetensors.index.json", '{"weight', "index.json can't be read"),
+                                   ("model.safetensors.index.json", "{}", "index.json can't be read.*weight_map"), ("adapter_config.json", "{", "adapter_config.json can't be read"),
+                                   ("adapter_config.json", "{}", "adapter_config.json can't be read.*base_model")):
+        path = tmp_path / "x" / name
+        path.write_text(content) if content is not None else path.unlink()
+        with pytest.raises(Problem, match=message):
+            model.load(tmp_path / "x", "cpu")
+        lm.save(tmp_path / "x")
+    assert model.load(tmp_path / "x", "cpu")
 
 
 # ---- optimizer and train step -----------------------------------------------------------------------------------------
@@ -265,16 +289,20 @@ def test_muon_equals_torch(codec):
         assert bool(x.any()) == n.endswith("proj.weight")
 
 
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_loss_leaves_weights_and_optimizer(codec, bad):
+def test_a_bad_loss_leaves_weights_and_optimizer(codec, tmp_path, bad, backend):
     """Guards: one NaN micro-batch among good ones ruins the checkpoint."""
-    lm = tiny(codec)
-    before = {n: p.clone() for n, p in lm.model.named_parameters()}
+    pytest.importorskip(backend)
+    tiny(codec).save(tmp_path / "x")
+    lm = model.load(tmp_path / "x", "cpu", backend)
+    names = list(lm.backend.trained(lm.model))
+    before, optimizer = lm.backend.arrays(lm.model, names), lm.backend.Optimizer(lm.model)
     batches = train_sft.language_batches([codec.build("Who?", [("answer", "Eva")])] * 2, 1)
     batches[1]["norm"] = bad if math.isnan(bad) else 0.0
-    figures = model_torch.train_step(lm.model, model_torch.Optimizer(lm.model), autocoa.nll_loss, batches, 1e-2, 1e-2)
-    assert not math.isfinite(figures["loss"])
-    assert all(torch.equal(p, before[n]) for n, p in lm.model.named_parameters())
+    figures = lm.backend.train_step(lm.model, optimizer, autocoa.nll_loss, batches, 1e-2, 1e-2)
+    assert not math.isfinite(figures["loss"]) and optimizer.step_count == 0
+    assert all(np.array_equal(x, before[n]) for n, x in lm.backend.arrays(lm.model, names).items())
 
 
 def test_a_bad_loss_stops_the_stage(codec, tmp_path, monkeypatch):
