@@ -299,27 +299,29 @@ def test_a_copy_stands_still(codec, ids, tmp_path, backend):
     assert np.abs(logits(lm, ids) - before).max() > 0.01
 
 
-@pytest.mark.parametrize("backend", BOTH)
-def test_an_adapter_goes_on(codec, tmp_path, backend):
-    """Six steps are three, a checkpoint, and three more from it. Guards: an optimizer that goes on with the matrices that the checkpoint replaced."""
+@pytest.mark.parametrize("first, second", [("torch", "torch"), ("mlx", "mlx"), ("torch", "mlx"), ("mlx", "torch")])
+def test_an_adapter_goes_on(codec, tmp_path, first, second):
+    """Six steps are three, a checkpoint, and three more from it, in the same backend or the other. Guards: an optimizer that goes on with the matrices that the checkpoint replaced."""
     batches = train_sft.language_batches(chains(codec), 500)
 
     def learn(lm, optimizer):
         for _ in range(3):
             lm.backend.train_step(lm.model, optimizer, autocoa.nll_loss, batches, 1e-2, 0)
-    whole, half = (adapted(codec, tmp_path / "x", backend) for _ in range(2))
+    whole, half = (adapted(codec, tmp_path / "x", first) for _ in range(2))
     optimizer = whole.backend.Optimizer(whole.model, muon=False)
     learn(whole, optimizer), learn(whole, optimizer)
     optimizer = half.backend.Optimizer(half.model, muon=False)
     learn(half, optimizer)
     half.save(tmp_path / "half", optimizer)
-    again = model.load(tmp_path / "x", "cpu", backend)
+    again = model.load(tmp_path / "x", "cpu", second)
     again.adapt(Settings(lora_rank=8, lora_alpha=16.0))
     optimizer = again.backend.Optimizer(again.model, muon=False)        # made before the checkpoint is read, as the stages do
     assert again.resume(tmp_path / "half", optimizer) == 3
     learn(again, optimizer)
-    for n in whole.backend.trained(whole.model):
-        np.testing.assert_allclose(weights(again)[n], weights(whole)[n], atol=1e-5, err_msg=n)
+    names = list(whole.backend.trained(whole.model))
+    ours, theirs = (lm.backend.arrays(lm.model, names) for lm in (again, whole))
+    for n in names:
+        np.testing.assert_allclose(ours[n], theirs[n], atol=1e-5 if first == second else 1e-4, err_msg=n)
 
 
 @pytest.mark.parametrize("merge", [False, True])

@@ -148,7 +148,8 @@ def test_logits_equal_transformers(name, tmp_path):
 SCALED = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 
 
-@pytest.mark.parametrize("arch, tie, scaling", [("LlamaForCausalLM", True, None), ("LlamaForCausalLM", True, SCALED), ("Qwen2ForCausalLM", False, None), ("Qwen3ForCausalLM", True, None)])
+@pytest.mark.parametrize("arch, tie, scaling", [("LlamaForCausalLM", True, None), ("LlamaForCausalLM", True, SCALED), ("Qwen2ForCausalLM", False, None), ("Qwen2ForCausalLM", True, None),
+                                                ("Qwen3ForCausalLM", True, None), ("Qwen3ForCausalLM", False, None)])
 def test_a_folder_in_mlx_lm(codec, tmp_path, arch, tie, scaling):
     """A saved stage in mlx_lm: the same logits, and greedy text equal over 64 tokens."""
     mlx_lm = pytest.importorskip("mlx_lm")
