@@ -21,6 +21,7 @@ from common import Problem, command, read_jsonl, write
 CALL = re.compile("|".join(f"{re.escape(TAGS[a])}(?P<{a}>.*?){re.escape(TAGS[b])}" for a, b in (("search", "end_search"), ("result", "end_result"))), re.S)
 ASKS = "answer the user's question below:"      # what the authors' prompt ends with; ours (autocoa.SYSTEM) takes its place
 SETS = {"hotpotqa": "hotpotqa", "nq": "nq", "triviaqa": "triviaqa", "popqa": "popqa", "2wiki": "2wikimultihopqa", "musique": "musique", "bamboogle": "bamboogle"}
+SPLITS = ("train", "dev", "test", "validation")
 TRAINED, OTHER, PLAIN = "\033[1;32m", "\033[90m", "\033[0m"
 
 
@@ -133,6 +134,51 @@ def export(codec, folder, coa, cot, pairs):
         write(folder / "pairs.json", json.dumps(out, indent=1))
 
 
+# ---- FlashRAG's question sets -------------------------------------------------------------------------------------------
+def set_names(paths, setting):
+    """{set: path} of question files. A set is named by its file; where that says the split alone, as in FlashRAG's nq/dev.jsonl, or two files are called
+    the same, by the folder too. Raises Problem where two names are the same all the same."""
+    out, stems = {}, [Path(path).stem for path in paths]
+    for path, stem in zip(paths, stems):
+        folder = Path(path).absolute().parent.name
+        name = f"{folder}_{stem}" if stem in SPLITS or stems.count(stem) > 1 else stem
+        if name in out:
+            raise Problem(f"{setting}: {out[name]} and {path} are both the set {name!r}; give each file once, or rename one")
+        out[name] = path
+    return out
+
+
+def gold_titles(metadata, where):
+    """Titles of the passages that a question's answer comes from, each once: `gold_titles`, or else FlashRAG's `supporting_facts`, {"title": [..], "sent_id": [..]} or
+    [[title, sentence] ..]. Raises Problem for what is neither."""
+    titles = metadata.get("gold_titles") or metadata.get("supporting_facts") or []
+    if isinstance(titles, dict):
+        titles = titles.get("title") or []
+    titles = [t[0] if isinstance(t, list) and t else t for t in titles] if isinstance(titles, list) else [None]
+    if not all(isinstance(t, str) for t in titles):
+        raise Problem(f"{where}: gold_titles must be a list of texts, and supporting_facts name titles")
+    return list(dict.fromkeys(titles))
+
+
+def question_rows(path):
+    """A FlashRAG question file -> its rows, with `metadata.gold_titles`. Raises Problem with file:line for a malformed row."""
+    out, lines = [], {}
+    for n, q in read_jsonl(path, 'questions, {"id", "question", "golden_answers"}', "train_data, eval_data"):
+        if not isinstance(q, dict) or not isinstance(q.get("question"), str) or not q["question"].strip() or "id" not in q:
+            raise Problem(f"{path}:{n}: not a question; expected {{\"id\", \"question\", \"golden_answers\"}}")
+        golden = q.get("golden_answers")
+        if not isinstance(golden, list) or not golden or not all(isinstance(g, str) and g.strip() for g in golden):
+            raise Problem(f"{path}:{n}: question {q['id']!r} has no answers; golden_answers must be a list of texts")
+        if not isinstance(q.get("metadata") or {}, dict):
+            raise Problem(f"{path}:{n}: metadata of question {q['id']!r} must be an object")
+        q["metadata"] = dict(q.get("metadata") or {})
+        q["metadata"]["gold_titles"] = gold_titles(q["metadata"], f"{path}:{n}")
+        if (first := lines.setdefault(str(q["id"]), n)) != n:       # what is known of one question would pass for the other's
+            raise Problem(f"{path}:{n}: question {q['id']!r} is in line {first} too; each needs an id of its own")
+        out.append(q)
+    return out
+
+
 # ---- the command line of data.py ------------------------------------------------------------------------------------
 def codec_of(folder):
     """The tokenizer of a run, from its base model's folder."""
@@ -177,9 +223,8 @@ def get(name, folder="."):
     for split, rows in splits.items():
         out = []
         for row in rows:
-            metadata = dict(row.get("metadata") or {})
-            metadata["gold_titles"] = list(dict.fromkeys((metadata.pop("supporting_facts", None) or {}).get("title", [])))
-            out.append({"id": row["id"], "question": row["question"], "golden_answers": list(row["golden_answers"]), "metadata": {"gold_titles": metadata["gold_titles"]}})
+            titles = gold_titles(row.get("metadata") or {}, f"data.py get: {name}, {row['id']}")
+            out.append({"id": row["id"], "question": row["question"], "golden_answers": list(row["golden_answers"]), "metadata": {"gold_titles": titles}})
         path = Path(folder, f"{name}_{split}.jsonl")
         write(path, "".join(json.dumps(row) + "\n" for row in out))
         print(f"{path}: {len(out):,} questions")
