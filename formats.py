@@ -126,9 +126,13 @@ def export(codec, folder, coa, cot, pairs):
             write(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
     out = []
     for sides in pairs:
-        texts = [codec.decode([i for i, m in zip(t.ids, t.mask) if m]) for t in sides]
-        question, shared = as_text(codec, sides[0])
-        out.append({"conversation": [{"from": "human", "value": question}, {"from": "gpt", "value": shared.removesuffix(texts[0])}],
+        part = min(t.mask.index(1) for t in sides)      # where they part; an observation behind it has mask 0, but is of its side
+        texts = [codec.decode([i for i in t.ids[part:] if i != codec.eos]) for t in sides]
+        question, said = as_text(codec, sides[0])
+        shared = said.removesuffix(texts[0])
+        if shared == TAGS["think"]:                     # nothing but the tag: each side begins with it
+            shared, texts = "", [shared + text for text in texts]
+        out.append({"conversation": [{"from": "human", "value": question}] + [{"from": "gpt", "value": shared}] * bool(shared),
                     "chosen": {"from": "gpt", "value": texts[0]}, "rejected": {"from": "gpt", "value": texts[1]}})
     if out:
         write(folder / "pairs.json", json.dumps(out, indent=1))

@@ -205,6 +205,35 @@ def test_a_model_as_teacher(endpoint, folder, monkeypatch):
     assert [len(x) for x in found] == [14, 8, 8] and odd == [] and all(codec.well_formed(t) for t in found[0] + found[1])
 
 
+def test_a_pair_whose_thought_ends_at_once(endpoint, tmp_path):
+    """The thought in the action's place is that up to its end or the end of its line. Guards: a side that ends in </think> without an answer, which training leaves out; and
+    where the thought ended with the beginning there is nothing to put in the action's place."""
+    search = tools.library([{"id": "0", "contents": '"Clay"\nBy Eva.'}], 1)
+    thoughts = {"Who?": "It was Ada.</think>\n\\boxed{Ada}", "What?": "</think>\\boxed{Ada}"}
+
+    def say(messages, ask):
+        question = re.search(r"Question: (.*)", messages[0]["content"])[1]
+        if "<begin_search>" not in messages[0]["content"]:
+            return thoughts[question]
+        return "I look.\n<begin_search> Clay" if len(messages) < 3 else "So.</think>\\boxed{Eva}"
+    there = endpoint(say)
+    s = Settings(tries=1)
+    _, _, pairs = teacher.teach(chat.Chat(there.url + "#x", s, "teacher", tmp_path / "c.sqlite"), [{"question": q, "golden_answers": ["Eva"]} for q in thoughts], search, s)
+    assert [(p["conversation"][0]["value"], p["rejected"]["value"]) for p in pairs] == [("Who?", "It was Ada.")]
+
+
+def test_a_teacher_takes_of_all_files(endpoint, folder):
+    """--coa questions, drawn from all files by --seed. Guards: those of the first file alone."""
+    asked = set()
+
+    def say(messages, ask):
+        asked.add("grow up" in messages[0]["content"])
+        return scholar(messages, ask)
+    there = endpoint(say)
+    done = shell(folder, "teacher.py", f"--teacher={there.url}#y", "--train_data=nq_dev.jsonl,hotpotqa_dev.jsonl", "--corpus=passages.jsonl", "--out=mixed", "--tries=1", "--coa=8")
+    assert done.status == 0 and "of 8 questions" in done.out and asked == {True, False}, done.err
+
+
 def test_a_teacher_that_never_stops(endpoint, tmp_path):
     """Searches end after max_actions, whatever it writes, and a text that is no trajectory is not kept."""
     there = endpoint(lambda messages, ask: "More. <begin_search> more")

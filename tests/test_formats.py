@@ -99,6 +99,19 @@ def test_a_released_pair(chat, tmp_path):
         assert a.ids[:first] == b.ids[:first] and pairs[0][0].mask.index(1) > len(chat.prompt("Who wrote The Clay Hour?"))
 
 
+def test_pairs_of_others_there_and_back(chat, tmp_path):
+    """Pairs that share nothing, and sides that hold an observation or end the turn, are written as they were read. Guards: the chosen side in the conversation too, and
+    its observation lost."""
+    human = {"from": "human", "value": "Who?"}
+    whole = "<think> I look.<begin_search> Clay</end_search><search_result> A soil.</search_result> So.</think>\\boxed{ Orla}"
+    rows = [{"conversation": [human], "chosen": {"from": "gpt", "value": whole}, "rejected": {"from": "gpt", "value": "<think> I know.</think>\\boxed{ Ivo}"}},
+            {"conversation": [human, {"from": "gpt", "value": "<think> Hm."}], "chosen": {"from": "gpt", "value": whole.removeprefix("<think>")}, "rejected": {"from": "gpt", "value": " I know."}}]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    _, _, pairs, odd = formats.read_sft(chat, [tmp_path / "x.json"])
+    formats.export(chat, tmp_path, [], [], pairs)
+    assert odd == [] and json.loads((tmp_path / "pairs.json").read_text()) == rows
+
+
 @pytest.mark.parametrize("said, why", [("<think>Hm", "no </think>"), ("<think>Hm</think> Eva", "no .boxed"), ("<think>Hm</think> \\boxed{Eva", "no .boxed"), ("<think>Hm</think> \\boxed{ }", "no .boxed"),
                                        ("<think><begin_search>x</end_search> so</think>\\boxed{Eva}", "without its result"), ("<think><search_result>x</search_result></think>\\boxed{Eva}", "without its result"),
                                        ("<think>a <begin_search> b</think>\\boxed{Eva}", "not closed"), (None, "AttributeError|no attribute"), ("", "no </think>")])
