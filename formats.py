@@ -29,7 +29,22 @@ def read_trajectories(path):
     """The SFT data that a run keeps as token ids."""
     if not path.is_file():
         raise Problem(f"{path} is missing; make it with: {command('train_sft.py')}")
-    return [Trajectory(**json.loads(line)) for line in path.read_text().splitlines()]
+    out = []
+    for n, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            out.append(Trajectory(**json.loads(line)))
+        except (ValueError, TypeError):
+            raise Problem(f"{path}:{n}: cut or damaged; remove {path.parent} and run train_sft.py again, which makes it anew") from None
+    return out
+
+
+def read_rows(path, what, setting):
+    """[(number, row)] of a jsonl file, or of a json list. Raises Problem."""
+    try:
+        text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+        return list(enumerate(json.loads(text), 1)) if text.lstrip().startswith("[") else read_jsonl(path, what, setting)
+    except ValueError as e:
+        raise Problem(f"{path}: not JSON: {e}; expected {what}") from None
 
 
 # ---- AutoCoA's files ----------------------------------------------------------------------------------------------------
@@ -82,12 +97,7 @@ def read_sft(codec, paths):
     Problem for a file that is none of the two."""
     coa, cot, pairs, odd = [], [], [], []
     for path in paths:
-        text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
-        try:
-            rows = list(enumerate(json.loads(text), 1)) if text.lstrip().startswith("[") else read_jsonl(path, "AutoCoA's SFT rows, messages or conversation", "sft_files")
-        except ValueError as e:
-            raise Problem(f"{path}: not JSON: {e}; expected AutoCoA's SFT rows") from None
-        for n, row in rows:
+        for n, row in read_rows(path, "AutoCoA's SFT rows, messages or conversation", "sft_files"):
             try:
                 if "messages" in row:
                     (_, question), (_, said) = turns(row, "messages", "role", "content")[:2]
@@ -194,22 +204,23 @@ def codec_of(folder):
 
 def show(path, number):
     """One trajectory of a file, of any that this project writes or reads: what carries loss in green, the rest grey."""
-    path, text = Path(path), Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
-    rows = json.loads(text) if text.startswith("[") else [row for _, row in read_jsonl(path, "trajectories", "data.py show")]
+    path, rows = Path(path), read_rows(path, "trajectories", "data.py show")
     if not 1 <= number <= len(rows):
         raise Problem(f"{path}: there is no trajectory {number}; it holds {len(rows)}")
-    row = rows[number - 1]
-    if "ids" in row:
-        tokens = row.get("tokens") or [codec.decode([i]) for codec in [codec_of(path.parent.parent / "base")] for i in row["ids"]]
-        pieces = list(zip(tokens, row["mask"]))
-    elif "messages" in row:
-        spans = re.split(f"({re.escape(TAGS['result'])}.*?{re.escape(TAGS['end_result'])})", row["messages"][-1]["content"], flags=re.S)
-        pieces = [(m["content"] + "\n", 0) for m in row["messages"][:-1]] + [(x, int(not x.startswith(TAGS["result"]))) for x in spans]
-    elif "chosen" in row:
-        pieces = [(turn["value"] + "\n", 0) for turn in row["conversation"]] + [(f"+ {row['chosen']['value']}\n- {row['rejected']['value']}", 1)]
-    else:
-        raise Problem(f"{path}:{number}: not a trajectory; expected ids, mask and role, or AutoCoA's messages or pairs")
-    print("".join((TRAINED if m else OTHER) + "".join(token for token, _ in run) for m, run in itertools.groupby(pieces, key=lambda piece: piece[1])) + PLAIN)
+    n, row = rows[number - 1]
+    try:
+        if "ids" in row:
+            tokens = row.get("tokens") or [codec.decode([i]) for codec in [codec_of(path.parent.parent / "base")] for i in row["ids"]]
+            pieces = list(zip(tokens, row["mask"]))
+        elif "messages" in row:
+            spans = re.split(f"({re.escape(TAGS['result'])}.*?{re.escape(TAGS['end_result'])})", row["messages"][-1]["content"], flags=re.S)
+            pieces = [(m["content"] + "\n", 0) for m in row["messages"][:-1]] + [(x, int(not x.startswith(TAGS["result"]))) for x in spans]
+        else:
+            pieces = [(turn["value"] + "\n", 0) for turn in row["conversation"]] + [(f"+ {row['chosen']['value']}\n- {row['rejected']['value']}", 1)]
+        runs = [("".join(token for token, _ in run), m) for m, run in itertools.groupby(pieces, key=lambda piece: piece[1])]
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError):
+        raise Problem(f"{path}:{n}: not a trajectory; expected ids, mask and role, or AutoCoA's messages or pairs") from None
+    print("".join((TRAINED if m else OTHER) + text for text, m in runs) + PLAIN)
 
 
 def get(name, folder="."):

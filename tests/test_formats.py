@@ -149,6 +149,27 @@ def test_show(nano, tmp_path, capsys):
         formats.show(tmp_path / "a.jsonl", 2)
 
 
+@pytest.mark.parametrize("content, message", [(b"[1", "x: not JSON"), (b"\xff\xfe[", "x: not JSON"), (b'{"ids": [1]', "x:1: not JSON"), (b"[3]", "x:1: not a trajectory"), (b'{"ids": [1], "tokens": ["a"]}', "x:1: not"),
+                                              (b'{"a": 1}\n', "x:1: not a trajectory"), (b'{"messages": []}', "x:1: not"), (b'{"messages": [{"content": null}]}', "x:1: not"), (b'{"conversation": [], "chosen": 1}', "x:1: not"),
+                                              (b'[{"ids": [1], "tokens": [2], "mask": [1]}]', "x:1: not")])
+def test_show_of_what_is_none(tmp_path, content, message):
+    """Guards: a traceback for broken, binary and other files."""
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(Problem, match=message) as e:
+        formats.show(tmp_path / "x", 1)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("second", [b'{"ids": [1, 2], "ma', b"\xff\xfe", b"3", b'{"idz": []}'])
+def test_a_cut_file_of_a_run(tmp_path, second):
+    """The SFT data of a run names the line that is cut and the way out; a file without rows is a pool without rows."""
+    (tmp_path / "coa.jsonl").write_bytes(b'{"ids": [1], "mask": [1], "role": [1]}\n' + second)
+    with pytest.raises(Problem, match=f"coa.jsonl:2: cut or damaged; remove {tmp_path} and run train_sft.py again"):
+        formats.read_trajectories(tmp_path / "coa.jsonl")
+    (tmp_path / "pairs.jsonl").write_text("")
+    assert formats.read_trajectories(tmp_path / "pairs.jsonl") == []
+
+
 def test_get(tmp_path, monkeypatch):
     """FlashRAG's rows, with the titles of the supporting facts as gold titles, so that the teacher knows what to search for. The package is replaced: this test
     is offline."""
