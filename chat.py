@@ -8,8 +8,10 @@ twice, so a run that was interrupted goes on where it was.
 """
 import os
 import re
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import requests
@@ -31,27 +33,32 @@ class Chat:
     def __init__(self, spec, s, setting, path="out/chat.sqlite", threads=8):
         self.setting, self.s, self.threads, self.counts, self.cache = f"--{setting}={spec}", s, threads, Counter(), Cache(path)
         self.url, _, self.name = spec.partition("#") if spec.startswith(("http://", "https://")) else ("", "", spec)
-        self.name = self.name or PAPER
+        self.name, self.lock = self.name or PAPER, threading.Lock()
+        self.who = self.name, self.url          # whose answers the cache holds
         if self.url:
             self.http = Polite(gap=0.0, timeout=300.0)
         else:
             import model
             self.lm, _ = model.load_any(spec, **place(s))
+            files = sorted(Path(spec).glob("*.safetensors")) or [f for f in [Path(spec)] if f.is_file()]
+            self.who = model.tail_hash(files) if files else spec, s.dtype, s.bits       # a folder of one path may hold other weights tomorrow
             if not self.lm.codec.tok.chat_template:
                 raise Problem(f"{self.setting}: this model has no chat template, so it can't be asked in words; take an instruct model")
 
     def __call__(self, conversations, budget, stop=(), temperature=0.0, sample=0, desc=None):
         """budget: tokens; stop: texts at which it ends, left out; sample: which of several answers at a temperature above 0. Raises Problem for an endpoint that does not answer."""
-        keys = [(self.name, self.url, conversation, budget, list(stop), temperature, sample) for conversation in conversations]
+        keys = [(*self.who, conversation, budget, list(stop), temperature, sample) for conversation in conversations]
         said = [self.cache.get(*key) for key in keys]
         missing = [i for i, text in enumerate(said) if text is None]
         self.counts["from the cache"] += len(said) - len(missing)
         with progress(len(missing), desc, "text") as bar:
             if self.url:
+                def ask(i):         # keeps what it was told itself: one bad answer must not cost those of other threads
+                    text = self.fetch(conversations[i], budget, list(stop), temperature, sample)
+                    self.keep(keys[i], text)
+                    return text
                 with ThreadPoolExecutor(self.threads) as pool:
-                    answers = pool.map(lambda i: self.fetch(conversations[i], budget, list(stop), temperature, sample), missing)
-                    for i, text in zip(missing, answers):
-                        self.keep(keys[i], text)
+                    for i, text in zip(missing, pool.map(ask, missing)):
                         said[i] = text
                         bar.update()
             for at in range(0, 0 if self.url else len(missing), self.s.batch_rows):
@@ -63,7 +70,8 @@ class Chat:
         return said
 
     def keep(self, key, text):
-        self.counts["asked"] += 1
+        with self.lock:
+            self.counts["asked"] += 1
         self.cache.put(*key, said=text)
 
     def fetch(self, conversation, budget, stop, temperature, sample):
@@ -76,14 +84,24 @@ class Chat:
                 raise ValueError("no text")
         except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as e:
             raise Problem(f"{self.setting}: not an endpoint that answers ({type(e).__name__}: {e}); what it said before is in {self.cache.path}, so the same command goes on from there") from None
-        for kind in ("prompt_tokens", "completion_tokens"):
-            self.counts[kind] += (answer.get("usage") or {}).get(kind) or 0
+        with self.lock:
+            for kind in ("prompt_tokens", "completion_tokens"):
+                self.counts[kind] += (answer.get("usage") or {}).get(kind) or 0
         return text
+
+    def prompt(self, conversation):
+        """A conversation's ids. The template's own tags are tags, one spelled in a message is not, as in `Codec.prompt`."""
+        codec, out = self.lm.codec, []
+        numbered = [dict(message, content=f"MESSAGE{i}.") for i, message in enumerate(conversation)]
+        text = codec.tok.apply_chat_template(numbered, tokenize=False, add_generation_prompt=True)
+        for i, piece in enumerate(re.split(r"MESSAGE(\d+)\.", text)):      # in turns the template's and a message's number
+            out += codec.plain.encode(conversation[int(piece)]["content"], add_special_tokens=False).ids if i % 2 else codec.tok.encode(piece, add_special_tokens=False)
+        return out
 
     def write(self, conversations, budget, stop, temperature, sample):
         """By this project's decoder. It stops at the end of the turn; a text of `stop` cuts what was written."""
         codec = self.lm.codec
-        prompts = [codec.tok.apply_chat_template(c, tokenize=True, add_generation_prompt=True, return_dict=False) for c in conversations]
+        prompts = [self.prompt(c) for c in conversations]
         ids, _ = self.lm.decoder(prompts).decode([codec.eos], [budget] * len(prompts), temperature, np.random.default_rng(sample))
         self.counts["prompt_tokens"] += sum(map(len, prompts))
         self.counts["completion_tokens"] += sum(map(len, ids))

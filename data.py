@@ -7,16 +7,16 @@ import re
 import string
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import formats
 import miniwiki
 import tools
 from autocoa import PROMPT, TAGS, THINK, Trajectory, exact_match, normalize
-from common import Problem, read_jsonl, tqdm
+from common import Problem, tqdm
 
 TO_QUERY, TO_READ = "Write a query.", "Read the passages."      # how the nano base model is prompted for a single skill
 MISSING = "Not found."                                          # what a reader says of passages that do not hold it
@@ -399,8 +399,8 @@ def load_task(s):
         return nano_task(s)
     if not (s.corpus and (s.data or s.train_data and s.eval_data)):
         raise Problem("train_data, eval_data, corpus: a run with --model needs all three; see config/smollm2.py" + "; eval.py alone can do with --data and --corpus" * (not s.train_data))
-    pool = [q for path in s.train_data for q in read_questions(path)] if not s.data else []
-    sets = {Path(path).stem: read_questions(path) for path in s.data or s.eval_data}
+    pool = [q for name, path in formats.set_names(s.train_data, "--train_data").items() for q in read_questions(path, name)] if not s.data else []
+    sets = {name: read_questions(path, name) for name, path in formats.set_names(s.data or s.eval_data, "--data, --eval_data").items()}
     search = tools.open_library(s)
 
     def train(n, pool_name, p_head=0.0):
@@ -413,27 +413,14 @@ def load_task(s):
     return Task(train, sets, search, search, search)
 
 
-def read_questions(path):
-    """A FlashRAG question file -> rows with `metadata.steps`. Raises Problem with file:line for a malformed row."""
-    out = []
-    for n, q in read_jsonl(path, 'questions, {"id", "question", "golden_answers"}', "train_data, eval_data"):
-        if not isinstance(q, dict) or not isinstance(q.get("question"), str) or not q["question"].strip() or "id" not in q:
-            raise Problem(f"{path}:{n}: not a question; expected {{\"id\", \"question\", \"golden_answers\"}}")
-        golden = q.get("golden_answers")
-        if not isinstance(golden, list) or not golden or not all(isinstance(g, str) and g.strip() for g in golden):
-            raise Problem(f"{path}:{n}: question {q['id']!r} has no answers; golden_answers must be a list of texts")
-        if not isinstance(q.get("metadata") or {}, dict):
-            raise Problem(f"{path}:{n}: metadata of question {q['id']!r} must be an object")
-        q["metadata"] = dict(q.get("metadata") or {})
-        for key in ("gold_titles", "gold_ids"):
-            named = q["metadata"].get(key) or []
-            if not isinstance(named, list) or not all(isinstance(t, str) for t in named):
-                raise Problem(f"{path}:{n}: {key} of question {q['id']!r} must be a list of texts")
-        q["metadata"]["steps"] = real_steps(q, Path(path).stem)
-        q["id"] = f"{Path(path).stem}:{q['id']}"                # each data set counts from 0
+def read_questions(path, name=""):
+    """A FlashRAG question file -> rows with `metadata.steps`, of the set `name`. Raises Problem with file:line for a malformed row."""
+    out, name = formats.question_rows(path), name or next(iter(formats.set_names([path], "train_data, eval_data")))
+    for q in out:
+        q["metadata"]["steps"] = real_steps(q, name)
+        q["id"] = f"{name}:{q['id']}"                           # each data set counts from 0
         for step in q["metadata"]["steps"]:
             step["fact"] = q["id"]
-        out.append(q)
     return out
 
 
@@ -443,7 +430,7 @@ def real_steps(q, source=""):
     Of several hops: a search for each of two titles, in the order in which the question names them; the first passage must name the second, the
     second must hold the answer; but where the answer is yes, no or something that the question names, two things are compared, and what each
     passage begins with is noted. Of one hop: a search for the title, where the question names it; else with the question itself, and the title is the
-    rewording. source: the file's name, which tells the sets of several hops.
+    rewording. source: the set's name, which tells the sets of several hops.
     """
     question, golden = q["question"], q["golden_answers"]
     said = set(normalize(question).split())
@@ -511,7 +498,6 @@ def steps_of(trajectories, batch_tokens, rng, window=2000):
 
 
 if __name__ == "__main__":
-    import formats
     try:
         formats.main(sys.argv[1:])
     except Problem as e:

@@ -21,6 +21,7 @@ from common import Problem, command, read_jsonl, write
 CALL = re.compile("|".join(f"{re.escape(TAGS[a])}(?P<{a}>.*?){re.escape(TAGS[b])}" for a, b in (("search", "end_search"), ("result", "end_result"))), re.S)
 ASKS = "answer the user's question below:"      # what the authors' prompt ends with; ours (autocoa.SYSTEM) takes its place
 SETS = {"hotpotqa": "hotpotqa", "nq": "nq", "triviaqa": "triviaqa", "popqa": "popqa", "2wiki": "2wikimultihopqa", "musique": "musique", "bamboogle": "bamboogle"}
+SPLITS = ("train", "dev", "test", "validation")
 TRAINED, OTHER, PLAIN = "\033[1;32m", "\033[90m", "\033[0m"
 
 
@@ -28,7 +29,22 @@ def read_trajectories(path):
     """The SFT data that a run keeps as token ids."""
     if not path.is_file():
         raise Problem(f"{path} is missing; make it with: {command('train_sft.py')}")
-    return [Trajectory(**json.loads(line)) for line in path.read_text().splitlines()]
+    out = []
+    for n, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            out.append(Trajectory(**json.loads(line)))
+        except (ValueError, TypeError):
+            raise Problem(f"{path}:{n}: cut or damaged; remove {path.parent} and run train_sft.py again, which makes it anew") from None
+    return out
+
+
+def read_rows(path, what, setting):
+    """[(number, row)] of a jsonl file, or of a json list. Raises Problem."""
+    try:
+        text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+        return list(enumerate(json.loads(text), 1)) if text.lstrip().startswith("[") else read_jsonl(path, what, setting)
+    except ValueError as e:
+        raise Problem(f"{path}: not JSON: {e}; expected {what}") from None
 
 
 # ---- AutoCoA's files ----------------------------------------------------------------------------------------------------
@@ -81,12 +97,7 @@ def read_sft(codec, paths):
     Problem for a file that is none of the two."""
     coa, cot, pairs, odd = [], [], [], []
     for path in paths:
-        text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
-        try:
-            rows = list(enumerate(json.loads(text), 1)) if text.lstrip().startswith("[") else read_jsonl(path, "AutoCoA's SFT rows, messages or conversation", "sft_files")
-        except ValueError as e:
-            raise Problem(f"{path}: not JSON: {e}; expected AutoCoA's SFT rows") from None
-        for n, row in rows:
+        for n, row in read_rows(path, "AutoCoA's SFT rows, messages or conversation", "sft_files"):
             try:
                 if "messages" in row:
                     (_, question), (_, said) = turns(row, "messages", "role", "content")[:2]
@@ -125,12 +136,64 @@ def export(codec, folder, coa, cot, pairs):
             write(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
     out = []
     for sides in pairs:
-        texts = [codec.decode([i for i, m in zip(t.ids, t.mask) if m]) for t in sides]
-        question, shared = as_text(codec, sides[0])
-        out.append({"conversation": [{"from": "human", "value": question}, {"from": "gpt", "value": shared.removesuffix(texts[0])}],
+        part = min(t.mask.index(1) for t in sides)      # where they part; an observation behind it has mask 0, but is of its side
+        texts = [codec.decode([i for i in t.ids[part:] if i != codec.eos]) for t in sides]
+        question, said = as_text(codec, sides[0])
+        shared = said.removesuffix(texts[0])
+        if shared == TAGS["think"]:                     # nothing but the tag: each side begins with it
+            shared, texts = "", [shared + text for text in texts]
+        out.append({"conversation": [{"from": "human", "value": question}] + [{"from": "gpt", "value": shared}] * bool(shared),
                     "chosen": {"from": "gpt", "value": texts[0]}, "rejected": {"from": "gpt", "value": texts[1]}})
     if out:
         write(folder / "pairs.json", json.dumps(out, indent=1))
+
+
+# ---- FlashRAG's question sets -------------------------------------------------------------------------------------------
+def set_names(paths, setting):
+    """{set: path} of question files. A set is named by its file; where that says the split alone, as in FlashRAG's nq/dev.jsonl, or two files are called
+    the same, by the folder too. Raises Problem where two names are the same all the same."""
+    out, stems = {}, [Path(path).stem for path in paths]
+    for path, stem in zip(paths, stems):
+        folder = Path(path).absolute().parent.name
+        name = f"{folder}_{stem}" if stem in SPLITS or stems.count(stem) > 1 else stem
+        if name in out:
+            raise Problem(f"{setting}: {out[name]} and {path} are both the set {name!r}; give each file once, or rename one")
+        out[name] = path
+    return out
+
+
+def gold_titles(metadata, where):
+    """Titles of the passages that a question's answer comes from, each once: `gold_titles`, or else FlashRAG's `supporting_facts`, {"title": [..], "sent_id": [..]} or
+    [[title, sentence] ..]. Raises Problem for what is neither."""
+    titles = metadata.get("gold_titles") or metadata.get("supporting_facts") or []
+    if isinstance(titles, dict):
+        titles = titles.get("title") or []
+    titles = [t[0] if isinstance(t, list) and t else t for t in titles] if isinstance(titles, list) else [None]
+    if not all(isinstance(t, str) for t in titles):
+        raise Problem(f"{where}: gold_titles must be a list of texts, and supporting_facts name titles")
+    return list(dict.fromkeys(titles))
+
+
+def question_rows(path):
+    """A FlashRAG question file -> its rows, with `metadata.gold_titles`. Raises Problem with file:line for a malformed row."""
+    out, lines = [], {}
+    for n, q in read_jsonl(path, 'questions, {"id", "question", "golden_answers"}', "train_data, eval_data"):
+        if not isinstance(q, dict) or not isinstance(q.get("question"), str) or not q["question"].strip() or "id" not in q:
+            raise Problem(f"{path}:{n}: not a question; expected {{\"id\", \"question\", \"golden_answers\"}}")
+        golden = q.get("golden_answers")
+        if not isinstance(golden, list) or not golden or not all(isinstance(g, str) and g.strip() for g in golden):
+            raise Problem(f"{path}:{n}: question {q['id']!r} has no answers; golden_answers must be a list of texts")
+        if not isinstance(q.get("metadata") or {}, dict):
+            raise Problem(f"{path}:{n}: metadata of question {q['id']!r} must be an object")
+        q["metadata"] = dict(q.get("metadata") or {})
+        q["metadata"]["gold_titles"] = gold_titles(q["metadata"], f"{path}:{n}")
+        ids = q["metadata"].get("gold_ids") or []
+        if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
+            raise Problem(f"{path}:{n}: gold_ids of question {q['id']!r} must be a list of texts")
+        if (first := lines.setdefault(str(q["id"]), n)) != n:       # what is known of one question would pass for the other's
+            raise Problem(f"{path}:{n}: question {q['id']!r} is in line {first} too; each needs an id of its own")
+        out.append(q)
+    return out
 
 
 # ---- the command line of data.py ------------------------------------------------------------------------------------
@@ -144,22 +207,23 @@ def codec_of(folder):
 
 def show(path, number):
     """One trajectory of a file, of any that this project writes or reads: what carries loss in green, the rest grey."""
-    path, text = Path(path), Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
-    rows = json.loads(text) if text.startswith("[") else [row for _, row in read_jsonl(path, "trajectories", "data.py show")]
+    path, rows = Path(path), read_rows(path, "trajectories", "data.py show")
     if not 1 <= number <= len(rows):
         raise Problem(f"{path}: there is no trajectory {number}; it holds {len(rows)}")
-    row = rows[number - 1]
-    if "ids" in row:
-        tokens = row.get("tokens") or [codec.decode([i]) for codec in [codec_of(path.parent.parent / "base")] for i in row["ids"]]
-        pieces = list(zip(tokens, row["mask"]))
-    elif "messages" in row:
-        spans = re.split(f"({re.escape(TAGS['result'])}.*?{re.escape(TAGS['end_result'])})", row["messages"][-1]["content"], flags=re.S)
-        pieces = [(m["content"] + "\n", 0) for m in row["messages"][:-1]] + [(x, int(not x.startswith(TAGS["result"]))) for x in spans]
-    elif "chosen" in row:
-        pieces = [(turn["value"] + "\n", 0) for turn in row["conversation"]] + [(f"+ {row['chosen']['value']}\n- {row['rejected']['value']}", 1)]
-    else:
-        raise Problem(f"{path}:{number}: not a trajectory; expected ids, mask and role, or AutoCoA's messages or pairs")
-    print("".join((TRAINED if m else OTHER) + "".join(token for token, _ in run) for m, run in itertools.groupby(pieces, key=lambda piece: piece[1])) + PLAIN)
+    n, row = rows[number - 1]
+    try:
+        if "ids" in row:
+            tokens = row.get("tokens") or [codec.decode([i]) for codec in [codec_of(path.parent.parent / "base")] for i in row["ids"]]
+            pieces = list(zip(tokens, row["mask"]))
+        elif "messages" in row:
+            spans = re.split(f"({re.escape(TAGS['result'])}.*?{re.escape(TAGS['end_result'])})", row["messages"][-1]["content"], flags=re.S)
+            pieces = [(m["content"] + "\n", 0) for m in row["messages"][:-1]] + [(x, int(not x.startswith(TAGS["result"]))) for x in spans]
+        else:
+            pieces = [(turn["value"] + "\n", 0) for turn in row["conversation"]] + [(f"+ {row['chosen']['value']}\n- {row['rejected']['value']}", 1)]
+        runs = [("".join(token for token, _ in run), m) for m, run in itertools.groupby(pieces, key=lambda piece: piece[1])]
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError):
+        raise Problem(f"{path}:{n}: not a trajectory; expected ids, mask and role, or AutoCoA's messages or pairs") from None
+    print("".join((TRAINED if m else OTHER) + text for text, m in runs) + PLAIN)
 
 
 def get(name, folder="."):
@@ -177,9 +241,8 @@ def get(name, folder="."):
     for split, rows in splits.items():
         out = []
         for row in rows:
-            metadata = dict(row.get("metadata") or {})
-            metadata["gold_titles"] = list(dict.fromkeys((metadata.pop("supporting_facts", None) or {}).get("title", [])))
-            out.append({"id": row["id"], "question": row["question"], "golden_answers": list(row["golden_answers"]), "metadata": {"gold_titles": metadata["gold_titles"]}})
+            titles = gold_titles(row.get("metadata") or {}, f"data.py get: {name}, {row['id']}")
+            out.append({"id": row["id"], "question": row["question"], "golden_answers": list(row["golden_answers"]), "metadata": {"gold_titles": titles}})
         path = Path(folder, f"{name}_{split}.jsonl")
         write(path, "".join(json.dumps(row) + "\n" for row in out))
         print(f"{path}: {len(out):,} questions")

@@ -10,6 +10,7 @@ SFT-1 comes from a try that exactly one of the two solved: they share all that w
 Written are AutoCoA's files (formats.py). What the model said and what the tool said are cached, so a run that was interrupted goes on where it was.
 """
 import json
+import random
 from pathlib import Path
 
 import data
@@ -83,9 +84,10 @@ def teach(chat, questions, search, s):
                 (coa if acts else cot).setdefault(i, act)
             if solved[1]:
                 cot.setdefault(i, f"{begin} {think}")
-            if acts and solved[0] != solved[1] and think.strip():
+            instead = think.strip().partition("\n")[0].partition(TAGS["end_think"])[0].strip()        # the thought that stands in the action's place
+            if acts and solved[0] != solved[1] and instead:
                 sides = act.removeprefix(begin).partition(TAGS["end_search"])
-                sides = (sides[0] + sides[1]).strip(), think.strip().split("\n")[0]         # the action; the thought that stands in its place
+                sides = (sides[0] + sides[1]).strip(), instead
                 pairs.setdefault(i, (q, begin, *(sides if solved[0] else sides[::-1])))
         live = [i for i in live if i not in coa]
         if not live:
@@ -101,7 +103,8 @@ def teach(chat, questions, search, s):
 def run(s):
     if not (s.teacher and s.train_data and s.corpus and s.out):
         raise Problem("--teacher, --train_data, --corpus, --out: teacher.py needs all four: a model, question files, where to search, and a folder to write to")
-    questions = [q for path in s.train_data for q in data.read_questions(path)][:s.coa]
+    questions = [q for path in s.train_data for q in data.read_questions(path)]
+    questions = random.Random(s.seed).sample(questions, min(s.coa, len(questions)))         # of all files, not of the first
     chat, search, folder = Chat(s.teacher, s, "teacher"), tools.open_library(s), Path(s.out)
     coa, cot, pairs = teach(chat, questions, search, s)
     for name, rows in (("coa", coa), ("cot", cot)):

@@ -1,6 +1,7 @@
 """Language models that are asked in words (chat.py), as judge (eval.py) and as teacher (teacher.py): over loopback HTTP, and a local folder."""
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -84,6 +85,23 @@ def test_an_endpoint_that_answers_nonsense(endpoint, tmp_path, said):
         a([user("good"), user("bad")], 5)
     assert chat.Chat(there.url + "#x", Settings(), "judge", tmp_path / "c.sqlite")([user("good")], 5) == ["fine"]
     assert len(there.asked) == 2
+
+
+def test_what_other_threads_were_told_is_kept(endpoint, tmp_path):
+    """One thread gets nonsense while another waits for its answer. Guards: that answer, which was paid for, was thrown away."""
+    failed = threading.Event()
+
+    def say(messages, ask):
+        if messages[-1]["content"] == "bad":
+            return {"choices": []}
+        failed.wait(5)
+        return "fine"
+    there = endpoint(say)
+    a = chat.Chat(there.url + "#x", Settings(), "judge", tmp_path / "c.sqlite", threads=2)
+    threading.Timer(0.5, failed.set).start()
+    with pytest.raises(Problem, match="not an endpoint that answers"):
+        a([user("bad"), user("good")], 5)
+    assert a([user("good")], 5) == ["fine"] and len(there.asked) == 2
 
 
 def test_an_endpoint_that_is_down(tmp_path, monkeypatch):
@@ -197,6 +215,35 @@ def test_a_model_as_teacher(endpoint, folder, monkeypatch):
     assert [len(x) for x in found] == [14, 8, 8] and odd == [] and all(codec.well_formed(t) for t in found[0] + found[1])
 
 
+def test_a_pair_whose_thought_ends_at_once(endpoint, tmp_path):
+    """The thought in the action's place is that up to its end or the end of its line. Guards: a side that ends in </think> without an answer, which training leaves out; and
+    where the thought ended with the beginning there is nothing to put in the action's place."""
+    search = tools.library([{"id": "0", "contents": '"Clay"\nBy Eva.'}], 1)
+    thoughts = {"Who?": "It was Ada.</think>\n\\boxed{Ada}", "What?": "</think>\\boxed{Ada}"}
+
+    def say(messages, ask):
+        question = re.search(r"Question: (.*)", messages[0]["content"])[1]
+        if "<begin_search>" not in messages[0]["content"]:
+            return thoughts[question]
+        return "I look.\n<begin_search> Clay" if len(messages) < 3 else "So.</think>\\boxed{Eva}"
+    there = endpoint(say)
+    s = Settings(tries=1)
+    _, _, pairs = teacher.teach(chat.Chat(there.url + "#x", s, "teacher", tmp_path / "c.sqlite"), [{"question": q, "golden_answers": ["Eva"]} for q in thoughts], search, s)
+    assert [(p["conversation"][0]["value"], p["rejected"]["value"]) for p in pairs] == [("Who?", "It was Ada.")]
+
+
+def test_a_teacher_takes_of_all_files(endpoint, folder):
+    """--coa questions, drawn from all files by --seed. Guards: those of the first file alone."""
+    asked = set()
+
+    def say(messages, ask):
+        asked.add("grow up" in messages[0]["content"])
+        return scholar(messages, ask)
+    there = endpoint(say)
+    done = shell(folder, "teacher.py", f"--teacher={there.url}#y", "--train_data=nq_dev.jsonl,hotpotqa_dev.jsonl", "--corpus=passages.jsonl", "--out=mixed", "--tries=1", "--coa=8")
+    assert done.status == 0 and "of 8 questions" in done.out and asked == {True, False}, done.err
+
+
 def test_a_teacher_that_never_stops(endpoint, tmp_path):
     """Searches end after max_actions, whatever it writes, and a text that is no trajectory is not kept."""
     there = endpoint(lambda messages, ask: "More. <begin_search> more")
@@ -204,6 +251,32 @@ def test_a_teacher_that_never_stops(endpoint, tmp_path):
     s = Settings(max_actions=3, tries=1)
     text, = teacher.chains_of_action(chat.Chat(there.url + "#x", s, "teacher", tmp_path / "c.sqlite"), [{"question": "Who?"}], search, s, 0)
     assert text.count("</end_search>") == 3 and len(there.asked) == 4 and not teacher.right(text, {"golden_answers": ["x"]})
+
+
+def test_tags_in_a_message_are_text(folder, tmp_path):
+    """The template's tags are tags, those that a passage spells are not. Guards: an observation that ends the turn and speaks for the user."""
+    a = chat.Chat(str(folder / "checkpoint"), Settings(), "teacher", tmp_path / "c.sqlite")
+    tok, talk = a.lm.codec.tok, [*user("Who?</s> <begin_search>"), {"role": "assistant", "content": "Hm."}]
+    ids = a.prompt(talk)
+    assert tok.decode(ids) == tok.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert ids.count(tok.eos_token_id) == 2 and a.lm.codec.search not in ids
+
+
+def test_other_weights_are_another_model(folder, tmp_path):
+    """The cache knows a folder by its weights: elsewhere it is the same model, and other weights at its place are another. Guards: the former teacher's
+    answers given as the new one's."""
+    from safetensors.numpy import load_file, save_file
+    here, there = tmp_path / "a", tmp_path / "b"
+    for path in (here, there):
+        shutil.copytree(folder / "checkpoint", path)
+    first = chat.Chat(str(here), Settings(), "teacher", tmp_path / "c.sqlite")
+    text = first([user("x")], 5)
+    moved = chat.Chat(str(there), Settings(), "teacher", tmp_path / "c.sqlite")
+    assert moved([user("x")], 5) == text and moved.counts["asked"] == 0
+    save_file({name: -x for name, x in load_file(here / "model.safetensors").items()}, here / "model.safetensors", metadata={"format": "pt"})
+    other = chat.Chat(str(here), Settings(), "teacher", tmp_path / "c.sqlite")
+    other([user("x")], 5)
+    assert other.counts["asked"] == 1
 
 
 @pytest.mark.parametrize("args", [[], ["--teacher=x"], ["--teacher=x", "--train_data=a", "--corpus=b"]])

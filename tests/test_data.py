@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import data
+import formats
 import miniwiki
 import tools
 from autocoa import Trajectory
@@ -28,7 +29,8 @@ def write(path, *rows):
     ("{not json}\n", "not JSON"), ("\n", "not JSON"), ('["a list"]\n', "not a question"), ({"id": "1", "golden_answers": ["x"]}, "not a question"),
     ({"question": "Who?", "golden_answers": ["x"]}, "not a question"), ({**GOOD, "golden_answers": []}, "'dev_0' has no answers"), ({"id": "dev_0", "question": "Who?"}, "has no answers"),
     ({**GOOD, "golden_answers": "Eva"}, "has no answers"), ({**GOOD, "golden_answers": ["Eva", " "]}, "has no answers"), ({**GOOD, "golden_answers": [1]}, "has no answers"),
-    ({**GOOD, "metadata": "text"}, "metadata"), ({**GOOD, "metadata": {"gold_titles": [3]}}, "gold_titles"), ({**GOOD, "question": " "}, "not a question")])
+    ({**GOOD, "metadata": "text"}, "metadata"), ({**GOOD, "metadata": {"gold_titles": [3]}}, "gold_titles"), ({**GOOD, "metadata": {"supporting_facts": {"title": "A"}}}, "supporting_facts"),
+    ({**GOOD, "question": "What?"}, "question 'dev_0' is in line 1 too"), ({**GOOD, "question": " "}, "not a question")])
 def test_a_malformed_question_names_its_line(tmp_path, bad, message):
     path = write(tmp_path / "q.jsonl", GOOD, bad, GOOD)
     with pytest.raises(Problem, match=message) as e:
@@ -60,6 +62,26 @@ def test_two_hops_whatever_the_id(tmp_path):
     row = {"id": "train_0", "question": "Where did the author of The Clay Hour grow up?", "golden_answers": ["Tallow"], "metadata": {"gold_titles": ["Orla Venn", "The Clay Hour"]}}
     q, = data.read_questions(write(tmp_path / "hotpotqa_train.jsonl", row))
     assert [s["title"] for s in q["metadata"]["steps"]] == ["The Clay Hour", "Orla Venn"]
+
+
+@pytest.mark.parametrize("facts", [{"title": ["Orla Venn", "The Clay Hour", "Orla Venn"], "sent_id": [0, 1, 2]}, [["Orla Venn", 0], ["The Clay Hour", 1]]])
+def test_flashrags_own_layout(tmp_path, facts):
+    """hotpotqa/dev.jsonl beside nq/dev.jsonl: two sets, each named by its folder, which says which is of several hops; the supporting facts of raw rows are its
+    gold passages. Guards: the second dev.jsonl in the place of the first."""
+    for folder in ("hotpotqa", "nq"):
+        (tmp_path / folder).mkdir()
+    two = {**GOOD, "question": "Where did the author of The Clay Hour grow up?", "metadata": {"supporting_facts": facts}}
+    paths = [str(write(tmp_path / "hotpotqa" / "dev.jsonl", two)), str(write(tmp_path / "nq" / "dev.jsonl", GOOD))]
+    task = data.load_task(Settings(model="x", data=paths, corpus=str(write(tmp_path / "p.jsonl", *PASSAGES))))
+    (a,), (b,) = task.evaluation["hotpotqa_dev"], task.evaluation["nq_dev"]
+    assert [s["title"] for s in a["metadata"]["steps"]] == ["The Clay Hour", "Orla Venn"] and a["id"] == "hotpotqa_dev:dev_0" and b["id"] == "nq_dev:dev_0"
+
+
+def test_names_of_sets():
+    """The folder's name only where it is needed; the same file twice is refused."""
+    assert list(formats.set_names(["x/nq_dev.jsonl", "y/train.jsonl", "a/pop.jsonl", "b/pop.jsonl"], "--data")) == ["nq_dev", "y_train", "a_pop", "b_pop"]
+    with pytest.raises(Problem, match="--data: a/dev.jsonl and a/dev.jsonl are both the set 'a_dev'"):
+        formats.set_names(["a/dev.jsonl", "a/dev.jsonl"], "--data")
 
 
 def test_data_sets_may_use_the_same_ids(tmp_path):

@@ -99,6 +99,19 @@ def test_a_released_pair(chat, tmp_path):
         assert a.ids[:first] == b.ids[:first] and pairs[0][0].mask.index(1) > len(chat.prompt("Who wrote The Clay Hour?"))
 
 
+def test_pairs_of_others_there_and_back(chat, tmp_path):
+    """Pairs that share nothing, and sides that hold an observation or end the turn, are written as they were read. Guards: the chosen side in the conversation too, and
+    its observation lost."""
+    human = {"from": "human", "value": "Who?"}
+    whole = "<think> I look.<begin_search> Clay</end_search><search_result> A soil.</search_result> So.</think>\\boxed{ Orla}"
+    rows = [{"conversation": [human], "chosen": {"from": "gpt", "value": whole}, "rejected": {"from": "gpt", "value": "<think> I know.</think>\\boxed{ Ivo}"}},
+            {"conversation": [human, {"from": "gpt", "value": "<think> Hm."}], "chosen": {"from": "gpt", "value": whole.removeprefix("<think>")}, "rejected": {"from": "gpt", "value": " I know."}}]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    _, _, pairs, odd = formats.read_sft(chat, [tmp_path / "x.json"])
+    formats.export(chat, tmp_path, [], [], pairs)
+    assert odd == [] and json.loads((tmp_path / "pairs.json").read_text()) == rows
+
+
 @pytest.mark.parametrize("said, why", [("<think>Hm", "no </think>"), ("<think>Hm</think> Eva", "no .boxed"), ("<think>Hm</think> \\boxed{Eva", "no .boxed"), ("<think>Hm</think> \\boxed{ }", "no .boxed"),
                                        ("<think><begin_search>x</end_search> so</think>\\boxed{Eva}", "without its result"), ("<think><search_result>x</search_result></think>\\boxed{Eva}", "without its result"),
                                        ("<think>a <begin_search> b</think>\\boxed{Eva}", "not closed"), (None, "AttributeError|no attribute"), ("", "no </think>")])
@@ -134,6 +147,27 @@ def test_show(nano, tmp_path, capsys):
     assert re.findall(r"\x1b\[1;32m(.*?)\x1b\[", capsys.readouterr().out) == ["<think> Hm<begin_search> Eva</end_search>", "</think>\\boxed{ Eva}"]
     with pytest.raises(Problem, match="no trajectory 2; it holds 1"):
         formats.show(tmp_path / "a.jsonl", 2)
+
+
+@pytest.mark.parametrize("content, message", [(b"[1", "x: not JSON"), (b"\xff\xfe[", "x: not JSON"), (b'{"ids": [1]', "x:1: not JSON"), (b"[3]", "x:1: not a trajectory"), (b'{"ids": [1], "tokens": ["a"]}', "x:1: not"),
+                                              (b'{"a": 1}\n', "x:1: not a trajectory"), (b'{"messages": []}', "x:1: not"), (b'{"messages": [{"content": null}]}', "x:1: not"), (b'{"conversation": [], "chosen": 1}', "x:1: not"),
+                                              (b'[{"ids": [1], "tokens": [2], "mask": [1]}]', "x:1: not")])
+def test_show_of_what_is_none(tmp_path, content, message):
+    """Guards: a traceback for broken, binary and other files."""
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(Problem, match=message) as e:
+        formats.show(tmp_path / "x", 1)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("second", [b'{"ids": [1, 2], "ma', b"\xff\xfe", b"3", b'{"idz": []}'])
+def test_a_cut_file_of_a_run(tmp_path, second):
+    """The SFT data of a run names the line that is cut and the way out; a file without rows is a pool without rows."""
+    (tmp_path / "coa.jsonl").write_bytes(b'{"ids": [1], "mask": [1], "role": [1]}\n' + second)
+    with pytest.raises(Problem, match=f"coa.jsonl:2: cut or damaged; remove {tmp_path} and run train_sft.py again"):
+        formats.read_trajectories(tmp_path / "coa.jsonl")
+    (tmp_path / "pairs.jsonl").write_text("")
+    assert formats.read_trajectories(tmp_path / "pairs.jsonl") == []
 
 
 def test_get(tmp_path, monkeypatch):
