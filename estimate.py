@@ -41,6 +41,18 @@ def kept(c, s, muon, scale_bytes):
     return {"weights": weights, "gradients": 4 * trained, "optimizer": 8 * trained - 4 * in_matrices * muon}
 
 
+def step_of_mlx(c, s, muon, group):
+    """Bytes that an optimizer step makes beside what was, since arrays of MLX don't change. It takes `group` weights at a time, or one parameter that is
+    larger: AdamW makes clipped gradients, weights and two moments; the iteration of Muon holds about twelve numbers a weight (measured)."""
+    n, one_shape = parameters(c, s), 2 * c.num_hidden_layers * c.hidden_size * c.intermediate_size         # gate_proj and up_proj
+    if s.lora_rank:
+        in_matrices, rest, largest = n["adapter"], n["tags"], 0
+    else:
+        in_matrices, rest, largest = min(n["blocks"], one_shape) if muon else n["blocks"], n["rest"], c.hidden_size * max(c.vocab_size, c.intermediate_size)
+    adamw = min(rest if muon else rest + in_matrices, max(group, largest))
+    return 16 * max(adamw, 3 * min(in_matrices, max(group, largest and c.hidden_size * c.intermediate_size)) * muon)
+
+
 def activations(c, s, tokens, learned):
     """Bytes that the forward pass of a micro-batch leaves for the backward pass. tokens: with padding; learned: those that carry loss.
 
@@ -83,9 +95,8 @@ def show(lm, s, kind):
         going["activations"] = activations(c, s, s.micro_tokens, s.micro_tokens)
         if kind == "rl":
             keep["reference"] = 4 * (n["adapter"] + n["tags"] if s.lora_rank else whole)
-        if lm.backend.__name__ == "model_mlx":      # its arrays don't change: a step holds what it makes of weights and moments, and clipped gradients, beside what was
-            trained = keep["gradients"]
-            going["optimizer step"] = 2 * trained + keep["optimizer"]
+        if lm.backend.__name__ == "model_mlx":
+            going["optimizer step"] = step_of_mlx(c, s, s.muon and kind == "sft", lm.backend.Optimizer.GROUP)
         peak = sum(keep.values()) + max(going.get("KV cache", 0) + copy, going["activations"], going.get("optimizer step", 0))
     print(f"{whole / 1e6:,.2f} M parameters" + ("" if kind == "eval" else f", {(n['adapter'] + n['tags']) / 1e6:,.2f} M trained (rank {s.lora_rank})" if s.lora_rank else ", all trained"))
     sizes = [f"micro-batches of {s.micro_tokens} tokens"] * (kind != "eval") + [f"{min(rows, s.batch_rows)} rows of {s.max_len}"] * (rows > 0)

@@ -327,6 +327,7 @@ class Optimizer:
     Muon (Jordan 2024): momentum, then five Newton-Schulz steps towards the nearest orthogonal matrix, scaled by
     sqrt(max(1, rows/columns)). Matrices of one shape go through the iteration together.
     """
+    GROUP = 1 << 22         # weights that are changed at a time: what a step makes of them lies beside what was
 
     def __init__(self, model, muon=True):
         params = trained(model)
@@ -334,6 +335,13 @@ class Optimizer:
         self.matrices = [n for n, p in params.items() if muon and p.ndim == 2 and ".layers." in n]
         self.m = {n: mx.zeros_like(p) for n, p in params.items()}
         self.v = {n: mx.zeros_like(p) for n, p in params.items() if n not in self.matrices}
+        self.groups, last = [], {}
+        for n, p in params.items():
+            kind = p.shape if n in self.matrices else "AdamW"
+            if kind not in last or sum(params[other].size for other in last[kind]) + p.size > self.GROUP:
+                last[kind] = []
+                self.groups.append(last[kind])
+            last[kind].append(n)
 
     def state(self):
         """-> {name: array}: the step count and both moments, as either twin reads them."""
@@ -350,28 +358,28 @@ class Optimizer:
     def step(self, grads, lr, muon_lr, momentum=0.95, beta1=0.9, beta2=0.98, eps=1e-8):
         self.step_count += 1
         settings = [mx.array(float(x)) for x in (lr, muon_lr, momentum, beta1, beta2, eps, self.step_count)]        # arrays: a number would be compiled in
-        params, self.m, self.v = self.update(trained(self.model), self.m, self.v, grads, *settings)
-        self.model.update(tree_unflatten(list(params.items())))
-        mx.eval(params, self.m, self.v)
+        params = trained(self.model)
+        for names in self.groups:       # gradients are popped, so that those of a group are gone before the next
+            old = [[state.pop(n) for n in names if n in state] for state in (params, self.m, self.v, grads)]
+            new, m, v = self.update(*old, *settings)
+            mx.eval(new, m, v)
+            self.model.update(tree_unflatten(list(zip(names, new))))
+            self.m.update(zip(names, m))
+            self.v.update(zip(names, v))
 
 
 def new_state(params, m, v, grads, lr, muon_lr, momentum, beta1, beta2, eps, step):
-    """What a step makes of parameters and moments: a function without effects, so that it can be compiled."""
-    params, m, v, shapes = dict(params), dict(m), dict(v), {}
-    for name in [n for n in m if n not in v]:
-        m[name] = momentum * m[name] + (1 - momentum) * grads[name]
-        shapes.setdefault(m[name].shape, []).append((name, (1 - momentum) * grads[name] + momentum * m[name]))
-    for shape, group in shapes.items():
-        update = orthogonalize(mx.stack([u for _, u in group]))
-        scale = muon_lr * max(1, shape[0] / shape[1]) ** 0.5
-        for (name, _), u in zip(group, update):
-            params[name] = params[name] - scale * u
-    for name in v:
-        m[name] = beta1 * m[name] + (1 - beta1) * grads[name]
-        v[name] = beta2 * v[name] + (1 - beta2) * grads[name].square()
-        fix1, fix2 = 1 - beta1 ** step, 1 - beta2 ** step
-        params[name] = params[name] - lr * m[name] / fix1 / (mx.sqrt(v[name] / fix2) + eps)
-    return params, m, v
+    """What a step makes of a group's parameters and moments, lists (v empty: Muon): a function without effects, so that it can be compiled."""
+    if not v:
+        m = [momentum * a + (1 - momentum) * g for a, g in zip(m, grads)]
+        update = orthogonalize(mx.stack([(1 - momentum) * g + momentum * a for a, g in zip(m, grads)]))
+        rows, columns = params[0].shape
+        scale = muon_lr * max(1, rows / columns) ** 0.5
+        return [p - scale * u for p, u in zip(params, update)], m, v
+    m = [beta1 * a + (1 - beta1) * g for a, g in zip(m, grads)]
+    v = [beta2 * b + (1 - beta2) * g.square() for b, g in zip(v, grads)]
+    fix1, fix2 = 1 - beta1 ** step, 1 - beta2 ** step
+    return [p - lr * a / fix1 / (mx.sqrt(b / fix2) + eps) for p, a, b in zip(params, m, v)], m, v
 
 
 def orthogonalize(x):
@@ -401,12 +409,14 @@ def train_step(model, optimizer, loss_fn, batches, lr, muon_lr, temperature=1.0,
         value, new = nn.value_and_grad(model, loss)({k: mx.array(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()})
         new = dict(tree_flatten(new))
         grads = new if grads is None else {k: grads[k] + g for k, g in new.items()}
+        del new                 # or this micro-batch's own are kept beside the sum
         mx.eval(value, grads)
         total += value.item()
     model.eval()
     norm = mx.sqrt(sum(g.square().sum() for g in grads.values())).item()
     if math.isfinite(total) and math.isfinite(norm):
-        optimizer.step({k: g * min(1.0, max_norm / (norm + 1e-6)) for k, g in grads.items()}, lr, muon_lr)
+        grads = {k: g * min(1.0, max_norm / (norm + 1e-6)) for k, g in grads.items()}      # clipped when a group of them is used
+        optimizer.step(grads, lr, muon_lr)
     mx.clear_cache()            # buffers of shapes that the next micro-batches will not have
     return {"loss": total, "grad_norm": norm}
 

@@ -90,7 +90,7 @@ def test_a_16_gb_mac(codec, capsys):
     class Shapes:
         class model:
             config = R1
-        backend = type("b", (), {"__name__": "model_mlx"})
+        backend = type("b", (), {"__name__": "model_mlx", "Optimizer": type("o", (), {"GROUP": 1 << 22})})
     for kind in ("sft", "rl"):
         assert estimate.show(Shapes, s, kind)
         out = capsys.readouterr().out
