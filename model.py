@@ -278,7 +278,7 @@ class LM:
             state |= {f"{name}.rows": x for name, x in self.frozen_rows(lora).items()}
             self.backend.adapt(self.model, lora, state)
             if s.lora_rank < len(tags):
-                print(f"an adapter of rank {s.lora_rank} is below the {len(tags)} tags whose embeddings it trains, so it gets no form for mlx_lm; --lora_rank={len(tags) + 1} would")
+                print(f"an adapter of rank {s.lora_rank} is below the {len(tags)} tags whose embeddings it trains, so it gets no form for mlx_lm; --lora_rank={len(tags)} would")
         elif s.lora_rank and s.lora_rank != self.model.lora.rank:
             raise Problem(f"--lora_rank={s.lora_rank}: what this run starts from has an adapter of rank {self.model.lora.rank}; repeat --lora_rank={self.model.lora.rank}, or begin at a stage without one")
         elif self.model.bits < 16 and not self.model.lora:
@@ -356,6 +356,14 @@ def read_adapter(folder, lm):
     return lora, state
 
 
+def read_tokenizer(kind, name, **options):
+    """By a class of transformers. Raises Problem for files that are cut short or of another kind."""
+    try:
+        return kind.from_pretrained(name, **options)
+    except Exception as e:          # tokenizers raises nothing narrower
+        raise Problem(f"model: the tokenizer of {name} can't be read: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}; copy tokenizer.json again") from None
+
+
 def new(config, tok, seed, device="auto", framework="auto", dtype="float32"):
     """A new network, ready to learn."""
     b = backend(framework)
@@ -381,7 +389,7 @@ def load(folder, device="auto", framework="auto", dtype="float32", bits=16, froz
     network = b.load_weights(b.build(read_config(whole), b.pick_device(device), dtype, frozen), whole)
     if not (folder / "tokenizer.json").is_file():
         raise Problem(f"model: {folder / 'tokenizer.json'} is missing; copy it from another stage of the run, or train this one again")
-    lm = LM(network, PreTrainedTokenizerFast.from_pretrained(folder), b)           # as it was saved; AutoTokenizer may rebuild it by model type
+    lm = LM(network, read_tokenizer(PreTrainedTokenizerFast, folder), b)           # as it was saved; AutoTokenizer may rebuild it by model type
     lm.folder, adapter = whole, None
     if whole != folder:
         adapter = read_adapter(folder, lm)
@@ -406,7 +414,7 @@ def load_pretrained(name, device="auto", framework="auto", dtype="float32", froz
             if not path.is_dir():
                 name = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
             config, state = read_config(name), b.read_weights(name)
-        tok = AutoTokenizer.from_pretrained(name, **options)
+        tok = read_tokenizer(AutoTokenizer, name, **options)
     except (OSError, ValueError) as e:
         raise Problem(f"model: {name} can't be read: {str(e).splitlines()[0]}") from None
     if len(tok) > config.vocab_size:

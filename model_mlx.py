@@ -307,31 +307,31 @@ class Decoder:
 def draw(logp, u):
     """The id at which each row's cumulative probability passes u of its total. logp (rows, vocab), u (rows, 1) in [0, 1) -> (rows,)
 
-    Summed in blocks of 128, then inside one: summed one after the other in float32, 50,000 probabilities end up to 1e-5 from 1, in each library
+    Summed in blocks of 1024, then inside one: summed one after the other in float32, 50,000 probabilities end up to 1e-5 from 1, in each library
     elsewhere, so that twins with the same u part. Never an id of probability 0.
     """
     below = 1 - 2 ** -23                                                                # float32 may round u up to 1
-    p = mx.pad(mx.exp(logp), ((0, 0), (0, -logp.shape[1] % 128))).reshape(len(logp), -1, 128)       # (rows, blocks, 128)
+    p = mx.pad(mx.exp(logp), ((0, 0), (0, -logp.shape[1] % 1024))).reshape(len(logp), -1, 1024)       # (rows, blocks, 1024)
     ends = p.sum(-1).cumsum(-1)                                                         # (rows, blocks)
     target = mx.minimum(u, below) * ends[:, -1:]
     block = (ends <= target).sum(-1, keepdims=True)                                     # (rows, 1)
     start = mx.take_along_axis(mx.pad(ends, ((0, 0), (1, 0))), block, 1)
-    inside = mx.take_along_axis(p, block[..., None], 1)[:, 0].cumsum(-1)                # (rows, 128)
-    return block[:, 0] * 128 + (inside <= mx.minimum(target - start, below * inside[:, -1:])).sum(-1)
+    inside = mx.take_along_axis(p, block[..., None], 1)[:, 0].cumsum(-1)                # (rows, 1024)
+    return block[:, 0] * 1024 + (inside <= mx.minimum(target - start, below * inside[:, -1:])).sum(-1)
 
 
 # ---- training -----------------------------------------------------------------------------------------------------------
 class Optimizer:
     """Muon for the matrices of the blocks, AdamW for the rest; or AdamW for all (muon=False, as for pretrained models).
 
-    Muon (Jordan 2024): momentum, then five Newton-Schulz steps towards the nearest orthogonal matrix, scaled by
+    seed: of dropout. Muon (Jordan 2024): momentum, then five Newton-Schulz steps towards the nearest orthogonal matrix, scaled by
     sqrt(max(1, rows/columns)). Matrices of one shape go through the iteration together.
     """
     GROUP = 1 << 22         # weights that are changed at a time: what a step makes of them lies beside what was
 
-    def __init__(self, model, muon=True):
+    def __init__(self, model, muon=True, seed=0):
         params = trained(model)
-        self.model, self.step_count, self.update = model, 0, mx.compile(new_state)
+        self.model, self.step_count, self.seed, self.update = model, 0, seed, mx.compile(new_state)
         self.matrices = [n for n, p in params.items() if muon and p.ndim == 2 and ".layers." in n]
         self.m = {n: mx.zeros_like(p) for n, p in params.items()}
         self.v = {n: mx.zeros_like(p) for n, p in params.items() if n not in self.matrices}
@@ -405,7 +405,7 @@ def train_step(model, optimizer, loss_fn, batches, lr, muon_lr, temperature=1.0,
     for i, batch in enumerate(batches):
         if model.lora and model.lora.dropout:
             for j, m in enumerate(linears(model).values()):
-                m._key = mx.random.key((optimizer.step_count * 1000 + i) * 1000 + j)
+                m._key = mx.random.key((((optimizer.seed * 10 ** 6 + optimizer.step_count) * 1000 + i) * 1000 + j) % 2 ** 63)
         value, new = nn.value_and_grad(model, loss)({k: mx.array(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()})
         new = dict(tree_flatten(new))
         grads = new if grads is None else {k: grads[k] + g for k, g in new.items()}

@@ -302,30 +302,30 @@ class Decoder:
 def draw(logp, u):
     """The id at which each row's cumulative probability passes u of its total. logp (rows, vocab), u (rows, 1) in [0, 1) -> (rows,)
 
-    Summed in blocks of 128, then inside one: summed one after the other in float32, 50,000 probabilities end up to 1e-5 from 1, in each library
+    Summed in blocks of 1024, then inside one: summed one after the other in float32, 50,000 probabilities end up to 1e-5 from 1, in each library
     elsewhere, so that twins with the same u part. Never an id of probability 0.
     """
     below = 1 - 2 ** -23                                                                # float32 may round u up to 1
-    p = nn.functional.pad(logp.exp(), (0, -logp.shape[1] % 128)).unflatten(1, (-1, 128))            # (rows, blocks, 128)
+    p = nn.functional.pad(logp.exp(), (0, -logp.shape[1] % 1024)).unflatten(1, (-1, 1024))            # (rows, blocks, 1024)
     ends = p.sum(-1).cumsum(-1)                                                         # (rows, blocks)
     target = u.clamp(max=below) * ends[:, -1:]
     block = (ends <= target).sum(-1, keepdim=True)                                      # (rows, 1)
     start = nn.functional.pad(ends, (1, 0)).gather(1, block)
-    inside = p.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1)                     # (rows, 128)
-    return block[:, 0] * 128 + (inside <= torch.minimum(target - start, below * inside[:, -1:])).sum(-1)
+    inside = p.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1)                     # (rows, 1024)
+    return block[:, 0] * 1024 + (inside <= torch.minimum(target - start, below * inside[:, -1:])).sum(-1)
 
 
 # ---- training -----------------------------------------------------------------------------------------------------------
 class Optimizer:
     """Muon for the matrices of the blocks, AdamW for the rest; or AdamW for all (muon=False, as for pretrained models).
 
-    Muon (Jordan 2024): momentum, then five Newton-Schulz steps towards the nearest orthogonal matrix, scaled by
+    seed: of dropout. Muon (Jordan 2024): momentum, then five Newton-Schulz steps towards the nearest orthogonal matrix, scaled by
     sqrt(max(1, rows/columns)). Matrices of one shape go through the iteration together.
     """
 
-    def __init__(self, model, muon=True):
+    def __init__(self, model, muon=True, seed=0):
         params = trained(model)
-        self.model, self.step_count = model, 0
+        self.model, self.step_count, self.seed = model, 0, seed
         self.matrices = [n for n, p in params.items() if muon and p.dim() == 2 and ".layers." in n]
         self.m = {n: torch.zeros_like(p) for n, p in params.items()}
         self.v = {n: torch.zeros_like(p) for n, p in params.items() if n not in self.matrices}
@@ -380,7 +380,7 @@ def train_step(model, optimizer, loss_fn, batches, lr, muon_lr, temperature=1.0,
     model.zero_grad(set_to_none=True)
     model.train()
     if model.lora and model.lora.dropout:
-        torch.manual_seed(optimizer.step_count)
+        torch.manual_seed(optimizer.seed * 10 ** 6 + optimizer.step_count)
     total = 0.0
     for batch in batches:
         b = {k: torch.as_tensor(v, device=model.device) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
@@ -534,7 +534,8 @@ def merge(model):
         weight = m.weight
         if m.packed is not None:
             from bitsandbytes.functional import dequantize_4bit
-            weight, m.packed = dequantize_4bit(m.packed, m.quant_state), None
+            weight = dequantize_4bit(m.packed, m.quant_state)
+            m.packed = m.quant_state = None
         weight = weight.data.float()
         if m.lora_A is not None:
             weight = weight + m.scale * m.lora_B.data @ m.lora_A.data

@@ -58,7 +58,7 @@ def grpo(lm, reference, s, stage, steps, pool, search, seed, scale=1.0):
     """One stage of GRPO on a pool of questions. reference: the policy that KL is measured to; search: a tool, or autocoa.IMAGINE; seed: two numbers
     for what is random; scale: of the learning rate."""
     lm.adapt(s)
-    optimizer = lm.backend.Optimizer(lm.model, muon=False)
+    optimizer = lm.backend.Optimizer(lm.model, False, s.seed)
     checkpoint = Checkpoint(lm, optimizer, Path("out", s.run, stage), s)
     log = Log(checkpoint.folder, done=checkpoint.done)
     bar = tqdm(range(checkpoint.done, steps), desc=stage, unit="step", smoothing=0.1, initial=checkpoint.done, total=steps)

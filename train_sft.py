@@ -41,7 +41,7 @@ def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
     """
     if stage != "base":
         lm.adapt(s)
-    folder, optimizer, mean = Path("out", s.run, stage), lm.backend.Optimizer(lm.model, muon=s.muon), None
+    folder, optimizer, mean = Path("out", s.run, stage), lm.backend.Optimizer(lm.model, s.muon, s.seed), None
     checkpoint = Checkpoint(lm, optimizer, folder, s)
     log = Log(folder, checkpoint.done)
     bar = tqdm(steps[checkpoint.done:], desc=stage, unit="step", smoothing=0.05, initial=checkpoint.done, total=len(steps))

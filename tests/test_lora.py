@@ -133,9 +133,9 @@ def test_an_adapter_of_another_kind(codec, tmp_path):
         whole.resume(tmp_path / "sft1", model_torch.Optimizer(whole.model, muon=False))
 
 
-def gradients(lm, name, codec):
+def gradients(lm, name, codec, dropout_seed=0):
     class Keep:
-        step_count = 3
+        step_count, seed = 3, dropout_seed
 
         def step(self, grads, lr, muon_lr):
             self.grads = {n: lm.backend.to_numpy(g) for n, g in grads.items()}
@@ -191,13 +191,14 @@ def test_checkpointing_computes_blocks_again(codec, tmp_path, backend, monkeypat
 
 @pytest.mark.parametrize("backend", BOTH)
 def test_dropout(codec, ids, tmp_path, backend):
-    """Only while training; the same in the same step, another in the next."""
+    """Only while training; the same in the same step of the same --seed, another under another (guards: one mask for all seeds)."""
     lm = adapted(codec, tmp_path / "x", backend, lora_dropout=0.5)
     np.testing.assert_array_equal(logits(lm, ids), logits(lm, ids))
     still = adapted(codec, tmp_path / "x", backend)
     np.testing.assert_allclose(logits(lm, ids), logits(still, ids), atol=1e-5)
     a, b = gradients(lm, "nll", codec), gradients(lm, "nll", codec)
     assert a[0] == b[0] != gradients(still, "nll", codec)[0]
+    assert a[0] != gradients(lm, "nll", codec, 1)[0]
 
 
 @pytest.mark.parametrize("backend", BOTH)

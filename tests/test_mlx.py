@@ -262,7 +262,7 @@ def test_draws_of_a_large_vocabulary():
     """49,152 ids, flat and peaked: both twins draw what float64 draws from the same u, but for one in a hundred. Guards: sums of float32 one after the other,
     by which MLX drew another id in one of twenty. At either end of u no id of probability 0."""
     rng = np.random.default_rng(0)
-    for spread in (0.5, 2.0):
+    for spread in (0.0, 0.5, 2.0):
         logp = torch.tensor(rng.normal(0, spread, (300, 49_152)), dtype=torch.float32).log_softmax(-1)
         u = rng.random((300, 1)).astype(np.float32)
         cumulative = np.exp(logp.numpy().astype(np.float64)).cumsum(-1)

@@ -224,13 +224,17 @@ def test_a_folder_that_was_cut(codec, tmp_path):
     """A cut or empty index of shards, a tokenizer or an adapter's file that is missing or cut: one line with the file's name. Guards: tracebacks."""
     lm = tiny(codec)
     lm.save(tmp_path / "x")
-    for name, content, message in (("tokenizer.json", None, "tokenizer.json is missing"), ("model.safetensors.index.json", '{"weight', "index.json can't be read"),
+    for name, content, message in (("tokenizer.json", None, "tokenizer.json is missing"), ("tokenizer.json", '{"added', "tokenizer of .*x can't be read"), ("tokenizer.json", "{}", "tokenizer of .*x can't be read"),
+                                   ("model.safetensors.index.json", '{"weight', "index.json can't be read"),
                                    ("model.safetensors.index.json", "{}", "index.json can't be read.*weight_map"), ("adapter_config.json", "{", "adapter_config.json can't be read"),
                                    ("adapter_config.json", "{}", "adapter_config.json can't be read.*base_model")):
         path = tmp_path / "x" / name
         path.write_text(content) if content is not None else path.unlink()
         with pytest.raises(Problem, match=message):
             model.load(tmp_path / "x", "cpu")
+        if content and name == "tokenizer.json":
+            with pytest.raises(Problem, match=message):
+                model.load_pretrained(str(tmp_path / "x"), "cpu")
         lm.save(tmp_path / "x")
     assert model.load(tmp_path / "x", "cpu")
 
