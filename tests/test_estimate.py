@@ -112,6 +112,16 @@ def test_dry_run(codec, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("kind, muon", [("sft", True), ("rl", False)])
+def test_a_step_is_timed_with_its_own_optimizer(codec, monkeypatch, kind, muon):
+    """RL has AdamW for all, whatever --muon says. Guards: seconds of Muon's iteration in the time of an RL step."""
+    asked, lm = [], tiny(codec)
+    optimizer = model_torch.Optimizer
+    monkeypatch.setattr(model_torch, "Optimizer", lambda network, **kw: asked.append(kw["muon"]) or optimizer(network, **kw))
+    assert not estimate.show(lm, Settings(dry_run=True, batch_tokens=300, micro_tokens=300, max_len=100, questions=1, rollouts=2), kind)
+    assert asked == [muon]
+
+
 def test_a_step_is_timed_on_a_copy(codec):
     """The measurement leaves the network as it was. Guards: a run that begins with what the estimate trained."""
     lm = tiny(codec)

@@ -275,7 +275,12 @@ def test_4_bits(codec, ids, tmp_path, backend):
 
 
 def test_4_bits_that_can_not_be(codec, tmp_path, monkeypatch):
-    """Rows that MLX can't cut into groups; bitsandbytes that is not installed; a checkpoint that is quantised already."""
+    """No adapter to train, said before a base stage is made; rows that MLX can't cut into groups; bitsandbytes that is not installed; a checkpoint that is quantised already."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_sft, "make_base", lambda *a: pytest.fail("the base stage was begun"))
+    with pytest.raises(Problem, match="--bits=4: weights of 4 bits can't be trained.*--lora_rank=16"):
+        train_sft.run(Settings(bits=4, vocab_size=600, width=32, layers=1))
+    assert not list(tmp_path.iterdir())
     tiny(codec, width=96).save(tmp_path / "x")
     with pytest.raises(Problem, match="--bits=4: rows of model.layers.* have \\d+ weights, MLX wants a multiple of 64"):
         model.load(tmp_path / "x", "cpu", "mlx", bits=4)

@@ -42,19 +42,21 @@ def test_reward_and_order_of_a_step(codec, lm, monkeypatch):
 
 
 def test_the_two_environments(monkeypatch, tmp_path):
-    """RL-1 imagines its observations and asks nothing that starts at a known entity; RL-2 has the tool, on a pool of its own."""
+    """RL-1 imagines its observations and asks nothing that starts at a known entity; RL-2 has the tool, on a pool of its own. The adapter is made
+    before the reference is copied (guards: a second base in memory, which the estimate does not count)."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out/nano/sft3").mkdir(parents=True)
     (tmp_path / "out/nano/sft3/config.json").write_text("{}")
-    calls = []
+    calls, made = [], []
     the_tool = tools.Library({})
     task = types.SimpleNamespace(train=lambda n, pool, p_head=0.1: (n, pool, p_head), rl_search=the_tool)
     monkeypatch.setattr(train_rl.data, "load_task", lambda s: task)
-    monkeypatch.setattr(train_rl.model, "load", lambda *a, **k: types.SimpleNamespace(copy=lambda: "the start"))
+    monkeypatch.setattr(train_rl.model, "load", lambda *a, **k: types.SimpleNamespace(adapt=lambda s: made.append("adapter"), copy=lambda: made.append("copy") or "the start"))
     monkeypatch.setattr(train_rl, "grpo", lambda lm, reference, s, stage, steps, pool, search, rng, scale=1.0: calls.append((lm, stage, steps, pool, search, scale)))
     monkeypatch.setattr(train_rl.estimate, "show", lambda *a: True)
     train_rl.run(Settings(rl1_steps=3, rl2_steps=2, questions=4, rl_questions=10))
     assert calls == [("the start", "rl1", 3, (10, "rl1", 0.0), autocoa.IMAGINE, Settings.rl1_scale), ("the start", "rl2", 2, (10, "rl2", 0.1), the_tool, 1.0)]
+    assert made == ["adapter", "copy"]
 
 
 def test_groups_that_agree_are_skipped_and_counted(codec, tmp_path, monkeypatch):
