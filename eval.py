@@ -79,7 +79,7 @@ def made_by(folder, s):
     """What an answer depends on, beside its question and row: a hash of the weights, of the passages and of the settings of evaluation."""
     files = sorted(Path(folder).glob("*.safetensors")) or [Path(folder)]
     weights, corpus = [model.tail_hash([f]) if f.is_file() else str(f) for f in files], Path(s.corpus)
-    settings = [s.seed, model.tail_hash([corpus]) if corpus.is_file() else s.corpus, s.language, s.cache, s.top_k, s.max_actions, s.max_len, s.max_answer, s.max_thought, s.max_observation, s.dtype, s.bits]
+    settings = [s.seed, [model.tail_hash([corpus]), corpus.stat().st_size] if corpus.is_file() else s.corpus, s.language, s.cache, s.top_k, s.max_actions, s.max_len, s.max_answer, s.max_thought, s.max_observation, s.dtype, s.bits]
     return hashlib.sha256(json.dumps([weights, settings]).encode()).hexdigest()[:16]
 
 

@@ -244,9 +244,9 @@ def test_what_an_answer_depends_on(lm, tmp_path):
     for change in (dict(top_k=5), dict(max_observation=9), dict(seed=1), dict(corpus="leads"), dict(max_actions=1), dict(bits=4)):
         assert benchmark.made_by(tmp_path / "a", Settings(**change)) != key
     corpus, keys = tmp_path / "corpus.jsonl", set()
-    for text in ("one", "two"):         # the same path, other passages
+    for text in ("one", "two", "a first line" + " " * (1 << 24), " " * (1 << 24)):         # the same path, other passages; a large file that lost its beginning
         corpus.write_text(text)
         keys.add(benchmark.made_by(tmp_path / "a", Settings(corpus=str(corpus))))
-    assert len(keys) == 2
+    assert len(keys) == 4
     tiny(lm.codec, seed=5).save(tmp_path / "b")
     assert benchmark.made_by(tmp_path / "b", Settings()) != key
