@@ -284,9 +284,9 @@ class LM:
         elif self.model.bits < 16 and not self.model.lora:
             raise Problem(f"--bits={self.model.bits}: weights of {self.model.bits} bits can't be trained; train an adapter on them with --lora_rank=16")
 
-    def resume(self, folder, optimizer):
-        """The weights and the optimizer's state that `save` wrote, by either backend. -> optimizer steps that lie behind them. Raises Problem
-        where they are of another network or optimizer."""
+    def resume(self, folder, optimizer=None):
+        """The weights and, where one is given, the optimizer's state that `save` wrote, by either backend. -> optimizer steps that lie behind them (None without). Raises
+        Problem where they are of another network or optimizer."""
         def other(what):
             return Problem(f"{folder} holds {what}; repeat the settings it was begun with, or remove it")
         if read_config(folder) != self.model.config:
@@ -300,6 +300,8 @@ class LM:
             self.backend.adapt(self.model, lora, state)
         else:
             self.backend.load_weights(self.model, folder)
+        if not optimizer:
+            return None
         try:
             optimizer.load_state(load_file(folder / "optimizer.safetensors"))
         except (KeyError, OSError, SafetensorError) as e:

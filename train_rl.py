@@ -117,7 +117,10 @@ def run(s):
     todo = [s.stage] if s.stage else to_do(s, ["rl1", "rl2"], start)
     if not todo:
         return print(f"both stages are in {root} already")
-    lm = model.load(root / "rl1", **place(s)) if todo == ["rl2"] and not s.stage else reference.copy()
+    going_on = todo == ["rl2"] and not s.stage              # --resume, and RL-1 is done
+    lm = model.load(root / "rl1", **place(s)) if going_on and s.lora_merge else reference.copy()    # an adapter that is kept apart shares its base
+    if going_on and not s.lora_merge:
+        lm.resume(root / "rl1")
     if not estimate.show(lm, s, "rl"):
         return
     if "rl1" in todo:       # the policy is its own search engine

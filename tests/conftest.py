@@ -49,6 +49,14 @@ def lm(codec):
     return tiny(codec, spread=0.1)
 
 
+def twin(lm):
+    """The same network in MLX."""
+    import model_mlx
+    network = model_mlx.build(lm.model.config)
+    model_mlx.put(network, {n: p.detach().numpy() for n, p in lm.model.named_parameters()}, "x")
+    return model.LM(network, lm.codec.tok, model_mlx)
+
+
 def shell(cwd, script, *args, timeout=120, threads="1", **environment):
     """A script of the project, run as a user runs it, in a folder of its own."""
     done = subprocess.run([sys.executable, ROOT / script, *args], cwd=cwd, capture_output=True, text=True, timeout=timeout,

@@ -4,10 +4,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import rows, shell, tiny
+from conftest import rows, shell, tiny, twin
 from safetensors.torch import load_file
 from test_losses import SCRIPT_LOSSES, batches_of, chains
-from test_mlx import twin
 from test_model import IDS, ours, theirs
 from transformers import AutoModelForCausalLM
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, shell, tiny
+from conftest import ROOT, shell, tiny, twin
 from test_losses import SCRIPT_LOSSES, batches_of, chains
 from test_model import CHECKPOINTS, IDS, ours, random_checkpoint, theirs
 from transformers import AutoModelForCausalLM
@@ -22,13 +22,6 @@ from common import Problem, Settings
 
 mx = pytest.importorskip("mlx.core")
 import model_mlx    # noqa: E402
-
-
-def twin(lm):
-    """The same network in MLX."""
-    network = model_mlx.build(lm.model.config)
-    model_mlx.put(network, {n: p.detach().numpy() for n, p in lm.model.named_parameters()}, "x")
-    return model.LM(network, lm.codec.tok, model_mlx)
 
 
 @pytest.fixture(scope="module")
@@ -275,32 +268,6 @@ def test_draws_of_a_large_vocabulary():
         logp, u = np.log(p), np.array([[0.0], [0.2499], [0.2501], [1.0]], np.float32)
     for drawn in (model_torch.draw(torch.tensor(logp), torch.tensor(u)).tolist(), model_mlx.draw(mx.array(logp), mx.array(u)).tolist()):
         assert drawn == [7, 7, 200, 200]
-
-
-def test_the_cache_of_mlx(codec):
-    """Feeds of other lengths, none for some, decoding in between, rows dropped, doubled and reordered, a row that fills the cache: the logits of the whole text
-    without a cache (torch's), and greedy tokens of a batch as of each row alone (see test_decode.py)."""
-    lm = tiny(codec, arch="Qwen3ForCausalLM", spread=0.1)
-    there, rows = twin(lm), [list(range(10, 10 + n)) for n in (3, 11, 1, 7)]
-    dec = there.decoder(rows)
-
-    def check():
-        for row, logits in zip(rows, np.array(dec.logits), strict=True):
-            np.testing.assert_allclose(logits, ours(lm.model, np.array([row]))[0, -1], atol=1e-4)
-    check()
-    for parts in ([[20, 21], [], list(range(30, 90)), [27]], [[], [5], [], [6, 7]]):
-        dec.feed(parts)
-        rows = [row + part for row, part in zip(rows, parts)]
-        check()
-    alone = [there.decoder([row]).decode([], [n], 0.0)[0][0] for row, n in zip(rows, (4, 1, 0, 6))]
-    ids, _ = dec.decode([], [4, 1, 0, 6], 0.0)
-    assert ids == alone
-    dec.keep([3, 0, 0, 2])
-    rows = [rows[i] + ids[i] for i in (3, 0, 0, 2)]
-    dec.feed([[30], [31, 32], [33, 34, 35], []])
-    rows = [row + part for row, part in zip(rows, ([30], [31, 32], [33, 34, 35], []))]
-    check()
-    assert dec.length.tolist() == [len(r) for r in rows]
 
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
