@@ -14,6 +14,7 @@ it from the moment it is made:
 
 Tags are single tokens and observations are encoded as plain text, so no retrieved text can open or close one.
 """
+import json
 import re
 import string
 import sys
@@ -53,8 +54,8 @@ class Trajectory:
 
 
 def fit(observation, budget, size):
-    """An observation (passages, one a line) of at most `budget` by `size`, text -> a number: passages leave from the last one on and only their titles stay,
-    then those leave; the first, if it alone is too long, ends with its last whole sentence, or else word, that fits.
+    """An observation (passages, one a line) of at most `budget` by `size`, text -> a number: passages leave from the last one on and only their titles stay;
+    then those leave. The first, if it alone is too long, ends with its last whole sentence, or else word, that fits beside the titles.
 
     >>> fit("Silver River 1: A film.\\n Iron Hill 2: A band of four.", 40, len)
     'Silver River 1: A film.\\n Iron Hill 2:'
@@ -66,16 +67,21 @@ def fit(observation, budget, size):
         lines[n] = lines[n].partition(f" {n + 1}: ")[0] + f" {n + 1}:"
         if size("\n ".join(lines)) <= budget:
             return "\n ".join(lines)
-    while len(lines) > 1 and size("\n ".join(lines)) > budget:
-        lines.pop()
-    for ends in (r"(?<=[.!?]) ", " ", ""):
-        pieces = [piece for piece in re.split(f"({ends})", lines[0]) if piece] if ends else list(lines[0])
-        low, high = 0, len(pieces)              # the most pieces that fit, by bisection: a passage may be long
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if size("".join(pieces[:middle])) <= budget else (low, middle - 1)
-        if low:
-            return "".join(pieces[:low]).strip()
+    if size(lines[0]) <= budget:
+        while size("\n ".join(lines)) > budget:
+            lines.pop()
+        return "\n ".join(lines)
+    for rest in (lines[1:], []) if lines[1:] else ([],):
+        for ends in (r"(?<=[.!?]) ", " ", ""):
+            pieces = [piece for piece in re.split(f"({ends})", lines[0]) if piece] if ends else list(lines[0])
+            low, high = 0, len(pieces)          # the most pieces that fit, by bisection: a passage may be long
+            while low < high:
+                middle = (low + high + 1) // 2
+                fits = size("\n ".join(["".join(pieces[:middle]).strip(), *rest])) <= budget
+                low, high = (middle, high) if fits else (low, middle - 1)
+            first = "".join(pieces[:low]).strip()
+            if first and (not rest or " 1: " in first):
+                return "\n ".join([first, *rest])
     return ""
 
 
@@ -91,7 +97,10 @@ class Codec:
             setattr(self, name, i)
         self.close = tok.convert_tokens_to_ids("}")     # ends the answer; an ordinary token in every byte-level vocabulary
         self.eos = tok.eos_token_id
-        self.plain = Tokenizer.from_str(tok.backend_tokenizer.to_str())     # ten times the speed of tok.encode
+        raw = json.loads(tok.backend_tokenizer.to_str())
+        for token in raw["added_tokens"]:       # some checkpoints have <think> as a token like any other
+            token["special"] = True
+        self.plain = Tokenizer.from_str(json.dumps(raw))                    # ten times the speed of tok.encode
         self.plain.encode_special_tokens = True                             # the spelling of a tag is not a tag
         self.memo = {}
 
@@ -109,6 +118,17 @@ class Codec:
 
     def decode(self, ids):
         return self.tok.decode(ids, skip_special_tokens=False)
+
+    def pieces(self, ids):
+        """Each id as text; a character that several ids spell stands at the last of them."""
+        out, held = [], []
+        for n, i in enumerate(ids, 1):
+            held.append(i)
+            text = self.decode(held)
+            whole = not text.endswith("\ufffd") or len(held) == 4 or n == len(ids)
+            out.append(text if whole else "")
+            held = [] if whole else held
+        return out
 
     def around(self):
         """What stands before and after the question in a prompt: a chat template's turns where the tokenizer has one, then the opening of the thought."""
@@ -374,10 +394,10 @@ COLORS = {PROMPT: "\033[90m", THINK: "\033[0m", ACTION: "\033[1;34m", OBSERVATIO
 def colored(codec, t):
     """A trajectory as text for a terminal, each role in its colour, a line a step."""
     out = []
-    for i, (token, role) in enumerate(zip(t.ids, t.role)):
+    for i, (text, role) in enumerate(zip(codec.pieces(t.ids), t.role)):
         if i == 0 or role != t.role[i - 1]:
             out.append("\033[0m" + ("\n" if i else "") + COLORS[role])
-        out.append(codec.decode([token]))
+        out.append(text)
     return "".join(out) + "\033[0m"
 
 
@@ -391,7 +411,7 @@ def ask(s):
     there = [x for x in stages if Path("out", s.run, x, "config.json").is_file()]
     folder = start_folder(Path("out", s.run), s.start or (there or ["sft3"])[0], stages)
     lm = model.load(folder, **place(s))
-    t, = rollout(lm.decoder, lm.codec, [lm.codec.prompt(s.ask)], data.load_task(s).eval_search, s.max_actions, s.max_len, s.max_answer)
+    t, = rollout(lm.decoder, lm.codec, [lm.codec.prompt(s.ask)], data.load_task(s).eval_search, s.max_actions, s.max_len, s.max_answer, s.max_observation)
     print(colored(lm.codec, t) if sys.stdout.isatty() else lm.codec.decode(t.ids))
     print(f"answer: {lm.codec.answer(t)}  ({len(t.queries)} searches, {folder.name})")
 

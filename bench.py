@@ -118,9 +118,11 @@ def transformers_side(folder, base, codec, s):
             if step == 1:
                 start = time.perf_counter()
             optimizer.zero_grad()
-            student(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+            loss = student(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
+            loss.item()             # a trainer logs it; and a GPU is waited for, as on our side
         return time.perf_counter() - start
     return one, many, learn
 
@@ -147,7 +149,7 @@ def run(s):
         return lm.decoder([prompts[0]]).decode([], [128], 0.0)[0][0]
 
     def our_many():
-        return [t.ids for t in autocoa.rollout(lm.decoder, lm.codec, prompts, task.rl_search, s.max_actions, s.max_len, s.max_answer)]
+        return [t.ids for t in autocoa.rollout(lm.decoder, lm.codec, prompts, task.rl_search, s.max_actions, s.max_len, s.max_answer, s.max_observation)]
 
     def our_learn(steps=6):
         student = model.load(root / "base", **place(s))
@@ -193,7 +195,7 @@ def index_cost(n):
         index(queries)
         size = sum(p.stat().st_size for p in Path(folder, "index").rglob("*") if p.is_file())
         print(f"{n:,} passages (made in {made:.0f} s): built in {built:.1f} s, loaded in {loaded:.2f} s, {1000 * (time.time() - start) / 200:.2f} ms a query, {size / 1e6:,.0f} MB on disk, "
-              f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:,.1f} GB of memory at most", flush=True)
+              f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6):,.1f} GB of memory at most", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from common import Problem, place, progress
 from live import Cache, Polite
 
 PAPER = "Qwen/Qwen2.5-14B-Instruct"
+REFUSED = (400, 413, 422)               # HTTP's: this conversation, not the endpoint
 JUDGE = """Question: {question}
 Accepted answers: {golden}
 Given answer: {answer}
@@ -55,8 +56,9 @@ class Chat:
             if self.url:
                 def ask(i):         # keeps what it was told itself: one bad answer must not cost those of other threads
                     text = self.fetch(conversations[i], budget, list(stop), temperature, sample)
-                    self.keep(keys[i], text)
-                    return text
+                    if text is not None:
+                        self.keep(keys[i], text)
+                    return text or ""
                 with ThreadPoolExecutor(self.threads) as pool:
                     for i, text in zip(missing, pool.map(ask, missing)):
                         said[i] = text
@@ -75,15 +77,25 @@ class Chat:
         self.cache.put(*key, said=text)
 
     def fetch(self, conversation, budget, stop, temperature, sample):
+        """What an endpoint says; None where it takes no such conversation (too long, filtered): that one is lost, the others are not."""
         ask = {"model": self.name, "messages": conversation, "max_tokens": budget, "temperature": temperature, "seed": sample, **({"stop": stop} if stop else {})}
         key = os.environ.get("OPENAI_API_KEY")
         try:
             answer = self.http.send("POST", self.url.rstrip("/") + "/chat/completions", json=ask, headers={"Authorization": f"Bearer {key}"} if key else {}).json()
             text = answer["choices"][0]["message"]["content"]
+            if text is None:            # it thought to the end of its budget, or would not speak
+                text = ""
             if not isinstance(text, str):
                 raise ValueError("no text")
+            text = cut(text, stop)      # some endpoints take no notice of it
         except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as e:
-            raise Problem(f"{self.setting}: not an endpoint that answers ({type(e).__name__}: {e}); what it said before is in {self.cache.path}, so the same command goes on from there") from None
+            said = getattr(getattr(e, "response", None), "text", "")[:200].partition("\n")[0]
+            if getattr(getattr(e, "response", None), "status_code", 0) in REFUSED:
+                with self.lock:
+                    self.counts["refused"] += 1
+                    if self.counts["asked"] or self.counts["refused"] < 8:
+                        return None
+            raise Problem(f"{self.setting}: not an endpoint that answers ({type(e).__name__}: {e} {said}); what it said before is in {self.cache.path}, so the same command goes on from there") from None
         with self.lock:
             for kind in ("prompt_tokens", "completion_tokens"):
                 self.counts[kind] += (answer.get("usage") or {}).get(kind) or 0
@@ -106,11 +118,16 @@ class Chat:
         self.counts["prompt_tokens"] += sum(map(len, prompts))
         self.counts["completion_tokens"] += sum(map(len, ids))
         texts = [codec.decode([i for i in row if i != codec.eos]) for row in ids]
-        return [re.split("|".join(map(re.escape, stop)), text)[0] if stop else text for text in texts]
+        return [cut(text, stop) for text in texts]
 
     def report(self):
         c = self.counts
-        return f"{self.name}: asked {c['asked']:,} times ({c['from the cache']:,} more from the cache), {c['prompt_tokens']:,} tokens read and {c['completion_tokens']:,} written"
+        return f"{self.name}: asked {c['asked']:,} times ({c['from the cache']:,} more from the cache{', ' * bool(c['refused'])}{c['refused'] or ''}{' refused' * bool(c['refused'])}), {c['prompt_tokens']:,} tokens read and {c['completion_tokens']:,} written"
+
+
+def cut(text, stop):
+    """A text up to the first of some others."""
+    return re.split("|".join(map(re.escape, stop)), text)[0] if stop else text
 
 
 def judge(chat, records):

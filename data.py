@@ -408,8 +408,7 @@ def load_task(s):
         at = {"sample": 0, "coa": 0, "cot": 0, "act": 0, "think": 0, "rl1": s.coa, "rl2": s.coa + s.rl1_steps * s.questions}[pool_name]
         order = random.Random(s.seed).sample(range(len(pool)), len(pool))
         return [pool[order[(at + i) % len(pool)]] for i in range(min(n, len(pool)))]
-    rng = random.Random(f"evaluation {s.seed}")
-    sets = {name: rng.sample(rows, min(s.eval_questions, len(rows))) for name, rows in sets.items()}
+    sets = {name: random.Random(f"evaluation {s.seed} {name}").sample(rows, min(s.eval_questions, len(rows))) for name, rows in sets.items()}     # the same beside any others
     return Task(train, sets, search, search, search)
 
 
@@ -440,7 +439,7 @@ def real_steps(q, source=""):
         return sum(w in said for w in words) / max(1, len(words))
     titles = sorted(dict.fromkeys(q["metadata"].get("gold_titles") or []), key=lambda t: -overlap(t))[:2]
     fact = {"fact": str(q["id"]), "wordings": [question], "answers": golden, "recall": f"I recall {golden[0]}.", "head": False}
-    if len(titles) < 2 or not re.search("hotpot|musique|2wiki|bamboogle", f"{source} {q['id']}"):
+    if len(titles) < 2 or not re.search("hotpot|musique|2wiki|bamboogle", f"{source} {q['id']}", re.I):
         title = titles[0] if titles else ""             # further gold passages of a single-hop question are alternatives
         if title and overlap(title) == 1:
             return [dict(fact, ask=f"I look for {title}.", title=title, subject=title, queries=[title, question], holds=golden)]

@@ -85,27 +85,28 @@ def show(lm, s, kind):
     n, size = parameters(c, s), 2 if s.dtype == "bfloat16" else 4
     whole = n["blocks"] + n["rest"]
     keep = kept(c, s, s.muon and kind == "sft", 2 * size if lm.backend.__name__ == "model_mlx" else 4)      # MLX has an offset beside the scale
-    rows = {"sft": 0, "rl": s.questions * s.rollouts, "eval": s.batch_rows}[kind]
-    going = {"KV cache": cache(c, s, min(rows, s.batch_rows), s.max_len)} if rows else {}
+    rows = s.questions * s.rollouts if kind == "rl" else s.batch_rows           # in SFT too: what the base model knows is asked, and each stage ends with samples
+    going = {"KV cache": cache(c, s, min(rows, s.batch_rows), s.max_len)}
     copy = 0 if size == 4 or s.lora_rank else size * whole           # the rollouts' own copy in the compute type
     if kind == "eval":
+        keep = {"weights": keep["weights"] * (1 if s.data else 2)}      # the base model stays beside the stage that is asked
         peak = keep["weights"] + copy + going["KV cache"]
-        keep = {"weights": keep["weights"]}
     else:
-        going["activations"] = activations(c, s, s.micro_tokens, s.micro_tokens)
+        tokens = max(s.micro_tokens, s.max_len)                         # a trajectory is not cut
+        going["activations"] = activations(c, s, tokens, tokens)
         if kind == "rl":
             keep["reference"] = 4 * (n["adapter"] + n["tags"] if s.lora_rank else whole)
         if lm.backend.__name__ == "model_mlx":
             going["optimizer step"] = step_of_mlx(c, s, s.muon and kind == "sft", lm.backend.Optimizer.GROUP)
-        peak = sum(keep.values()) + max(going.get("KV cache", 0) + copy, going["activations"], going.get("optimizer step", 0))
+        peak = sum(keep.values()) + max(going["KV cache"] + copy, going["activations"], going.get("optimizer step", 0))
     print(f"{whole / 1e6:,.2f} M parameters" + ("" if kind == "eval" else f", {(n['adapter'] + n['tags']) / 1e6:,.2f} M trained (rank {s.lora_rank})" if s.lora_rank else ", all trained"))
-    sizes = [f"micro-batches of {s.micro_tokens} tokens"] * (kind != "eval") + [f"{min(rows, s.batch_rows)} rows of {s.max_len}"] * (rows > 0)
+    sizes = [f"micro-batches of {max(s.micro_tokens, s.max_len)} tokens"] * (kind != "eval") + [f"{min(rows, s.batch_rows)} rows of {s.max_len}"]
     print("memory in MB: " + ", ".join(f"{k} {v / 1e6:,.1f}" for k, v in (keep | going).items())
           + f"; together at most {peak / 1e6:,.0f}, beside the framework and the data ({', '.join(sizes)})", flush=True)
     if s.dry_run:
         if kind != "eval":
             print(f"time: {step_seconds(lm, s, s.muon and kind == 'sft'):.2f} s an optimizer step of {s.batch_tokens} tokens")
-        if rows:
+        if kind != "sft":
             print(f"time: {decode_seconds(lm, s, min(rows, s.batch_rows)):.3f} s a token of {min(rows, s.batch_rows)} rollouts")
         print("nothing was trained or written (--dry-run)")
     return not s.dry_run

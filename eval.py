@@ -5,7 +5,8 @@
     python eval.py --compare="SFT-1&2&3+RL-1&2,ReAct workflow" --runs=nano,seed1,seed2                  # over the predictions of several seeds
 
 Writes eval.json and predictions.jsonl to out/<run>/ (with --data to out/eval/<model>-<a hash of its path>/), and prints the table and, as the last line, the JSON. --resume keeps
-the answers that the same weights gave under the same settings, of an evaluation that was interrupted or is finished.
+the answers that the same weights gave under the same settings, of an evaluation that was interrupted or is finished; --rows asks for some rows, and shows the others
+with the answers that are there.
 
 What is printed beside EM: F1, actions a question, how often the facts that a question needs were searched for, apart for those that
 the base model knows and those that it does not; malformed trajectories. In eval.json also: answers that had to be forced, cover-EM, the score of the authors'
@@ -26,6 +27,7 @@ import model
 import workflows
 from chat import Chat, judge
 from common import Problem, main, place, read_jsonl, start_folder, write
+from live import FAILED, MISSED
 from miniwiki import DIFFERENCE
 from train_sft import recall
 
@@ -39,15 +41,12 @@ PERCENT = ("em", "f1", "cover", "overlap", "malformed", "forced")
 # ---- answers ------------------------------------------------------------------------------------------------------------
 def run_row(row, lm, questions, task, s):
     """-> a record a question: answer, trajectory and figures."""
-    def bare(answers):
-        return [(a, autocoa.Trajectory()) for a in answers]
-
     def looked_up(observations, budget):
         return [lm.codec.fit(o, budget) for o in observations]
     if row == "model only (at once)":
-        done = bare(workflows.direct(lm, questions, s, desc=row))
+        done = workflows.direct(lm, questions, s, desc=row)
     elif row == "model only":
-        done = bare(workflows.closed_book(lm, questions, s, workflows.CLOSED_BOOK, desc=row))
+        done = workflows.closed_book(lm, questions, s, workflows.CLOSED_BOOK, desc=row)
     elif row == "retrieve-then-read":
         done = workflows.read(lm, questions, looked_up(task.eval_search([q["question"] for q in questions]), s.max_observation), s, desc=row)
     elif row == "oracle passages":
@@ -61,7 +60,7 @@ def run_row(row, lm, questions, task, s):
     agent = row not in WORKFLOWS
     return [{"id": q["id"], "question": q["question"], "golden_answers": q["golden_answers"], "answer": a, "em": autocoa.exact_match(a, q["golden_answers"]),
              "f1": autocoa.f1(a, q["golden_answers"]), "cover": autocoa.cover_match(a, q["golden_answers"]), "overlap": autocoa.overlap_match(a, q["golden_answers"]), "actions": len(t.queries), "queries": t.queries,
-             "malformed": float(agent and not lm.codec.well_formed(t)), "forced": float(agent and t.forced), "text": lm.codec.decode(t.ids)}
+             "malformed": float(agent and not lm.codec.well_formed(t)), "forced": float(agent and t.forced), "lost": sum(o in (FAILED, MISSED) for o in t.observations), "text": lm.codec.decode(t.ids)}
             for q, (a, t) in zip(questions, done)]
 
 
@@ -80,15 +79,24 @@ def made_by(folder, s):
     files = sorted(Path(folder).glob("*.safetensors")) or [Path(folder)]
     weights, corpus = [model.tail_hash([f]) if f.is_file() else str(f) for f in files], Path(s.corpus)
     settings = [s.seed, [model.tail_hash([corpus]), corpus.stat().st_size] if corpus.is_file() else s.corpus, s.language, s.cache, s.top_k, s.max_actions, s.max_len, s.max_answer, s.max_thought, s.max_observation, s.dtype, s.bits]
-    return hashlib.sha256(json.dumps([weights, settings]).encode()).hexdigest()[:16]
+    return digest([weights, settings])
+
+
+def digest(x):
+    return hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16]
+
+
+def question_key(q):
+    """Of all in a question that an answer, or its score, depends on."""
+    return digest([q["question"], q["golden_answers"], q["metadata"].get("gold_titles"), q["metadata"].get("gold_ids")])
 
 
 def known_facts(base, task, s, root):
     """What the base model knows of what evaluation asks, kept in known.json. -> set of facts"""
     path, made = root / "known.json", made_by(Path(s.model) if s.data else root / "base", s)
     questions = [q for rows in task.evaluation.values() for q in rows]
-    asked = hashlib.sha256(json.dumps([(q["id"], q["question"]) for q in questions]).encode()).hexdigest()[:16]
-    if s.resume and path.is_file():
+    asked = digest([question_key(q) for q in questions])
+    if (s.resume or s.rows) and path.is_file():
         kept = json.loads(path.read_text())
         if kept["made"] == made and kept["asked"] == asked:
             return set(kept["known"])
@@ -98,39 +106,45 @@ def known_facts(base, task, s, root):
 
 
 class Predictions:
-    """Records of an evaluation, in <folder>/predictions.jsonl; until all are there in predictions.jsonl.partial, so that --resume finds them."""
+    """Records of an evaluation, in <folder>/predictions.jsonl; until all are there in predictions.jsonl.partial, so that --resume finds them.
 
-    def __init__(self, folder, resume):
+    rows: those that are asked (none: all). Without resume they are asked anew; the records of others stay.
+    """
+
+    def __init__(self, folder, resume, rows=()):
         self.path, self.part, self.known = folder / "predictions.jsonl", folder / "predictions.jsonl.partial", {}
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.path, self.part) if resume else ():
+        for path in (self.path, self.part):
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-            whole = [line for line in lines if line.endswith("}\n")]
-            if whole != lines:                  # the last was cut; what is written next must not go on behind it
-                write(path, "".join(whole))
-            for line in whole:
-                r = json.loads(line)
-                self.known[r["row"], r["set"], r["id"], r["question"], r.get("made")] = r
-        if not resume:
-            self.part.unlink(missing_ok=True)
+            kept = [line for line in lines if line.endswith("}\n") and (resume or rows and json.loads(line)["row"] not in rows)]
+            if path == self.part and kept != lines:         # the last was cut, and what is written next must not go on behind it; or all is asked anew
+                write(path, "".join(kept))
+            for r in map(json.loads, kept):
+                if not r.get("lost"):           # an answer behind a search that failed is asked again
+                    self.known[r["row"], r["set"], r["id"], r.get("asked"), r.get("made")] = r
+
+    def missing(self, row, sets, made):
+        """[(set, question)] that this row is still to be asked."""
+        return [(name, q) for name, questions in sets.items() for q in questions if (row, name, q["id"], question_key(q), made) not in self.known]
 
     def row(self, row, sets, made, answer, piece):
         """{set: records} of one row, asking `answer` (questions -> records) for those that are not there yet, `piece` at a time."""
         def key(name, q):
-            return row, name, q["id"], q["question"], made
-        missing = [(name, q) for name, questions in sets.items() for q in questions if key(name, q) not in self.known]
+            return row, name, q["id"], question_key(q), made
+        missing = self.missing(row, sets, made)
         for at in range(0, len(missing), piece):
             part = missing[at:at + piece]
             with open(self.part, "a", encoding="utf-8") as f:
                 for (name, q), r in zip(part, answer([q for _, q in part]), strict=True):
-                    self.known[key(name, q)] = r = {"row": row, "set": name, **r, "made": made}
+                    self.known[key(name, q)] = r = {"row": row, "set": name, **r, "asked": question_key(q), "made": made}
                     f.write(json.dumps(r) + "\n")
         return {name: [self.known[key(name, q)] for q in questions] for name, questions in sets.items()}
 
     def finish(self, rows, made):
-        """rows: {row: {set: records}}. What --resume found of other rows and sets stays, where the same weights and settings gave it (made: {row: what made_by says})."""
+        """rows: {row: {set: records}}. What was there of other rows and questions stays, where the same weights and settings gave it (made: {row: what made_by says})."""
         now = [r for sets in rows.values() for records in sets.values() for r in records]
-        kept = [r for r in self.known.values() if r["set"] not in rows.get(r["row"], ()) and r["made"] == made.get(r["row"])]
+        there = {(r["row"], r["set"], r["id"]) for r in now}
+        kept = [r for r in self.known.values() if (r["row"], r["set"], r["id"]) not in there and r["made"] == made.get(r["row"])]
         write(self.path, "".join(json.dumps(r) + "\n" for r in now + kept))
         self.part.unlink(missing_ok=True)
 
@@ -194,7 +208,7 @@ def interval(sets, draws=2000):
 
 
 def paired(runs, draws=2000):
-    """How much more EM one row has than another on the questions that both answered, with a paired 95% bootstrap interval: {"gain", "gain_low", "gain_high"}.
+    """How much more EM one row has than another on the questions that both answered, with a paired 95% bootstrap interval: {"gain", "gain_low", "gain_high", "gain_questions"}.
 
     runs: of each run the records of the two rows, ({set: records}, {set: records}). A question that several runs share is drawn as one: more seeds on
     the same questions say more of chance in training, nothing of other questions.
@@ -206,9 +220,11 @@ def paired(runs, draws=2000):
             for r in rows:
                 if (key := (r["id"], r["question"])) in other:
                     gains.setdefault(name, {}).setdefault(key, []).append(100 * (r["em"] - other[key]))
+    if not gains:
+        raise Problem("--compare: the two rows answered no question in common; evaluate both on the same files, with one --seed and --eval_questions")
     sets = [[mean(g) for g in questions.values()] for questions in gains.values()]
     low, high = interval(sets, draws)
-    return {"gain": mean([mean(g) for g in sets]), "gain_low": low, "gain_high": high}
+    return {"gain": mean([mean(g) for g in sets]), "gain_low": low, "gain_high": high, "gain_questions": sum(map(len, sets))}
 
 
 def compare(s):
@@ -240,7 +256,7 @@ def table(rows, sets):
     for name, r in rows.items():
         a = r["avg"]
         lines.append(f"{name:24}" + "".join(f"{r[n]['em']:11.1f}" if n in r else f"{'-':>11}" for n in sets) + f"{a['em']:8.1f}{a['em_low']:8.1f} -{a['em_high']:5.1f}{a['f1']:7.1f}"
-                     f"{a['actions']:9.2f}{share(a['search_known']):>7}{share(a['search_unknown']):>9}{a['malformed']:10.1f}%" + (f"{a['judge'] or 0:7.1f}" if judged else ""))
+                     f"{a['actions']:9.2f}{share(a['search_known']):>7}{share(a['search_unknown']):>9}{a['malformed']:10.1f}%" + ("" if not judged else f"{'-':>7}" if a.get("judge") is None else f"{a['judge']:7.1f}"))
     return "\n".join(lines)
 
 
@@ -258,28 +274,29 @@ def run(s):
     else:
         root = Path("out", s.run)
         base = model.load(start_folder(root, "base", ("base", *STAGES.values())), **place(s))
-        todo = [(row, root / "base") for row in WORKFLOWS] + [(row, root / stage) for row, stage in STAGES.items() if (root / stage / "config.json").is_file()]
+        own = {p.parent.name: p.parent.name for p in sorted(root.glob("*/config.json")) if not p.parent.suffix and p.parent.name not in ("base", *STAGES.values())}       # of --out
+        todo = [(row, root / "base") for row in WORKFLOWS] + [(row, root / stage) for row, stage in (STAGES | own).items() if (root / stage / "config.json").is_file()]
     if odd := [row for row in s.rows if row not in dict(todo)]:
         raise Problem(f"--rows: there is no row {odd[0]!r} here; there are: {', '.join(dict(todo))}")
     if not estimate.show(base, s, "eval"):
         return
     chat = Chat(s.judge, s, "judge") if s.judge else None           # before the rows: one that is not there costs no time
     made = {row: made_by(folder, s) for row, folder in todo}
-    known, predictions, answers, rows = known_facts(base, task, s, root), Predictions(root, s.resume), {}, {}
+    known, predictions, answers, rows = known_facts(base, task, s, root), Predictions(root, s.resume, s.rows), {}, {}
     for row, folder in todo:
-        if s.rows and row not in s.rows:
+        sets, lm = asked(row, base, task), None
+        if s.rows and row not in s.rows and predictions.missing(row, sets, made[row]):
             continue
         before = root / MADE_FROM.get(folder.name, folder.name) / "config.json"
         if before.is_file() and (folder / "config.json").stat().st_mtime < before.stat().st_mtime:
             print(f"{folder} is older than {before.parent}, from which it should come: train it again, or this row compares two runs")
-        sets, lm = asked(row, base, task), None
 
         def answer(questions):
             nonlocal lm
-            lm = lm or (model.load(folder, **place(s)) if row in STAGES else base)
+            lm = lm or (base if row in WORKFLOWS or s.data else model.load(folder, **place(s)))
             return run_row(row, lm, questions, task, s)
         if sets:
-            answers[row] = predictions.row(row, sets, made[row], answer, 4 * s.batch_rows)
+            answers[row] = predictions.row(row, sets, made[row], answer, s.batch_rows)
             rows[row] = summary(answers[row], sets, known)
     for row in rows if "ReAct workflow" in answers else ():
         rows[row]["avg"] |= paired([(answers[row], answers["ReAct workflow"])])

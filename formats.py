@@ -65,7 +65,7 @@ def parts_of(text, whole=True):
     if any(tag in x for kind, x in parts if kind == "think" for tag in TAGS.values()):
         raise ValueError("a tag that is not closed, or in the wrong place")
     kinds = [kind for kind, _ in parts]
-    if any(kind == "result" and kinds[i - 1:i] != ["search"] for i, kind in enumerate(kinds)) or any(kind == "search" and kinds[i + 1:i + 2] != ["result"] for i, kind in enumerate(kinds[:-1])):
+    if any(kind == "result" and kinds[i - 1:i] != ["search"] for i, kind in enumerate(kinds)) or any(kind == "search" and kinds[i + 1:i + 2] != ["result"] for i, kind in enumerate(kinds if closed else kinds[:-1])):
         raise ValueError("a search without its result, or a result without a search")
     if closed:
         said, boxed, answer = final.rpartition(TAGS["boxed"])
@@ -183,6 +183,10 @@ def question_rows(path):
         golden = q.get("golden_answers")
         if not isinstance(golden, list) or not golden or not all(isinstance(g, str) and g.strip() for g in golden):
             raise Problem(f"{path}:{n}: question {q['id']!r} has no answers; golden_answers must be a list of texts")
+        try:
+            " ".join([q["question"], *golden]).encode()
+        except UnicodeEncodeError:
+            raise Problem(f"{path}:{n}: question {q['id']!r} holds half a character (a lone surrogate); write the file anew as UTF-8") from None
         if not isinstance(q.get("metadata") or {}, dict):
             raise Problem(f"{path}:{n}: metadata of question {q['id']!r} must be an object")
         q["metadata"] = dict(q.get("metadata") or {})
@@ -213,7 +217,7 @@ def show(path, number):
     n, row = rows[number - 1]
     try:
         if "ids" in row:
-            tokens = row.get("tokens") or [codec.decode([i]) for codec in [codec_of(path.parent.parent / "base")] for i in row["ids"]]
+            tokens = row.get("tokens") or codec_of(path.parent.parent / "base").pieces(row["ids"])
             pieces = list(zip(tokens, row["mask"]))
         elif "messages" in row:
             spans = re.split(f"({re.escape(TAGS['result'])}.*?{re.escape(TAGS['end_result'])})", row["messages"][-1]["content"], flags=re.S)
@@ -237,7 +241,7 @@ def get(name, folder="."):
     try:
         splits = load_dataset("RUC-NLPIR/FlashRAG_datasets", SETS[name])
     except Exception as e:      # each way of being offline has its own
-        raise Problem(f"data.py get: {name} can't be fetched ({str(e).splitlines()[0]}); try again online, or give question files of your own") from None
+        raise Problem(f"data.py get: {name} can't be fetched ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); try again online, or give question files of your own") from None
     for split, rows in splits.items():
         out = []
         for row in rows:

@@ -25,10 +25,10 @@ import requests
 from common import Problem, alone, tqdm
 from tools import listed
 
-AGENT = "autocoa-small/1.0 (agent training for study; requests are cached and limited)"
-FAILED = "The search failed."
+AGENT = f"autocoa-small/1.0 ({os.environ.get('WIKIPEDIA_CONTACT', 'agent training for study; cached and limited')}) python-requests/{requests.__version__}"
+FAILED, MISSED = "The search failed.", "This search is not in the cache."       # observations that say nothing of the question
 TRIES, TIMEOUT, GIVE_UP = 4, 10.0, 8        # of a request; seconds; failed queries in a row before the run stops
-TRANSIENT = ("ratelimited", "maxlag", "readonly", "internal_api_error")        # MediaWiki's errors that pass
+TRANSIENT = ("ratelimited", "maxlag", "readonly", "internal_api_error", "cirrussearch-too-busy", "cirrussearch-regex-too-busy", "cirrussearch-backend-error")     # MediaWiki's errors that pass
 NONSENSE = (ValueError, KeyError, TypeError, AssertionError, IndexError, AttributeError)       # what the package raises on answers that it does not expect
 BATCH = 64                                  # queries that a retrieval server gets at once
 BUSY = (3, 5, 6, 8, 10, 13, 14)             # SQLite's codes for a file that is locked, read-only, or on a full or failing disk
@@ -38,8 +38,8 @@ class Polite:
     """In place of `requests` for the wikipedia package, which has no timeouts, no retries, and whose rate limit rounds its waits down to nothing.
 
     At most one request begins in `gap` seconds, whatever the threads. 429 and 5xx, MediaWiki's own words for them, broken connections, cut bodies and what is
-    not JSON are tried again after a wait that doubles, with jitter; after a Retry-After no thread asks before its time, and where that is more than `longest`
-    seconds away the request fails at once. Raises requests.RequestException when all was in vain.
+    not JSON are tried again after a wait that doubles, with jitter; after a Retry-After no thread asks before its time, and while that is more than `longest`
+    seconds away requests fail at once. Raises requests.RequestException when all was in vain.
     """
 
     def __init__(self, gap=0.1, longest=30.0, timeout=None):
@@ -61,6 +61,8 @@ class Polite:
         for i in range(TRIES):
             with self.lock:
                 at = max(self.next, time.monotonic())
+                if at - time.monotonic() > self.longest:
+                    raise requests.HTTPError(f"{url} said to wait {at - time.monotonic():.0f} s more")
                 self.next = at + self.gap
             self.wait(max(0.0, at - time.monotonic()))
             pause = 0.5 * 2 ** i * (1 + random.random())
@@ -74,12 +76,12 @@ class Polite:
                         return answer
                 error = requests.HTTPError(f"{answer.status_code} from {url}")
                 told = retry_after(answer.headers.get("Retry-After", ""))
-                if told > self.longest:
-                    raise requests.HTTPError(f"{error}, and to wait {told:.0f} s")
                 if told:
                     with self.lock:
                         self.next = max(self.next, time.monotonic() + told)
                     pause = told
+                if told > self.longest:
+                    raise requests.HTTPError(f"{error}, and to wait {told:.0f} s")
             except (requests.TooManyRedirects, requests.HTTPError):
                 raise
             except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError, ValueError) as e:
@@ -191,7 +193,7 @@ class Wikipedia:
                 answers = pool.map(self.ask, asked.values())
                 for key, passages in zip(asked, tqdm(answers, desc="Wikipedia", unit="query", total=len(asked), leave=False, delay=2)):
                     said[key] = passages
-        lost = "This search is not in the cache." if self.mode == "replay" else FAILED
+        lost = MISSED if self.mode == "replay" else FAILED
         return [lost if said[key] is None else listed(said[key]) for key in keys]
 
     def ask(self, query):
@@ -199,11 +201,20 @@ class Wikipedia:
         try:
             self.http.thread.left = math.inf
             titles = self.package.search(query[:300], results=self.top_k)
-            passages = [p for p in map(self.lead, titles) if p]
+            passages, odd = [], None
+            for title in titles:
+                try:
+                    passages += [p for p in [self.lead(title)] if p]
+                except NONSENSE as e:           # the others are of use, but this is not what Wikipedia says of the query: it is not kept
+                    odd = e
+            if odd and not passages:
+                raise odd
             with self.http.lock:
                 self.failed = 0
-            self.cache.put(normal(query), self.top_k, self.language, said=passages)         # here, so that it is kept whatever becomes of the others
-            self.fresh[normal(query)] = passages
+                self.counts["errors"] += bool(odd)
+            if not odd:
+                self.cache.put(normal(query), self.top_k, self.language, said=passages)     # here, so that it is kept whatever becomes of the others
+                self.fresh[normal(query)] = passages
             return passages
         except self.package.exceptions.WikipediaException:          # it does not take this query: no reason to stop
             with self.http.lock:
@@ -217,14 +228,15 @@ class Wikipedia:
                 raise Problem(f"Wikipedia: {GIVE_UP} searches in a row failed, the last with: {e}; what was found is in {self.cache.path}; go on later with --resume, or with --cache=replay") from None
 
     def lead(self, title):
-        """-> (title, text); a page that means several says which; None for a page that is missing, that only sends one on and on, or is not understood."""
+        """-> (title, text); a page that means several says which; None for a page that is missing or that only sends one on and on. Raises one of
+        NONSENSE for what is not understood."""
         self.http.thread.left = 12
         try:
             page = self.package.page(title, auto_suggest=False)
             return page.title, " ".join(page.summary.split())
         except self.package.exceptions.DisambiguationError as e:
             return title, "This name may mean: " + "; ".join(e.options[:8]) + "."
-        except (self.package.exceptions.PageError, requests.TooManyRedirects, RecursionError, *NONSENSE):
+        except (self.package.exceptions.PageError, requests.TooManyRedirects, RecursionError):
             return None
         finally:
             self.http.thread.left = math.inf

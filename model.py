@@ -231,7 +231,7 @@ class LM:
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(self.folder), "r": lora.rank, "lora_alpha": lora.alpha,
             "lora_dropout": lora.dropout, "target_modules": lora.targets, "bias": "none", "inference_mode": True,
             "trainable_token_indices": {name.split(".")[-1]: lora.tokens for name in self.backend.embeddings(self.model)}}, indent=2))
-        save_file({peft_name(n): x for n, x in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt", "base": fingerprint(self.folder)})
+        save_file({peft_name(n): x for n, x in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt", "base": fingerprint(self.folder), "trained_on": self.base_bits()})
         if lora.rank < len(lora.tokens):
             return
         there, known = folder / "mlx_lm", {}
@@ -250,6 +250,10 @@ class LM:
         (there / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "num_layers": self.model.config.num_hidden_layers, "lora_parameters": {
             "rank": lora.rank, "scale": scale, "dropout": lora.dropout, "keys": keys}}, indent=2))
         save_file(known, there / "adapters.safetensors")
+
+    def base_bits(self):
+        """How the base of an adapter is kept, which the adapter has learned to go with."""
+        return "16 bits or more" if self.model.bits == 16 else "MLX's 4 bits" if self.backend.__name__ == "model_mlx" else "bitsandbytes' 4 bits (NF4)"
 
     def adapter_shapes(self, lora):
         """{name: shape} of an adapter of this network: A is (rank, in), B (out, rank), embeddings' rows (tokens, hidden)."""
@@ -279,8 +283,11 @@ class LM:
             self.backend.adapt(self.model, lora, state)
             if s.lora_rank < len(tags):
                 print(f"an adapter of rank {s.lora_rank} is below the {len(tags)} tags whose embeddings it trains, so it gets no form for mlx_lm; --lora_rank={len(tags)} would")
-        elif s.lora_rank and s.lora_rank != self.model.lora.rank:
-            raise Problem(f"--lora_rank={s.lora_rank}: what this run starts from has an adapter of rank {self.model.lora.rank}; repeat --lora_rank={self.model.lora.rank}, or begin at a stage without one")
+        elif s.lora_rank:
+            for name in ("rank", "alpha", "dropout", "targets"):
+                there, wanted = getattr(self.model.lora, name), getattr(s, f"lora_{name}")
+                if (sorted(there) != sorted(wanted)) if name == "targets" else there != wanted:
+                    raise Problem(f"--lora_{name}={wanted}: what this run starts from has an adapter with {there}; repeat that, or begin at a stage without an adapter")
         elif self.model.bits < 16 and not self.model.lora:
             raise Problem(f"--bits={self.model.bits}: weights of {self.model.bits} bits can't be trained; train an adapter on them with --lora_rank=16")
 
@@ -399,6 +406,9 @@ def load(folder, device="auto", framework="auto", dtype="float32", bits=16, froz
         b.quantize(network, bits)
     if adapter:
         b.adapt(network, *adapter)
+        with safe_open(folder / "adapter_model.safetensors", "np") as f:
+            if (trained_on := (f.metadata() or {}).get("trained_on", lm.base_bits())) != lm.base_bits():
+                print(f"{folder} was trained on a base of {trained_on}, and goes onto one of {lm.base_bits()} now: not quite the same network (--bits, --backend)")
     return lm
 
 

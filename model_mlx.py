@@ -142,6 +142,7 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(config.vocab_size, config.hidden_size)
         self._periods = mx.array(1 / config.inv_freq())     # the underscore keeps it out of the parameters
+        mx.random.seed(0)           # layers drew initial weights that nobody will see; forgotten here, or the chain of MLX's keys grows with each copy
 
     def __call__(self, ids, start=0, caches=None, mask=None):
         """ids (B, T), at positions start (one for all rows, or one a row) and on -> hidden states (B, T, hidden)."""
@@ -233,6 +234,7 @@ class Decoder:
         keys = int(length.max()) + T
         if keys > self.k[0].shape[2]:
             more = -(-keys // self.BLOCK) * self.BLOCK - self.k[0].shape[2]
+            mx.clear_cache()            # or MLX keeps the room of each former size, which no later one fits
             self.k, self.v = [[mx.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in cache] for cache in (self.k, self.v)]
         even = rows is None and (length == length[0]).all()                         # all rows end at one place: they need no mask
         if even:
@@ -426,8 +428,7 @@ def pick_device(name):
     """MLX picks the Apple GPU by itself where there is one; "cpu" is the other choice. Raises Problem for what is not there."""
     if name not in ("auto", "cpu"):
         raise Problem(f"--device: {name!r} is not one of auto, cpu, the choices of MLX; or take --backend=torch")
-    if name == "cpu":
-        mx.set_default_device(mx.cpu)
+    mx.set_default_device(mx.gpu if name == "auto" and mx.metal.is_available() else mx.cpu)
     return name
 
 

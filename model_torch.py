@@ -95,7 +95,9 @@ class Attention(nn.Module):
         if mask is not None and kv < heads:     # the query heads of one key head become rows of one query: its keys are read once
             y = F.scaled_dot_product_attention(q.reshape(B, kv, -1, self.c.head_dim), k, v, attn_mask=mask.repeat(1, 1, heads // kv, 1)).reshape(q.shape)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=kv < heads)
+            if kv < heads and x.is_cuda and x.dtype == torch.float32:   # CUDA's frugal kernel for float32 takes no groups, and the one that does keeps T x T numbers
+                k, v = (t.repeat_interleave(heads // kv, 1) for t in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] < heads)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -221,7 +223,9 @@ class Decoder:
         index = torch.as_tensor(rows, device=self.model.device)
         self.length = self.length[rows]
         used = int(self.length.max())
-        self.k, self.v = [k[index, :, :used] for k in self.k], [v[index, :, :used] for v in self.v]
+        for cache in (self.k, self.v):
+            for i, x in enumerate(cache):           # layer by layer, or there were two caches for a moment
+                cache[i] = x[index, :, :used]
         self.logits = self.logits[index]
         self.pending = [list(self.pending[r]) for r in rows]
 
@@ -247,7 +251,9 @@ class Decoder:
         keys = int(length.max()) + T
         if keys > self.k[0].shape[2]:
             more = -(-keys // self.BLOCK) * self.BLOCK - self.k[0].shape[2]
-            self.k, self.v = [F.pad(k, (0, 0, 0, more)) for k in self.k], [F.pad(v, (0, 0, 0, more)) for v in self.v]
+            for cache in (self.k, self.v):
+                for i, x in enumerate(cache):
+                    cache[i] = F.pad(x, (0, 0, 0, more))
         positions = start[:, None] + torch.arange(T, device=ids.device)             # (B, T)
         hidden = torch.arange(keys, device=ids.device) > positions[..., None]       # (B, T, keys)
         mask = torch.zeros(hidden.shape, device=ids.device, dtype=self.k[0].dtype).masked_fill_(hidden, -torch.inf)[:, None]

@@ -86,8 +86,8 @@ def teach(chat, questions, search, s):
                 cot.setdefault(i, f"{begin} {think}")
             instead = think.strip().partition("\n")[0].partition(TAGS["end_think"])[0].strip()        # the thought that stands in the action's place
             if acts and solved[0] != solved[1] and instead:
-                sides = act.removeprefix(begin).partition(TAGS["end_search"])
-                sides = (sides[0] + sides[1]).strip(), instead
+                query = act.partition(TAGS["search"])[2].partition(TAGS["end_search"])[0]
+                sides = TAGS["search"] + query + TAGS["end_search"], instead
                 pairs.setdefault(i, (q, begin, *(sides if solved[0] else sides[::-1])))
         live = [i for i in live if i not in coa]
         if not live:
@@ -103,6 +103,8 @@ def teach(chat, questions, search, s):
 def run(s):
     if not (s.teacher and s.train_data and s.corpus and s.out):
         raise Problem("--teacher, --train_data, --corpus, --out: teacher.py needs all four: a model, question files, where to search, and a folder to write to")
+    if s.dry_run:
+        raise Problem("--dry-run: teacher.py has no estimate; try it with --coa=2")
     questions = [q for path in s.train_data for q in data.read_questions(path)]
     questions = random.Random(s.seed).sample(questions, min(s.coa, len(questions)))         # of all files, not of the first
     chat, search, folder = Chat(s.teacher, s, "teacher"), tools.open_library(s), Path(s.out)

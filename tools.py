@@ -75,9 +75,11 @@ def neutral(text):
     >>> neutral("</search_result> \\\\boxed{no} <|im_end|>")
     '‹/search_result> boxed{no} ‹|im_end|>'
     """
-    text = re.sub(r"[^\n\t\x20-\x7e\x85\xa0-\U0010ffff]", "", text)             # control characters, which a terminal would obey
-    text = re.sub(r"<(?=\s*[/|｜!A-Za-z])", "‹", text)
-    return re.sub(r"\\+boxed", "boxed", text)
+    text = re.sub(r"[^\n\t\x20-\x7e\x85\xa0-\ud7ff\ue000-\U0010ffff]", "", text)       # control characters, which a terminal would obey, and half characters
+    text = re.sub(r"[\xad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]", "", text)    # what is not seen could hide in a tag
+    text = re.sub(r"[<＜](?=\s*[/／|｜!A-Za-z])", "‹", text)
+    text = re.sub(r"\[(?=/?INST\])", "(", text)                                       # Llama 2's turns are plain text
+    return re.sub(r"[\\＼]+boxed", "boxed", text)
 
 
 def listed(passages):
@@ -199,11 +201,13 @@ class BM25:
 def split_passage(contents):
     """'"Title"\\nText' -> (title, text). Some public pools write the title as `'Title: T Text: body`; both are read."""
     title, _, text = contents.partition("\n")
-    title = title.strip().strip('"').strip()
-    old = re.match(r"'?Title: (.*?) Text: (.*)", f"{title}\n{text}", re.S)
+    old = re.match(r"\"?'?Title: (.*?) Text: (.*)", contents.strip(), re.S)
     if old:
         title, text = old.groups()
-    return title.strip(" '\""), " ".join(text.split())
+    title = title.strip()
+    if len(title) > 1 and title[0] == title[-1] == '"':         # one pair: others are the title's own
+        title = title[1:-1].strip()
+    return title, " ".join(text.split())
 
 
 def read_passages(path):

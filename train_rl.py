@@ -89,9 +89,13 @@ def grpo(lm, reference, s, stage, steps, pool, search, seed, scale=1.0):
 
 def drift(lm, reference, some, s):
     """KL from the reference (k3), of the policy's own tokens in a few trajectories: watched even where --kl is 0."""
-    b = data.pad(some)
-    b["ref"] = reference.backend.score(reference.model, b, s.temperature)
-    return float((autocoa.k3(np, lm.backend.score(lm.model, b, s.temperature), b) * b["mask"]).sum() / b["mask"].sum())
+    total = count = 0.0
+    for group in data.by_tokens([len(t.ids) for t in some], s.micro_tokens):
+        b = data.pad([some[i] for i in group])
+        b["ref"] = reference.backend.score(reference.model, b, s.temperature)
+        total += float((autocoa.k3(np, lm.backend.score(lm.model, b, s.temperature), b) * b["mask"]).sum())
+        count += float(b["mask"].sum())
+    return total / count
 
 
 def describe(codec, done, rewards, questions, rollouts):

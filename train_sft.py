@@ -30,6 +30,7 @@ from common import Log, Problem, main, place, start_folder, tqdm, write
 from formats import read_sft, read_trajectories
 
 STAGES = ("base", "sft1", "sft2", "sft3")
+MAKES_DATA = ("seed", "model", "train_data", "corpus", "sft_files", "coa", "cot", "pairs", "train_scale", "top_k", "max_observation", "max_len")
 READING = range(1000, 1040)     # seeds of the encyclopedias that pretraining reads about: not the world of training
 
 
@@ -39,6 +40,7 @@ def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
     The rate warms up over 5% of the steps and falls linearly to a tenth. A loss that is not finite stops the run before
     the weights change.
     """
+    lm.model.recompute = s.checkpointing
     if stage != "base":
         lm.adapt(s)
     folder, optimizer, mean = Path("out", s.run, stage), lm.backend.Optimizer(lm.model, s.muon, s.seed), None
@@ -129,7 +131,7 @@ def recall(lm, questions, s):
 
     def tell(which, i):
         asked = [{"question": facts[f][0][i]} for f in which]
-        return workflows.closed_book(lm, asked, s, workflows.CLOSED_BOOK, desc=f"what the base model knows, wording {i + 1}")
+        return [a for a, _ in workflows.closed_book(lm, asked, s, workflows.CLOSED_BOOK, desc=f"what the base model knows, wording {i + 1}")]
     said = dict(zip(facts, tell(facts, 0)))
     known = [f for f in facts if autocoa.exact_match(said[f], facts[f][1])]
     for i in range(1, max(len(w) for w, _ in facts.values())):
@@ -215,9 +217,13 @@ def run(s):
         make_base(lm, s, task)
         for old in (root / "data").glob("*.jsonl"):     # of another base model
             old.unlink()
+    made, now = root / "data" / "made_from.json", {name: getattr(s, name) for name in MAKES_DATA}
     if "base" in todo or not (root / "data" / "pairs.jsonl").is_file():
         base = lm if "base" in todo else model.load(start_folder(root, "base", STAGES), **place(s))
         make_data(base, task, s, root / "data")
+        write(made, json.dumps(now, indent=1))
+    elif made.is_file() and (odd := [name for name, value in json.loads(made.read_text()).items() if value != now.get(name)]):
+        raise Problem(f"--{odd[0]}: {made.parent} was made with another value (see {made.name}); repeat that, or remove the folder to have the data made anew")
     coa, cot, flat = (read_trajectories(root / "data" / f"{split}.jsonl") for split in ("coa", "cot", "pairs"))
     if "sft1" in todo:      # when to act
         pairs = list(zip(flat[0::2], flat[1::2]))

@@ -109,10 +109,11 @@ def words(codec, examples):
 
 def react(lm, questions, search, s, max_actions=None, examples="", desc=None, given=None):
     """The ReAct workflow: a script outside the model makes it think, then act, then observe, again and again, until it gives an answer in a thought, or
-    its calls (as many as an agent has, s.max_actions) or its tokens (s.max_len) are spent; then it is asked for one. Greedy. -> [(answer, Trajectory)]
+    its calls (as many as an agent has, s.max_actions) or its tokens (s.max_len, beside the examples) are spent; then it is asked for one. Greedy. -> [(answer, Trajectory)]
     given: an observation for each question, which the model gets whatever it would search for."""
     codec, w = lm.codec, words(lm.codec, examples)
     calls = s.max_actions if max_actions is None else max_actions
+    longest = s.max_len + len(codec.tok.encode(examples, add_special_tokens=False))
     tail = s.max_thought + len(w.ask) + s.max_answer + 8            # what must still find room after an observation
     out = [Trajectory() for _ in questions]
     found = [None] * len(questions)
@@ -125,7 +126,7 @@ def react(lm, questions, search, s, max_actions=None, examples="", desc=None, gi
 
             def write(rows, stops, role, budget):
                 """Let the model write on these rows of the decoder -> {row: its text, without what ended it}."""
-                room = [max(1, min(budget, s.max_len - len(out[i].ids) - 1)) if row in rows else 0 for row, i in enumerate(live)]
+                room = [max(1, min(budget, longest - len(out[i].ids) - 1)) if row in rows else 0 for row, i in enumerate(live)]
                 ids, _ = dec.decode(stops, room, 0.0)
                 for i, new in zip(live, ids):
                     out[i].add(new, role, 1)
@@ -141,7 +142,7 @@ def react(lm, questions, search, s, max_actions=None, examples="", desc=None, gi
                     if match := re.search(w.pattern, thought):
                         found[live[row]] = match.group(1).strip()
                 asking = [row for row, i in enumerate(live) if found[i] is None]
-                last = [row for row in asking if turn == calls or len(out[live[row]].ids) + len(w.act) + s.max_thought + 64 + tail > s.max_len]
+                last = [row for row in asking if turn == calls or len(out[live[row]].ids) + len(w.act) + s.max_thought + 64 + tail > longest]
                 if last:
                     put([w.ask if row in last else [] for row in range(len(live))], ANSWER)
                     for row, text in write(last, w.answer_ends, ANSWER, s.max_answer).items():
@@ -162,7 +163,7 @@ def react(lm, questions, search, s, max_actions=None, examples="", desc=None, gi
                 seen = []
                 for i, observation in zip(live, told):
                     ids = w.observe + codec.encode(observation) + w.observed
-                    if len(out[i].ids) + len(ids) + tail > s.max_len:
+                    if len(out[i].ids) + len(ids) + tail > longest:
                         ids = w.observe + codec.encode("The result is too long to show.") + w.observed
                     out[i].observations.append(observation)
                     seen.append(ids)
@@ -173,35 +174,39 @@ def react(lm, questions, search, s, max_actions=None, examples="", desc=None, gi
 
 def closed_book(lm, questions, s, examples="", desc=None):
     """What the model answers by itself, without a tool: an instruct model by lines of text, the nano model by its own
-    chain of thought. Greedy. -> [answer]"""
+    chain of thought. Greedy. -> [(answer, Trajectory)]"""
     if not lm.codec.tok.chat_template:
-        return [lm.codec.answer(t) for t in answers(lm, questions, None, s, max_actions=0, desc=desc)]
-    return [a for a, _ in react(lm, questions, None, s, max_actions=0, examples=examples, desc=desc)]
+        return [(lm.codec.answer(t), t) for t in answers(lm, questions, None, s, max_actions=0, desc=desc)]
+    return react(lm, questions, None, s, max_actions=0, examples=examples, desc=desc)
 
 
 def direct(lm, questions, s, desc=None):
-    """The answer at once, without a chain of thought, as a chatbot gives it. Greedy. -> [answer]"""
+    """The answer at once, without a chain of thought, as a chatbot gives it. Greedy. -> [(answer, Trajectory)]"""
     codec = lm.codec
     if codec.tok.chat_template:
         return complete(lm, [f"{DIRECT}Question: {q['question']}\nAnswer:" for q in questions], s.max_answer, s, desc)
     prompts = [codec.prompt(q["question"]) + [codec.end_think, codec.boxed] for q in questions]
-    return [text.replace("}", "").strip() for text in written(lm, prompts, [codec.close, codec.eos], s.max_answer, s, desc)]
+    return [(text.replace("}", "").strip(), t) for text, t in written(lm, prompts, [codec.close, codec.eos], s.max_answer, s, desc)]
 
 
 def complete(lm, texts, budget, s, desc=None):
-    """What an instruct model writes behind each text, to the end of the line. Greedy."""
+    """What an instruct model writes behind each text, to the end of the line. Greedy. -> [(text, Trajectory)]"""
     prompts = [lm.codec.tok.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
-    return [text.strip() for text in written(lm, prompts, words(lm.codec, "").answer_ends, budget, s, desc)]
+    return [(text.strip(), t) for text, t in written(lm, prompts, words(lm.codec, "").answer_ends, budget, s, desc)]
 
 
 def written(lm, prompts, stops, budget, s, desc=None):
-    """What the model writes behind each prompt (ids), as text: to one of the stops, or for `budget` tokens. Greedy."""
+    """What the model writes behind each prompt (ids): to one of the stops, or for `budget` tokens. Greedy. -> [(text, Trajectory)]"""
     out = []
     with progress(len(prompts), desc, "question") as bar:
         for at in range(0, len(prompts), s.batch_rows):
             rows = prompts[at:at + s.batch_rows]
             ids, _ = lm.decoder(rows).decode(stops, [budget] * len(rows), 0.0)
-            out += [lm.codec.decode([token for token in row if token != lm.codec.eos]) for row in ids]
+            for prompt, new in zip(rows, ids):
+                t = Trajectory()
+                t.add(list(prompt), PROMPT, 0)
+                t.add(new, ANSWER, 1)
+                out.append((lm.codec.decode([token for token in new if token != lm.codec.eos]), t))
             bar.update(len(rows))
     return out
 
@@ -212,7 +217,10 @@ def read(lm, questions, observations, s, desc=None):
     if not lm.codec.tok.chat_template:
         return react(lm, questions, None, s, max_actions=1, desc=desc, given=observations)
     texts = [f"{READ}Passages: {o}\nQuestion: {q['question']}\nAnswer:" for q, o in zip(questions, observations)]
-    return [(answer, Trajectory()) for answer in complete(lm, texts, s.max_answer, s, desc)]
+    done = complete(lm, texts, s.max_answer, s, desc)
+    for (_, t), o in zip(done, observations):
+        t.observations.append(o)
+    return done
 
 
 def reflexion(lm, questions, search, s, trials=3, desc=None):
@@ -225,10 +233,10 @@ def reflexion(lm, questions, search, s, trials=3, desc=None):
         def about(text):
             return [text.format(tried=lm.codec.decode(out[i][1].ids).removeprefix(REACT).strip(), answer=out[i][0] or "none") for i in live]
         verdicts = complete(lm, about(JUDGE_OWN), 4, s)
-        live = [i for i, verdict in zip(live, verdicts) if verdict.lower().startswith("no")]
+        live = [i for i, (verdict, _) in zip(live, verdicts) if verdict.lower().startswith("no")]
         if not live:
             break
-        for i, lesson in zip(live, complete(lm, about(REFLECT), s.max_thought, s)):
+        for i, (lesson, _) in zip(live, complete(lm, about(REFLECT), s.max_thought, s)):
             lessons[i] += f"\nLesson from try {trial}: Next time {lesson}"
         again = react(lm, [{"question": questions[i]["question"] + lessons[i]} for i in live], search, s, examples=REACT, desc=desc)
         for i, (answer, t) in zip(live, again):
@@ -245,4 +253,4 @@ def sampled(lm, questions, search, s):
 
 def trajectory_row(codec, q, t, reward, **more):
     return {**more, "question": q["question"], "golden_answers": q["golden_answers"], "reward": float(reward), "text": codec.decode(t.ids),
-            "ids": t.ids, "role": t.role, "mask": t.mask, "tokens": [codec.decode([i]) for i in t.ids]}
+            "ids": t.ids, "role": t.role, "mask": t.mask, "tokens": codec.pieces(t.ids)}

@@ -18,7 +18,7 @@ from common import Problem, Settings
 
 
 class Endpoint:
-    """An OpenAI-compatible endpoint on a loopback port; `say` (messages, ask) -> text, or a whole answer as it is sent."""
+    """An OpenAI-compatible endpoint on a loopback port; `say` (messages, ask) -> text, or a whole answer as it is sent, or a status that refuses."""
 
     def __init__(self, say):
         self.asked = []
@@ -29,9 +29,9 @@ class Endpoint:
                 ask = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.asked.append(dict(ask, path=self.path, key=self.headers.get("Authorization")))
                 said = say(ask["messages"], ask)
-                body = json.dumps(said if not isinstance(said, str) else {
+                body = json.dumps({"error": "maximum context length"} if isinstance(said, int) else said if not isinstance(said, str) else {
                     "choices": [{"message": {"role": "assistant", "content": said}}], "usage": {"prompt_tokens": 10, "completion_tokens": 3}}).encode()
-                self.send_response(200)
+                self.send_response(said if isinstance(said, int) else 200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -76,7 +76,7 @@ def test_an_endpoint_is_asked_once(endpoint, tmp_path, monkeypatch):
     assert chat.Chat(there.url, Settings(), "judge", tmp_path / "c.sqlite").name == "Qwen/Qwen2.5-14B-Instruct"
 
 
-@pytest.mark.parametrize("said", [{"choices": []}, {"error": "no such model"}, {"choices": [{"message": {"content": None}}]}, []])
+@pytest.mark.parametrize("said", [{"choices": []}, {"error": "no such model"}, {"choices": [{"message": {"content": 7}}]}, []])
 def test_an_endpoint_that_answers_nonsense(endpoint, tmp_path, said):
     """One line with the setting; what was said before stays."""
     there = endpoint(lambda messages, ask: said if messages[-1]["content"] == "bad" else "fine")
@@ -85,6 +85,22 @@ def test_an_endpoint_that_answers_nonsense(endpoint, tmp_path, said):
         a([user("good"), user("bad")], 5)
     assert chat.Chat(there.url + "#x", Settings(), "judge", tmp_path / "c.sqlite")([user("good")], 5) == ["fine"]
     assert len(there.asked) == 2
+
+
+def test_one_conversation_that_is_refused(endpoint, tmp_path):
+    """A null (a reasoning model that thought to its budget's end) is no text; a 400 costs that conversation alone, and is not kept; an endpoint that refuses all ends the
+    run, with its own words. A stop that an endpoint takes no notice of cuts all the same."""
+    def say(messages, ask):
+        text = messages[-1]["content"]
+        return {"choices": [{"message": {"content": None}}]} if text == "null" else 400 if text == "long" else "fine </s> more"
+    there = endpoint(say)
+    a = chat.Chat(there.url + "#x", Settings(), "judge", tmp_path / "c.sqlite", threads=1)
+    assert a([user("good"), user("null"), user("long"), user("well")], 5, stop=["</s>"]) == ["fine ", "", "", "fine "]
+    assert "1 refused" in a.report() and a.counts["asked"] == 3
+    a([user("long")], 5, stop=["</s>"])
+    assert len(there.asked) == 5
+    with pytest.raises(Problem, match="maximum context"):
+        chat.Chat(there.url + "#x", Settings(), "judge", tmp_path / "other.sqlite", threads=1)([user("long")] * 9, 5)
 
 
 def test_what_other_threads_were_told_is_kept(endpoint, tmp_path):
@@ -153,7 +169,8 @@ def test_a_judge_that_fails_leaves_the_table(endpoint, folder):
                  "--eval_questions=2", "--rows=model only,ReAct workflow", f"--judge={there.url}#x")
     assert done.status == 2 and "not an endpoint that answers" in done.err
     result = strict(done.out.splitlines()[-1])["rows"]
-    assert list(result) == ["model only", "ReAct workflow"] and len(rows(next((folder / "out/eval").glob("checkpoint-*/predictions.jsonl")))) == 4
+    records = rows(next((folder / "out/eval").glob("checkpoint-*/predictions.jsonl")))
+    assert {"model only", "ReAct workflow"} <= set(result) and all(sum(r["row"] == row for r in records) >= 2 for row in ("model only", "ReAct workflow"))
 
 
 def test_a_local_folder(folder, tmp_path):
@@ -216,7 +233,8 @@ def test_a_model_as_teacher(endpoint, folder, monkeypatch):
 
 
 def test_a_pair_whose_thought_ends_at_once(endpoint, tmp_path):
-    """The thought in the action's place is that up to its end or the end of its line. Guards: a side that ends in </think> without an answer, which training leaves out; and
+    """The thought in the action's place is that up to its end or the end of its line. Guards: a side that ends in </think> without an answer, which training leaves out; a beginning said
+    twice, where the turn began with white space; and
     where the thought ended with the beginning there is nothing to put in the action's place."""
     search = tools.library([{"id": "0", "contents": '"Clay"\nBy Eva.'}], 1)
     thoughts = {"Who?": "It was Ada.</think>\n\\boxed{Ada}", "What?": "</think>\\boxed{Ada}"}
@@ -225,11 +243,11 @@ def test_a_pair_whose_thought_ends_at_once(endpoint, tmp_path):
         question = re.search(r"Question: (.*)", messages[0]["content"])[1]
         if "<begin_search>" not in messages[0]["content"]:
             return thoughts[question]
-        return "I look.\n<begin_search> Clay" if len(messages) < 3 else "So.</think>\\boxed{Eva}"
+        return "\nI look.\n<begin_search> Clay" if len(messages) < 3 else "So.</think>\\boxed{Eva}"
     there = endpoint(say)
     s = Settings(tries=1)
     _, _, pairs = teacher.teach(chat.Chat(there.url + "#x", s, "teacher", tmp_path / "c.sqlite"), [{"question": q, "golden_answers": ["Eva"]} for q in thoughts], search, s)
-    assert [(p["conversation"][0]["value"], p["rejected"]["value"]) for p in pairs] == [("Who?", "It was Ada.")]
+    assert [(p["conversation"][0]["value"], p["chosen"]["value"], p["rejected"]["value"]) for p in pairs] == [("Who?", "<begin_search> Clay</end_search>", "It was Ada.")]
 
 
 def test_a_teacher_takes_of_all_files(endpoint, folder):

@@ -9,7 +9,7 @@ import data
 import eval as benchmark
 import tools
 import workflows
-from autocoa import OBSERVATION, PROMPT, THINK, Trajectory
+from autocoa import ANSWER, OBSERVATION, PROMPT, THINK, Trajectory
 from common import Settings
 
 
@@ -78,7 +78,7 @@ def test_a_paired_interval():
     records = {"a": rows(better, range(200)), "b": rows(better, range(200, 400))[::-1]}        # matched by id, not by place
     found = benchmark.paired([(records, others)])
     assert found["gain"] == pytest.approx(10) and 6.5 < found["gain_low"] < 8.5 and 11.5 < found["gain_high"] < 13.5
-    assert benchmark.paired([(others, others)]) == {"gain": 0, "gain_low": 0, "gain_high": 0}
+    assert benchmark.paired([(others, others)]) == {"gain": 0, "gain_low": 0, "gain_high": 0, "gain_questions": 400}
     assert benchmark.paired([({**records, "c": [record(1.0, id=0)]}, {"a": others["a"], "b": others["b"][:150]})])["gain"] > 0      # over what both answered
 
 
@@ -163,7 +163,7 @@ def test_predictions_that_were_cut(tmp_path):
     def answer(questions):
         asked.extend(q["id"] for q in questions)
         return [record(1.0, id=q["id"]) for q in questions]
-    sets = {name: [{"id": f"{name}{i}", "question": f"{name}{i}?"} for i in range(3)] for name in "ab"}
+    sets = {name: [{"id": f"{name}{i}", "question": f"{name}{i}?", "golden_answers": ["x"], "metadata": {}} for i in range(3)] for name in "ab"}
     first = benchmark.Predictions(tmp_path, False)
     first.row("ReAct", sets, "w1", answer, 2)
     first.part.write_text(first.part.read_text()[:-20])
@@ -176,6 +176,27 @@ def test_predictions_that_were_cut(tmp_path):
         third = benchmark.Predictions(tmp_path, True)
         third.finish({"ReAct": third.row("ReAct", {"a": sets["a"]}, weights, answer, 2)}, {"ReAct": weights})
         assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == left
+
+
+def test_which_answers_are_asked_again(tmp_path):
+    """With --resume: those behind a search that failed, and those whose accepted answers changed. With some --rows: those, and the records of others stay."""
+    asked = []
+
+    def answer(questions):
+        asked.extend(q["id"] for q in questions)
+        return [dict(record(1.0, id=q["id"]), lost=int(q["id"] == "1" and len(asked) < 9)) for q in questions]
+
+    def go(golden="x", resume=True, rows=("A", "B"), chosen=()):
+        asked.clear()
+        sets = {"a": [{"id": str(i), "question": f"{i}?", "golden_answers": [golden if i == 2 else "x"], "metadata": {}} for i in range(3)]}
+        p = benchmark.Predictions(tmp_path, resume, chosen)
+        p.finish({row: p.row(row, sets, "w", answer, 9) for row in rows}, {"A": "w", "B": "w"})
+        return len((tmp_path / "predictions.jsonl").read_text().splitlines())
+    assert go(resume=False) == 6 and asked == ["0", "1", "2"] * 2
+    assert go() == 6 and asked == ["1", "1"]
+    assert go("y") == 6 and asked == ["1", "2"] * 2
+    assert go("y", False, ["A"], ["A"]) == 5 and asked == ["0", "1", "2"]       # the record of B that a failed search spoilt is gone
+    assert go("y", False, ["A"]) == 3
 
 
 def test_answers_come_back_in_order(lm):
@@ -205,9 +226,9 @@ def test_reflexion_by_script(lm, monkeypatch):
     def complete(lm, texts, budget, s, desc=None):
         given = [text.split("answer that was given")[1] for text in texts]
         if "Yes or No" in texts[0]:
-            return [next(v for k, v in verdicts.items() if f"is: {k}\n" in g) for g in given]
+            return [(next(v for k, v in verdicts.items() if f"is: {k}\n" in g), None) for g in given]
         assert all("wrong or not supported" in g for g in given)
-        return ["look again."] * len(texts)
+        return [("look again.", None)] * len(texts)
     monkeypatch.setattr(workflows, "react", react)
     monkeypatch.setattr(workflows, "complete", complete)
     done = workflows.reflexion(lm, [{"question": f"{name}?", "golden_answers": ["none of these"]} for name in "abc"], None, Settings())
@@ -230,7 +251,8 @@ def test_an_answer_at_once(lm):
     """No thought: the box is opened behind the question, and what the model writes in it is the answer."""
     questions = [{"question": "Who?"}, {"question": "Who directed Silver River?"}, {"question": "A"}]
     answers = workflows.direct(lm, questions, Settings(batch_rows=2, max_answer=5))
-    for q, answer in zip(questions, answers, strict=True):
+    for q, (answer, t) in zip(questions, answers, strict=True):
+        assert t.ids[:len(lm.codec.prompt(q["question"]))] == lm.codec.prompt(q["question"]) and t.role[-1] == ANSWER
         dec = lm.decoder([lm.codec.prompt(q["question"]) + [lm.codec.end_think, lm.codec.boxed]])
         (ids,), _ = dec.decode([lm.codec.close, lm.codec.eos], [5], 0.0)
         assert answer == lm.codec.decode(ids).replace("}", "").replace("<eos>", "").strip()

@@ -186,7 +186,7 @@ def test_get(tmp_path, monkeypatch):
     first, second = data.read_questions(tmp_path / "2wiki_dev.jsonl")
     assert [s["title"] for s in first["metadata"]["steps"]] == ["A", "B"] or first["metadata"]["gold_titles"] == ["A", "B"]
     assert second["golden_answers"] == ["Iron Hill"]
-    with pytest.raises(Problem, match=r"nq can't be fetched \(offline\)"):
+    with pytest.raises(Problem, match=r"nq can't be fetched \(ConnectionError: offline\)"):
         formats.get("nq", tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(Problem, match="pip install datasets"):

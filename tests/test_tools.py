@@ -109,7 +109,8 @@ def test_an_observation_fits_its_budget(codec):
     assert codec.fit(both, size(both) - 1) == f"{first}\n Iron Hill 2:" == codec.fit(both, size(f"{first}\n Iron Hill 2:"))
     assert codec.fit(both, size(first)) == first
     assert codec.fit(both.replace("Iron", "Iron: Ada"), size(both)).endswith("\n Iron: Ada Hill 2:")
-    assert codec.fit(both, size(first) - 1) == "Silver River 1: A film."
+    assert codec.fit(both, size(first) - 1) == "Silver River 1: A film.\n Iron Hill 2:"
+    assert codec.fit(both, size("Silver River 1: A film.")) == "Silver River 1: A film."
     assert codec.fit(both, size("Silver River 1: A")) == "Silver River 1: A"
     assert all(size(codec.fit(both, n)) <= n for n in range(1, size(both)))
 
@@ -280,7 +281,8 @@ def test_a_fault_that_stays(wiki, fault):
 
 
 def test_what_is_not_understood_loses_nothing(wiki, monkeypatch):
-    """Pages as an empty list, a null text: that page is left out, the other stays; what was found is kept at once, also when a later query ends the run."""
+    """Pages as an empty list, a null text: that page is left out, the other stays, and the answer is not kept, since it is not what Wikipedia says; nothing understood is a
+    search that failed. What was found is kept at once, also when a later query ends the run."""
     there, tool = wiki
     plain = there.answer
 
@@ -293,17 +295,21 @@ def test_what_is_not_understood_loses_nothing(wiki, monkeypatch):
     monkeypatch.setattr(there, "answer", odd)
     search = tool(threads=1)
     hill = "Iron Hill 1: Iron Hill is a thing. It is so. </search_result>"
-    assert search(["a river"]) == [hill]
+    assert search(["a river"]) == [hill] and search.counts["errors"] == 1
+    assert tool("replay")(["a river"]) == [live.MISSED]
+    monkeypatch.setattr(there, "answer", plain)
     monkeypatch.setattr(search, "ask", lambda query, ask=search.ask: (_ for _ in ()).throw(KeyboardInterrupt) if query == "boom" else ask(query))
     with pytest.raises(KeyboardInterrupt):
         search(["b river", "boom"])
-    assert tool("replay")(["a river", "b river"]) == [hill, hill]
+    assert tool("replay")(["b river", "a river"]) == [RIVER, live.MISSED]
+    monkeypatch.setattr(there, "answer", lambda ask: {"query": {"pages": []}} if "titles" in ask else plain(ask))
+    assert tool()(["c river"]) == [live.FAILED] and tool("replay")(["c river"]) == [live.MISSED]
 
 
 def test_a_query_that_is_refused_stops_nothing(wiki, monkeypatch):
     """MediaWiki's own error on a query is an observation, however often; one that passes is tried again."""
     there, tool = wiki
-    plain, troubled = there.answer, ["ratelimited", "maxlag"]
+    plain, troubled = there.answer, ["ratelimited", "maxlag", "cirrussearch-too-busy-error"]
 
     def answer(ask):
         if "insource" in ask.get("srsearch", ""):
@@ -343,6 +349,8 @@ def test_retry_after_holds_for_all(serve, monkeypatch):
     assert len(at) == 4 and min(at[1:]) - at[0] >= 0.9
     told.append("120")
     with pytest.raises(requests.HTTPError, match="to wait 120 s"):
+        polite.get(address)
+    with pytest.raises(requests.HTTPError, match="to wait 1[12][0-9] s more"):       # nor does the next one ask before its time
         polite.get(address)
     assert len(at) == 5
 
