@@ -1,7 +1,7 @@
 """What a run will take, said before it starts: parameters, memory at the chosen sizes, and with --dry-run seconds a step, measured on two.
 
 Memory is counted from the shapes, in bytes: what stays (weights, gradients, optimizer, and in RL the reference), and what comes and goes
-(activations of a micro-batch; the KV cache of the rollouts). Not counted: the framework itself and what its kernels use for a moment.
+(activations of a micro-batch; the KV cache of the rollouts). Not counted: the framework itself and what its kernels use for a moment (cuBLAS takes 32 MB on an H100).
 """
 import time
 
@@ -53,15 +53,25 @@ def step_of_mlx(c, s, muon, group):
     return 16 * max(adamw, 3 * min(in_matrices, max(group, largest and c.hidden_size * c.intermediate_size)) * muon)
 
 
-def activations(c, s, tokens, learned):
-    """Bytes that the forward pass of a micro-batch leaves for the backward pass. tokens: with padding; learned: those that carry loss.
+def step_of_torch(c, s, muon):
+    """Bytes that are there for a moment when the activations are gone: gradients of the vocabulary's matrix, which come from its use as head and as embedding and are summed
+    (AdamW's one number for each weight of a parameter is less); Muon's stack of matrices of one shape and about ten bytes a weight more."""
+    n, largest = parameters(c, s), 0 if s.lora_rank else c.hidden_size * c.vocab_size
+    return max(4 * (3 if c.tie_word_embeddings else 2) * largest, 14 * muon * min(n["adapter"] if s.lora_rank else n["blocks"], 2 * c.num_hidden_layers * c.hidden_size * c.intermediate_size))
+
+
+def activations(c, s, tokens, learned, mlx=0):
+    """Bytes that the forward pass of a micro-batch leaves for the backward pass. tokens: with padding; learned: those that carry loss; mlx: tokens of a row, where
+    MLX computes them.
 
     A block keeps the inputs of its norms (2), its linear maps and its activation, and the queries, keys, values and output of attention;
-    with bfloat16 also the trained matrices as they were cast. The head keeps log-probs, and its logits while it computes them.
+    with bfloat16 also the trained matrices as they were cast. The head keeps log-probs, and its logits while it computes them. MLX keeps a little more of each, and the
+    probabilities of attention, and makes more of one block as it goes back (measured on the CPU, float32: within a fifth).
     """
     size = 2 if s.dtype == "bfloat16" else 4
     h, q, kv, m = c.hidden_size, c.shape_of("q_proj")[0], c.shape_of("k_proj")[0], c.intermediate_size
-    block = tokens * size * (4 * h + 3 * q + 2 * kv + 4 * m)
+    more, scores = bool(mlx), c.num_attention_heads * mlx
+    block = tokens * size * ((4 + more) * h + (3 + more) * q + 2 * kv + (4 + more) * m + scores)
     if c.qk_norm:
         block += tokens * size * (q + kv)
     if s.lora_rank:
@@ -69,8 +79,11 @@ def activations(c, s, tokens, learned):
     elif size == 2:
         block += size * sum(rows * columns for _, rows, columns in matrices(c))
     L = c.num_hidden_layers
-    blocks = L * tokens * size * h + block if s.checkpointing else L * block
-    return blocks + 2 * tokens * size * h + 3 * 4 * learned * c.vocab_size
+    head, back = (3 + more) * 4 * learned * c.vocab_size, more * tokens * size * (4 * h + 2 * m + 2 * scores)
+    if s.checkpointing:         # a block is computed again when the logits are gone; MLX does both in an order of its own
+        rest = block + back + head if mlx else max(block, head)
+        return L * tokens * size * (1 + more) * h + 2 * tokens * size * h + rest
+    return L * block + 2 * tokens * size * h + head + back
 
 
 def cache(c, s, rows, length):
@@ -84,7 +97,8 @@ def show(lm, s, kind):
     c = lm.model.config
     n, size = parameters(c, s), 2 if s.dtype == "bfloat16" else 4
     whole = n["blocks"] + n["rest"]
-    keep = kept(c, s, s.muon and kind == "sft", 2 * size if lm.backend.__name__ == "model_mlx" else 4)      # MLX has an offset beside the scale
+    mlx = lm.backend.__name__ == "model_mlx"
+    keep = kept(c, s, s.muon and kind == "sft", 2 * size if mlx else 4)      # MLX has an offset beside the scale
     rows = s.questions * s.rollouts if kind == "rl" else s.batch_rows           # in SFT too: what the base model knows is asked, and each stage ends with samples
     going = {"KV cache": cache(c, s, min(rows, s.batch_rows), s.max_len)}
     copy = 0 if size == 4 or s.lora_rank else size * whole           # the rollouts' own copy in the compute type
@@ -93,12 +107,12 @@ def show(lm, s, kind):
         peak = keep["weights"] + copy + going["KV cache"]
     else:
         tokens = max(s.micro_tokens, s.max_len)                         # a trajectory is not cut
-        going["activations"] = activations(c, s, tokens, tokens)
+        going["activations"] = activations(c, s, tokens, tokens, mlx * s.max_len)
         if kind == "rl":
             keep["reference"] = 4 * (n["adapter"] + n["tags"] if s.lora_rank else whole)
-        if lm.backend.__name__ == "model_mlx":
-            going["optimizer step"] = step_of_mlx(c, s, s.muon and kind == "sft", lm.backend.Optimizer.GROUP)
-        peak = sum(keep.values()) + max(going["KV cache"] + copy, going["activations"], going.get("optimizer step", 0))
+        muon = s.muon and kind == "sft"
+        going["optimizer step"] = step_of_mlx(c, s, muon, lm.backend.Optimizer.GROUP) if mlx else step_of_torch(c, s, muon)
+        peak = sum(keep.values()) + max(going["KV cache"] + copy, going["activations"], going["optimizer step"])
     print(f"{whole / 1e6:,.2f} M parameters" + ("" if kind == "eval" else f", {(n['adapter'] + n['tags']) / 1e6:,.2f} M trained (rank {s.lora_rank})" if s.lora_rank else ", all trained"))
     sizes = [f"micro-batches of {max(s.micro_tokens, s.max_len)} tokens"] * (kind != "eval") + [f"{min(rows, s.batch_rows)} rows of {s.max_len}"]
     print("memory in MB: " + ", ".join(f"{k} {v / 1e6:,.1f}" for k, v in (keep | going).items())

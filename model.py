@@ -287,7 +287,7 @@ class LM:
             for name in ("rank", "alpha", "dropout", "targets"):
                 there, wanted = getattr(self.model.lora, name), getattr(s, f"lora_{name}")
                 if (sorted(there) != sorted(wanted)) if name == "targets" else there != wanted:
-                    raise Problem(f"--lora_{name}={wanted}: what this run starts from has an adapter with {there}; repeat that, or begin at a stage without an adapter")
+                    raise Problem(f"--lora_{name}={wanted}: what this run starts from has an adapter with {name} {there}; repeat that, or begin at a stage without an adapter")
         elif self.model.bits < 16 and not self.model.lora:
             raise Problem(f"--bits={self.model.bits}: weights of {self.model.bits} bits can't be trained; train an adapter on them with --lora_rank=16")
 

@@ -362,9 +362,9 @@ class Optimizer:
                 params[name].sub_(u, alpha=scale)
         for name, v in self.v.items():
             m = self.m[name].lerp_(grads[name], 1 - beta1)
-            v.lerp_(grads[name].square(), 1 - beta2)
+            v.mul_(beta2).addcmul_(grads[name], grads[name], value=1 - beta2)
             fix1, fix2 = 1 - beta1 ** self.step_count, 1 - beta2 ** self.step_count
-            params[name].sub_(m / fix1 / ((v / fix2).sqrt() + eps), alpha=lr)
+            params[name].addcdiv_(m, (v / fix2).sqrt_().add_(eps), value=-lr / fix1)
 
 
 def orthogonalize(x):

@@ -113,9 +113,10 @@ def test_a_broken_gzip_file(tmp_path):
 
 @pytest.mark.parametrize("contents, title, text", [
     ('"Silver River"\nIt is\na film.', "Silver River", "It is a film."), ("Silver River\nIt is.", "Silver River", "It is."), ('"A "B" C"\nx', 'A "B" C', "x"),
-    ("'Title: Silver River Text: It is.", "Silver River", "It is."), ("Title: Silver River Text: It\nis.", "Silver River", "It is."), ('"Silver River"', "Silver River", "")])
+    ("'Title: Silver River Text: It is.", "Silver River", "It is."), ("Title: Silver River Text: It\nis.", "Silver River", "It is."), ('"Silver River"', "Silver River", ""),
+    ('"Made for Walkin\'"\nA song.', "Made for Walkin'", "A song."), ('""Weird Al" Yankovic"\nx', '"Weird Al" Yankovic', "x"), ('""Heroes""\nx', '"Heroes"', "x")])
 def test_split_passage(contents, title, text):
-    """FlashRAG's form, without quotes too, and the older `Title: T Text: body`."""
+    """FlashRAG's form, without quotes too, and the older `Title: T Text: body`. Guards: quotes that are the title's own taken off, so that no gold title matched."""
     assert tools.split_passage(contents) == (title, text)
 
 

@@ -1,5 +1,7 @@
 """Adapters, 4 bits, bfloat16 and gradient checkpointing, in both twins: against peft, mlx_lm, bitsandbytes, and against doing without."""
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ from test_model import IDS, ours, theirs
 from transformers import AutoModelForCausalLM
 
 import autocoa
+import eval as benchmark
 import model
 import model_torch
+import train_rl
 import train_sft
-from common import Problem, Settings
+from common import Problem, Settings, read_settings
 
 mx = pytest.importorskip("mlx.core")
 import model_mlx    # noqa: E402
@@ -122,7 +126,7 @@ def test_an_adapter_of_another_kind(codec, tmp_path):
             model.load(tmp_path / "sft1", "cpu", "torch")
     path.write_text(own)
     rank = lm.model.lora.rank
-    with pytest.raises(Problem, match=f"--lora_rank={rank + 1}: what this run starts from has an adapter of rank {rank}"):
+    with pytest.raises(Problem, match=f"--lora_rank={rank + 1}: what this run starts from has an adapter with rank {rank}"):
         model.load(tmp_path / "sft1", "cpu", "torch").adapt(Settings(lora_rank=rank + 1))
     whole = model.load(tmp_path / "base", "cpu", "torch")
     with pytest.raises(Problem, match="holds an adapter, and this run trains all weights; repeat the settings"):
@@ -329,23 +333,54 @@ def test_an_adapter_goes_on(codec, tmp_path, first, second):
         np.testing.assert_allclose(ours[n], theirs[n], atol=1e-5 if first == second else 1e-4, err_msg=n)
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_the_scripts_with_an_adapter(codec, tmp_path, merge):
-    """SFT-1 to SFT-3 and both stages of RL on an adapter, in bfloat16, as a user runs them; the base does not move; eval and --ask read it."""
-    args = ("--run=t --width=64 --layers=2 --base_tokens=60000 --coa=60 --cot=10 --pairs=8 --epochs=1 --max_len=200 --rl1_steps=1 --rl2_steps=1 --questions=3 "
-            f"--rollouts=2 --rl_questions=6 --eval_questions=1 --lora_rank=2 --dtype=bfloat16 --checkpointing --lora_merge={merge}").split()
-    for script in ("train_sft", "train_rl", "eval"):
-        done = shell(tmp_path, f"{script}.py", *args)
-        assert done.status == 0, done.err
+TINY = ("--run=t --width=64 --layers=2 --base_tokens=60000 --coa=60 --cot=10 --pairs=8 --epochs=1 --max_len=200 --rl1_steps=1 --rl2_steps=1 --questions=3 "
+        "--rollouts=2 --rl_questions=6 --eval_questions=1").split()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A base model and its SFT data, made once."""
+    cwd = tmp_path_factory.mktemp("base")
+    done = shell(cwd, "train_sft.py", *TINY, "--backend=torch", "--stage=base")
+    assert done.status == 0, done.err
+    return cwd / "out"
+
+
+@pytest.mark.parametrize("backend, merge, more", [("torch", False, "--dtype=bfloat16 --checkpointing"), ("torch", True, ""),
+                                                  pytest.param("mlx", False, "--bits=4 --dtype=bfloat16 --checkpointing", marks=pytest.mark.slow),
+                                                  pytest.param("mlx", True, "", marks=pytest.mark.slow)])
+def test_the_scripts_with_an_adapter(base, tmp_path, monkeypatch, capsys, backend, merge, more):
+    """SFT-1 to SFT-3 and both stages of RL on an adapter; the base does not move; eval and --ask read it. RL-2 again, after --resume, is the same, on the reference's base."""
+    args = [*TINY, "--lora_rank=2", f"--backend={backend}", f"--lora_merge={merge}", *more.split()]
+    shutil.copytree(base, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *others):
+        monkeypatch.setattr(sys, "argv", ["x", *args, *others])
+        script(read_settings("x"))
+    run(train_sft.run, "--resume")          # behind the base model
+    run(train_rl.run)
+    run(benchmark.run)
     root = tmp_path / "out" / "t"
     assert all((root / stage / ("model" if merge else "adapter_model")).with_suffix(".safetensors").is_file() for stage in ("sft1", "sft2", "sft3", "rl1", "rl2"))
     if not merge:
         assert {json.loads((root / stage / "adapter_config.json").read_text())["base_model_name_or_path"] for stage in ("sft2", "rl2")} == {"out/t/base"}
-    a, b = (model.load(root / stage, "cpu", "torch") for stage in ("sft1", "sft2"))
+    a, b = (model.load(root / stage, "cpu", backend, bits=4 if "bits" in more else 16) for stage in ("sft1", "sft2"))
     assert any(not np.array_equal(x, weights(b)[n]) for n, x in weights(a).items())
     assert len(rows(root / "predictions.jsonl")) == 6 * 10
-    done = shell(tmp_path, "autocoa.py", *args, "--ask=Who?")
-    assert done.status == 0 and "rl2" in done.out
+    capsys.readouterr()
+    run(autocoa.ask, "--ask=Who?")
+    assert "rl2" in capsys.readouterr().out
+    before, grpo, shared = load_file(root / "rl2" / f"{'' if merge else 'adapter_'}model.safetensors"), train_rl.grpo, []
+    shutil.rmtree(root / "rl2")
+
+    def watch(lm, reference, *others):
+        shared.append(lm.model.model.layers[0].mlp.up_proj.weight is reference.model.model.layers[0].mlp.up_proj.weight)
+        return grpo(lm, reference, *others)
+    monkeypatch.setattr(train_rl, "grpo", watch)
+    run(train_rl.run, "--resume")
+    after = load_file(root / "rl2" / f"{'' if merge else 'adapter_'}model.safetensors")
+    assert all(torch.equal(x, after[n]) for n, x in before.items()) and shared == [not merge]
 
 
 @pytest.mark.parametrize("backend", BOTH)
@@ -355,8 +390,8 @@ def test_a_frozen_base_is_read_in_its_own_type(codec, ids, tmp_path, backend):
     lm.save(tmp_path / "sft1")
     for folder in ("base", "sft1"):
         a, b = (model.load(tmp_path / folder, "cpu", backend, "bfloat16", frozen=frozen) for frozen in (False, True))
-        b.adapt(Settings(lora_rank=8))
-        a.adapt(Settings(lora_rank=8))
+        b.adapt(Settings(lora_rank=8, lora_alpha=16.0))
+        a.adapt(Settings(lora_rank=8, lora_alpha=16.0))
         np.testing.assert_array_equal(logits(a, ids), logits(b, ids))
     made = lm.backend.build(lm.model.config, "cpu", "bfloat16", frozen=True)
     own = dict(made.named_parameters()) if backend == "torch" else model_mlx.parameters(made)

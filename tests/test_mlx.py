@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, shell, tiny, twin
-from test_losses import SCRIPT_LOSSES, batches_of, chains
+from test_losses import LOSSES, SCRIPT_LOSSES, batches_of, chains, example, to_torch
 from test_model import CHECKPOINTS, IDS, ours, random_checkpoint, theirs
 from transformers import AutoModelForCausalLM
 
 import autocoa
+import data
 import estimate
 import model
 import model_torch
+import train_rl
 import train_sft
 from common import Problem, Settings
 
@@ -200,6 +202,40 @@ def test_losses_and_gradients(lm, codec, name):
     assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=2e-6, abs=1e-6)
     for n, g in kept[0].grads.items():
         assert np.abs(kept[1].grads[n] - g).max() <= 1e-4 * np.abs(g).max() + 1e-8, n
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_values_of_the_losses(name):
+    """On one example, with clipping on both sides and KL: what NumPy's float64 gives, and torch's gradient."""
+    loss, slow = LOSSES[name]
+    logp, b = example(name)
+    there = {k: mx.array(v.astype(np.float32)) if isinstance(v, np.ndarray) else v for k, v in b.items()}
+    value, grad = mx.value_and_grad(lambda x: loss(mx, x, there))(mx.array(logp.astype(np.float32)))
+    assert value.item() == pytest.approx(slow(logp.tolist(), b), abs=1e-6)
+    x = torch.tensor(logp, requires_grad=True)
+    loss(torch, x, to_torch(b)).backward()
+    np.testing.assert_allclose(np.array(grad), x.grad.numpy(), atol=1e-6)
+
+
+def test_gradient_of_clipped_grpo(codec):
+    """RL's own batches with KL to another policy, ratios on both sides of the clip, at temperature 0.7: value and gradient as torch has them."""
+    lm, reference, rng, ts = tiny(codec, spread=0.1), tiny(codec, seed=3, spread=0.1), np.random.default_rng(0), chains(codec)
+    for t in ts:
+        logp = model_torch.score(lm.model, data.pad([t]), 0.7)[0]
+        t.logprobs = (logp + rng.uniform(-0.6, 0.6, logp.shape) * np.array(t.mask)).tolist()
+    s = Settings(micro_tokens=500, temperature=0.7, kl=0.3)
+    kept = []
+    for one, other in ((lm, reference), (twin(lm), twin(reference))):
+        class Keep:
+            def step(self, grads, lr, muon_lr):
+                kept.append({n: np.asarray(g) for n, g in grads.items()})
+        batches = train_rl.update_batches(ts, np.array([0.5, -0.5, 0.25, -0.25, 1.0, -1.0]), other, s)
+        assert sum(len(b["ids"]) for b in batches) == 6 and all("ref" in b for b in batches)
+        kept.append(one.backend.train_step(one.model, Keep(), autocoa.grpo_loss, batches, 0, 0, 0.7, max_norm=1e9)["loss"])
+    grads, loss, other_grads, other_loss = kept
+    assert loss == pytest.approx(other_loss, rel=2e-6)
+    for n, g in grads.items():
+        assert np.abs(other_grads[n] - g).max() <= 1e-4 * np.abs(g).max() + 1e-8, n
 
 
 @pytest.mark.parametrize("muon", [False, True])
