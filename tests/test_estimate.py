@@ -1,6 +1,7 @@
 """The estimate before a run: parameters and bytes against those of the real tensors, activations against what autograd saves, --dry-run."""
 import runpy
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ def test_a_16_gb_mac(codec, capsys):
     class Shapes:
         class model:
             config = R1
-        backend = type("b", (), {"__name__": "model_mlx", "Optimizer": type("o", (), {"GROUP": 1 << 22})})
+        backend = SimpleNamespace(__name__="model_mlx", Optimizer=SimpleNamespace(GROUP=1 << 22))
     for kind in ("sft", "rl"):
         assert estimate.show(Shapes, s, kind)
         out = capsys.readouterr().out
