@@ -89,8 +89,9 @@ class Chat:
                 raise ValueError("no text")
             text = cut(text, stop)      # some endpoints take no notice of it
         except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as e:
-            said = getattr(getattr(e, "response", None), "text", "")[:200].partition("\n")[0]
-            if getattr(getattr(e, "response", None), "status_code", 0) in REFUSED:
+            response = getattr(e, "response", None)                         # a refusal is false as a truth value
+            said = "" if response is None else response.text[:200].partition("\n")[0]
+            if response is not None and response.status_code in REFUSED:
                 with self.lock:
                     self.counts["refused"] += 1
                     if self.counts["asked"] or self.counts["refused"] < 8:
@@ -122,7 +123,8 @@ class Chat:
 
     def report(self):
         c = self.counts
-        return f"{self.name}: asked {c['asked']:,} times ({c['from the cache']:,} more from the cache{', ' * bool(c['refused'])}{c['refused'] or ''}{' refused' * bool(c['refused'])}), {c['prompt_tokens']:,} tokens read and {c['completion_tokens']:,} written"
+        refused = f", {c['refused']:,} refused" if c["refused"] else ""
+        return f"{self.name}: asked {c['asked']:,} times ({c['from the cache']:,} more from the cache{refused}), {c['prompt_tokens']:,} tokens read and {c['completion_tokens']:,} written"
 
 
 def cut(text, stop):
