@@ -125,20 +125,21 @@ class Predictions:
 
     def missing(self, row, sets, made):
         """[(set, question)] that this row is still to be asked."""
-        return [(name, q) for name, questions in sets.items() for q in questions if (row, name, q["id"], question_key(q), made) not in self.known]
+        return [(name, q) for name, questions in sets.items() for q in questions if self.key(row, name, q, made) not in self.known]
+
+    def key(self, row, name, q, made):
+        return row, name, q["id"], question_key(q), made
 
     def row(self, row, sets, made, answer, piece):
         """{set: records} of one row, asking `answer` (questions -> records) for those that are not there yet, `piece` at a time."""
-        def key(name, q):
-            return row, name, q["id"], question_key(q), made
         missing = self.missing(row, sets, made)
         for at in range(0, len(missing), piece):
             part = missing[at:at + piece]
             with open(self.part, "a", encoding="utf-8") as f:
                 for (name, q), r in zip(part, answer([q for _, q in part]), strict=True):
-                    self.known[key(name, q)] = r = {"row": row, "set": name, **r, "asked": question_key(q), "made": made}
+                    self.known[self.key(row, name, q, made)] = r = {"row": row, "set": name, **r, "asked": question_key(q), "made": made}
                     f.write(json.dumps(r) + "\n")
-        return {name: [self.known[key(name, q)] for q in questions] for name, questions in sets.items()}
+        return {name: [self.known[self.key(row, name, q, made)] for q in questions] for name, questions in sets.items()}
 
     def finish(self, rows, made):
         """rows: {row: {set: records}}. What was there of other rows and questions stays, where the same weights and settings gave it (made: {row: what made_by says})."""
