@@ -43,14 +43,14 @@ def kept(c, s, muon, scale_bytes):
 
 def step_of_mlx(c, s, muon, group):
     """Bytes that an optimizer step makes beside what was, since arrays of MLX don't change. It takes `group` weights at a time, or one parameter that is
-    larger: AdamW makes clipped gradients, weights and two moments; the iteration of Muon holds about twelve numbers a weight (measured)."""
+    larger: AdamW makes clipped gradients, weights and two moments; the iteration of Muon holds up to twenty numbers a weight (measured)."""
     n, one_shape = parameters(c, s), 2 * c.num_hidden_layers * c.hidden_size * c.intermediate_size         # gate_proj and up_proj
     if s.lora_rank:
         in_matrices, rest, largest = n["adapter"], n["tags"], 0
     else:
         in_matrices, rest, largest = min(n["blocks"], one_shape) if muon else n["blocks"], n["rest"], c.hidden_size * max(c.vocab_size, c.intermediate_size)
     adamw = min(rest if muon else rest + in_matrices, max(group, largest))
-    return 16 * max(adamw, 3 * min(in_matrices, max(group, largest and c.hidden_size * c.intermediate_size)) * muon)
+    return 16 * max(adamw, 5 * min(in_matrices, max(group, largest and c.hidden_size * c.intermediate_size)) * muon)
 
 
 def step_of_torch(c, s, muon):

@@ -17,7 +17,7 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from autocoa import TAGS, Codec
 from common import Problem, weight_files
@@ -417,6 +417,7 @@ def load_pretrained(name, device="auto", framework="auto", dtype="float32", froz
 
     The tags become new tokens; their embeddings start as the mean of the pieces that spelled them. A GGUF file is read by transformers, with torch.
     """
+    from transformers import AutoTokenizer      # not above: it takes a second, and torch with it
     b, path, options = backend(framework), Path(name), {}
     try:
         if path.suffix == ".gguf":

@@ -41,7 +41,7 @@ class Embedding(nn.Embedding):
     """Ids to vectors, and hidden states to logits. Under an adapter a few of its rows, those of `tokens`, are trained in place of the frozen ones."""
 
     def __init__(self, vocab, columns):
-        super().__init__(vocab, columns)
+        super().__init__(vocab, columns, _weight=torch.empty(vocab, columns))     # drawing what is replaced anyway would load torch's compiler, for seconds
         self.rows = self.tokens = None
 
     def forward(self, ids):
@@ -371,11 +371,11 @@ def orthogonalize(x):
     """Newton-Schulz on a stack of matrices (n, rows, columns), Muon's quintic coefficients."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()      # a step needs a direction, not digits
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)       # not in bfloat16: most CPUs multiply that ten times slower
     for _ in range(5):
         a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return (x.mT if tall else x).float()
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
 
 
 def train_step(model, optimizer, loss_fn, batches, lr, muon_lr, temperature=1.0, max_norm=1.0):

@@ -1,7 +1,10 @@
 """What the tests share: a tokenizer in which each word is one token, small networks with random weights, and a shell."""
+import contextlib
+import io
 import json
 import os
 import platform
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +67,19 @@ def shell(cwd, script, *args, timeout=120, threads="1", **environment):
     done = subprocess.run([sys.executable, ROOT / script, *args], cwd=cwd, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": threads, **environment})
     return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def run_script(cwd, name, *args):
+    """The same in this process, which has loaded torch already: four seconds less for each."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [name, *map(str, args)])
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as e:
+            status = e.code or 0
+    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
 
 
 def rows(path):

@@ -6,7 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT, rows, shell, strict
+from conftest import ROOT, rows, run_script, strict
 from test_real import BOOKS, ONE, PASSAGES, PEOPLE, TOWNS, TWO, checkpoint
 
 import chat
@@ -150,7 +150,7 @@ def test_eval_with_a_judge(endpoint, folder):
     """A column of the table and a figure of every row: the share of yes among the verdicts that could be read; the others are counted."""
     turn = iter(range(10_000))
     there = endpoint(lambda messages, ask: ("yes", "no", "perhaps")[next(turn) % 3])
-    done = shell(folder, "eval.py", str(ROOT / "config" / "smollm2.py"), "--model=checkpoint", "--data=nq_dev.jsonl", "--corpus=passages.jsonl", "--max_len=480", "--max_observation=60",
+    done = run_script(folder, "eval.py", str(ROOT / "config" / "smollm2.py"), "--model=checkpoint", "--data=nq_dev.jsonl", "--corpus=passages.jsonl", "--max_len=480", "--max_observation=60",
                  "--eval_questions=6", f"--judge={there.url}#x")
     assert done.status == 0, done.err
     result = strict(done.out.splitlines()[-1])["rows"]
@@ -165,7 +165,7 @@ def test_eval_with_a_judge(endpoint, folder):
 def test_a_judge_that_fails_leaves_the_table(endpoint, folder):
     """The rows are answered, shown and kept, then the judge's trouble ends the run. Guards: it cost the whole table."""
     there = endpoint(lambda messages, ask: {"choices": []})
-    done = shell(folder, "eval.py", str(ROOT / "config" / "smollm2.py"), "--run=other", "--model=checkpoint", "--data=nq_dev.jsonl", "--corpus=passages.jsonl", "--max_len=480", "--max_observation=60",
+    done = run_script(folder, "eval.py", str(ROOT / "config" / "smollm2.py"), "--run=other", "--model=checkpoint", "--data=nq_dev.jsonl", "--corpus=passages.jsonl", "--max_len=480", "--max_observation=60",
                  "--eval_questions=2", "--rows=model only,ReAct workflow", f"--judge={there.url}#x")
     assert done.status == 2 and "not an endpoint that answers" in done.err
     result = strict(done.out.splitlines()[-1])["rows"]
@@ -185,7 +185,7 @@ def test_a_local_folder(folder, tmp_path):
     part = texts[2][len(texts[2]) // 2:][:2]
     assert a([user(f"Who wrote {BOOKS[2]}?")], 12, stop=[part]) == [texts[2].split(part)[0]]
     assert a([user("x")], 12, temperature=1.0, sample=1) != a([user("x")], 12, temperature=1.0, sample=2) and a.counts["asked"] == 6
-    done = shell(folder, "teacher.py", "--teacher=checkpoint", "--train_data=nq_dev.jsonl", "--corpus=passages.jsonl", "--out=t", "--coa=2", "--tries=1", "--batch_rows=8")
+    done = run_script(folder, "teacher.py", "--teacher=checkpoint", "--train_data=nq_dev.jsonl", "--corpus=passages.jsonl", "--out=t", "--coa=2", "--tries=1", "--batch_rows=8")
     assert done.status == 0 and "0 chains of action" in done.out, done.err          # a random model solves nothing, and that is no error
 
 
@@ -210,7 +210,7 @@ def test_a_model_as_teacher(endpoint, folder, monkeypatch):
     with a beginning in common; what comes out trains. A second run asks nothing."""
     there = endpoint(scholar)
     args = [f"--teacher={there.url}#x", "--train_data=nq_dev.jsonl,hotpotqa_dev.jsonl", "--corpus=passages.jsonl", "--out=taught", "--tries=2", "--top_k=1", "--coa=100"]
-    done = shell(folder, "teacher.py", *args)
+    done = run_script(folder, "teacher.py", *args)
     assert done.status == 0, done.err
     coa, cot = rows(folder / "taught/coa.jsonl"), rows(folder / "taught/cot.jsonl")
     pairs = json.loads((folder / "taught/pairs.json").read_text())
@@ -224,7 +224,7 @@ def test_a_model_as_teacher(endpoint, folder, monkeypatch):
     assert {p["rejected"]["value"] for p in pairs if p not in acting} == {f"<begin_search> {BOOKS[3]}</end_search>"}
     assert "of 16 questions" in done.out and re.search(r"x: asked \d+ times \(0 more from the cache\), \d+0 tokens read", done.out)
     n = len(there.asked)
-    again = shell(folder, "teacher.py", *args)
+    again = run_script(folder, "teacher.py", *args)
     assert again.status == 0 and len(there.asked) == n and rows(folder / "taught/coa.jsonl") == coa
     import model
     codec = model.load_pretrained(str(folder / "checkpoint"), "cpu").codec
@@ -258,7 +258,7 @@ def test_a_teacher_takes_of_all_files(endpoint, folder):
         asked.add("grow up" in messages[0]["content"])
         return scholar(messages, ask)
     there = endpoint(say)
-    done = shell(folder, "teacher.py", f"--teacher={there.url}#y", "--train_data=nq_dev.jsonl,hotpotqa_dev.jsonl", "--corpus=passages.jsonl", "--out=mixed", "--tries=1", "--coa=8")
+    done = run_script(folder, "teacher.py", f"--teacher={there.url}#y", "--train_data=nq_dev.jsonl,hotpotqa_dev.jsonl", "--corpus=passages.jsonl", "--out=mixed", "--tries=1", "--coa=8")
     assert done.status == 0 and "of 8 questions" in done.out and asked == {True, False}, done.err
 
 
@@ -299,5 +299,5 @@ def test_other_weights_are_another_model(folder, tmp_path):
 
 @pytest.mark.parametrize("args", [[], ["--teacher=x"], ["--teacher=x", "--train_data=a", "--corpus=b"]])
 def test_what_a_teacher_needs(tmp_path, args):
-    done = shell(tmp_path, "teacher.py", *args)
+    done = run_script(tmp_path, "teacher.py", *args)
     assert done.status == 2 and "needs all four" in done.err

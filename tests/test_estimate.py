@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, shell, tiny
+from conftest import ROOT, run_script, tiny
 from test_model import CHECKPOINTS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -178,7 +178,7 @@ def test_dry_run(codec, tmp_path):
     tiny(codec).save(tmp_path / "out" / "t" / "base")
     before = sorted(tmp_path.rglob("*"))
     for script, times in (("train_sft.py", ["optimizer step"]), ("train_rl.py", ["optimizer step", "rollouts"]), ("eval.py", ["rollouts"])):
-        done = shell(tmp_path, script, "--run=t", "--dry-run", "--width=64", "--layers=2", "--questions=2", "--max_len=100", "--batch_rows=16", "--eval_questions=2")
+        done = run_script(tmp_path, script, "--run=t", "--dry-run", "--width=64", "--layers=2", "--questions=2", "--max_len=100", "--batch_rows=16", "--eval_questions=2")
         assert done.status == 0, done.err
         lines = done.out.splitlines()
         assert " M parameters" in lines[1] and 0.4 < float(lines[2].removeprefix("memory in MB: weights ").partition(",")[0]) < 1.2

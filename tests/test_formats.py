@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import shell
+from conftest import run_script
 from test_real import checkpoint
 
 import data
@@ -195,5 +195,5 @@ def test_get(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("args", [[], ["show"], ["look", "x"], ["export", "x"], ["show", "nothing.jsonl"], ["show", "x", "y"], ["get", "squad"]])
 def test_bad_commands(tmp_path, args):
-    done = shell(tmp_path, "data.py", *args)
+    done = run_script(tmp_path, "data.py", *args)
     assert done.status == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1

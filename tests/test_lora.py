@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import rows, shell, tiny, twin
+from conftest import rows, run_script, tiny, twin
 from safetensors.torch import load_file
 from test_losses import SCRIPT_LOSSES, batches_of, chains
 from test_model import IDS, ours, theirs
@@ -341,7 +341,7 @@ TINY = ("--run=t --width=64 --layers=2 --base_tokens=60000 --coa=60 --cot=10 --p
 def base(tmp_path_factory):
     """A base model and its SFT data, made once."""
     cwd = tmp_path_factory.mktemp("base")
-    done = shell(cwd, "train_sft.py", *TINY, "--backend=torch", "--stage=base")
+    done = run_script(cwd, "train_sft.py", *TINY, "--backend=torch", "--stage=base")
     assert done.status == 0, done.err
     return cwd / "out"
 

@@ -333,13 +333,13 @@ print(mx.get_peak_memory())"""
 @pytest.mark.parametrize("muon", [False, True])
 def test_memory_of_a_step(codec, tmp_path, muon):
     """A step of MLX by its own count, in a process that holds nothing else: the estimate within 15%, and far below all old and new weights, moments and gradients at
-    once. Guards: 52 MB where 27 stay (AdamW), 63 where 22 do (Muon)."""
+    once. Guards: 47 MB where 27 stay (AdamW), 64 where 22 do (Muon)."""
     tiny(codec, width=256).save(tmp_path / "x")
     peak = int(subprocess.run([sys.executable, "-c", STEP.format(root=str(ROOT), muon=muon)], cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
     c, s = model.read_config(tmp_path / "x"), Settings()
     keep = sum(estimate.kept(c, s, muon, 0).values())
     assert keep + estimate.step_of_mlx(c, s, muon, 1 << 18) == pytest.approx(peak, rel=0.15)
-    assert peak < 40e6
+    assert peak < (45e6 if muon else 40e6)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])

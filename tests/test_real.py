@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import ROOT, rows, shell, strict
+from conftest import ROOT, rows, run_script, strict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import autocoa
@@ -52,7 +52,7 @@ def made(tmp_path_factory):
             (cwd / f"{name}_{split}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     lines = "".join(json.dumps({"id": str(i), "contents": x}) + "\n" for i, x in enumerate(PASSAGES))
     (cwd / "passages.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    scripts = {name: shell(cwd, f"{name}.py", str(ROOT / "config" / "smollm2.py"), *TINY) for name in ("train_sft", "train_rl", "eval")}
+    scripts = {name: run_script(cwd, f"{name}.py", str(ROOT / "config" / "smollm2.py"), *TINY) for name in ("train_sft", "train_rl", "eval")}
     assert [(name, s.status, s.err[-2000:]) for name, s in scripts.items() if s.status] == []
     return SimpleNamespace(cwd=cwd, root=cwd / "out" / "real", **scripts)
 
@@ -91,12 +91,12 @@ def test_stages_and_table_of_the_real_path(made):
 
 def test_training_on_files_of_others(made):
     """The run's own SFT data, exported as AutoCoA's files and read with --sft_files, trains to the same weights; a row that is none is counted and named."""
-    done = shell(made.cwd, "data.py", "export", "out/real/data", "theirs")
+    done = run_script(made.cwd, "data.py", "export", "out/real/data", "theirs")
     assert done.status == 0, done.err
     with open(made.cwd / "theirs" / "coa.jsonl", "a") as f:
         f.write('{"messages": []}\n')
     args = [str(ROOT / "config" / "smollm2.py"), *TINY, "--run=again", "--sft_files=" + ",".join(sorted(f"theirs/{p.name}" for p in (made.cwd / "theirs").iterdir()))]
-    done = shell(made.cwd, "train_sft.py", *args)
+    done = run_script(made.cwd, "train_sft.py", *args)
     assert done.status == 0, done.err
     assert "1 rows are no trajectories and are left out, the first at theirs/coa.jsonl:" in done.out
     for name in ("coa", "cot", "pairs"):
@@ -109,7 +109,7 @@ def test_any_checkpoint_is_judged(made):
     nothing again, and an evaluation that was cut goes on."""
     args = [str(ROOT / "config" / "smollm2.py"), "--max_len=480", "--max_observation=60", "--data=hotpotqa_dev.jsonl", "--corpus=passages.jsonl.gz", "--eval_questions=3"]
     for folder, name, agent in (("checkpoint", "checkpoint", 0), ("out/real/rl2", "rl2", 1)):
-        done = shell(made.cwd, "eval.py", *args, f"--model={folder}")
+        done = run_script(made.cwd, "eval.py", *args, f"--model={folder}")
         assert done.status == 0, done.err
         result = strict(done.out.splitlines()[-1])["rows"]
         assert len(result) == 6 + agent and ("agent" in result) == agent
@@ -118,17 +118,17 @@ def test_any_checkpoint_is_judged(made):
     lines = before.splitlines(keepends=True)
     path.with_name("predictions.jsonl.partial").write_text("".join(lines[:5]) + lines[5][:40])          # stopped in the middle of a line
     path.write_text("")
-    again = shell(made.cwd, "eval.py", *args, "--model=out/real/rl2", "--resume")
+    again = run_script(made.cwd, "eval.py", *args, "--model=out/real/rl2", "--resume")
     assert again.status == 0 and path.read_text() == before and not path.with_name("predictions.jsonl.partial").exists()
-    again = shell(made.cwd, "eval.py", *args, "--model=out/real/rl2", "--resume")
+    again = run_script(made.cwd, "eval.py", *args, "--model=out/real/rl2", "--resume")
     assert again.status == 0 and path.read_text() == before and "no call of a tool" in again.out        # all answers were there
-    again = shell(made.cwd, "eval.py", *args, "--model=out/real/rl2", "--rows=agent,model only", "--resume")
+    again = run_script(made.cwd, "eval.py", *args, "--model=out/real/rl2", "--rows=agent,model only", "--resume")
     assert again.status == 0 and strict(again.out.splitlines()[-1])["rows"] == result           # the other rows' answers stay, and are in the table
     assert sorted(path.read_text().splitlines()) == sorted(before.splitlines())
-    done = shell(made.cwd, "eval.py", *args, "--model=out/real/rl2", "--rows=SFT-1")
+    done = run_script(made.cwd, "eval.py", *args, "--model=out/real/rl2", "--rows=SFT-1")
     assert done.status == 2 and "no row 'SFT-1' here; there are: model only (at once), model only," in done.err
     for words, message in ((["--data=hotpotqa_dev.jsonl"], "it needs --model"), (["--compare=a"], "two rows are needed")):
-        done = shell(made.cwd, "eval.py", *words, "--eval_questions=1")
+        done = run_script(made.cwd, "eval.py", *words, "--eval_questions=1")
         assert done.status == 2 and message in done.err
 
 

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import rows, shell, strict, tiny
+from conftest import rows, run_script, shell, strict, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import autocoa
+import bench
 import data
 import model
 import model_torch
@@ -22,7 +23,7 @@ import train_rl
 import train_sft
 from common import Problem, Settings, read_settings
 
-TINY = ("--run=tiny --width=64 --layers=2 --base_tokens=250000 --batch_tokens=2000 --coa=500 --cot=40 --pairs=40 --epochs=2 --max_len=200 "
+TINY = ("--run=tiny --width=64 --layers=2 --base_tokens=120000 --batch_tokens=2000 --coa=500 --cot=40 --pairs=40 --epochs=2 --max_len=200 "
         "--rl1_steps=2 --rl2_steps=2 --questions=6 --rollouts=3 --rl_questions=20 --eval_questions=4").split()
 STAGES = ("base", "sft1", "sft2", "sft3", "rl1", "rl2")
 ROWS = ["model only (at once)", "model only", "retrieve-then-read", "oracle passages", "ReAct workflow", "SFT-1", "SFT-1&2", "SFT-1&2&3", "SFT-1&2&3+RL-1", "SFT-1&2&3+RL-1&2"]
@@ -147,16 +148,16 @@ def test_seeds_are_pooled(made, tmp_path):
         shutil.copytree(made.root, tmp_path / "out" / run)
     lines = rows(made.root / "predictions.jsonl")
     (tmp_path / "out/b/predictions.jsonl").write_text("".join(json.dumps(dict(r, em=1.0) if r["row"] == "SFT-1&2" else r) + "\n" for r in lines))
-    done = shell(tmp_path, "eval.py", "--compare=SFT-1&2,model only", "--runs=a,b")
+    done = run_script(tmp_path, "eval.py", "--compare=SFT-1&2,model only", "--runs=a,b")
     assert done.status == 0, done.err
     em = {row: np.mean([r["em"] for r in lines if r["row"] == row]) for row in ("SFT-1&2", "model only")}       # the sets are of one size
     found = strict(done.out.splitlines()[-1])
     assert found["gain"] == pytest.approx(100 * ((em["SFT-1&2"] + 1) / 2 - em["model only"]), abs=0.01) and found["gain_low"] <= found["gain"] <= found["gain_high"]
-    done = shell(tmp_path, "eval.py", "--compare=SFT-1&2,nothing", "--runs=a")
+    done = run_script(tmp_path, "eval.py", "--compare=SFT-1&2,nothing", "--runs=a")
     assert done.status == 2 and "no row 'nothing'" in done.err
-    assert shell(tmp_path, "eval.py", "--compare=SFT-1&2,SFT-1&2", "--runs=a").status == 2
+    assert run_script(tmp_path, "eval.py", "--compare=SFT-1&2,SFT-1&2", "--runs=a").status == 2
     (tmp_path / "out/b/predictions.jsonl").write_text('{"set": "single"}\n')
-    done = shell(tmp_path, "eval.py", "--compare=SFT-1&2,model only", "--runs=b")
+    done = run_script(tmp_path, "eval.py", "--compare=SFT-1&2,model only", "--runs=b")
     assert done.status == 2 and "out/b/predictions.jsonl:1: not a prediction" in done.err
 
 
@@ -164,11 +165,11 @@ def test_a_stage_older_than_its_start_is_said(made, tmp_path):
     """SFT-3 trained again, RL not: the table would compare two runs, and says so of rl1, not of the rest."""
     shutil.copytree(made.root, tmp_path / "out" / "tiny")
     os.utime(tmp_path / "out/tiny/sft3/config.json", (time.time() + 9,) * 2)
-    done = shell(tmp_path, "eval.py", *TINY, "--eval_questions=1")
+    done = run_script(tmp_path, "eval.py", *TINY, "--eval_questions=1")
     assert done.status == 0, done.err
     assert re.findall(r"out/tiny/(\w+) is older than out/tiny/(\w+)", done.out) == [("rl1", "sft3")]
     shutil.rmtree(tmp_path / "out/tiny/sft1")           # nothing to compare with: no complaint, and no traceback
-    assert shell(tmp_path, "eval.py", *TINY, "--eval_questions=1").status == 0
+    assert run_script(tmp_path, "eval.py", *TINY, "--eval_questions=1").status == 0
 
 
 def test_pictures(made):
@@ -184,7 +185,7 @@ def test_pictures(made):
 
 def test_ask_one_question(made):
     """`--ask` answers with the last stage that is there."""
-    done = shell(made.cwd, "autocoa.py", *TINY, "--ask=Who directed Silver River?")
+    done = run_script(made.cwd, "autocoa.py", *TINY, "--ask=Who directed Silver River?")
     assert done.status == 0, done.err
     assert "Who directed Silver River?<think>" in done.out and "answer:" in done.out and "rl2" in done.out
 
@@ -193,7 +194,7 @@ def test_a_stage_again_is_the_same(made, tmp_path):
     """One stage from its own start, with the same seed: the same loss at every step and the same weights, into another
     folder; the finished ones stay."""
     shutil.copytree(made.root, tmp_path / "out" / "tiny")
-    done = shell(tmp_path, "train_rl.py", *TINY, "--stage=rl1", "--out=again")
+    done = run_script(tmp_path, "train_rl.py", *TINY, "--stage=rl1", "--out=again")
     assert done.status == 0, done.err
     a, b = (rows(tmp_path / "out" / "tiny" / stage / "log.jsonl") for stage in ("rl1", "again"))
     assert [(r["loss"], r["reward"]) for r in a] == [(r["loss"], r["reward"]) for r in b]
@@ -203,7 +204,7 @@ def test_a_stage_again_is_the_same(made, tmp_path):
 def test_an_interrupted_run_goes_on(made, tmp_path):
     """Only the base stage was finished: SFT-1 makes the same data from it, and the same weights."""
     shutil.copytree(made.root / "base", tmp_path / "out" / "tiny" / "base")
-    done = shell(tmp_path, "train_sft.py", *TINY, "--stage=sft1")
+    done = run_script(tmp_path, "train_sft.py", *TINY, "--stage=sft1")
     assert done.status == 0, done.err
     for file in ("data/coa.jsonl", "data/cot.jsonl", "data/pairs.jsonl", "sft1/model.safetensors"):
         assert (tmp_path / "out/tiny" / file).read_bytes() == (made.root / file).read_bytes(), file
@@ -256,11 +257,13 @@ def test_resume_keeps_one_run_together(tmp_path, monkeypatch):
     assert not list(root.glob("*.checkpoint")) and not list(root.glob("*.partial")) and (root / "sft3").is_dir()
 
 
-def test_bench(made):
+def test_bench(made, monkeypatch, capsys):
     """Both sides run, and greedy decoding gives the same text on both; how fast is no matter here."""
-    done = shell(made.cwd, "bench.py", *TINY, "--questions=2", "--rollouts=1")
-    assert done.status == 0, done.err
-    found = {line[:14].strip(): line for line in done.out.splitlines()}
+    monkeypatch.chdir(made.cwd)
+    monkeypatch.setattr(sys, "argv", ["x", *TINY, "--questions=2", "--rollouts=1"])
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    bench.run(read_settings("x"))
+    found = {line[:14].strip(): line for line in capsys.readouterr().out.splitlines()}
     assert {"one answer", "agents", "training"} <= set(found) and "1 of 1 texts are the same" in found["one answer"]
 
 
@@ -295,7 +298,7 @@ def test_the_scripts_on_mlx(tmp_path):
         done = shell(tmp_path, f"{script}.py", *args, "--backend=mlx", timeout=600)
         assert done.status == 0, done.err
     answers = [r["answer"] for r in rows(tmp_path / "out/tiny/predictions.jsonl")]
-    assert shell(tmp_path, "eval.py", *args, "--backend=torch").status == 0
+    assert run_script(tmp_path, "eval.py", *args, "--backend=torch").status == 0
     assert [r["answer"] for r in rows(tmp_path / "out/tiny/predictions.jsonl")] == answers and len(answers) == 18 * len(ROWS)
 
 

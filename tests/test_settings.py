@@ -1,13 +1,12 @@
 """Settings and bad input: one line that names the thing, exit status 2, nothing half-written."""
 import dataclasses
-import importlib
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script, shell
 
 import common
 from common import Problem, Settings, read_settings
@@ -89,32 +88,30 @@ def one_line(status, err, cwd):
     return line
 
 
-def shell(cwd, script, *args):
-    """A script that must fail, as a user runs it."""
-    done = subprocess.run([sys.executable, ROOT / script, *args], cwd=cwd, capture_output=True, text=True, timeout=100)
-    return one_line(done.returncode, done.stderr, cwd)
-
-
 @pytest.fixture
-def failed(tmp_path, monkeypatch, capsys):
-    """The same inside this process, where the imports are made already."""
+def failed(tmp_path):
+    """The same inside this process."""
     def run(script, *args):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
-        module = importlib.import_module(script.removesuffix(".py"))
-        with pytest.raises(SystemExit) as e:
-            common.main(module.ask if script == "autocoa.py" else module.run, module.__doc__)
-        return one_line(e.value.code, capsys.readouterr().err, tmp_path)
+        done = run_script(tmp_path, script, *args)
+        return one_line(done.status, done.err, tmp_path)
     return run
 
 
 def test_an_unknown_setting(tmp_path):
-    assert "did you mean 'clip_low'" in shell(tmp_path, "train_rl.py", "--clip_lwo=1")
+    done = shell(tmp_path, "train_rl.py", "--clip_lwo=1")       # as a user runs it
+    assert "did you mean 'clip_low'" in one_line(done.status, done.err, tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_no_cuda(tmp_path):
-    assert "--device=cuda: there is none here" in shell(tmp_path, "train_sft.py", "--device=cuda")
+def test_no_cuda(failed):
+    assert "--device=cuda: there is none here" in failed("train_sft.py", "--device=cuda")
+
+
+def test_a_script_starts_without_what_it_does_not_use(tmp_path):
+    """torch is loaded where it is the backend, and its compiler never. Guards: three seconds at the start of each script."""
+    code = ("import sys, eval, train_rl, model; print('torch' in sys.modules); import model_torch; model_torch.build(model.nano_config(100, 0, 1));"
+            "print('torch._dynamo' in sys.modules, 'transformers.models.auto' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split() == ["False"] * 3
 
 
 @pytest.mark.parametrize("script, args, missing, command", [
@@ -152,9 +149,9 @@ def test_a_folder_without_its_stage(failed, script, args):
 
 @pytest.mark.parametrize("args", [["tools.py"], ["tools.py", "none.jsonl"], ["miniwiki.py", "seven"], ["miniwiki.py", "--seed=-1"]])
 def test_a_tool_by_hand_says_how(tmp_path, args):
-    done = subprocess.run([sys.executable, ROOT / args[0], *args[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    line, = done.stderr.splitlines()
-    assert done.returncode == 2 and f"usage: python {args[0]} " + ("ask CORPUS QUERY .." if args[0] == "tools.py" else "--seed=N; shows") in line
+    done = run_script(tmp_path, *args)
+    line, = done.err.splitlines()
+    assert done.status == 2 and f"usage: python {args[0]} " + ("ask CORPUS QUERY .." if args[0] == "tools.py" else "--seed=N; shows") in line
 
 
 def test_nothing_to_draw(failed):

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlparse
 import numpy as np
 import pytest
 import requests
-from conftest import ROOT, shell
+from conftest import ROOT, run_script
 
 import data
 import live
@@ -532,9 +532,9 @@ def test_a_server_that_answers_nonsense(serve, monkeypatch):
 
 def test_by_hand(tmp_path):
     path = write(tmp_path / "p.jsonl", PASSAGES)
-    done = shell(tmp_path, "tools.py", "ask", str(path), "Iron Hill", "calculate: 2 + 2")
+    done = run_script(tmp_path, "tools.py", "ask", str(path), "Iron Hill", "calculate: 2 + 2")
     assert done.status == 0 and "Iron Hill 1: A band from Alder Bay." in done.out and done.out.endswith("4\n")
     for args in ((), ("ask", "missing.jsonl", "x"), ("serve", str(path), "port"), ("serve", str(path), "99999"), ("sing", str(path), "x")):
-        done = shell(tmp_path, "tools.py", *args)
+        done = run_script(tmp_path, "tools.py", *args)
         assert done.status == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1
     assert Settings().cache == "live"
