@@ -176,7 +176,7 @@ class Codec:
             return ""
         ids = t.ids[boxes[-1] + 1:]
         ends = [i for i, token in enumerate(ids) if token in (self.close, self.eos)]
-        return self.decode(ids[:ends[0]] if ends else ids).strip()
+        return self.decode(ids[:ends[0]] if ends else ids).strip().removeprefix("\\text{").strip()       # \boxed{\text{..}}, as reasoning models write it
 
     def well_formed(self, t):
         """Whether the policy closed every step in order and answered by itself: (think | action observation)* conclusion answer eos.
@@ -203,6 +203,9 @@ def normalize(text):
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
+DIGITS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine".split())}
+
+
 def exact_match(answer, golden):
     return float(normalize(answer) in [normalize(g) for g in golden])
 
@@ -214,11 +217,15 @@ def cover_match(answer, golden):
 
 def overlap_match(answer, golden):
     """What the authors' code rewards: an exact match, or 70% of the golden answer's words; but not an answer that merely holds the
-    golden one, or is a part of it."""
+    golden one, or is a part of it. Numbers below ten are digits to it, and words that say nothing are left out."""
+    def plain(text):
+        text = re.sub(r"\b(well|so|basically|actually|literally|simply|just|um|uh)\b", " ", normalize(text))
+        return " ".join(DIGITS.get(word, word) for word in text.split())
+
     def one(a, g):
         words = set(g.split())
         return a == g or (g not in a and a not in g and len(words & set(a.split())) >= 0.7 * len(words))
-    return float(any(one(normalize(answer), normalize(g)) for g in golden))
+    return float(any(one(plain(answer), plain(g)) for g in golden))
 
 
 def f1(answer, golden):
@@ -404,6 +411,7 @@ def colored(codec, t):
 def ask(s):
     """--ask: answer one question with the last stage that is trained."""
     import data
+    import estimate
     import model
     if not s.ask:
         raise Problem('--ask: no question; write --ask "Who ..?"')
@@ -411,6 +419,8 @@ def ask(s):
     there = [x for x in stages if Path("out", s.run, x, "config.json").is_file()]
     folder = start_folder(Path("out", s.run), s.start or (there or ["sft3"])[0], stages)
     lm = model.load(folder, **place(s))
+    if s.dry_run:
+        return estimate.show(lm, s, "eval")
     t, = rollout(lm.decoder, lm.codec, [lm.codec.prompt(s.ask)], data.load_task(s).eval_search, s.max_actions, s.max_len, s.max_answer, s.max_observation)
     print(colored(lm.codec, t) if sys.stdout.isatty() else lm.codec.decode(t.ids))
     print(f"answer: {lm.codec.answer(t)}  ({len(t.queries)} searches, {folder.name})")

@@ -34,10 +34,10 @@ class Chat:
     def __init__(self, spec, s, setting, path="out/chat.sqlite", threads=8):
         self.setting, self.s, self.threads, self.counts, self.cache = f"--{setting}={spec}", s, threads, Counter(), Cache(path)
         self.url, _, self.name = spec.partition("#") if spec.startswith(("http://", "https://")) else ("", "", spec)
-        self.name, self.lock = self.name or PAPER, threading.Lock()
+        self.name, self.lock, self.limit = self.name or PAPER, threading.Lock(), "max_tokens"
         self.who = self.name, self.url          # whose answers the cache holds
         if self.url:
-            self.http = Polite(gap=0.0, timeout=300.0)
+            self.http = Polite(gap=0.0, timeout=300.0, longest=120.0, tries=8)      # limits of hosted endpoints pass in a minute or two
         else:
             import model
             self.lm, _ = model.load_any(spec, **place(s))
@@ -78,7 +78,7 @@ class Chat:
 
     def fetch(self, conversation, budget, stop, temperature, sample):
         """What an endpoint says; None where it takes no such conversation (too long, filtered): that one is lost, the others are not."""
-        ask = {"model": self.name, "messages": conversation, "max_tokens": budget, "temperature": temperature, "seed": sample, **({"stop": stop} if stop else {})}
+        ask = {"model": self.name, "messages": conversation, self.limit: budget, "temperature": temperature, **({"seed": sample} if temperature else {}), **({"stop": stop} if stop else {})}
         key = os.environ.get("OPENAI_API_KEY")
         try:
             answer = self.http.send("POST", self.url.rstrip("/") + "/chat/completions", json=ask, headers={"Authorization": f"Bearer {key}"} if key else {}).json()
@@ -91,6 +91,9 @@ class Chat:
         except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as e:
             response = getattr(e, "response", None)                         # a refusal is false as a truth value
             said = "" if response is None else response.text[:200].partition("\n")[0]
+            if response is not None and "max_completion_tokens" in response.text and "max_tokens" in ask:       # OpenAI's reasoning models know it by this name alone
+                self.limit = "max_completion_tokens"
+                return self.fetch(conversation, budget, stop, temperature, sample)
             if response is not None and response.status_code in REFUSED:
                 with self.lock:
                     self.counts["refused"] += 1
@@ -135,6 +138,6 @@ def cut(text, stop):
 def judge(chat, records):
     """LLM judge: 1.0 or 0.0 for each record with question, golden_answers and answer; None where the verdict can't be read. An empty answer is wrong."""
     ask = [r for r in records if r["answer"].strip()]
-    texts = chat([[{"role": "user", "content": JUDGE.format(question=r["question"], golden="; ".join(r["golden_answers"]), answer=r["answer"])}] for r in ask], 8, desc="judging")
+    texts = chat([[{"role": "user", "content": JUDGE.format(question=r["question"], golden="; ".join(r["golden_answers"]), answer=" ".join(r["answer"].split())[:300])}] for r in ask], 8, desc="judging")
     verdicts = iter(re.match(r"\W*(yes|no)\b", text, re.I) for text in texts)
     return [(None if (v := next(verdicts)) is None else float(v[1].lower() == "yes")) if r["answer"].strip() else 0.0 for r in records]

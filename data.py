@@ -389,7 +389,7 @@ def gold_passages(q, search):
     """The passages that a question's answer comes from, as one observation; "" where the question does not name them, or where the tool has none to go by.
     By metadata.gold_ids where the corpus has those under the gold titles (several passages may share one title), else by title."""
     titles = q["metadata"].get("gold_titles") or [s["title"] for s in q["metadata"]["steps"] if "holds" not in s and s["noun"] != miniwiki.DIFFERENCE]
-    found = search["search"].named(q["metadata"].get("gold_ids") or [], titles) if isinstance(search["search"], tools.BM25) else []
+    found = search["search"].named(q["metadata"].get("gold_ids") or [], titles, q["golden_answers"]) if isinstance(search["search"], tools.BM25) else []
     return tools.neutral(tools.listed(found)) if found else ""
 
 

@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 import autocoa
+import workflows
 from autocoa import TAGS
 from common import MATRICES
 
@@ -55,9 +56,10 @@ def step_of_mlx(c, s, muon, group):
 
 def step_of_torch(c, s, muon):
     """Bytes that are there for a moment when the activations are gone: gradients of the vocabulary's matrix, which come from its use as head and as embedding and are summed
-    (AdamW's one number for each weight of a parameter is less); Muon's stack of matrices of one shape and about ten bytes a weight more."""
+    (AdamW's one number for each weight of a parameter is less); Muon's momentum of all matrices, and eleven bytes a weight of those of one shape (measured)."""
     n, largest = parameters(c, s), 0 if s.lora_rank else c.hidden_size * c.vocab_size
-    return max(4 * (3 if c.tie_word_embeddings else 2) * largest, 14 * muon * min(n["adapter"] if s.lora_rank else n["blocks"], 2 * c.num_hidden_layers * c.hidden_size * c.intermediate_size))
+    in_matrices = n["adapter"] if s.lora_rank else n["blocks"]
+    return max(4 * (3 if c.tie_word_embeddings else 2) * largest, muon * (4 * in_matrices + 11 * min(in_matrices, 2 * c.num_hidden_layers * c.hidden_size * c.intermediate_size)))
 
 
 def activations(c, s, tokens, learned, mlx=0):
@@ -92,6 +94,14 @@ def cache(c, s, rows, length):
     return 2 * size * c.num_hidden_layers * rows * length * c.shape_of("k_proj")[0] + 3 * 4 * rows * c.vocab_size
 
 
+def fed(c, s, rows, tokens, length):
+    """Bytes that reading `tokens` in each row makes for a moment, behind a cache of `length`: one block's values, the mask, for grouped heads once for each of a
+    group, and the keys and values that are read. MLX, by its own count, holds twice what torch does, caches included (the old and the new)."""
+    size, kv = 2 if s.dtype == "bfloat16" else 4, c.shape_of("k_proj")[0]
+    group = c.num_attention_heads // c.num_key_value_heads
+    return size * rows * (tokens * (2 * c.intermediate_size + 3 * c.hidden_size) + tokens * length * (1 + group * (group > 1)) + 2 * length * kv)
+
+
 def show(lm, s, kind):
     """Print the estimate for a script. kind: sft, rl or eval. -> whether to go on"""
     c = lm.model.config
@@ -100,11 +110,15 @@ def show(lm, s, kind):
     mlx = lm.backend.__name__ == "model_mlx"
     keep = kept(c, s, s.muon and kind == "sft", 2 * size if mlx else 4)      # MLX has an offset beside the scale
     rows = s.questions * s.rollouts if kind == "rl" else s.batch_rows           # in SFT too: what the base model knows is asked, and each stage ends with samples
-    going = {"KV cache": cache(c, s, min(rows, s.batch_rows), s.max_len)}
+    rows, read = min(rows, s.batch_rows), s.max_observation
+    if kind == "eval" and lm.codec.tok.chat_template:       # ReAct's examples are read by each row
+        read = max(read, len(lm.codec.encode(workflows.REACT)) + 50)
+    going = {"KV cache": (1 + mlx) * cache(c, s, rows, s.max_len), "reading": (1 + mlx) * fed(c, s, rows, min(read, s.max_len), s.max_len)}
+    rollouts = sum(going.values())
     copy = 0 if size == 4 or s.lora_rank else size * whole           # the rollouts' own copy in the compute type
     if kind == "eval":
         keep = {"weights": keep["weights"] * (1 if s.data else 2)}      # the base model stays beside the stage that is asked
-        peak = keep["weights"] + copy + going["KV cache"]
+        peak = keep["weights"] + copy + rollouts
     else:
         tokens = max(s.micro_tokens, s.max_len)                         # a trajectory is not cut
         going["activations"] = activations(c, s, tokens, tokens, mlx * s.max_len)
@@ -112,16 +126,21 @@ def show(lm, s, kind):
             keep["reference"] = 4 * (n["adapter"] + n["tags"] if s.lora_rank else whole)
         muon = s.muon and kind == "sft"
         going["optimizer step"] = step_of_mlx(c, s, muon, lm.backend.Optimizer.GROUP) if mlx else step_of_torch(c, s, muon)
-        peak = sum(keep.values()) + max(going["KV cache"] + copy, going["activations"], going["optimizer step"])
+        peak = sum(keep.values()) + max(rollouts + copy, going["activations"], going["optimizer step"])
     print(f"{whole / 1e6:,.2f} M parameters" + ("" if kind == "eval" else f", {(n['adapter'] + n['tags']) / 1e6:,.2f} M trained (rank {s.lora_rank})" if s.lora_rank else ", all trained"))
-    sizes = [f"micro-batches of {max(s.micro_tokens, s.max_len)} tokens"] * (kind != "eval") + [f"{min(rows, s.batch_rows)} rows of {s.max_len}"]
+    sizes = [f"micro-batches of {max(s.micro_tokens, s.max_len)} tokens"] * (kind != "eval") + [f"{rows} rows of {s.max_len}"]
     print("memory in MB: " + ", ".join(f"{k} {v / 1e6:,.1f}" for k, v in (keep | going).items())
           + f"; together at most {peak / 1e6:,.0f}, beside the framework and the data ({', '.join(sizes)})", flush=True)
     if s.dry_run:
         if kind != "eval":
-            print(f"time: {step_seconds(lm, s, s.muon and kind == 'sft'):.2f} s an optimizer step of {s.batch_tokens} tokens")
+            step = step_seconds(lm, s, s.muon and kind == "sft")
+            print(f"time: {step:.2f} s an optimizer step of {s.batch_tokens} tokens")
         if kind != "sft":
-            print(f"time: {decode_seconds(lm, s, min(rows, s.batch_rows)):.3f} s a token of {min(rows, s.batch_rows)} rollouts")
+            token = decode_seconds(lm, s, rows)
+            print(f"time: {token:.3f} s a token of {rows} rollouts")
+        if kind == "rl":
+            n = s.questions * s.rollouts
+            print(f"time: {-(-n // rows) * token * s.max_len + n * s.max_len / s.batch_tokens * step:.1f} s a step of {n} rollouts at most, were each of {s.max_len} tokens, all its own")
         print("nothing was trained or written (--dry-run)")
     return not s.dry_run
 

@@ -13,6 +13,7 @@ the base model knows and those that it does not; malformed trajectories. In eval
 code, the gain over ReAct, questions and right answers by number of actions (paper Fig. 3), EM where the base model knows all facts and where not
 (appendix A), calculations that were done with the calculator, and with --judge what a language model says of the answers. Averages are over the sets, with a 95% bootstrap interval over questions.
 """
+import contextlib
 import hashlib
 import json
 import time
@@ -60,7 +61,7 @@ def run_row(row, lm, questions, task, s):
     agent = row not in WORKFLOWS
     return [{"id": q["id"], "question": q["question"], "golden_answers": q["golden_answers"], "answer": a, "em": autocoa.exact_match(a, q["golden_answers"]),
              "f1": autocoa.f1(a, q["golden_answers"]), "cover": autocoa.cover_match(a, q["golden_answers"]), "overlap": autocoa.overlap_match(a, q["golden_answers"]), "actions": len(t.queries), "queries": t.queries,
-             "malformed": float(agent and not lm.codec.well_formed(t)), "forced": float(agent and t.forced), "lost": sum(o in (FAILED, MISSED) for o in t.observations), "text": lm.codec.decode(t.ids)}
+             "malformed": float(agent and not lm.codec.well_formed(t)), "forced": float(agent and t.forced), "lost": sum(o == FAILED or o == MISSED and s.cache != "replay" for o in t.observations), "text": lm.codec.decode(t.ids)}
             for q, (a, t) in zip(questions, done)]
 
 
@@ -97,9 +98,10 @@ def known_facts(base, task, s, root):
     questions = [q for rows in task.evaluation.values() for q in rows]
     asked = digest([question_key(q) for q in questions])
     if (s.resume or s.rows) and path.is_file():
-        kept = json.loads(path.read_text())
-        if kept["made"] == made and kept["asked"] == asked:
-            return set(kept["known"])
+        with contextlib.suppress(ValueError, KeyError, TypeError):          # a file that is damaged is made anew
+            kept = json.loads(path.read_text())
+            if kept["made"] == made and kept["asked"] == asked:
+                return set(kept["known"])
     known, _ = recall(base, questions, s)
     write(path, json.dumps({"made": made, "asked": asked, "known": sorted(known)}))
     return known
@@ -115,13 +117,18 @@ class Predictions:
         self.path, self.part, self.known = folder / "predictions.jsonl", folder / "predictions.jsonl.partial", {}
         folder.mkdir(parents=True, exist_ok=True)
         for path in (self.path, self.part):
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-            kept = [line for line in lines if line.endswith("}\n") and (resume or rows and json.loads(line)["row"] not in rows)]
+            lines, kept = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else [], []
+            for n, line in enumerate(lines if resume or rows else [], 1):
+                try:
+                    if line.endswith("}\n") and (resume or json.loads(line)["row"] not in rows):
+                        kept.append(line)
+                        r = json.loads(line)
+                        if not r.get("lost"):           # an answer behind a search that failed is asked again
+                            self.known[r["row"], r["set"], r["id"], r.get("asked"), r.get("made")] = {**r, "em": r["em"], "queries": r["queries"]}
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise Problem(f"{path}:{n}: not a prediction of eval.py; remove this line, and --resume asks it again") from None
             if path == self.part and kept != lines:         # the last was cut, and what is written next must not go on behind it; or all is asked anew
                 write(path, "".join(kept))
-            for r in map(json.loads, kept):
-                if not r.get("lost"):           # an answer behind a search that failed is asked again
-                    self.known[r["row"], r["set"], r["id"], r.get("asked"), r.get("made")] = r
 
     def missing(self, row, sets, made):
         """[(set, question)] that this row is still to be asked."""
@@ -145,7 +152,7 @@ class Predictions:
         """rows: {row: {set: records}}. What was there of other rows and questions stays, where the same weights and settings gave it (made: {row: what made_by says})."""
         now = [r for sets in rows.values() for records in sets.values() for r in records]
         there = {(r["row"], r["set"], r["id"]) for r in now}
-        kept = [r for r in self.known.values() if (r["row"], r["set"], r["id"]) not in there and r["made"] == made.get(r["row"])]
+        kept = [r for r in self.known.values() if (r["row"], r["set"], r["id"]) not in there and r.get("made") == made.get(r["row"])]
         write(self.path, "".join(json.dumps(r) + "\n" for r in now + kept))
         self.part.unlink(missing_ok=True)
 
@@ -271,6 +278,8 @@ def run(s):
         path = Path(s.model).resolve()
         root = Path("out", "eval", f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}")        # two runs may have folders of one name
         base, tagged = model.load_any(s.model, **place(s))
+        if not tagged and not base.codec.tok.chat_template:
+            raise Problem(f"--model={s.model}: no chat template, so no workflow can ask it in words; take an instruct model, or one that train_sft.py made")
         todo = [(row, Path(s.model)) for row in WORKFLOWS] + [("agent", Path(s.model))] * tagged
     else:
         root = Path("out", s.run)

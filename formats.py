@@ -5,8 +5,8 @@
     python data.py export out/nano/data FOLDER  # the SFT data of a run as AutoCoA's files: coa.jsonl, cot.jsonl, pairs.json
 
 AutoCoA's files are jsonl of {"messages": [{"role", "content"} ..]} for chains of thought with or without action, and json lists of
-{"conversation": [{"from", "value"} ..], "chosen": {"from", "value"}, "rejected": {"from", "value"}} for pairs, whose shared beginning, where there is
-one, is the last turn of the conversation. In them a trajectory is text:
+{"conversation": [{"from", "value"}], "chosen": {"from", "value"}, "rejected": {"from", "value"}} for pairs, whose one turn is the question, <think>, and how both
+begin (their template cuts it at the last <think>). In them a trajectory is text:
 
     <think> .. <begin_search> query </end_search> <search_result> .. </search_result> .. </think> .. \\boxed{answer}
 """
@@ -72,7 +72,8 @@ def parts_of(text, whole=True):
         depth = next((i for i, c in enumerate(answer) if answer[:i + 1].count("}") > answer[:i + 1].count("{")), None)      # the brace that closes the box
         if not boxed or depth is None or not answer[:depth].strip():
             raise ValueError("no \\boxed{answer}")
-        parts += [("conclude", said.strip())] * bool(said.strip()) + [("answer", answer[:depth].strip())]
+        answer = re.sub(r"^\\text\{(.*)\}$", r"\1", answer[:depth].strip(), flags=re.S)          # as reasoning models write it
+        parts += [("conclude", said.strip())] * bool(said.strip()) + [("answer", answer.strip())]
     elif whole:
         raise ValueError(f"no {TAGS['end_think']}")
     return parts
@@ -104,10 +105,13 @@ def read_sft(codec, paths):
                     t = codec.build(asked(question), parts_of(said))
                     (coa if t.queries else cot).append(t)
                 elif "chosen" in row:
-                    (_, question), *before = turns(row, "conversation", "from", "value")
-                    prefix = [part for _, text in before for part in parts_of(text, False)]
-                    pair = [codec.build(asked(question), prefix + parts_of(row[side]["value"], False)) for side in ("chosen", "rejected")]
-                    shared = len(codec.build(asked(question), prefix).ids)
+                    if len(said := turns(row, "conversation", "from", "value")) != 1:
+                        raise ValueError("a conversation of more than one turn")
+                    question, _, began = asked(said[0][1]).rpartition(TAGS["think"])
+                    question, began = (question.strip(), began) if question else (began, "")
+                    prefix = parts_of(began, False)
+                    pair = [codec.build(question, prefix + parts_of(row[side]["value"], False)) for side in ("chosen", "rejected")]
+                    shared = len(codec.build(question, prefix).ids)
                     for t in pair:
                         if len(t.ids) == shared:
                             raise ValueError("an empty side")
@@ -139,10 +143,7 @@ def export(codec, folder, coa, cot, pairs):
         part = min(t.mask.index(1) for t in sides)      # where they part; an observation behind it has mask 0, but is of its side
         texts = [codec.decode([i for i in t.ids[part:] if i != codec.eos]) for t in sides]
         question, said = as_text(codec, sides[0])
-        shared = said.removesuffix(texts[0])
-        if shared == TAGS["think"]:                     # nothing but the tag: each side begins with it
-            shared, texts = "", [shared + text for text in texts]
-        out.append({"conversation": [{"from": "human", "value": question}] + [{"from": "gpt", "value": shared}] * bool(shared),
+        out.append({"conversation": [{"from": "human", "value": question + said.removesuffix(texts[0])}],
                     "chosen": {"from": "gpt", "value": texts[0]}, "rejected": {"from": "gpt", "value": texts[1]}})
     if out:
         write(folder / "pairs.json", json.dumps(out, indent=1))
@@ -181,7 +182,8 @@ def question_rows(path):
         if not isinstance(q, dict) or not isinstance(q.get("question"), str) or not q["question"].strip() or "id" not in q:
             raise Problem(f"{path}:{n}: not a question; expected {{\"id\", \"question\", \"golden_answers\"}}")
         golden = q.get("golden_answers")
-        if not isinstance(golden, list) or not golden or not all(isinstance(g, str) and g.strip() for g in golden):
+        golden = [g for g in golden if not isinstance(g, str) or g.strip()] if isinstance(golden, list) else golden
+        if not isinstance(golden, list) or not golden or not all(isinstance(g, str) for g in golden):
             raise Problem(f"{path}:{n}: question {q['id']!r} has no answers; golden_answers must be a list of texts")
         try:
             " ".join([q["question"], *golden]).encode()
@@ -189,7 +191,7 @@ def question_rows(path):
             raise Problem(f"{path}:{n}: question {q['id']!r} holds half a character (a lone surrogate); write the file anew as UTF-8") from None
         if not isinstance(q.get("metadata") or {}, dict):
             raise Problem(f"{path}:{n}: metadata of question {q['id']!r} must be an object")
-        q["metadata"] = dict(q.get("metadata") or {})
+        q["golden_answers"], q["metadata"] = golden, dict(q.get("metadata") or {})
         q["metadata"]["gold_titles"] = gold_titles(q["metadata"], f"{path}:{n}")
         ids = q["metadata"].get("gold_ids") or []
         if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
@@ -227,7 +229,7 @@ def show(path, number):
         runs = [("".join(token for token, _ in run), m) for m, run in itertools.groupby(pieces, key=lambda piece: piece[1])]
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError):
         raise Problem(f"{path}:{n}: not a trajectory; expected ids, mask and role, or AutoCoA's messages or pairs") from None
-    print("".join((TRAINED if m else OTHER) + text for text, m in runs) + PLAIN)
+    print("".join((TRAINED if m else OTHER) + re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "", text) for text, m in runs) + PLAIN)        # a file of others could steer the terminal
 
 
 def get(name, folder="."):
@@ -245,8 +247,9 @@ def get(name, folder="."):
     for split, rows in splits.items():
         out = []
         for row in rows:
-            titles = gold_titles(row.get("metadata") or {}, f"data.py get: {name}, {row['id']}")
-            out.append({"id": row["id"], "question": row["question"], "golden_answers": list(row["golden_answers"]), "metadata": {"gold_titles": titles}})
+            more = dict(row.get("metadata") or {})
+            more["gold_titles"] = gold_titles(more, f"data.py get: {name}, {row['id']}")
+            out.append({"id": row["id"], "question": row["question"], "golden_answers": list(row["golden_answers"]), "metadata": more})
         path = Path(folder, f"{name}_{split}.jsonl")
         write(path, "".join(json.dumps(row) + "\n" for row in out))
         print(f"{path}: {len(out):,} questions")

@@ -37,13 +37,13 @@ BUSY = (3, 5, 6, 8, 10, 13, 14)             # SQLite's codes for a file that is 
 class Polite:
     """In place of `requests` for the wikipedia package, which has no timeouts, no retries, and whose rate limit rounds its waits down to nothing.
 
-    At most one request begins in `gap` seconds, whatever the threads. 429 and 5xx, MediaWiki's own words for them, broken connections, cut bodies and what is
+    At most one request begins in `gap` seconds, whatever the threads. 408, 425, 429 and 5xx, MediaWiki's own words for them, broken connections, cut bodies and what is
     not JSON are tried again after a wait that doubles, with jitter; after a Retry-After no thread asks before its time, and while that is more than `longest`
-    seconds away requests fail at once. Raises requests.RequestException when all was in vain.
+    seconds away requests fail at once. tries: at one that answers, busy (0: TRIES, as at one that does not). Raises requests.RequestException when all was in vain.
     """
 
-    def __init__(self, gap=0.1, longest=30.0, timeout=None):
-        self.timeout, self.gap, self.longest, self.lock, self.next, self.waited = timeout, gap, longest, threading.Lock(), 0.0, 0.0
+    def __init__(self, gap=0.1, longest=30.0, timeout=None, tries=0):
+        self.tries, self.timeout, self.gap, self.longest, self.lock, self.next, self.waited = tries, timeout, gap, longest, threading.Lock(), 0.0, 0.0
         self.session, self.thread = requests.Session(), threading.local()       # thread.left: requests that this thread may still make
 
     def wait(self, seconds):
@@ -58,7 +58,7 @@ class Polite:
         self.thread.left = getattr(self.thread, "left", math.inf) - 1
         if self.thread.left < 0:
             raise requests.TooManyRedirects(f"pages of {url} that send one on and on")
-        for i in range(TRIES):
+        for i in range(self.tries or TRIES):
             with self.lock:
                 at = max(self.next, time.monotonic())
                 if at - time.monotonic() > self.longest:
@@ -68,13 +68,13 @@ class Polite:
             pause = 0.5 * 2 ** i * (1 + random.random())
             try:
                 answer = self.session.request(method, url, timeout=self.timeout or TIMEOUT, **more)
-                if answer.status_code not in (429, 500, 502, 503, 504):
+                if answer.status_code < 500 and answer.status_code not in (408, 425, 429):
                     answer.raise_for_status()
                     said = answer.json()
                     trouble = said["error"].get("code", "") if isinstance(said, dict) and isinstance(said.get("error"), dict) else ""
                     if not str(trouble).startswith(TRANSIENT):
                         return answer
-                error = requests.HTTPError(f"{answer.status_code} from {url}")
+                error, last = requests.HTTPError(f"{answer.status_code} from {url}"), self.tries or TRIES
                 told = retry_after(answer.headers.get("Retry-After", ""))
                 if told:
                     with self.lock:
@@ -85,9 +85,10 @@ class Polite:
             except (requests.TooManyRedirects, requests.HTTPError):
                 raise
             except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError, ValueError) as e:
-                error = requests.RequestException(f"{type(e).__name__} from {url}")
-            if i < TRIES - 1:
-                self.wait(min(pause, self.longest))
+                error, last = requests.RequestException(f"{type(e).__name__} from {url}"), TRIES       # one that is not there at all is not waited for longer
+            if i + 1 >= last:
+                break
+            self.wait(min(pause, self.longest))
         raise error
 
 
@@ -175,6 +176,8 @@ class Wikipedia:
         wikipedia.set_lang(language)            # and forget what the package itself kept
         wikipedia.wikipedia.API_URL = wikipedia.wikipedia.API_URL.replace("http://", "https://")
         wikipedia.set_user_agent(AGENT)
+        if mode != "replay" and "WIKIPEDIA_CONTACT" not in os.environ:
+            print("Wikipedia asks programs for an address: put yours into WIKIPEDIA_CONTACT, or it may refuse")
         wikipedia.set_rate_limiting(True)
         warnings.filterwarnings("ignore", message="No parser was explicitly specified")     # of the package, on a disambiguation page
         self.top_k, self.language, self.mode, self.cache, self.threads = top_k, language, mode, Cache(path), threads
@@ -246,7 +249,7 @@ class Wikipedia:
 
 
 class Retriever:
-    """A retrieval server that speaks Search-R1's protocol: Search-R1's own, FlashRAG's, or `python tools.py serve`."""
+    """A retrieval server that speaks Search-R1's /retrieve: its own, or `python tools.py serve`."""
 
     def __init__(self, url, top_k):
         self.url, self.top_k, self.http, self.counts = url, top_k, Polite(gap=0.0, timeout=120.0), Counter()

@@ -417,7 +417,6 @@ def load_pretrained(name, device="auto", framework="auto", dtype="float32", froz
 
     The tags become new tokens; their embeddings start as the mean of the pieces that spelled them. A GGUF file is read by transformers, with torch.
     """
-    from transformers import AutoTokenizer      # not above: it takes a second, and torch with it
     b, path, options = backend(framework), Path(name), {}
     try:
         if path.suffix == ".gguf":
@@ -427,7 +426,11 @@ def load_pretrained(name, device="auto", framework="auto", dtype="float32", froz
             if not path.is_dir():
                 name = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
             config, state = read_config(name), b.read_weights(name)
-        tok = read_tokenizer(AutoTokenizer, name, **options)
+        if options or not (Path(name) / "tokenizer.json").is_file():
+            from transformers import AutoTokenizer as kind      # not above: it takes a second, and torch with it
+        else:
+            kind = PreTrainedTokenizerFast                      # as it was saved; AutoTokenizer may rebuild it by model type
+        tok = read_tokenizer(kind, name, **options)
     except (OSError, ValueError) as e:
         raise Problem(f"model: {name} can't be read: {str(e).splitlines()[0]}") from None
     if len(tok) > config.vocab_size:

@@ -428,7 +428,7 @@ def pick_device(name):
     """MLX picks the Apple GPU by itself where there is one; "cpu" is the other choice. Raises Problem for what is not there."""
     if name not in ("auto", "cpu"):
         raise Problem(f"--device: {name!r} is not one of auto, cpu, the choices of MLX; or take --backend=torch")
-    mx.set_default_device(mx.gpu if name == "auto" and mx.metal.is_available() else mx.cpu)
+    mx.set_default_device(mx.gpu if name == "auto" and mx.is_available(mx.gpu) else mx.cpu)
     return name
 
 

@@ -479,10 +479,9 @@ def compute_copy(model):
     """The network with all weights in its compute type: itself where they are."""
     if all(p.dtype == model.dtype for p in model.parameters()):
         return model
-    twin = copy(model)
-    for p in twin.parameters():
-        p.data = p.data.to(model.dtype)
-    return twin
+    packed = [x for m in linears(model).values() if m.packed is not None for x in (m.packed, m.quant_state)]
+    cast = {id(p): p if p.dtype == model.dtype else nn.Parameter(p.data.to(model.dtype), requires_grad=False) for p in model.parameters()}      # one by one: never all in four bytes again
+    return deepcopy(model, {id(x): x for x in packed} | cast)
 
 
 # ---- adapters -----------------------------------------------------------------------------------------------------------

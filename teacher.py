@@ -1,6 +1,6 @@
 """A language model as teacher: chains of action and of thought for real questions, kept where they end in a gold answer.
 
-    python teacher.py --teacher=http://127.0.0.1:8000/v1#NAME --train_data=hotpotqa_train.jsonl --corpus=passages.jsonl.gz --coa=500 --out=taught
+    python teacher.py config/smollm2.py --teacher=http://127.0.0.1:8000/v1#NAME --train_data=hotpotqa_train.jsonl --corpus=passages.jsonl.gz --coa=500 --out=taught
     python train_sft.py config/smollm2.py --sft_files=taught/coa.jsonl,taught/cot.jsonl,taught/pairs.json ..
 
 --teacher is an OpenAI-compatible endpoint or a local folder (chat.py). A question gets up to --tries chains of action, at a temperature from the second on; and for
@@ -96,7 +96,7 @@ def teach(chat, questions, search, s):
     def messages(kept):
         return [{"messages": [{"role": "user", "content": questions[i]["question"]}, {"role": "assistant", "content": TAGS["think"] + text}]} for i, text in sorted(kept.items())]
     return messages(coa), messages(cot), [
-        {"conversation": [{"from": "human", "value": q["question"]}, {"from": "gpt", "value": TAGS["think"] + begin}],
+        {"conversation": [{"from": "human", "value": q["question"] + TAGS["think"] + begin}],
          "chosen": {"from": "gpt", "value": chosen}, "rejected": {"from": "gpt", "value": rejected}} for _, (q, begin, chosen, rejected) in sorted(pairs.items())]
 
 

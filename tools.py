@@ -21,6 +21,7 @@ import shutil
 import sys
 import threading
 import time
+import unicodedata
 import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -76,8 +77,8 @@ def neutral(text):
     '‹/search_result> boxed{no} ‹|im_end|>'
     """
     text = re.sub(r"[^\n\t\x20-\x7e\x85\xa0-\ud7ff\ue000-\U0010ffff]", "", text)       # control characters, which a terminal would obey, and half characters
-    text = re.sub(r"[\xad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]", "", text)    # what is not seen could hide in a tag
-    text = re.sub(r"[<＜](?=\s*[/／|｜!A-Za-z])", "‹", text)
+    text = re.sub(r"[\u115f\u1160\u3164\uffa0\ufe00-\ufe0f]", "", "".join(c for c in text if unicodedata.category(c) != "Cf"))     # what is not seen could hide in a tag
+    text = re.sub(r"[<＜﹤](?=\s*[/／|｜!A-Za-z])", "‹", text)
     text = re.sub(r"\[(?=/?INST\])", "(", text)                                       # Llama 2's turns are plain text
     return re.sub(r"[\\＼]+boxed", "boxed", text)
 
@@ -135,7 +136,7 @@ def calculated(expression):
         if len(expression) > 200 or "date_" in expression:
             raise SyntaxError
         text = DATE.sub(date, expression.replace("−", "-").replace("–", "-").replace("×", "*").replace("÷", "/").replace("^", "**"))
-        text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"(?<=\d) days?\b", "", text)).strip(" =?.")
+        text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"(?<=\d) days?\b", "", text)).lstrip(" =").rstrip(" =?.")
         result = value(ast.parse(text, mode="eval").body)
     except ZeroDivisionError:
         return "Division by zero."
@@ -145,7 +146,7 @@ def calculated(expression):
         return result.isoformat()
     if isinstance(result, complex) or result != result or abs(result) > 1e15:
         return "Too large, or not a number."
-    return f"{result:.10g}" if isinstance(result, float) and not result.is_integer() else str(int(result))
+    return f"{result:.{10 if abs(result) < 1e9 else 15}g}" if isinstance(result, float) and not result.is_integer() else str(int(result))
 
 
 # ---- search over passages -----------------------------------------------------------------------------------------------
@@ -184,15 +185,20 @@ class BM25:
     def passage(self, i):
         return split_passage(self.passages[int(i)]["contents"])
 
-    def named(self, ids, titles):
-        """-> [(title, text)] of the passages with these ids, where their titles are among `titles`; else one for each title, of those that there are."""
+    def named(self, ids, titles, golden=()):
+        """-> [(title, text)] of the passages with these ids, where their titles are among `titles`; else one for each title, of those that there are: the first
+        that holds a golden answer, where a title has several, else the first."""
         if not hasattr(self, "places"):
             self.places = {}, {}
-            for i in range(len(self.passages) - 1, -1, -1):
-                self.places[0][str(self.passages[i]["id"])], self.places[1][self.passage(i)[0]] = i, i
+            for i in range(len(self.passages)):
+                self.places[0].setdefault(str(self.passages[i]["id"]), i)
+                self.places[1].setdefault(self.passage(i)[0], []).append(i)
         by_id, by_title = self.places
         passages = [self.passage(by_id[i]) for i in dict.fromkeys(ids) if i in by_id]
-        return [p for p in passages if p[0] in titles] or [self.passage(by_title[t]) for t in dict.fromkeys(titles) if t in by_title]
+        if passages := [p for p in passages if p[0] in titles]:
+            return passages
+        several = [[self.passage(i) for i in by_title[t]] for t in dict.fromkeys(titles) if t in by_title]
+        return [next((p for p in of_title if any(g.lower() in p[1].lower() for g in golden)), of_title[0]) for of_title in several]
 
     def __call__(self, queries):
         return [listed([self.passage(i) for i in row if i >= 0]) for row in self.ranked(queries)[0]]

@@ -26,14 +26,30 @@ def answers(lm, questions, search, s, max_actions=None, desc=None, **sampling):
 
 REACT = """Answer the question. Write a thought, then a search; read the observation; when you know the answer, write Answer: and the answer in a few words.
 
+Question: When did The Origin of Species come out?
+Thought: I need the year in which The Origin of Species was published.
+Search: The Origin of Species
+Observation: On the Origin of Species 1: On the Origin of Species is a work of scientific literature by Charles Darwin, published in 1859.
+ Charles Darwin 2: Charles Robert Darwin was an English naturalist, known for his contributions to evolutionary biology.
+Thought: It was published in 1859. Answer: 1859
+
 Question: In which country was the painter of The Night Watch born?
 Thought: I need the painter of The Night Watch.
 Search: The Night Watch
-Observation: The Night Watch: The Night Watch is a 1642 painting by Rembrandt van Rijn.
+Observation: The Night Watch 1: The Night Watch is a 1642 painting by Rembrandt van Rijn.
 Thought: Rembrandt van Rijn painted it. I need his place of birth.
 Search: Rembrandt van Rijn
-Observation: Rembrandt: Rembrandt Harmenszoon van Rijn was a Dutch painter, born in Leiden in the Netherlands.
+Observation: Rembrandt 1: Rembrandt Harmenszoon van Rijn was a Dutch painter, born in Leiden in the Netherlands.
 Thought: He was born in Leiden in the Netherlands. Answer: Netherlands
+
+Question: Which river is longer, the Rhine or the Seine?
+Thought: I need the length of the Rhine.
+Search: Rhine length
+Observation: Rhine 1: The Rhine is a river of Europe, with a length of about 1,230 km.
+Thought: I need the length of the Seine.
+Search: Seine length
+Observation: Seine 1: The Seine is a 777 km long river in northern France.
+Thought: 1,230 km is more than 777 km. Answer: the Rhine
 
 """
 READ = """Answer the question from the passages, in a few words.
@@ -91,6 +107,7 @@ class Words:
     ask: list               # asks for the final answer
     answer_ends: list
     pattern: str            # finds an answer that the model gives by itself, in the text of a thought
+    newline: list = ()      # what stands between lines, where one did not come to its end
 
 
 def words(codec, examples):
@@ -99,12 +116,17 @@ def words(codec, examples):
     if not codec.tok.chat_template:
         return Words(lambda q: codec.prompt(f"{TO_QUERY} {TO_READ} {q}"), [codec.tok.convert_tokens_to_ids("?"), codec.eos], [codec.search], [codec.end_search, codec.eos],
                      [codec.result], [codec.end_result], [codec.end_think, codec.boxed], [codec.close, codec.eos], r"\\boxed\{([^}]*)")
-    line = [i for token, i in codec.tok.get_vocab().items() if "Ċ" in token] + [codec.eos]
+    line = [i for token, i in codec.tok.get_vocab().items() if "Ċ" in token or "\n" in token or token == "<0x0A>"] + [codec.eos]     # byte-level vocabularies, and SentencePiece's
 
     def text(x):
         return codec.tok.encode(x, add_special_tokens=False, split_special_tokens=True)
-    return Words(lambda q: text(f"{examples}Question: {q}\nThought:"), line, text("Search:"), line, text("Observation:"),
-                 text("\nThought:"), text("Answer:"), line, r"[Aa]nswer(?: is|:)\s*(.+)")
+    return Words(lambda q: begin(codec) + text(f"{examples}Question: {q}\nThought:"), line, text("Search:"), line, text("Observation:"),
+                 text("\nThought:"), text("Answer:"), line, r"Answer:\s*(.+)", text("\n"))
+
+
+def begin(codec):
+    """The beginning of a text for checkpoints that were trained with one, as Llama 3 was."""
+    return codec.tok.encode("")[:1] if codec.tok.encode("")[:1] == [codec.tok.bos_token_id] else []
 
 
 def react(lm, questions, search, s, max_actions=None, examples="", desc=None, given=None):
@@ -133,6 +155,7 @@ def react(lm, questions, search, s, max_actions=None, examples="", desc=None, gi
                 return {row: codec.decode([token for token in ids[row] if token not in (codec.eos, codec.end_search)]).strip() for row in rows}
 
             def put(sequences, role):
+                sequences = [list(w.newline) * (bool(ids) and out[i].role[-1] != PROMPT and out[i].ids[-1] not in w.thought_ends[:-1]) + ids for i, ids in zip(live, sequences)]
                 for i, ids in zip(live, sequences):
                     out[i].add(ids, role, 0)
                 dec.feed(sequences)
@@ -191,7 +214,7 @@ def direct(lm, questions, s, desc=None):
 
 def complete(lm, texts, budget, s, desc=None):
     """What an instruct model writes behind each text, to the end of the line. Greedy. -> [(text, Trajectory)]"""
-    prompts = [lm.codec.tok.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
+    prompts = [begin(lm.codec) + lm.codec.tok.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
     return [(text.strip(), t) for text, t in written(lm, prompts, words(lm.codec, "").answer_ends, budget, s, desc)]
 
 
@@ -240,7 +263,7 @@ def reflexion(lm, questions, search, s, trials=3, desc=None):
             lessons[i] += f"\nLesson from try {trial}: Next time {lesson}"
         again = react(lm, [{"question": questions[i]["question"] + lessons[i]} for i in live], search, s, examples=REACT, desc=desc)
         for i, (answer, t) in zip(live, again):
-            t.queries = out[i][1].queries + t.queries
+            t.queries, t.observations = out[i][1].queries + t.queries, out[i][1].observations + t.observations
             out[i] = answer, t
     return out
 

@@ -16,6 +16,7 @@ import numpy as np
 
 import autocoa
 import data
+import estimate
 import model
 from common import main, place, start_folder
 from formats import read_trajectories
@@ -48,6 +49,8 @@ def fidelity(lm, trajectories, s):
 def run(s):
     root, task = Path("out", s.run), data.load_task(s)
     lm = model.load(start_folder(root, "sft3", ["sft3"]), **place(s))
+    if not estimate.show(lm, s, "eval"):
+        return
     chains = read_trajectories(root / "data" / "coa.jsonl")[:200]
     fresh = data.teach(lm.codec, [q for rows in task.evaluation.values() for q in rows[:30]], set(), task.eval_search, s.max_observation)[0]
     rows = {}

@@ -29,7 +29,7 @@ class Endpoint:
                 ask = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.asked.append(dict(ask, path=self.path, key=self.headers.get("Authorization")))
                 said = say(ask["messages"], ask)
-                body = json.dumps({"error": "maximum context length"} if isinstance(said, int) else said if not isinstance(said, str) else {
+                body = json.dumps({"error": "use max_completion_tokens" if said == 422 else "maximum context length"} if isinstance(said, int) else said if not isinstance(said, str) else {
                     "choices": [{"message": {"role": "assistant", "content": said}}], "usage": {"prompt_tokens": 10, "completion_tokens": 3}}).encode()
                 self.send_response(said if isinstance(said, int) else 200)
                 self.send_header("Content-Length", str(len(body)))
@@ -220,7 +220,7 @@ def test_a_model_as_teacher(endpoint, folder, monkeypatch):
     assert all("\n<search_result> " in r["messages"][1]["content"] and "1: " in r["messages"][1]["content"] for r in coa)
     acting = [p for p in pairs if p["chosen"]["value"].startswith("<begin_search>")]
     assert len(acting) == 6 and len(pairs) == 8                                      # books 5, 6 and 8; book 4, where the first try with the tool went wrong
-    assert {p["rejected"]["value"] for p in acting} == {"Perhaps Ada."} and all("I need the writer" in p["conversation"][1]["value"] for p in acting)
+    assert {p["rejected"]["value"] for p in acting} == {"Perhaps Ada."} and all("<think>" in p["conversation"][0]["value"] and "I need the writer" in p["conversation"][0]["value"].rpartition("<think>")[2] for p in acting)
     assert {p["rejected"]["value"] for p in pairs if p not in acting} == {f"<begin_search> {BOOKS[3]}</end_search>"}
     assert "of 16 questions" in done.out and re.search(r"x: asked \d+ times \(0 more from the cache\), \d+0 tokens read", done.out)
     n = len(there.asked)
@@ -230,6 +230,18 @@ def test_a_model_as_teacher(endpoint, folder, monkeypatch):
     codec = model.load_pretrained(str(folder / "checkpoint"), "cpu").codec
     *found, odd = formats.read_sft(codec, [folder / "taught" / name for name in ("coa.jsonl", "cot.jsonl", "pairs.json")])
     assert [len(x) for x in found] == [14, 8, 8] and odd == [] and all(codec.well_formed(t) for t in found[0] + found[1])
+
+
+def test_an_endpoint_of_reasoning_models(endpoint, tmp_path):
+    """It knows the budget as max_completion_tokens alone: asked again by that name, once. A seed goes along only where something is drawn."""
+    def say(messages, ask):
+        return 422 if "max_tokens" in ask else "yes"
+    there = endpoint(say)
+    asker = chat.Chat(there.url + "#o", Settings(), "judge", tmp_path / "c.sqlite", threads=1)
+    assert asker([user("a"), user("b")], 7) == ["yes", "yes"]
+    assert ["max_tokens" in a for a in there.asked] == [True, False, False] and there.asked[-1]["max_completion_tokens"] == 7 and "seed" not in there.asked[-1]
+    asker([user("a")], 7, temperature=0.5, sample=3)
+    assert there.asked[-1]["seed"] == 3
 
 
 def test_a_pair_whose_thought_ends_at_once(endpoint, tmp_path):
@@ -247,7 +259,7 @@ def test_a_pair_whose_thought_ends_at_once(endpoint, tmp_path):
     there = endpoint(say)
     s = Settings(tries=1)
     _, _, pairs = teacher.teach(chat.Chat(there.url + "#x", s, "teacher", tmp_path / "c.sqlite"), [{"question": q, "golden_answers": ["Eva"]} for q in thoughts], search, s)
-    assert [(p["conversation"][0]["value"], p["chosen"]["value"], p["rejected"]["value"]) for p in pairs] == [("Who?", "<begin_search> Clay</end_search>", "It was Ada.")]
+    assert [(p["conversation"][0]["value"], p["chosen"]["value"], p["rejected"]["value"]) for p in pairs] == [("Who?<think>I look.", "<begin_search> Clay</end_search>", "It was Ada.")]
 
 
 def test_a_teacher_takes_of_all_files(endpoint, folder):

@@ -28,7 +28,7 @@ def write(path, *rows):
 @pytest.mark.parametrize("bad, message", [
     ("{not json}\n", "not JSON"), ("\n", "not JSON"), ('["a list"]\n', "not a question"), ({"id": "1", "golden_answers": ["x"]}, "not a question"),
     ({"question": "Who?", "golden_answers": ["x"]}, "not a question"), ({**GOOD, "golden_answers": []}, "'dev_0' has no answers"), ({"id": "dev_0", "question": "Who?"}, "has no answers"),
-    ({**GOOD, "golden_answers": "Eva"}, "has no answers"), ({**GOOD, "golden_answers": ["Eva", " "]}, "has no answers"), ({**GOOD, "golden_answers": [1]}, "has no answers"),
+    ({**GOOD, "golden_answers": "Eva"}, "has no answers"), ({**GOOD, "golden_answers": [" "]}, "has no answers"), ({**GOOD, "golden_answers": [1]}, "has no answers"),
     ({**GOOD, "metadata": "text"}, "metadata"), ({**GOOD, "metadata": {"gold_titles": [3]}}, "gold_titles"), ({**GOOD, "metadata": {"supporting_facts": {"title": "A"}}}, "supporting_facts"),
     ({**GOOD, "question": "What?"}, "question 'dev_0' is in line 1 too"), ({**GOOD, "question": " "}, "not a question")])
 def test_a_malformed_question_names_its_line(tmp_path, bad, message):
@@ -65,9 +65,10 @@ def test_two_hops_whatever_the_id(tmp_path):
 
 
 @pytest.mark.parametrize("facts", [{"title": ["Orla Venn", "The Clay Hour", "Orla Venn"], "sent_id": [0, 1, 2]}, [["Orla Venn", 0], ["The Clay Hour", 1]]])
-def test_flashrags_own_layout(tmp_path, facts):
+def test_flashrags_own_layout(tmp_path, monkeypatch, facts):
     """hotpotqa/dev.jsonl beside nq/dev.jsonl: two sets, each named by its folder, which says which is of several hops; the supporting facts of raw rows are its
     gold passages. Guards: the second dev.jsonl in the place of the first."""
+    monkeypatch.chdir(tmp_path)         # where the index goes
     for folder in ("hotpotqa", "nq"):
         (tmp_path / folder).mkdir()
     two = {**GOOD, "question": "Where did the author of The Clay Hour grow up?", "metadata": {"supporting_facts": facts}}
@@ -77,6 +78,12 @@ def test_flashrags_own_layout(tmp_path, facts):
     assert [s["title"] for s in a["metadata"]["steps"]] == ["The Clay Hour", "Orla Venn"] and a["id"] == "hotpotqa_dev:dev_0" and b["id"] == "nq_dev:dev_0"
 
 
+def test_a_blank_among_the_accepted_answers(tmp_path):
+    """It is left out: one of them in a large file must not make the file unusable."""
+    q, = data.read_questions(write(tmp_path / "q.jsonl", {**GOOD, "golden_answers": ["Eva", " "]}))
+    assert q["golden_answers"] == ["Eva"]
+
+
 def test_names_of_sets():
     """The folder's name only where it is needed; the same file twice is refused."""
     assert list(formats.set_names(["x/nq_dev.jsonl", "y/train.jsonl", "a/pop.jsonl", "b/pop.jsonl"], "--data")) == ["nq_dev", "y_train", "a_pop", "b_pop"]
@@ -84,8 +91,9 @@ def test_names_of_sets():
         formats.set_names(["a/dev.jsonl", "a/dev.jsonl"], "--data")
 
 
-def test_data_sets_may_use_the_same_ids(tmp_path):
+def test_data_sets_may_use_the_same_ids(tmp_path, monkeypatch):
     """FlashRAG numbers each set from train_0 on. Guards: what is known of one question passes for another's."""
+    monkeypatch.chdir(tmp_path)
     a, b = write(tmp_path / "nq.jsonl", GOOD), write(tmp_path / "triviaqa.jsonl", {**GOOD, "question": "What?", "golden_answers": ["Ada"]})
     task = data.load_task(Settings(model="x", train_data=[str(a), str(b)], eval_data=[str(a)], corpus=str(write(tmp_path / "p.jsonl", *PASSAGES))))
     questions = task.train(2, "coa")

@@ -4,13 +4,16 @@ import json
 import numpy as np
 import pytest
 from conftest import tiny
+from test_real import checkpoint
+from tokenizers import processors
 
 import data
 import eval as benchmark
+import model
 import tools
 import workflows
 from autocoa import ANSWER, OBSERVATION, PROMPT, THINK, Trajectory
-from common import Settings
+from common import Problem, Settings
 
 
 def question(name, *facts):
@@ -137,6 +140,24 @@ def test_a_workflow_calls_as_often_as_an_agent(lm, monkeypatch):
     assert set(seen) == {"Silver River"}
 
 
+def test_the_lines_of_an_instruct_models_workflow(tmp_path, monkeypatch):
+    """Each step on a line of its own, also behind a thought or a query that was cut at its budget, or that ended the turn; the answer is what follows `Answer:`, and a
+    thought that merely speaks of one does not end the run. Guards: "the writer ofSearch:"; "The answer is not known yet" taken for an answer."""
+    checkpoint(tmp_path / "x")
+    lm = model.load_pretrained(str(tmp_path / "x"), "cpu")
+
+    def text(x):
+        return lm.codec.tok.encode(x, add_special_tokens=False)
+    turns = iter([text(" The answer is not known yet."), text(" The Clay Hour") + [lm.codec.eos], text(" Orla Venn wrote it. Answer: Orla Venn\n")])
+    script(monkeypatch, lm, lambda so_far: next(turns))
+    (answer, t), = workflows.react(lm, [{"question": "Who wrote The Clay Hour?"}], lambda queries: ["The Clay Hour 1: A novel."] * len(queries), Settings(max_len=2000), examples=workflows.REACT)
+    said = lm.codec.decode(t.ids).removeprefix(workflows.REACT).replace("</s>", "")
+    assert said == ("Question: Who wrote The Clay Hour?\nThought: The answer is not known yet.\nSearch: The Clay Hour\nObservation: The Clay Hour 1: A novel.\nThought: Orla Venn wrote it. Answer: Orla Venn\n")
+    assert answer == "Orla Venn" and t.queries == ["The Clay Hour"]
+    lm.codec.tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert workflows.begin(lm.codec) == [1] and workflows.words(lm.codec, "").prompt("Who?")[:1] == [1]         # a checkpoint whose texts begin with a token
+
+
 def test_a_workflow_answers_each_row_for_itself(lm):
     """A question answered alone and beside one that has no room left: the same. Guards: the longest row of a batch ended the loop for all."""
     questions = [{"question": "Who?"}, {"question": "Who directed it? " * 70}, {"question": "A"}]
@@ -149,11 +170,11 @@ def test_a_workflow_answers_each_row_for_itself(lm):
 
 
 def test_oracle_passages_by_id():
-    """Of two passages with one title the one that is marked; by title where ids are of another corpus."""
+    """Of two passages with one title the one that is marked; by title where ids are of another corpus: the one that holds an answer."""
     passages = [{"id": str(i), "contents": f'"{title}"\n{text}'} for i, (title, text) in enumerate([("Iron Hill", "A band."), ("Eva Moss", "A judge."), ("Iron Hill", "A town.")])]
     search = tools.library(passages, 1)
-    for ids, shown in ((["2"], "Iron Hill 1: A town."), (["1"], "Iron Hill 1: A band."), (["9"], "Iron Hill 1: A band."), ([], "Iron Hill 1: A band.")):
-        assert data.gold_passages({"metadata": {"gold_ids": ids, "gold_titles": ["Iron Hill"], "steps": []}}, search) == shown
+    for ids, golden, shown in ((["2"], "x", "Iron Hill 1: A town."), (["1"], "x", "Iron Hill 1: A band."), (["9"], "x", "Iron Hill 1: A band."), ([], "x", "Iron Hill 1: A band."), ([], "a TOWN", "Iron Hill 1: A town.")):
+        assert data.gold_passages({"golden_answers": [golden], "metadata": {"gold_ids": ids, "gold_titles": ["Iron Hill"], "steps": []}}, search) == shown
 
 
 def test_predictions_that_were_cut(tmp_path):
@@ -176,6 +197,15 @@ def test_predictions_that_were_cut(tmp_path):
         third = benchmark.Predictions(tmp_path, True)
         third.finish({"ReAct": third.row("ReAct", {"a": sets["a"]}, weights, answer, 2)}, {"ReAct": weights})
         assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == left
+
+
+@pytest.mark.parametrize("line", ['{"row": }\n', '{"row": "A"}\n', "[1}\n", '{"row": "A", "set": "a", "id": "1", "queries": []}\n'])
+def test_damaged_predictions(tmp_path, line):
+    """One line that names the file and the line; without --resume nothing of it is read."""
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(dict(record(1.0, id="0"), row="A", set="a")) + "\n" + line)
+    with pytest.raises(Problem, match="predictions.jsonl:2: not a prediction.*remove this line"):
+        benchmark.Predictions(tmp_path, True)
+    benchmark.Predictions(tmp_path, False)
 
 
 def test_which_answers_are_asked_again(tmp_path):
@@ -219,7 +249,7 @@ def test_reflexion_by_script(lm, monkeypatch):
             seen.append((name, lessons.count("Lesson from try")))
             t = Trajectory()
             t.add(lm.codec.encode(f"Question: {name}"), PROMPT, 0)
-            t.queries = [f"{name} {len(seen)}"]
+            t.queries, t.observations = [f"{name} {len(seen)}"], [f"of {len(seen)}"]
             out.append((tries[name].pop(0), t))
         return out
 
@@ -234,7 +264,7 @@ def test_reflexion_by_script(lm, monkeypatch):
     done = workflows.reflexion(lm, [{"question": f"{name}?", "golden_answers": ["none of these"]} for name in "abc"], None, Settings())
     assert [answer for answer, _ in done] == ["z", "right at once", "good"]
     assert seen == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1), ("a", 2)]
-    assert [t.queries for _, t in done] == [["a 1", "a 4", "a 6"], ["b 2"], ["c 3", "c 5"]]
+    assert [t.queries for _, t in done] == [["a 1", "a 4", "a 6"], ["b 2"], ["c 3", "c 5"]] and done[2][1].observations == ["of 3", "of 5"]       # a failed search of any try is seen
 
 
 def test_reading_what_is_given(lm):

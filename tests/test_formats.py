@@ -83,10 +83,11 @@ def test_a_released_row(chat, tmp_path):
 
 
 def test_a_released_pair(chat, tmp_path):
-    """With a shared beginning in the conversation, which may hold a search, and without; only the two ends are learned."""
+    """With a shared beginning behind <think> in the human's turn, where their template looks for it and which may hold a search, and without; only the two ends
+    are learned. Guards: the beginning taken for a part of the question."""
     began, _, _ = THEIRS.partition("So it is")
     human = {"from": "human", "value": PROMPT_OF_THEIRS}
-    rows = [{"conversation": [human, {"from": "gpt", "value": began}], "chosen": {"from": "gpt", "value": "So it is Orla."}, "rejected": {"from": "gpt", "value": "<begin_search>Orla</end_search>"}},
+    rows = [{"conversation": [{"from": "human", "value": PROMPT_OF_THEIRS + began}], "chosen": {"from": "gpt", "value": "So it is Orla."}, "rejected": {"from": "gpt", "value": "<begin_search>Orla</end_search>"}},
             {"conversation": [human], "chosen": {"from": "gpt", "value": THEIRS}, "rejected": {"from": "gpt", "value": "<think>I know.</think> \\boxed{Ivo}"}}]
     (tmp_path / "x.json").write_text(json.dumps(rows))
     _, _, pairs, odd = formats.read_sft(chat, [tmp_path / "x.json"])
@@ -102,10 +103,10 @@ def test_a_released_pair(chat, tmp_path):
 def test_pairs_of_others_there_and_back(chat, tmp_path):
     """Pairs that share nothing, and sides that hold an observation or end the turn, are written as they were read. Guards: the chosen side in the conversation too, and
     its observation lost."""
-    human = {"from": "human", "value": "Who?"}
+    human = {"from": "human", "value": "Who?<think>"}
     whole = "<think> I look.<begin_search> Clay</end_search><search_result> A soil.</search_result> So.</think>\\boxed{ Orla}"
-    rows = [{"conversation": [human], "chosen": {"from": "gpt", "value": whole}, "rejected": {"from": "gpt", "value": "<think> I know.</think>\\boxed{ Ivo}"}},
-            {"conversation": [human, {"from": "gpt", "value": "<think> Hm."}], "chosen": {"from": "gpt", "value": whole.removeprefix("<think>")}, "rejected": {"from": "gpt", "value": " I know."}}]
+    rows = [{"conversation": [human], "chosen": {"from": "gpt", "value": whole.removeprefix("<think>")}, "rejected": {"from": "gpt", "value": " I know.</think>\\boxed{ Ivo}"}},
+            {"conversation": [{"from": "human", "value": "Who?<think> Hm."}], "chosen": {"from": "gpt", "value": whole.removeprefix("<think>")}, "rejected": {"from": "gpt", "value": " I know."}}]
     (tmp_path / "x.json").write_text(json.dumps(rows))
     _, _, pairs, odd = formats.read_sft(chat, [tmp_path / "x.json"])
     formats.export(chat, tmp_path, [], [], pairs)
@@ -175,6 +176,7 @@ def test_get(tmp_path, monkeypatch):
     is offline."""
     rows = [{"id": "dev_0", "question": "Who?", "golden_answers": ["Eva"], "metadata": {"supporting_facts": {"title": ["A", "B", "A"], "sent_id": [0, 1, 2]}}},
             {"id": "dev_1", "question": "Where?", "golden_answers": ["Iron Hill"], "metadata": None}]
+    rows[0]["metadata"]["type"] = "bridge"
 
     def load_dataset(name, part):
         if part == "nq":
@@ -185,7 +187,7 @@ def test_get(tmp_path, monkeypatch):
     formats.get("2wiki", tmp_path)
     first, second = data.read_questions(tmp_path / "2wiki_dev.jsonl")
     assert [s["title"] for s in first["metadata"]["steps"]] == ["A", "B"] or first["metadata"]["gold_titles"] == ["A", "B"]
-    assert second["golden_answers"] == ["Iron Hill"]
+    assert second["golden_answers"] == ["Iron Hill"] and first["metadata"]["type"] == "bridge"         # what else the set says stays
     with pytest.raises(Problem, match=r"nq can't be fetched \(ConnectionError: offline\)"):
         formats.get("nq", tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import tiny, twin
 
 import autocoa
 import model_torch
@@ -191,11 +191,11 @@ def test_gradient_is_the_slope_of_the_loss(codec, name):
     length = math.sqrt(sum(g.square().sum().item() for g in grad.values()))
 
     def moved(step):
-        twin = model_torch.copy(lm.model)
+        double = model_torch.copy(lm.model)
         with torch.no_grad():
-            for n, p in twin.named_parameters():
+            for n, p in double.named_parameters():
                 p.add_(grad[n], alpha=step / length)
-        return gradient(twin, SCRIPT_LOSSES[name], batches)[0]
+        return gradient(double, SCRIPT_LOSSES[name], batches)[0]
     assert (moved(0.003) - moved(-0.003)) / 0.006 == pytest.approx(length, rel=0.02)
 
 
@@ -229,9 +229,12 @@ def test_unmask_by_role(codec):
     assert [m for m, r in zip(wide.mask, t.role) if r != OBSERVATION] == [m for m, r in zip(mask, t.role) if r != OBSERVATION]
 
 
-def test_padding_carries_no_loss(codec, lm):
-    """A short row beside a long one has the log-probs that it has alone; its padding has none."""
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_padding_carries_no_loss(codec, lm, backend):
+    """A short row beside a long one has the log-probs that it has alone; its padding has none. (Rows are padded on the right; nothing here needs it on the left.)"""
+    pytest.importorskip(backend)
+    lm = lm if backend == "torch" else twin(lm)
     short, long = Trajectory([1, 5, 6, 7], [0, 1, 1, 1], [0, 1, 1, 1]), chains(codec)[-1]
-    alone, beside = (model_torch.score(lm.model, train_sft.data.pad(ts)) for ts in ([short], [short, long]))
+    alone, beside = (lm.backend.score(lm.model, train_sft.data.pad(ts)) for ts in ([short], [short, long]))
     np.testing.assert_allclose(beside[0, :4], alone[0], atol=1e-5)
     assert not beside[0, 4:].any() and not beside[:, 0].any()

@@ -241,14 +241,11 @@ def test_a_folder_that_was_cut(codec, tmp_path):
 
 # ---- optimizer and train step -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
-@pytest.mark.parametrize("digits, off", [("float32", 0.02), ("bfloat16", 0.05)])
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
-def test_orthogonalize(monkeypatch, shape, digits, off, backend):
+def test_orthogonalize(shape, backend):
     """Against the SVD: singular vectors stay, singular values come near 1 (Muon's five steps leave them in about 0.7 to 1.2).
-    Three digits of bfloat16 leave a few hundredths beside the diagonal. A matrix of zeros stays one (guards: 0 / 0, and weights that are nan)."""
+    A matrix of zeros stays one (guards: 0 / 0, and weights that are nan)."""
     mx = pytest.importorskip("mlx.core") if backend == "mlx" else None
-    if digits == "float32":
-        monkeypatch.setattr(*((mx, "bfloat16", mx.float32) if mx else (torch.Tensor, "bfloat16", lambda x: x)))
     x = torch.randn((3, *shape), generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1.0, 50.0])[:, None, None]
     x = torch.cat((x, torch.zeros(1, *shape)))
     y = torch.tensor(np.array(model.backend("mlx").orthogonalize(mx.array(x.numpy())))) if mx else model_torch.orthogonalize(x)
@@ -258,7 +255,7 @@ def test_orthogonalize(monkeypatch, shape, digits, off, backend):
         inner = u.T @ b @ vh.T
         large = s > 0.05 * s[0]
         assert ((inner.diagonal()[large] > 0.5) & (inner.diagonal()[large] < 1.3)).all()
-        assert (inner - inner.diagonal().diag()).abs().max() < off
+        assert (inner - inner.diagonal().diag()).abs().max() < 0.02
 
 
 def stepped(lm, optimizer, step, n=4):
