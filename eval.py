@@ -40,8 +40,8 @@ PERCENT = ("em", "f1", "cover", "overlap", "malformed", "forced")
 
 
 # ---- answers ------------------------------------------------------------------------------------------------------------
-def run_row(row, lm, questions, task, s):
-    """-> a record a question: answer, trajectory and figures."""
+def run_row(row, lm, questions, task, s, tries):
+    """-> a record a question: answer, trajectory and figures. tries: {id: what ReAct said}, which is Reflexion's first try; filled here."""
     def looked_up(observations, budget):
         return [lm.codec.fit(o, budget) for o in observations]
     if row == "model only (at once)":
@@ -54,8 +54,9 @@ def run_row(row, lm, questions, task, s):
         done = workflows.read(lm, questions, looked_up([data.gold_passages(q, task.eval_search) for q in questions], s.max_len // 2), s, desc=row)
     elif row == "ReAct workflow":
         done = workflows.react(lm, questions, task.eval_search, s, examples=workflows.REACT, desc=row)
+        tries |= {q["id"]: d for q, d in zip(questions, done)}
     elif row == "Reflexion workflow":
-        done = workflows.reflexion(lm, questions, task.eval_search, s, desc=row)
+        done = workflows.reflexion(lm, questions, task.eval_search, s, [tries[q["id"]] for q in questions] if all(q["id"] in tries for q in questions) else None, desc=row)
     else:
         done = [(lm.codec.answer(t), t) for t in workflows.answers(lm, questions, task.eval_search, s, desc=row)]
     agent = row not in WORKFLOWS
@@ -292,7 +293,7 @@ def run(s):
         return
     chat = Chat(s.judge, s, "judge") if s.judge else None           # before the rows: one that is not there costs no time
     made = {row: made_by(folder, s) for row, folder in todo}
-    known, predictions, answers, rows = known_facts(base, task, s, root), Predictions(root, s.resume, s.rows), {}, {}
+    known, predictions, answers, rows, tries = known_facts(base, task, s, root), Predictions(root, s.resume, s.rows), {}, {}, {}
     for row, folder in todo:
         sets, lm = asked(row, base, task), None
         if s.rows and row not in s.rows and predictions.missing(row, sets, made[row]):
@@ -304,7 +305,7 @@ def run(s):
         def answer(questions):
             nonlocal lm
             lm = lm or (base if row in WORKFLOWS or s.data else model.load(folder, **place(s)))
-            return run_row(row, lm, questions, task, s)
+            return run_row(row, lm, questions, task, s, tries)
         if sets:
             answers[row] = predictions.row(row, sets, made[row], answer, s.batch_rows)
             rows[row] = summary(answers[row], sets, known)

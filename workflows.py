@@ -246,11 +246,11 @@ def read(lm, questions, observations, s, desc=None):
     return done
 
 
-def reflexion(lm, questions, search, s, trials=3, desc=None):
+def reflexion(lm, questions, search, s, first=None, trials=3, desc=None):
     """Reflexion (Shinn et al. 2023) around ReAct, for instruct models: an answer that the model itself calls wrong is followed by a sentence on what to do
-    better, and by another try with that in mind. Whether it is wrong is never read off the gold answer. -> [(answer, Trajectory of the last try, with
-    the queries of all)]"""
-    out, lessons = react(lm, questions, search, s, examples=REACT, desc=desc), [""] * len(questions)
+    better, and by another try with that in mind. Whether it is wrong is never read off the gold answer. first: what `react` said already. -> [(answer, Trajectory
+    of the last try, with the queries and observations of all)]"""
+    out, lessons = list(first or react(lm, questions, search, s, examples=REACT, desc=desc)), [""] * len(questions)
     live = list(range(len(questions)))
     for trial in range(1, trials):
         def about(text):

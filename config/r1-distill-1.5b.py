@@ -28,4 +28,5 @@ max_actions = 4
 max_len = 1024
 max_answer = 24
 max_observation = 400
+max_thought = 512           # a reasoner thinks longer than an instruct model
 batch_rows = 32

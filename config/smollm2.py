@@ -25,6 +25,7 @@ max_actions = 4
 max_len = 2048
 max_answer = 24
 max_observation = 800
+max_thought = 96            # a line of a workflow is rarely longer
 batch_rows = 64
 QUICK = dict(run="smollm2-quick", pairs=8, coa=20, cot=20, epochs=1, batch_tokens=3000, micro_tokens=1500, rl1_steps=2, rl2_steps=1,
              questions=3, rollouts=3, rl_questions=9, top_k=2, max_actions=3, max_len=1000, max_observation=300, batch_rows=16, eval_questions=2)

@@ -240,7 +240,7 @@ def test_reflexion_by_script(lm, monkeypatch):
     """A try that the model calls wrong is followed by its own sentence and another try with all lessons so far, three at most; one that it does not is final, whatever the
     gold answer says. Queries of all tries count."""
     tries = {"a": ["x", "y", "z", "never"], "b": ["right at once"], "c": ["x", "good"]}
-    seen, verdicts = [], {"x": "No.", "y": "no, it", "z": "No", "right at once": "Yes", "good": "Perhaps"}
+    seen, verdicts = [], {"x": "No.", "y": "no, it", "z": "No", "right at once": "Yes", "good": "Perhaps", "late": "Yes"}
 
     def react(lm, questions, search, s, examples="", desc=None):
         out = []
@@ -264,6 +264,8 @@ def test_reflexion_by_script(lm, monkeypatch):
     done = workflows.reflexion(lm, [{"question": f"{name}?", "golden_answers": ["none of these"]} for name in "abc"], None, Settings())
     assert [answer for answer, _ in done] == ["z", "right at once", "good"]
     assert seen == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1), ("a", 2)]
+    tries["a"], first = ["late"], [("x", done[0][1])]         # ReAct's answer is the first try, where it is there
+    assert workflows.reflexion(lm, [{"question": "a?", "golden_answers": []}], None, Settings(), first)[0][0] == "late" and seen[6:] == [("a", 1)] and first[0][0] == "x"
     assert [t.queries for _, t in done] == [["a 1", "a 4", "a 6"], ["b 2"], ["c 3", "c 5"]] and done[2][1].observations == ["of 3", "of 5"]       # a failed search of any try is seen
 
 

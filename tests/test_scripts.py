@@ -297,6 +297,8 @@ def test_the_scripts_on_mlx(tmp_path):
     for script in ("train_sft", "train_rl", "eval"):
         done = shell(tmp_path, f"{script}.py", *args, "--backend=mlx", timeout=600)
         assert done.status == 0, done.err
+    done = shell(tmp_path, "bench.py", *args, "--backend=mlx", "--questions=1", "--rollouts=1", timeout=600)
+    assert done.status == 0 and "1 of 1 texts are the same" in done.out, done.err
     answers = [r["answer"] for r in rows(tmp_path / "out/tiny/predictions.jsonl")]
     assert run_script(tmp_path, "eval.py", *args, "--backend=torch").status == 0
     assert [r["answer"] for r in rows(tmp_path / "out/tiny/predictions.jsonl")] == answers and len(answers) == 18 * len(ROWS)
