@@ -224,31 +224,31 @@ class LM:
         parts.rename(folder)
 
     def save_adapter(self, folder):
-        """PEFT's files, and in mlx_lm/ the same for that library, where the rank is not below the number of trained tokens: to it they are a low-rank
-        change of the embeddings like another."""
+        """PEFT's files, and in mlx_lm/ the same for that library, to which trained tokens are a low-rank change of the embeddings like another; of a rank that is
+        at least their number, where need be with rows of zeros."""
         lora, state, scale = self.model.lora, self.backend.arrays(self.model, self.backend.trained(self.model)), self.model.lora.alpha / self.model.lora.rank
         (folder / "adapter_config.json").write_text(json.dumps({
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(self.folder), "r": lora.rank, "lora_alpha": lora.alpha,
             "lora_dropout": lora.dropout, "target_modules": lora.targets, "bias": "none", "inference_mode": True,
             "trainable_token_indices": {name.split(".")[-1]: lora.tokens for name in self.backend.embeddings(self.model)}}, indent=2))
         save_file({peft_name(n): x for n, x in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt", "base": fingerprint(self.folder), "trained_on": self.base_bits()})
-        if lora.rank < len(lora.tokens):
-            return
-        there, known = folder / "mlx_lm", {}
+        there, known, rank = folder / "mlx_lm", {}, max(lora.rank, len(lora.tokens))
         there.mkdir(exist_ok=True)
         for n, x in state.items():
             if n.endswith(".rows"):         # W + scale * one_hot @ change
                 name, c = n.removesuffix(".rows"), self.model.config
-                one_hot, change = np.zeros((c.vocab_size, lora.rank), np.float32), np.zeros((lora.rank, c.hidden_size), np.float32)
+                one_hot, change = np.zeros((c.vocab_size, rank), np.float32), np.zeros((rank, c.hidden_size), np.float32)
                 one_hot[lora.tokens, range(len(lora.tokens))] = 1
                 change[:len(lora.tokens)] = (x - self.frozen_rows(lora)[name]) / scale
                 a, b = (change.T, one_hot.T) if name == "lm_head" else (one_hot, change)
                 known |= {f"{name}.lora_a": np.ascontiguousarray(a), f"{name}.lora_b": np.ascontiguousarray(b)}
+            elif n.endswith("lora_A"):
+                known[n.replace("lora_A", "lora_a")] = np.pad(np.ascontiguousarray(x.T), ((0, 0), (0, rank - lora.rank)))
             else:
-                known[n.replace("lora_A", "lora_a").replace("lora_B", "lora_b")] = np.ascontiguousarray(x.T)
+                known[n.replace("lora_B", "lora_b")] = np.pad(np.ascontiguousarray(x.T), ((0, rank - lora.rank), (0, 0)))
         keys = sorted({".".join(n.split(".")[3:5]) if ".layers." in n else n.rpartition(".")[0] for n in known})
         (there / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "num_layers": self.model.config.num_hidden_layers, "lora_parameters": {
-            "rank": lora.rank, "scale": scale, "dropout": lora.dropout, "keys": keys}}, indent=2))
+            "rank": rank, "scale": scale, "dropout": lora.dropout, "keys": keys}}, indent=2))
         save_file(known, there / "adapters.safetensors")
 
     def base_bits(self):
@@ -281,8 +281,6 @@ class LM:
                 state[name] = rng.uniform(-1, 1, shape) * shape[1] ** -0.5 if name.endswith("lora_A") else np.zeros(shape)
             state |= {f"{name}.rows": x for name, x in self.frozen_rows(lora).items()}
             self.backend.adapt(self.model, lora, state)
-            if s.lora_rank < len(tags):
-                print(f"an adapter of rank {s.lora_rank} is below the {len(tags)} tags whose embeddings it trains, so it gets no form for mlx_lm; --lora_rank={len(tags)} would")
         elif s.lora_rank:
             for name in ("rank", "alpha", "dropout", "targets"):
                 there, wanted = getattr(self.model.lora, name), getattr(s, f"lora_{name}")

@@ -65,11 +65,11 @@ def test_a_new_adapter_changes_nothing(codec, ids):
 
 
 @pytest.mark.parametrize("backend", BOTH)
-@pytest.mark.parametrize("targets, tie", [(["q_proj", "v_proj"], True), (Settings().lora_targets, False)])
-def test_a_folder_in_peft_and_mlx_lm(codec, ids, tmp_path, backend, targets, tie):
-    """Matrices and the tags' embeddings, with a head of their own or not. Kept apart: peft on the transformers model, mlx_lm and the other twin have the same logits. Merged: transformers alone has."""
+@pytest.mark.parametrize("targets, tie, rank", [(["q_proj", "v_proj"], True, 8), (Settings().lora_targets, False, 4)])
+def test_a_folder_in_peft_and_mlx_lm(codec, ids, tmp_path, backend, targets, tie, rank):
+    """Of a rank above and below the number of tags. Matrices and the tags' embeddings, with a head of their own or not. Kept apart: peft on the transformers model, mlx_lm and the other twin have the same logits. Merged: transformers alone has."""
     peft, mlx_lm = pytest.importorskip("peft"), pytest.importorskip("mlx_lm")
-    lm = adapted(codec, tmp_path / "base", backend, tie=tie, lora_targets=targets)
+    lm = adapted(codec, tmp_path / "base", backend, tie=tie, lora_targets=targets, lora_rank=rank)
     expected = logits(lm, ids)
     assert np.abs(expected - logits(model.load(tmp_path / "base", "cpu", backend), ids)).max() > 0.05
     lm.save(tmp_path / "sft")
