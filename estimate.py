@@ -1,7 +1,7 @@
 """What a run will take, said before it starts: parameters, memory at the chosen sizes, and with --dry-run seconds a step, measured on two.
 
 Memory is counted from the shapes, in bytes: what stays (weights, gradients, optimizer, and in RL the reference), and what comes and goes
-(activations of a micro-batch; the KV cache of the rollouts). Not counted: the framework itself and what its kernels use for a moment (cuBLAS takes 32 MB on an H100).
+(activations of a micro-batch; the KV cache of the rollouts). Not counted: the framework itself and what its kernels use for a moment.
 """
 import time
 
@@ -109,6 +109,7 @@ def show(lm, s, kind):
     whole = n["blocks"] + n["rest"]
     mlx = lm.backend.__name__ == "model_mlx"
     keep = kept(c, s, s.muon and kind == "sft", 2 * size if mlx else 4)      # MLX has an offset beside the scale
+    library = {"cuBLAS": lm.backend.workspace(lm.model)} if lm.backend.workspace(lm.model) else {}
     rows = s.questions * s.rollouts if kind == "rl" else s.batch_rows           # in SFT too: what the base model knows is asked, and each stage ends with samples
     rows, read = min(rows, s.batch_rows), s.max_observation
     if kind == "eval" and lm.codec.tok.chat_template:       # ReAct's examples are read by each row
@@ -129,8 +130,8 @@ def show(lm, s, kind):
         peak = sum(keep.values()) + max(rollouts + copy, going["activations"], going["optimizer step"])
     print(f"{whole / 1e6:,.2f} M parameters" + ("" if kind == "eval" else f", {(n['adapter'] + n['tags']) / 1e6:,.2f} M trained (rank {s.lora_rank})" if s.lora_rank else ", all trained"))
     sizes = [f"micro-batches of {max(s.micro_tokens, s.max_len)} tokens"] * (kind != "eval") + [f"{rows} rows of {s.max_len}"]
-    print("memory in MB: " + ", ".join(f"{k} {v / 1e6:,.1f}" for k, v in (keep | going).items())
-          + f"; together at most {peak / 1e6:,.0f}, beside the framework and the data ({', '.join(sizes)})", flush=True)
+    print("memory in MB: " + ", ".join(f"{k} {v / 1e6:,.1f}" for k, v in (keep | going | library).items())
+          + f"; together at most {(peak + sum(library.values())) / 1e6:,.0f}, beside the framework and the data ({', '.join(sizes)})", flush=True)
     if s.dry_run:
         if kind != "eval":
             step = step_seconds(lm, s, s.muon and kind == "sft")
