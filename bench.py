@@ -143,7 +143,10 @@ def run(s):
     theirs, side = ("mlx_lm", mlx_lm_side) if backend.__name__ == "model_mlx" else ("transformers", transformers_side)
     one, many, learn = side(folder, root / "base", lm.codec, s)
     prompts = [lm.codec.prompt(q["question"]) for q in task.train(s.questions, "rl2") for _ in range(s.rollouts)]
-    rows = sorted(read_trajectories(root / "data" / "coa.jsonl")[:400], key=lambda t: len(t.ids))[200:216]
+    chains = sorted(read_trajectories(root / "data" / "coa.jsonl")[:400], key=lambda t: len(t.ids))
+    rows = chains[max(0, len(chains) // 2 - 8):len(chains) // 2 + 8]
+    if not rows:
+        raise Problem(f"{root / 'data'} holds no chains; train with a larger --coa")
 
     def our_one():
         return lm.decoder([prompts[0]]).decode([], [128], 0.0)[0][0]

@@ -377,6 +377,8 @@ def nano_task(s):
         for name, share in (MIX_ACT if pool == "act" else MIX).items():
             rows = (other if pool == "rl2" else world).questions(name, round(n * share), rng, p_head, taken)
             out += [dict(q, id=f"{pool}_{q['id']}") for q in rows]
+        if n and not out:
+            raise Problem(f"{n} training questions are too few for one of any kind; ask for more (--rl_questions, --coa; of bench.py --questions)")
         rng.shuffle(out)
         drawn[pool] = out
         return out

@@ -263,6 +263,9 @@ def test_bench(made, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x", *TINY, "--questions=2", "--rollouts=1"])
     monkeypatch.setattr(bench, "ROUNDS", 1)
     bench.run(read_settings("x"))
+    monkeypatch.setattr(sys, "argv", ["x", *TINY, "--questions=1", "--rollouts=1"])
+    with pytest.raises(Problem, match="1 training questions are too few"):
+        bench.run(read_settings("x"))
     found = {line[:14].strip(): line for line in capsys.readouterr().out.splitlines()}
     assert {"one answer", "agents", "training"} <= set(found) and "1 of 1 texts are the same" in found["one answer"]
 
@@ -297,7 +300,7 @@ def test_the_scripts_on_mlx(tmp_path):
     for script in ("train_sft", "train_rl", "eval"):
         done = shell(tmp_path, f"{script}.py", *args, "--backend=mlx", timeout=600)
         assert done.status == 0, done.err
-    done = shell(tmp_path, "bench.py", *args, "--backend=mlx", "--questions=1", "--rollouts=1", timeout=600)
+    done = shell(tmp_path, "bench.py", *args, "--backend=mlx", "--questions=2", "--rollouts=1", timeout=600)
     assert done.status == 0 and "1 of 1 texts are the same" in done.out, done.err
     answers = [r["answer"] for r in rows(tmp_path / "out/tiny/predictions.jsonl")]
     assert run_script(tmp_path, "eval.py", *args, "--backend=torch").status == 0
