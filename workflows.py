@@ -126,7 +126,7 @@ def words(codec, examples):
 
 def begin(codec):
     """The beginning of a text for checkpoints that were trained with one, as Llama 3 was."""
-    return codec.tok.encode("")[:1] if codec.tok.encode("")[:1] == [codec.tok.bos_token_id] else []
+    return [i for i in codec.tok.encode("") if i == codec.tok.bos_token_id]
 
 
 def react(lm, questions, search, s, max_actions=None, examples="", desc=None, given=None):
@@ -155,7 +155,7 @@ def react(lm, questions, search, s, max_actions=None, examples="", desc=None, gi
                 return {row: codec.decode([token for token in ids[row] if token not in (codec.eos, codec.end_search)]).strip() for row in rows}
 
             def put(sequences, role):
-                sequences = [list(w.newline) * (bool(ids) and out[i].role[-1] != PROMPT and out[i].ids[-1] not in w.thought_ends[:-1]) + ids for i, ids in zip(live, sequences)]
+                sequences = [list(w.newline) * (bool(ids) and out[i].ids[-1] not in w.thought_ends[:-1]) + ids for i, ids in zip(live, sequences)]
                 for i, ids in zip(live, sequences):
                     out[i].add(ids, role, 0)
                 dec.feed(sequences)
