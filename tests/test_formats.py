@@ -95,6 +95,8 @@ def test_a_released_pair(chat, tmp_path):
     learned = [[chat.decode([i for i, m in zip(t.ids, t.mask) if m]).strip() for t in pair] for pair in pairs]
     assert learned[0] == ["So it is Orla.", "<begin_search> Orla</end_search>"] and learned[1][1] == "I know.</think>\\boxed{ Ivo}</s>"
     assert "A soil" not in learned[1][0] and learned[1][0].startswith("Hm, who wrote it?")
+    for t in pairs[0]:
+        assert t.ids[:t.role.index(THINK)] == chat.prompt("Who wrote The Clay Hour?") and t.queries[0] == "The Clay Hour author" and OBSERVATION in t.role
     for a, b in pairs:
         first = min(a.mask.index(1), b.mask.index(1))
         assert a.ids[:first] == b.ids[:first] and pairs[0][0].mask.index(1) > len(chat.prompt("Who wrote The Clay Hour?"))
