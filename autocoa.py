@@ -54,8 +54,9 @@ class Trajectory:
 
 
 def fit(observation, budget, size):
-    """An observation (passages, one a line) of at most `budget` by `size`, text -> a number: passages leave from the last one on and only their titles stay;
-    then those leave. The first, if it alone is too long, ends with its last whole sentence, or else word, that fits beside the titles.
+    """An observation (passages, one a line) of at most `budget` by `size`, text -> a number: passages leave from the
+    last one on and only their titles stay; then those leave. The first, if it alone is too long, ends with its last
+    whole sentence, or else word, that fits beside the titles.
 
     >>> fit("Silver River 1: A film.\\n Iron Hill 2: A band of four.", 40, len)
     'Silver River 1: A film.\\n Iron Hill 2:'
@@ -131,7 +132,8 @@ class Codec:
         return out
 
     def around(self):
-        """What stands before and after the question in a prompt: a chat template's turns where the tokenizer has one, then the opening of the thought."""
+        """What stands before and after the question in a prompt:
+        a chat template's turns where the tokenizer has one, then the opening of the thought."""
         if self.tok.chat_template:
             messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "QUESTION"}]
             before, _, after = self.tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).rpartition("QUESTION")
@@ -141,7 +143,9 @@ class Codec:
     def prompt(self, question):
         """Question to prompt ids. The template's own tags are tags, a tag spelled in the question is not."""
         before, after = self.around()
-        return before + (self.plain.encode(question, add_special_tokens=False).ids if self.tok.chat_template else self.encode(question)) + after
+        return (before
+                + (self.plain.encode(question, add_special_tokens=False).ids if self.tok.chat_template else self.encode(question))
+                + after)
 
     def build(self, question, parts):
         """[("think", text), ("search", query), ("result", text), ("answer", text)] after a question -> Trajectory. "given" is a
@@ -176,7 +180,8 @@ class Codec:
             return ""
         ids = t.ids[boxes[-1] + 1:]
         ends = [i for i, token in enumerate(ids) if token in (self.close, self.eos)]
-        return self.decode(ids[:ends[0]] if ends else ids).strip().removeprefix("\\text{").strip()       # \boxed{\text{..}}, as reasoning models write it
+        # \boxed{\text{..}}, as reasoning models write it
+        return self.decode(ids[:ends[0]] if ends else ids).strip().removeprefix("\\text{").strip()
 
     def well_formed(self, t):
         """Whether the policy closed every step in order and answered by itself: (think | action observation)* conclusion answer eos.
@@ -325,7 +330,8 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
         return min(max_observation - (len(t.ids) - opened[id(t)]), room(t))
 
     while live:
-        limits = [max(1, open_observation(t) if state[id(t)] == OBSERVATION else ends[id(t)] - len(t.ids) if t.forced else room(t)) for t in live]
+        limits = [max(1, open_observation(t) if state[id(t)] == OBSERVATION
+                      else ends[id(t)] - len(t.ids) if t.forced else room(t)) for t in live]
         warmth = [0.0 if state[id(t)] == OBSERVATION else temperature for t in live]   # one text gets one observation, as from a tool
         ids, logps = dec.decode(stops, limits, warmth, rng, leave=0.6)
         turn, leads = [], {}                                # who goes on: (trajectory, its row, what it is fed; None: what the tool says)
@@ -421,7 +427,8 @@ def ask(s):
     lm = model.load(folder, **place(s))
     if s.dry_run:
         return estimate.show(lm, s, "eval")
-    t, = rollout(lm.decoder, lm.codec, [lm.codec.prompt(s.ask)], data.load_task(s).eval_search, s.max_actions, s.max_len, s.max_answer, s.max_observation)
+    t, = rollout(lm.decoder, lm.codec, [lm.codec.prompt(s.ask)], data.load_task(s).eval_search,
+                 s.max_actions, s.max_len, s.max_answer, s.max_observation)
     print(colored(lm.codec, t) if sys.stdout.isatty() else lm.codec.decode(t.ids))
     print(f"answer: {lm.codec.answer(t)}  ({len(t.queries)} searches, {folder.name})")
 

@@ -44,7 +44,8 @@ def with_tool_calls(generate, codec, prompts, search, s):
         live = [i for i in live if texts[i][-1] == codec.end_search and len(texts[i]) < s.max_len - 150]
         if not live:
             break
-        for i, said in zip(live, search([codec.decode(texts[i][len(texts[i]) - texts[i][::-1].index(codec.search):-1]).strip() for i in live])):
+        for i, said in zip(live, search([codec.decode(texts[i][len(texts[i]) - texts[i][::-1].index(codec.search):-1]).strip()
+                                         for i in live])):
             texts[i] += [codec.result] + codec.encode(said) + [codec.end_result]
     return texts
 
@@ -63,7 +64,8 @@ def mlx_lm_side(folder, base, codec, s):
         return [int(t) for t, _ in zip((t for t, _ in generate_step(mx.array(prompt), network, max_tokens=n)), range(n))]
 
     def many(texts, limit):
-        generator = BatchGenerator(network, stop_tokens=[[t] for t in stops], completion_batch_size=len(texts), prefill_batch_size=len(texts))
+        generator = BatchGenerator(network, stop_tokens=[[t] for t in stops],
+                                   completion_batch_size=len(texts), prefill_batch_size=len(texts))
         uids = generator.insert(texts, [limit] * len(texts))
         out = {u: [] for u in uids}
         while responses := generator.next_generated():
@@ -75,15 +77,17 @@ def mlx_lm_side(folder, base, codec, s):
     def learn(rows, steps):
         student, _ = mlx_lm.load(str(base))
         student.freeze()
-        utils.linear_to_lora_layers(student, len(student.layers), {"rank": s.lora_rank, "scale": s.lora_alpha / s.lora_rank, "dropout": 0.0,
-                                                                    "keys": ["self_attn." + t if t[0] in "qkvo" else "mlp." + t for t in s.lora_targets]})
+        utils.linear_to_lora_layers(student, len(student.layers), {
+            "rank": s.lora_rank, "scale": s.lora_alpha / s.lora_rank, "dropout": 0.0,
+            "keys": ["self_attn." + t if t[0] in "qkvo" else "mlp." + t for t in s.lora_targets]})
         times = []
 
         class Clock(trainer.TrainingCallback):
             def on_train_loss_report(self, info):
                 times.append(time.perf_counter())
         with tempfile.TemporaryDirectory() as there, contextlib.redirect_stdout(io.StringIO()):
-            args = trainer.TrainingArgs(batch_size=len(rows), iters=steps + 2, steps_per_report=1, max_seq_length=s.max_len, adapter_file=os.path.join(there, "a.safetensors"))
+            args = trainer.TrainingArgs(batch_size=len(rows), iters=steps + 2, steps_per_report=1, max_seq_length=s.max_len,
+                                        adapter_file=os.path.join(there, "a.safetensors"))
             trainer.train(student, mlx.optimizers.Adam(1e-5), [(r, 0) for r in rows], args=args, training_callback=Clock())
         return times[-1] - times[1]             # the first steps compile
     return one, many, learn
@@ -100,7 +104,8 @@ def transformers_side(folder, base, codec, s):
         ids = torch.tensor([[codec.eos] * (longest - len(t)) + t for t in texts], device=device)
         mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in texts], device=device)
         with torch.no_grad():
-            out = network.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=0)[:, longest:].tolist()
+            out = network.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False,
+                                   eos_token_id=list(stops) or None, pad_token_id=0)[:, longest:].tolist()
         ends = [next((i for i, t in enumerate(row) if t in stops), len(row) - 1) for row in out]
         return [row[:end + 1] for row, end in zip(out, ends)]
 
@@ -152,7 +157,8 @@ def run(s):
         return lm.decoder([prompts[0]]).decode([], [128], 0.0)[0][0]
 
     def our_many():
-        return [t.ids for t in autocoa.rollout(lm.decoder, lm.codec, prompts, task.rl_search, s.max_actions, s.max_len, s.max_answer, s.max_observation)]
+        return [t.ids for t in autocoa.rollout(lm.decoder, lm.codec, prompts, task.rl_search,
+                                               s.max_actions, s.max_len, s.max_answer, s.max_observation)]
 
     def our_learn(steps=6):
         student = model.load(root / "base", **place(s))
@@ -169,9 +175,10 @@ def run(s):
     def same(a, b):
         return f"{sum(x == y for x, y in zip(a, b))} of {len(a)} texts are the same"
     print(f"{'':14}{'ours':>9}{theirs:>15}{'ratio':>8}")
-    for name, ours, others in (("one answer", lambda: timed(our_one), lambda: timed(lambda: one(prompts[0], 128))),
-                               ("agents", lambda: timed(our_many), lambda: timed(lambda: with_tool_calls(many, lm.codec, prompts, task.rl_search, s))),
-                               ("training", lambda: (our_learn(), None), lambda: (learn([t.ids for t in rows], 6), None))):
+    for name, ours, others in (
+            ("one answer", lambda: timed(our_one), lambda: timed(lambda: one(prompts[0], 128))),
+            ("agents", lambda: timed(our_many), lambda: timed(lambda: with_tool_calls(many, lm.codec, prompts, task.rl_search, s))),
+            ("training", lambda: (our_learn(), None), lambda: (learn([t.ids for t in rows], 6), None))):
         pairs = [(ours(), others()) for _ in range(ROUNDS)]
         (_, mine), (_, other) = pairs[-1]
         note = same([mine], [other]) if name == "one answer" else same(mine, other) if mine else f"6 steps of {len(rows)} rows"
@@ -180,7 +187,8 @@ def run(s):
 
 
 def index_cost(n):
-    """Seconds to build and to load an index of n passages, ms a query in a batch of 200, bytes on disk, peak memory. Words by Zipf's law."""
+    """Seconds to build and to load an index of n passages, ms a query in a batch of 200, bytes on disk, peak memory.
+    Words by Zipf's law."""
     rng, start = np.random.default_rng(n), time.time()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "passages.jsonl")
@@ -197,8 +205,10 @@ def index_cost(n):
         start = time.time()
         index(queries)
         size = sum(p.stat().st_size for p in Path(folder, "index").rglob("*") if p.is_file())
-        print(f"{n:,} passages (made in {made:.0f} s): built in {built:.1f} s, loaded in {loaded:.2f} s, {1000 * (time.time() - start) / 200:.2f} ms a query, {size / 1e6:,.0f} MB on disk, "
-              f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6):,.1f} GB of memory at most", flush=True)
+        print(f"{n:,} passages (made in {made:.0f} s): built in {built:.1f} s, loaded in {loaded:.2f} s, "
+              f"{1000 * (time.time() - start) / 200:.2f} ms a query, {size / 1e6:,.0f} MB on disk, "
+              f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6):,.1f} GB "
+              "of memory at most", flush=True)
 
 
 if __name__ == "__main__":

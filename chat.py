@@ -1,10 +1,11 @@
 """Language models that are asked in words: as judge of answers (eval.py --judge) and as teacher (teacher.py).
 
-    --judge=http://127.0.0.1:8000/v1#Qwen/Qwen2.5-14B-Instruct      any OpenAI-compatible endpoint; its key, where it wants one, in OPENAI_API_KEY
+    --judge=http://127.0.0.1:8000/v1#Qwen/Qwen2.5-14B-Instruct      any OpenAI-compatible endpoint; its key,
+                                                                    where it wants one, in OPENAI_API_KEY
     --judge=FOLDER                                                  a Hugging Face folder or hub id, decoded here
 
-Without a name behind # it is that of the paper's judge. All that a model said is kept in out/chat.sqlite: the same question of the same model is never asked
-twice, so a run that was interrupted goes on where it was.
+Without a name behind # it is that of the paper's judge. All that a model said is kept in out/chat.sqlite: the same
+question of the same model is never asked twice, so a run that was interrupted goes on where it was.
 """
 import os
 import re
@@ -42,12 +43,14 @@ class Chat:
             import model
             self.lm, _ = model.load_any(spec, **place(s))
             files = sorted(Path(spec).glob("*.safetensors")) or [f for f in [Path(spec)] if f.is_file()]
-            self.who = model.tail_hash(files) if files else spec, s.dtype, s.bits       # a folder of one path may hold other weights tomorrow
+            # a folder of one path may hold other weights tomorrow
+            self.who = model.tail_hash(files) if files else spec, s.dtype, s.bits
             if not self.lm.codec.tok.chat_template:
                 raise Problem(f"{self.setting}: this model has no chat template, so it can't be asked in words; take an instruct model")
 
     def __call__(self, conversations, budget, stop=(), temperature=0.0, sample=0, desc=None):
-        """budget: tokens; stop: texts at which it ends, left out; sample: which of several answers at a temperature above 0. Raises Problem for an endpoint that does not answer."""
+        """budget: tokens; stop: texts at which it ends, left out; sample: which of several answers at a temperature above 0.
+        Raises Problem for an endpoint that does not answer."""
         keys = [(*self.who, conversation, budget, list(stop), temperature, sample) for conversation in conversations]
         said = [self.cache.get(*key) for key in keys]
         missing = [i for i, text in enumerate(said) if text is None]
@@ -78,10 +81,12 @@ class Chat:
 
     def fetch(self, conversation, budget, stop, temperature, sample):
         """What an endpoint says; None where it takes no such conversation (too long, filtered): that one is lost, the others are not."""
-        ask = {"model": self.name, "messages": conversation, self.limit: budget, "temperature": temperature, **({"seed": sample} if temperature else {}), **({"stop": stop} if stop else {})}
+        ask = {"model": self.name, "messages": conversation, self.limit: budget, "temperature": temperature,
+               **({"seed": sample} if temperature else {}), **({"stop": stop} if stop else {})}
         key = os.environ.get("OPENAI_API_KEY")
         try:
-            answer = self.http.send("POST", self.url.rstrip("/") + "/chat/completions", json=ask, headers={"Authorization": f"Bearer {key}"} if key else {}).json()
+            answer = self.http.send("POST", self.url.rstrip("/") + "/chat/completions", json=ask,
+                                    headers={"Authorization": f"Bearer {key}"} if key else {}).json()
             text = answer["choices"][0]["message"]["content"]
             if text is None:            # it thought to the end of its budget, or would not speak
                 text = ""
@@ -91,7 +96,8 @@ class Chat:
         except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as e:
             response = getattr(e, "response", None)                         # a refusal is false as a truth value
             said = "" if response is None else response.text[:200].partition("\n")[0]
-            if response is not None and "max_completion_tokens" in response.text and "max_tokens" in ask:       # OpenAI's reasoning models know it by this name alone
+            # OpenAI's reasoning models know it by this name alone
+            if response is not None and "max_completion_tokens" in response.text and "max_tokens" in ask:
                 self.limit = "max_completion_tokens"
                 return self.fetch(conversation, budget, stop, temperature, sample)
             if response is not None and response.status_code in REFUSED:
@@ -99,7 +105,8 @@ class Chat:
                     self.counts["refused"] += 1
                     if self.counts["asked"] or self.counts["refused"] < 8:
                         return None
-            raise Problem(f"{self.setting}: not an endpoint that answers ({type(e).__name__}: {e} {said}); what it said before is in {self.cache.path}, so the same command goes on from there") from None
+            raise Problem(f"{self.setting}: not an endpoint that answers ({type(e).__name__}: {e} {said}); "
+                          f"what it said before is in {self.cache.path}, so the same command goes on from there") from None
         with self.lock:
             for kind in ("prompt_tokens", "completion_tokens"):
                 self.counts[kind] += (answer.get("usage") or {}).get(kind) or 0
@@ -111,7 +118,8 @@ class Chat:
         numbered = [dict(message, content=f"MESSAGE{i}.") for i, message in enumerate(conversation)]
         text = codec.tok.apply_chat_template(numbered, tokenize=False, add_generation_prompt=True)
         for i, piece in enumerate(re.split(r"MESSAGE(\d+)\.", text)):      # in turns the template's and a message's number
-            out += codec.plain.encode(conversation[int(piece)]["content"], add_special_tokens=False).ids if i % 2 else codec.tok.encode(piece, add_special_tokens=False)
+            out += (codec.plain.encode(conversation[int(piece)]["content"], add_special_tokens=False).ids if i % 2
+                    else codec.tok.encode(piece, add_special_tokens=False))
         return out
 
     def write(self, conversations, budget, stop, temperature, sample):
@@ -127,7 +135,8 @@ class Chat:
     def report(self):
         c = self.counts
         refused = f", {c['refused']:,} refused" if c["refused"] else ""
-        return f"{self.name}: asked {c['asked']:,} times ({c['from the cache']:,} more from the cache{refused}), {c['prompt_tokens']:,} tokens read and {c['completion_tokens']:,} written"
+        return (f"{self.name}: asked {c['asked']:,} times ({c['from the cache']:,} more from the cache{refused}), "
+                f"{c['prompt_tokens']:,} tokens read and {c['completion_tokens']:,} written")
 
 
 def cut(text, stop):
@@ -136,8 +145,11 @@ def cut(text, stop):
 
 
 def judge(chat, records):
-    """LLM judge: 1.0 or 0.0 for each record with question, golden_answers and answer; None where the verdict can't be read. An empty answer is wrong."""
+    """LLM judge: 1.0 or 0.0 for each record with question, golden_answers and answer; None where the verdict can't be read.
+    An empty answer is wrong."""
     ask = [r for r in records if r["answer"].strip()]
-    texts = chat([[{"role": "user", "content": JUDGE.format(question=r["question"], golden="; ".join(r["golden_answers"]), answer=" ".join(r["answer"].split())[:300])}] for r in ask], 8, desc="judging")
+    texts = chat([[{"role": "user", "content": JUDGE.format(question=r["question"], golden="; ".join(r["golden_answers"]),
+                                                            answer=" ".join(r["answer"].split())[:300])}]
+                  for r in ask], 8, desc="judging")
     verdicts = iter(re.match(r"\W*(yes|no)\b", text, re.I) for text in texts)
     return [(None if (v := next(verdicts)) is None else float(v[1].lower() == "yes")) if r["answer"].strip() else 0.0 for r in records]

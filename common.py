@@ -61,17 +61,17 @@ class Settings:
     base_tokens: int = 2_700_000        # tokens of pretraining
     train_scale: int = 4                # size of the training world: too large to learn by heart, so that reading is learned
     # -- SFT (paper 3.2; counts are the authors')
-    pairs: int = 1500                   # CoT+A pairs of SFT-1
-    coa: int = 5000                     # chain-of-action trajectories of SFT-2 and SFT-3
-    cot: int = 1000                     # chain-of-thought trajectories mixed in
+    pairs: int = 1500                   # CoT+A pairs of SFT-1 at most, from twice as many questions, since only those that one of acting and thinking solves make one
+    coa: int = 5000                     # questions for chain-of-action trajectories of SFT-2 and SFT-3; those that the teacher can't solve make none
+    cot: int = 1000                     # questions for chain-of-thought trajectories mixed in; on the nano path three fifths about made-up facts
     epochs: int = 2                     # over them, in each stage
     alpha: float = 0.2                  # weight of SFT-1's auxiliary term
     muon: bool = True                   # Muon for the matrices in SFT; false: AdamW for all, as for pretrained models
     batch_tokens: int = 2000            # tokens of an optimizer step
     micro_tokens: int = 1600            # tokens that go through the network at once
-    lr: float = 6e-3                    # AdamW in the base stage
-    muon_lr: float = 1e-2               # Muon there
-    sft1_scale: float = 0.1             # SFT-1's rates are this part of those
+    lr: float = 6e-3                    # AdamW, in nano's base stage; SFT takes the parts of it below
+    muon_lr: float = 1e-2               # Muon, likewise
+    sft1_scale: float = 0.1             # SFT-1's rates are this part of them
     sft2_scale: float = 0.6             # SFT-2's
     sft3_scale: float = 0.5             # SFT-3's
     # -- RL (paper 3.3)
@@ -176,7 +176,7 @@ def command(script):
     """The command line that runs this script on the same run with the same settings, all its stages."""
     kept, skip = [], False
     for a in sys.argv[1:]:
-        picks = a.partition("=")[0] in ("--stage", "--start", "--out", "--ask")
+        picks = a.partition("=")[0] in ("--stage", "--start", "--out", "--ask", "--dry_run", "--dry-run")
         if not (picks or skip):
             kept.append(a)
         skip = picks and "=" not in a
@@ -184,10 +184,13 @@ def command(script):
 
 
 def start_folder(root, start, stages):
-    """The folder to go on from. Raises Problem where it is not there: with the command that makes a stage, or the folders that there are."""
+    """The folder to go on from.
+    Raises Problem where it is not there: with the command that makes a stage, or the folders that there are."""
     if not (root / start / "config.json").is_file():
         there = ", ".join(sorted(p.parent.name for p in root.glob("*/config.json")))
-        raise Problem(f"{root / start} is missing; " + (f"make it with: {command('train_rl.py' if start.startswith('rl') else 'train_sft.py')}" if start in stages else f"--start can be one of: {there or 'nothing yet'}"))
+        raise Problem(f"{root / start} is missing; " + (
+            f"make it with: {command('train_rl.py' if start.startswith('rl') else 'train_sft.py')}" if start in stages
+            else f"--start can be one of: {there or 'nothing yet'}"))
     return root / start
 
 
@@ -202,8 +205,9 @@ def parse(kind, key, text):
         raise Problem(f"--{key}: {text!r} is not {KIND[kind]}") from None
 
 
-POSITIVE = ("vocab_size", "width", "layers", "base_tokens", "train_scale", "epochs", "batch_tokens", "micro_tokens", "questions", "rollouts", "rl_questions",
-            "temperature", "minibatches", "top_k", "max_actions", "tries", "max_len", "max_answer", "max_thought", "max_observation", "eval_questions", "batch_rows")
+POSITIVE = ("vocab_size", "width", "layers", "base_tokens", "train_scale", "epochs", "batch_tokens", "micro_tokens",
+            "questions", "rollouts", "rl_questions", "temperature", "minibatches", "top_k", "max_actions", "tries",
+            "max_len", "max_answer", "max_thought", "max_observation", "eval_questions", "batch_rows")
 CHOICES = {"cache": ("live", "replay", "refresh"), "dtype": ("float32", "bfloat16"), "bits": (4, 16)}
 KIND = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
 
@@ -256,8 +260,8 @@ def progress(total, desc, unit):
 
 
 class Log:
-    """JSON lines of a stage: log.jsonl, a line a step, and rollouts.jsonl; in <folder>.partial until the stage is complete. done: steps that
-    a resumed stage has behind it, whose lines stay."""
+    """JSON lines of a stage: log.jsonl, a line a step, and rollouts.jsonl; in <folder>.partial until the stage is
+    complete. done: steps that a resumed stage has behind it, whose lines stay."""
 
     def __init__(self, folder, done=0):
         self.folder = folder.with_name(folder.name + ".partial")
@@ -306,7 +310,9 @@ def weight_files(folder):
         raise Problem(f"model: {index} can't be read: {e!r}; copy it again") from None
     for f in files:
         if not (folder / f).is_file():
-            raise Problem(f"model: {folder / f} is missing" + (f", one of the {len(files)} files that {index.name} names; copy it again" if index.is_file() else "; give a folder with .safetensors weights"))
+            raise Problem(f"model: {folder / f} is missing" + (
+                f", one of the {len(files)} files that {index.name} names; copy it again" if index.is_file()
+                else "; give a folder with .safetensors weights"))
     return [folder / f for f in files]
 
 

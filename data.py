@@ -27,7 +27,8 @@ def nano_tokenizer(vocab_size, text):
     """A byte-level BPE of the nano world. The words that names are made of come out as single tokens, qualifiers too: " (film)"."""
     tok = Tokenizer(models.BPE())
     words = r" \([a-z]+\)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s"
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
     tok.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<pad>", "<bos>", "<eos>", *TAGS.values()], show_progress=False,
@@ -50,17 +51,19 @@ def nano_text(world):
              + miniwiki.SIDE + miniwiki.JOBS + miniwiki.MONEY + miniwiki.TONGUE + [str(n) for n in [*range(1900, 2000), *range(1, 100)]])
     for word in words + [f"({q})" for q in [*miniwiki.JOBS, *miniwiki.SIZES]]:
         yield f" {word}" * 40
-    yield f" {TO_QUERY} {TO_READ} I recall it. It is so. Not found. In order: 1, 2. 1 is before 2. First is at 1. Later is at 2. Nothing found. Difference? difference of 2 and 1? calculate: 2 - 1. It is 1." * 40
+    yield (f" {TO_QUERY} {TO_READ} I recall it. It is so. Not found. In order: 1, 2. 1 is before 2. First is at 1. "
+           "Later is at 2. Nothing found. Difference? difference of 2 and 1? calculate: 2 - 1. It is 1.") * 40
 
 
 # ---- base stage: documents and single skills ----------------------------------------------------------------------------
 def base_data(codec, worlds, search, rng, tokens):
     """Pretraining of the nano base model: [Trajectory], in the order of training, about `tokens` tokens in all.
 
-    First copying, then reading (and years in order), each from the easy to the hard: a network of this size finds neither when both come at
-    once with the rest (NOTES.md). Then all: head articles; closed-book chains of thought on head facts, whose hops grow; and
-    single skills on other worlds: to plan and ask for one fact after the other, to write a query, to read what it finds or say that it isn't
-    there, to compare years. Never a chain of thought with an action inside. worlds: list of World; search: one search tool for each.
+    First copying, then reading (and years in order), each from the easy to the hard: a network of this size finds
+    neither when both come at once with the rest (NOTES.md). Then all: head articles; closed-book chains of thought on
+    head facts, whose hops grow; and single skills on other worlds: to plan and ask for one fact after the other, to
+    write a query, to read what it finds or say that it isn't there, to compare years. Never a chain of thought with an
+    action inside. worlds: list of World; search: one search tool for each.
     """
     out, count, bar = [], 0, tqdm(total=tokens, desc="texts to pretrain on", unit="token", leave=False)
     heads = [e for e in worlds[0].entities if e.head]
@@ -125,7 +128,8 @@ def titles(codec, world, rng):
     can only be copied from above, so this is where heads that copy are found."""
     some = rng.sample(world.groups[False, None], rng.randint(2, 5))
     numbered = list(enumerate(some, 1))
-    t = codec.build(TO_READ, [("result", "\n ".join(f"{e.title} {n}:" + ("" if e.kind == "person" else f" A {e.kind}.") for n, e in numbered))])
+    t = codec.build(TO_READ, [("result", "\n ".join(f"{e.title} {n}:" + ("" if e.kind == "person" else f" A {e.kind}.")
+                                                    for n, e in numbered))])
     for n, e in rng.sample(numbered, len(numbered)):
         ids = codec.encode(f"{e.title} {n} says")
         t.add(ids[:1], THINK, 0)
@@ -172,7 +176,8 @@ def reading(codec, world, rng, progress):
     if progress > 0.35 and rng.random() < 0.6:
         e = rng.choice([e for e in like(world, some[0]) if e not in some])
         steps.insert(rng.randint(0, len(steps)), miniwiki.step(e, rng.choice(list(e.facts)), e.title != e.name))
-    return codec.build(TO_READ, [("result", observation)] + [part for s in steps for part in (("given", s["ask"]), ("think", found(s, observation) or MISSING))])
+    return codec.build(TO_READ, [("result", observation)]
+                       + [part for s in steps for part in (("given", s["ask"]), ("think", found(s, observation) or MISSING))])
 
 
 def like(world, e):
@@ -183,9 +188,9 @@ def like(world, e):
 
 
 def made_up(codec, world, rng, short=0.0):
-    """To plan and to ask for one fact after the other, then stop; what is recalled at each is given, not learned. A third are comparisons of this
-    world. In the rest the relations need not fit each other, so the next can only be read from the question; this share of them, `short`, is the
-    plan alone. Compositions kept for evaluation do not occur."""
+    """To plan and to ask for one fact after the other, then stop; what is recalled at each is given, not learned. A
+    third are comparisons of this world. In the rest the relations need not fit each other, so the next can only be read
+    from the question; this share of them, `short`, is the plan alone. Compositions kept for evaluation do not occur."""
     if rng.random() < 0.33:
         return cot(codec, world.questions("compare", 1, rng, p_head=0.0)[0], "given")
     path = []
@@ -207,9 +212,12 @@ def made_up(codec, world, rng, short=0.0):
 
 
 def cot(codec, q, recalled="think"):
-    """A chain of thought from memory: the plan, then what is asked and what is recalled ("given": not to be learned), for each fact. Differences are not
-    to be learned by heart."""
-    return codec.build(q["question"], opening(q) + [part for s in q["metadata"]["steps"] for part in told(s, "given" if s.get("noun") == miniwiki.DIFFERENCE else recalled)] + ending(q))
+    """A chain of thought from memory: the plan, then what is asked and what is recalled ("given": not to be learned),
+    for each fact. Differences are not to be learned by heart."""
+    return codec.build(q["question"], opening(q)
+                       + [part for s in q["metadata"]["steps"]
+                          for part in told(s, "given" if s.get("noun") == miniwiki.DIFFERENCE else recalled)]
+                       + ending(q))
 
 
 def told(s, recalled="think"):
@@ -228,8 +236,9 @@ def opening(q):
 
 
 def ending(q, evidence=""):
-    """A comparison ends with a conclusion and the bare name that it says, all else of the nano world with the title that was read; a real question, said
-    again where its words lie far back, with the answer as the evidence spells it."""
+    """A comparison ends with a conclusion and the bare name that it says, all else of the nano world with the
+    title that was read; a real question, said again where its words lie far back, with the answer as the evidence
+    spells it."""
     conclusion, golden = q["metadata"].get("conclusion"), q["golden_answers"]
     if "holds" in q["metadata"]["steps"][-1]:
         return [("think", f"The question was: {q['question']}")] * (evidence != "") + [("answer", spelled(evidence, golden))]
@@ -360,13 +369,15 @@ class Task:
 
 
 MIX = {"single": 0.1, "typed": 0.1, "bridge": 0.3, "compare": 0.2, "chain": 0.3}     # of training questions; no `compose`
-MIX_ACT = {"single": 0.3, "typed": 0.3, "bridge": 0.2, "compare": 0.1, "chain": 0.1}     # of those for pairs where acting was right: the workflow has to solve them
+# of those for pairs where acting was right: the workflow has to solve them
+MIX_ACT = {"single": 0.3, "typed": 0.3, "bridge": 0.2, "compare": 0.1, "chain": 0.1}
 
 
 def nano_task(s):
     """SFT and imagined RL on one world; RL with the tool on another, where what SFT learned by heart is of no use, as it will be of
     none in evaluation, on a third that training never sees."""
-    world, other, unseen = miniwiki.World(s.seed, "train", s.train_scale), miniwiki.World(f"{s.seed} rl", "train"), miniwiki.World(s.seed, "eval")
+    world, other, unseen = (miniwiki.World(s.seed, "train", s.train_scale), miniwiki.World(f"{s.seed} rl", "train"),
+                            miniwiki.World(s.seed, "eval"))
     taken, drawn = set(), {}
 
     def train(n, pool, p_head=0.10):
@@ -378,7 +389,8 @@ def nano_task(s):
             rows = (other if pool == "rl2" else world).questions(name, round(n * share), rng, p_head, taken)
             out += [dict(q, id=f"{pool}_{q['id']}") for q in rows]
         if n and not out:
-            raise Problem(f"{n} training questions are too few for one of any kind; ask for more (--rl_questions, --coa; of bench.py --questions)")
+            raise Problem(f"{n} training questions are too few for one of any kind; "
+                          "ask for more (--rl_questions, --coa; of bench.py --questions)")
         rng.shuffle(out)
         drawn[pool] = out
         return out
@@ -388,10 +400,13 @@ def nano_task(s):
 
 
 def gold_passages(q, search):
-    """The passages that a question's answer comes from, as one observation; "" where the question does not name them, or where the tool has none to go by.
-    By metadata.gold_ids where the corpus has those under the gold titles (several passages may share one title), else by title."""
-    titles = q["metadata"].get("gold_titles") or [s["title"] for s in q["metadata"]["steps"] if "holds" not in s and s["noun"] != miniwiki.DIFFERENCE]
-    found = search["search"].named(q["metadata"].get("gold_ids") or [], titles, q["golden_answers"]) if isinstance(search["search"], tools.BM25) else []
+    """The passages that a question's answer comes from, as one observation; "" where the question does not name them,
+    or where the tool has none to go by. By metadata.gold_ids where the corpus has those under the gold titles (several
+    passages may share one title), else by title."""
+    titles = (q["metadata"].get("gold_titles")
+              or [s["title"] for s in q["metadata"]["steps"] if "holds" not in s and s["noun"] != miniwiki.DIFFERENCE])
+    found = (search["search"].named(q["metadata"].get("gold_ids") or [], titles, q["golden_answers"])
+             if isinstance(search["search"], tools.BM25) else [])
     return tools.neutral(tools.listed(found)) if found else ""
 
 
@@ -400,8 +415,10 @@ def load_task(s):
     if not s.model:
         return nano_task(s)
     if not (s.corpus and (s.data or s.train_data and s.eval_data)):
-        raise Problem("train_data, eval_data, corpus: a run with --model needs all three; see config/smollm2.py" + "; eval.py alone can do with --data and --corpus" * (not s.train_data))
-    pool = [q for name, path in formats.set_names(s.train_data, "--train_data").items() for q in read_questions(path, name)] if not s.data else []
+        raise Problem("train_data, eval_data, corpus: a run with --model needs all three; see config/smollm2.py"
+                      + "; eval.py alone can do with --data and --corpus" * (not s.train_data))
+    pool = ([q for name, path in formats.set_names(s.train_data, "--train_data").items() for q in read_questions(path, name)]
+            if not s.data else [])
     sets = {name: read_questions(path, name) for name, path in formats.set_names(s.data or s.eval_data, "--data, --eval_data").items()}
     search = tools.open_library(s)
 
@@ -410,7 +427,9 @@ def load_task(s):
         at = {"sample": 0, "coa": 0, "cot": 0, "act": 0, "think": 0, "rl1": s.coa, "rl2": s.coa + s.rl1_steps * s.questions}[pool_name]
         order = random.Random(s.seed).sample(range(len(pool)), len(pool))
         return [pool[order[(at + i) % len(pool)]] for i in range(min(n, len(pool)))]
-    sets = {name: random.Random(f"evaluation {s.seed} {name}").sample(rows, min(s.eval_questions, len(rows))) for name, rows in sets.items()}     # the same beside any others
+    # the same beside any others
+    sets = {name: random.Random(f"evaluation {s.seed} {name}").sample(rows, min(s.eval_questions, len(rows)))
+            for name, rows in sets.items()}
     return Task(train, sets, search, search, search)
 
 
@@ -428,10 +447,11 @@ def read_questions(path, name=""):
 def real_steps(q, source=""):
     """A teacher's plan for a real question, from what its gold passages name.
 
-    Of several hops: a search for each of two titles, in the order in which the question names them; the first passage must name the second, the
-    second must hold the answer; but where the answer is yes, no or something that the question names, two things are compared, and what each
-    passage begins with is noted. Of one hop: a search for the title, where the question names it; else with the question itself, and the title is the
-    rewording. source: the set's name, which tells the sets of several hops.
+    Of several hops: a search for each of two titles, in the order in which the question names them; the first passage
+    must name the second, the second must hold the answer; but where the answer is yes, no or something that the
+    question names, two things are compared, and what each passage begins with is noted. Of one hop: a search for the
+    title, where the question names it; else with the question itself, and the title is the rewording. source: the set's
+    name, which tells the sets of several hops.
     """
     question, golden = q["question"], q["golden_answers"]
     said = set(normalize(question).split())
@@ -450,7 +470,8 @@ def real_steps(q, source=""):
     steps = []
     for i, title in enumerate(titles):
         holds = [""] if compared else golden if i else [titles[1], re.sub(r" \(.*?\)", "", titles[1])]
-        steps.append(dict(fact, ask=f"I look for {title}.", title=title, subject=title, queries=[title, f"{title} {question}"], holds=holds))
+        steps.append(dict(fact, ask=f"I look for {title}.", title=title, subject=title,
+                          queries=[title, f"{title} {question}"], holds=holds))
     return steps
 
 

@@ -19,13 +19,15 @@ def matrices(c):
 
 
 def parameters(c, s):
-    """-> how many: {"blocks": those in the blocks' matrices, "rest": embeddings, norms, biases, "adapter", and "tags": their embeddings, trained with it}"""
+    """-> how many: {"blocks": those in the blocks' matrices, "rest": embeddings, norms, biases, "adapter",
+    and "tags": their embeddings, trained with it}"""
     q, kv = c.shape_of("q_proj")[0], c.shape_of("k_proj")[0]
     block = sum(rows * columns for _, rows, columns in matrices(c))
     small = 2 * c.hidden_size + c.qkv_bias * (q + 2 * kv) + c.o_bias * c.hidden_size + c.qk_norm * 2 * c.head_dim
     adapter = sum(s.lora_rank * (rows + columns) for n, rows, columns in matrices(c) if n in s.lora_targets)
     L, heads = c.num_hidden_layers, 1 if c.tie_word_embeddings else 2
-    return {"blocks": L * block, "rest": L * small + c.hidden_size + heads * c.vocab_size * c.hidden_size, "adapter": L * adapter, "tags": bool(s.lora_rank) * heads * len(TAGS) * c.hidden_size}
+    return {"blocks": L * block, "rest": L * small + c.hidden_size + heads * c.vocab_size * c.hidden_size,
+            "adapter": L * adapter, "tags": bool(s.lora_rank) * heads * len(TAGS) * c.hidden_size}
 
 
 def kept(c, s, muon, scale_bytes):
@@ -43,32 +45,37 @@ def kept(c, s, muon, scale_bytes):
 
 
 def step_of_mlx(c, s, muon, group):
-    """Bytes that an optimizer step makes beside what was, since arrays of MLX don't change. It takes `group` weights at a time, or one parameter that is
-    larger: AdamW makes clipped gradients, weights and two moments; the iteration of Muon holds up to twenty numbers a weight (measured)."""
+    """Bytes that an optimizer step makes beside what was, since arrays of MLX don't change. It takes `group` weights at
+    a time, or one parameter that is larger: AdamW makes clipped gradients, weights and two moments; the iteration of
+    Muon holds up to twenty numbers a weight (measured)."""
     n, one_shape = parameters(c, s), 2 * c.num_hidden_layers * c.hidden_size * c.intermediate_size         # gate_proj and up_proj
     if s.lora_rank:
         in_matrices, rest, largest = n["adapter"], n["tags"], 0
     else:
-        in_matrices, rest, largest = min(n["blocks"], one_shape) if muon else n["blocks"], n["rest"], c.hidden_size * max(c.vocab_size, c.intermediate_size)
+        in_matrices, rest, largest = (min(n["blocks"], one_shape) if muon else n["blocks"], n["rest"],
+                                      c.hidden_size * max(c.vocab_size, c.intermediate_size))
     adamw = min(rest if muon else rest + in_matrices, max(group, largest))
     return 16 * max(adamw, 5 * min(in_matrices, max(group, largest and c.hidden_size * c.intermediate_size)) * muon)
 
 
 def step_of_torch(c, s, muon):
-    """Bytes that are there for a moment when the activations are gone: gradients of the vocabulary's matrix, which come from its use as head and as embedding and are summed
-    (AdamW's one number for each weight of a parameter is less); Muon's momentum of all matrices, and eleven bytes a weight of those of one shape (measured)."""
+    """Bytes that are there for a moment when the activations are gone: gradients of the vocabulary's matrix, which come
+    from its use as head and as embedding and are summed (AdamW's one number for each weight of a parameter is less);
+    Muon's momentum of all matrices, and eleven bytes a weight of those of one shape (measured)."""
     n, largest = parameters(c, s), 0 if s.lora_rank else c.hidden_size * c.vocab_size
     in_matrices = n["adapter"] if s.lora_rank else n["blocks"]
-    return max(4 * (3 if c.tie_word_embeddings else 2) * largest, muon * (4 * in_matrices + 11 * min(in_matrices, 2 * c.num_hidden_layers * c.hidden_size * c.intermediate_size)))
+    return max(4 * (3 if c.tie_word_embeddings else 2) * largest,
+               muon * (4 * in_matrices + 11 * min(in_matrices, 2 * c.num_hidden_layers * c.hidden_size * c.intermediate_size)))
 
 
 def activations(c, s, tokens, learned, mlx=0):
-    """Bytes that the forward pass of a micro-batch leaves for the backward pass. tokens: with padding; learned: those that carry loss; mlx: tokens of a row, where
-    MLX computes them.
+    """Bytes that the forward pass of a micro-batch leaves for the backward pass. tokens: with padding; learned: those
+    that carry loss; mlx: tokens of a row, where MLX computes them.
 
-    A block keeps the inputs of its norms (2), its linear maps and its activation, and the queries, keys, values and output of attention;
-    with bfloat16 also the trained matrices as they were cast. The head keeps log-probs, and its logits while it computes them. MLX keeps a little more of each, and the
-    probabilities of attention, and makes more of one block as it goes back (measured on the CPU, float32: within a fifth).
+    A block keeps the inputs of its norms (2), its linear maps and its activation, and the queries, keys, values and
+    output of attention; with bfloat16 also the trained matrices as they were cast. The head keeps log-probs, and its
+    logits while it computes them. MLX keeps a little more of each, and the probabilities of attention, and makes more
+    of one block as it goes back (measured on the CPU, float32: within a fifth).
     """
     size = 2 if s.dtype == "bfloat16" else 4
     h, q, kv, m = c.hidden_size, c.shape_of("q_proj")[0], c.shape_of("k_proj")[0], c.intermediate_size
@@ -95,11 +102,13 @@ def cache(c, s, rows, length):
 
 
 def fed(c, s, rows, tokens, length):
-    """Bytes that reading `tokens` in each row makes for a moment, behind a cache of `length`: one block's values, the mask, for grouped heads once for each of a
-    group, and the keys and values that are read. MLX, by its own count, holds twice what torch does, caches included (the old and the new)."""
+    """Bytes that reading `tokens` in each row makes for a moment, behind a cache of `length`: one block's values, the
+    mask, for grouped heads once for each of a group, and the keys and values that are read. MLX, by its own count,
+    holds twice what torch does, caches included (the old and the new)."""
     size, kv = 2 if s.dtype == "bfloat16" else 4, c.shape_of("k_proj")[0]
     group = c.num_attention_heads // c.num_key_value_heads
-    return size * rows * (tokens * (2 * c.intermediate_size + 3 * c.hidden_size) + tokens * length * (1 + group * (group > 1)) + 2 * length * kv)
+    return size * rows * (tokens * (2 * c.intermediate_size + 3 * c.hidden_size)
+                          + tokens * length * (1 + group * (group > 1)) + 2 * length * kv)
 
 
 def show(lm, s, kind):
@@ -110,7 +119,8 @@ def show(lm, s, kind):
     mlx = lm.backend.__name__ == "model_mlx"
     keep = kept(c, s, s.muon and kind == "sft", 2 * size if mlx else 4)      # MLX has an offset beside the scale
     library = {"cuBLAS": lm.backend.workspace(lm.model)} if lm.backend.workspace(lm.model) else {}
-    rows = s.questions * s.rollouts if kind == "rl" else s.batch_rows           # in SFT too: what the base model knows is asked, and each stage ends with samples
+    # in SFT too: what the base model knows is asked, and each stage ends with samples
+    rows = s.questions * s.rollouts if kind == "rl" else s.batch_rows
     rows, read = min(rows, s.batch_rows), s.max_observation
     if kind == "eval" and lm.codec.tok.chat_template:       # ReAct's examples are read by each row
         read = max(read, len(lm.codec.encode(workflows.REACT)) + 50)
@@ -128,10 +138,13 @@ def show(lm, s, kind):
         muon = s.muon and kind == "sft"
         going["optimizer step"] = step_of_mlx(c, s, muon, lm.backend.Optimizer.GROUP) if mlx else step_of_torch(c, s, muon)
         peak = sum(keep.values()) + max(rollouts + copy, going["activations"], going["optimizer step"])
-    print(f"{whole / 1e6:,.2f} M parameters" + ("" if kind == "eval" else f", {(n['adapter'] + n['tags']) / 1e6:,.2f} M trained (rank {s.lora_rank})" if s.lora_rank else ", all trained"))
+    print(f"{whole / 1e6:,.2f} M parameters"
+          + ("" if kind == "eval"
+             else f", {(n['adapter'] + n['tags']) / 1e6:,.2f} M trained (rank {s.lora_rank})" if s.lora_rank else ", all trained"))
     sizes = [f"micro-batches of {max(s.micro_tokens, s.max_len)} tokens"] * (kind != "eval") + [f"{rows} rows of {s.max_len}"]
     print("memory in MB: " + ", ".join(f"{k} {v / 1e6:,.1f}" for k, v in (keep | going | library).items())
-          + f"; together at most {(peak + sum(library.values())) / 1e6:,.0f}, beside the framework and the data ({', '.join(sizes)})", flush=True)
+          + f"; together at most {(peak + sum(library.values())) / 1e6:,.0f}, beside the framework and the data "
+          f"({', '.join(sizes)})", flush=True)
     if s.dry_run:
         if kind != "eval":
             step = step_seconds(lm, s, s.muon and kind == "sft")
@@ -141,7 +154,8 @@ def show(lm, s, kind):
             print(f"time: {token:.3f} s a token of {rows} rollouts")
         if kind == "rl":
             n = s.questions * s.rollouts
-            print(f"time: {-(-n // rows) * token * s.max_len + n * s.max_len / s.batch_tokens * step:.1f} s a step of {n} rollouts at most, were each of {s.max_len} tokens, all its own")
+            print(f"time: {-(-n // rows) * token * s.max_len + n * s.max_len / s.batch_tokens * step:.1f} s a step of {n} "
+                  f"rollouts at most, were each of {s.max_len} tokens, all its own")
         print("nothing was trained or written (--dry-run)")
     return not s.dry_run
 

@@ -1,17 +1,20 @@
 """The benchmark table: each trained stage beside workflows around the base model, on question sets that training never saw.
 
-    python eval.py                                                              # all stages of out/nano
-    python eval.py --model=FOLDER --data=hotpotqa_dev.jsonl,nq_dev.jsonl --corpus=passages.jsonl.gz     # any checkpoint, as it is
-    python eval.py --compare="SFT-1&2&3+RL-1&2,ReAct workflow" --runs=nano,seed1,seed2                  # over the predictions of several seeds
+    python eval.py                                                           # all stages of out/nano
+    python eval.py config/smollm2.py --model=FOLDER --data=hotpotqa_dev.jsonl --corpus=passages.jsonl.gz     # any checkpoint, as it is
+    python eval.py --compare="SFT-1&2&3+RL-1&2,ReAct workflow" --runs=nano,seed1,seed2               # over the predictions of several seeds
 
-Writes eval.json and predictions.jsonl to out/<run>/ (with --data to out/eval/<model>-<a hash of its path>/), and prints the table and, as the last line, the JSON. --resume keeps
-the answers that the same weights gave under the same settings, of an evaluation that was interrupted or is finished; --rows asks for some rows, and shows the others
-with the answers that are there.
+Writes eval.json and predictions.jsonl to out/<run>/ (with --data to out/eval/<model>-<a hash of its path>/), and prints
+the table and, as the last line, the JSON. --resume keeps the answers that the same weights gave under the same
+settings, of an evaluation that was interrupted or is finished; --rows asks for some rows, and shows the others with the
+answers that are there.
 
-What is printed beside EM: F1, actions a question, how often the facts that a question needs were searched for, apart for those that
-the base model knows and those that it does not; malformed trajectories. In eval.json also: answers that had to be forced, cover-EM, the score of the authors'
-code, the gain over ReAct, questions and right answers by number of actions (paper Fig. 3), EM where the base model knows all facts and where not
-(appendix A), calculations that were done with the calculator, and with --judge what a language model says of the answers. Averages are over the sets, with a 95% bootstrap interval over questions.
+What is printed beside EM: F1, actions a question, how often the facts that a question needs were searched for, apart
+for those that the base model knows and those that it does not; malformed trajectories. In eval.json also: answers that
+had to be forced, cover-EM, the score of the authors' code, the gain over ReAct, questions and right answers by number
+of actions (paper Fig. 3), EM where the base model knows all facts and where not (appendix A), calculations that were
+done with the calculator, and with --judge what a language model says of the answers. Averages are over the sets, with a
+95% bootstrap interval over questions.
 """
 import contextlib
 import hashlib
@@ -32,10 +35,12 @@ from live import FAILED, MISSED
 from miniwiki import DIFFERENCE
 from train_sft import recall
 
-STAGES = {"SFT-1": "sft1", "SFT-2": "sft2_alone", "SFT-1&2": "sft2", "SFT-1&2&3": "sft3", "RL-2 alone": "rl2_alone", "SFT-1&2&3+RL-1": "rl1",
-          "SFT-1&2&3+RL-1&2": "rl2", "SFT-1&2+RL-2": "rl2_from_sft2"}
-MADE_FROM = {"sft1": "base", "sft2": "sft1", "sft2_alone": "base", "sft3": "sft2", "rl1": "sft3", "rl2": "rl1", "rl2_alone": "base", "rl2_from_sft2": "sft2"}
-WORKFLOWS = ("model only (at once)", "model only", "retrieve-then-read", "oracle passages", "ReAct workflow", "Reflexion workflow")     # around the base model
+STAGES = {"SFT-1": "sft1", "SFT-2": "sft2_alone", "SFT-1&2": "sft2", "SFT-1&2&3": "sft3", "RL-2 alone": "rl2_alone",
+          "SFT-1&2&3+RL-1": "rl1", "SFT-1&2&3+RL-1&2": "rl2", "SFT-1&2+RL-2": "rl2_from_sft2"}
+MADE_FROM = {"sft1": "base", "sft2": "sft1", "sft2_alone": "base", "sft3": "sft2", "rl1": "sft3", "rl2": "rl1",
+             "rl2_alone": "base", "rl2_from_sft2": "sft2"}
+# around the base model
+WORKFLOWS = ("model only (at once)", "model only", "retrieve-then-read", "oracle passages", "ReAct workflow", "Reflexion workflow")
 PERCENT = ("em", "f1", "cover", "overlap", "malformed", "forced")
 
 
@@ -49,25 +54,34 @@ def run_row(row, lm, questions, task, s, tries):
     elif row == "model only":
         done = workflows.closed_book(lm, questions, s, workflows.CLOSED_BOOK, desc=row)
     elif row == "retrieve-then-read":
-        done = workflows.read(lm, questions, looked_up(task.eval_search([q["question"] for q in questions]), s.max_observation), s, desc=row)
+        done = workflows.read(lm, questions, looked_up(task.eval_search([q["question"] for q in questions]), s.max_observation),
+                              s, desc=row)
     elif row == "oracle passages":
-        done = workflows.read(lm, questions, looked_up([data.gold_passages(q, task.eval_search) for q in questions], s.max_len // 2), s, desc=row)
+        done = workflows.read(lm, questions, looked_up([data.gold_passages(q, task.eval_search) for q in questions], s.max_len // 2),
+                              s, desc=row)
     elif row == "ReAct workflow":
         done = workflows.react(lm, questions, task.eval_search, s, examples=workflows.REACT, desc=row)
         tries |= {q["id"]: d for q, d in zip(questions, done)}
     elif row == "Reflexion workflow":
-        done = workflows.reflexion(lm, questions, task.eval_search, s, [tries[q["id"]] for q in questions] if all(q["id"] in tries for q in questions) else None, desc=row)
+        done = workflows.reflexion(lm, questions, task.eval_search, s,
+                                   [tries[q["id"]] for q in questions] if all(q["id"] in tries for q in questions) else None,
+                                   desc=row)
     else:
         done = [(lm.codec.answer(t), t) for t in workflows.answers(lm, questions, task.eval_search, s, desc=row)]
     agent = row not in WORKFLOWS
-    return [{"id": q["id"], "question": q["question"], "golden_answers": q["golden_answers"], "answer": a, "em": autocoa.exact_match(a, q["golden_answers"]),
-             "f1": autocoa.f1(a, q["golden_answers"]), "cover": autocoa.cover_match(a, q["golden_answers"]), "overlap": autocoa.overlap_match(a, q["golden_answers"]), "actions": len(t.queries), "queries": t.queries,
-             "malformed": float(agent and not lm.codec.well_formed(t)), "forced": float(agent and t.forced), "lost": sum(o == FAILED or o == MISSED and s.cache != "replay" for o in t.observations), "text": lm.codec.decode(t.ids)}
+    return [{"id": q["id"], "question": q["question"], "golden_answers": q["golden_answers"], "answer": a,
+             "em": autocoa.exact_match(a, q["golden_answers"]), "f1": autocoa.f1(a, q["golden_answers"]),
+             "cover": autocoa.cover_match(a, q["golden_answers"]), "overlap": autocoa.overlap_match(a, q["golden_answers"]),
+             "actions": len(t.queries), "queries": t.queries,
+             "malformed": float(agent and not lm.codec.well_formed(t)), "forced": float(agent and t.forced),
+             "lost": sum(o == FAILED or o == MISSED and s.cache != "replay" for o in t.observations),
+             "text": lm.codec.decode(t.ids)}
             for q, (a, t) in zip(questions, done)]
 
 
 def asked(row, lm, task):
-    """{set: questions} that this row is asked: with oracle passages those that name them, and Reflexion only of a model that can speak of itself."""
+    """{set: questions} that this row is asked: with oracle passages those that name them, and Reflexion only of a model
+    that can speak of itself."""
     if row == "Reflexion workflow" and not lm.codec.tok.chat_template:
         return {}
     if row == "oracle passages":
@@ -80,7 +94,8 @@ def made_by(folder, s):
     """What an answer depends on, beside its question and row: a hash of the weights, of the passages and of the settings of evaluation."""
     files = sorted(Path(folder).glob("*.safetensors")) or [Path(folder)]
     weights, corpus = [model.tail_hash([f]) if f.is_file() else str(f) for f in files], Path(s.corpus)
-    settings = [s.seed, [model.tail_hash([corpus]), corpus.stat().st_size] if corpus.is_file() else s.corpus, s.language, s.cache, s.top_k, s.max_actions, s.max_len, s.max_answer, s.max_thought, s.max_observation, s.dtype, s.bits]
+    settings = [s.seed, [model.tail_hash([corpus]), corpus.stat().st_size] if corpus.is_file() else s.corpus, s.language, s.cache,
+                s.top_k, s.max_actions, s.max_len, s.max_answer, s.max_thought, s.max_observation, s.dtype, s.bits]
     return digest([weights, settings])
 
 
@@ -109,7 +124,8 @@ def known_facts(base, task, s, root):
 
 
 class Predictions:
-    """Records of an evaluation, in <folder>/predictions.jsonl; until all are there in predictions.jsonl.partial, so that --resume finds them.
+    """Records of an evaluation, in <folder>/predictions.jsonl; until all are there in predictions.jsonl.partial, so
+    that --resume finds them.
 
     rows: those that are asked (none: all). Without resume they are asked anew; the records of others stay.
     """
@@ -125,10 +141,12 @@ class Predictions:
                         kept.append(line)
                         r = json.loads(line)
                         if not r.get("lost"):           # an answer behind a search that failed is asked again
-                            self.known[r["row"], r["set"], r["id"], r.get("asked"), r.get("made")] = {**r, "em": r["em"], "queries": r["queries"]}
+                            self.known[r["row"], r["set"], r["id"], r.get("asked"), r.get("made")] = {
+                                **r, "em": r["em"], "queries": r["queries"]}
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise Problem(f"{path}:{n}: not a prediction of eval.py; remove this line, and --resume asks it again") from None
-            if path == self.part and kept != lines:         # the last was cut, and what is written next must not go on behind it; or all is asked anew
+            # the last was cut, and what is written next must not go on behind it; or all is asked anew
+            if path == self.part and kept != lines:
                 write(path, "".join(kept))
 
     def missing(self, row, sets, made):
@@ -150,7 +168,8 @@ class Predictions:
         return {name: [self.known[self.key(row, name, q, made)] for q in questions] for name, questions in sets.items()}
 
     def finish(self, rows, made):
-        """rows: {row: {set: records}}. What was there of other rows and questions stays, where the same weights and settings gave it (made: {row: what made_by says})."""
+        """rows: {row: {set: records}}. What was there of other rows and questions stays, where the same weights and
+        settings gave it (made: {row: what made_by says})."""
         now = [r for sets in rows.values() for records in sets.values() for r in records]
         there = {(r["row"], r["set"], r["id"]) for r in now}
         kept = [r for r in self.known.values() if (r["row"], r["set"], r["id"]) not in there and r.get("made") == made.get(r["row"])]
@@ -165,7 +184,8 @@ def searched(q, record, known):
     steps = q["metadata"]["steps"]
     if "holds" in steps[0]:
         return [(steps[0]["fact"] in known, bool(record["queries"]))]
-    return [(step["fact"] in known, any(step["subject"].lower() in query.lower() for query in record["queries"])) for step in steps if step["noun"] != DIFFERENCE]
+    return [(step["fact"] in known, any(step["subject"].lower() in query.lower() for query in record["queries"]))
+            for step in steps if step["noun"] != DIFFERENCE]
 
 
 def mean(values):
@@ -178,14 +198,16 @@ def percent(values):
 
 
 def summary(records, sets, known):
-    """Figures of one row over {set: records} and {set: questions}: {set: {..}, "avg": {.., "em_low", "em_high"}}; EM, F1 and shares in percent."""
+    """Figures of one row over {set: records} and {set: questions}: {set: {..}, "avg": {.., "em_low", "em_high"}};
+    EM, F1 and shares in percent."""
     out, facts, sums, sure = {}, [], [], {True: [], False: []}
     for name, rows in records.items():
         out[name] = {k: percent([r[k] for r in rows]) for k in PERCENT} | {"actions": mean([r["actions"] for r in rows])}
         for q, r in zip(sets[name], rows, strict=True):
             facts += searched(q, r, known)
             sure[all(step["fact"] in known for step in q["metadata"]["steps"])].append(r["em"])
-            sums += [any(query.startswith("calculate") for query in r["queries"]) for step in q["metadata"]["steps"] if step.get("noun") == DIFFERENCE]
+            sums += [any(query.startswith("calculate") for query in r["queries"])
+                     for step in q["metadata"]["steps"] if step.get("noun") == DIFFERENCE]
     avg = {k: mean([v[k] for v in out.values()]) for k in (*PERCENT, "actions")}
     avg["search_known"] = mean([asked for knows, asked in facts if knows])
     avg["search_unknown"] = mean([asked for knows, asked in facts if not knows])
@@ -196,13 +218,14 @@ def summary(records, sets, known):
 
 
 def by_actions(records):
-    """Paper Fig. 3: for each number of actions how many questions were answered with it, how many of them right, and in percent the success rate and the
-    share of all right answers."""
+    """Paper Fig. 3: for each number of actions how many questions were answered with it, how many of them right, and in
+    percent the success rate and the share of all right answers."""
     correct = sum(r["em"] for r in records)
     out = {}
     for n in sorted({r["actions"] for r in records}):
         right = [r["em"] for r in records if r["actions"] == n]
-        out[str(n)] = {"questions": len(right), "correct": int(sum(right)), "success": percent(right), "share": 100 * sum(right) / correct if correct else 0.0}
+        out[str(n)] = {"questions": len(right), "correct": int(sum(right)), "success": percent(right),
+                       "share": 100 * sum(right) / correct if correct else 0.0}
     return out
 
 
@@ -217,10 +240,11 @@ def interval(sets, draws=2000):
 
 
 def paired(runs, draws=2000):
-    """How much more EM one row has than another on the questions that both answered, with a paired 95% bootstrap interval: {"gain", "gain_low", "gain_high", "gain_questions"}.
+    """How much more EM one row has than another on the questions that both answered, with a paired 95% bootstrap
+    interval: {"gain", "gain_low", "gain_high", "gain_questions"}.
 
-    runs: of each run the records of the two rows, ({set: records}, {set: records}). A question that several runs share is drawn as one: more seeds on
-    the same questions say more of chance in training, nothing of other questions.
+    runs: of each run the records of the two rows, ({set: records}, {set: records}). A question that several runs share
+    is drawn as one: more seeds on the same questions say more of chance in training, nothing of other questions.
     """
     gains = {}
     for records, others in runs:
@@ -230,7 +254,8 @@ def paired(runs, draws=2000):
                 if (key := (r["id"], r["question"])) in other:
                     gains.setdefault(name, {}).setdefault(key, []).append(100 * (r["em"] - other[key]))
     if not gains:
-        raise Problem("--compare: the two rows answered no question in common; evaluate both on the same files, with one --seed and --eval_questions")
+        raise Problem("--compare: the two rows answered no question in common; "
+                      "evaluate both on the same files, with one --seed and --eval_questions")
     sets = [[mean(g) for g in questions.values()] for questions in gains.values()]
     low, high = interval(sets, draws)
     return {"gain": mean([mean(g) for g in sets]), "gain_low": low, "gain_high": high, "gain_questions": sum(map(len, sets))}
@@ -261,11 +286,15 @@ def share(value):
 
 def table(rows, sets):
     judged = any("judge" in r["avg"] for r in rows.values())
-    lines = [f"{'EM':24}" + "".join(f"{n[:10]:>11}" for n in sets) + f"{'avg':>8}{'95% interval':>15}{'F1':>7}{'actions':>9}{'known':>7}{'unknown':>9}{'malformed':>11}" + (f"{'judge':>7}" if judged else "")]
+    lines = [f"{'EM':24}" + "".join(f"{n[:10]:>11}" for n in sets)
+             + f"{'avg':>8}{'95% interval':>15}{'F1':>7}{'actions':>9}{'known':>7}{'unknown':>9}{'malformed':>11}"
+             + (f"{'judge':>7}" if judged else "")]
     for name, r in rows.items():
         a = r["avg"]
-        lines.append(f"{name:24}" + "".join(f"{r[n]['em']:11.1f}" if n in r else f"{'-':>11}" for n in sets) + f"{a['em']:8.1f}{a['em_low']:8.1f} -{a['em_high']:5.1f}{a['f1']:7.1f}"
-                     f"{a['actions']:9.2f}{share(a['search_known']):>7}{share(a['search_unknown']):>9}{a['malformed']:10.1f}%" + ("" if not judged else f"{'-':>7}" if a.get("judge") is None else f"{a['judge']:7.1f}"))
+        lines.append(f"{name:24}" + "".join(f"{r[n]['em']:11.1f}" if n in r else f"{'-':>11}" for n in sets)
+                     + f"{a['em']:8.1f}{a['em_low']:8.1f} -{a['em_high']:5.1f}{a['f1']:7.1f}{a['actions']:9.2f}"
+                     f"{share(a['search_known']):>7}{share(a['search_unknown']):>9}{a['malformed']:10.1f}%"
+                     + ("" if not judged else f"{'-':>7}" if a.get("judge") is None else f"{a['judge']:7.1f}"))
     return "\n".join(lines)
 
 
@@ -277,16 +306,20 @@ def run(s):
         if not s.model:
             raise Problem("--data: it needs --model, the checkpoint to judge")
         path = Path(s.model).resolve()
-        root = Path("out", "eval", f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}")        # two runs may have folders of one name
+        # two runs may have folders of one name
+        root = Path("out", "eval", f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}")
         base, tagged = model.load_any(s.model, **place(s))
         if not tagged and not base.codec.tok.chat_template:
-            raise Problem(f"--model={s.model}: no chat template, so no workflow can ask it in words; take an instruct model, or one that train_sft.py made")
+            raise Problem(f"--model={s.model}: no chat template, so no workflow can ask it in words; "
+                          "take an instruct model, or one that train_sft.py made")
         todo = [(row, Path(s.model)) for row in WORKFLOWS] + [("agent", Path(s.model))] * tagged
     else:
         root = Path("out", s.run)
         base = model.load(start_folder(root, "base", ("base", *STAGES.values())), **place(s))
-        own = {p.parent.name: p.parent.name for p in sorted(root.glob("*/config.json")) if not p.parent.suffix and p.parent.name not in ("base", *STAGES.values())}       # of --out
-        todo = [(row, root / "base") for row in WORKFLOWS] + [(row, root / stage) for row, stage in (STAGES | own).items() if (root / stage / "config.json").is_file()]
+        own = {p.parent.name: p.parent.name for p in sorted(root.glob("*/config.json"))
+               if p.parent.suffix not in (".partial", ".checkpoint") and p.parent.name not in ("base", *STAGES.values())}       # of --out
+        todo = ([(row, root / "base") for row in WORKFLOWS]
+                + [(row, root / stage) for row, stage in (STAGES | own).items() if (root / stage / "config.json").is_file()])
     if odd := [row for row in s.rows if row not in dict(todo)]:
         raise Problem(f"--rows: there is no row {odd[0]!r} here; there are: {', '.join(dict(todo))}")
     if not estimate.show(base, s, "eval"):

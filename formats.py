@@ -4,9 +4,10 @@
     python data.py show out/nano/sft2/rollouts.jsonl 3      # the third trajectory of a file, its trained tokens in colour
     python data.py export out/nano/data FOLDER  # the SFT data of a run as AutoCoA's files: coa.jsonl, cot.jsonl, pairs.json
 
-AutoCoA's files are jsonl of {"messages": [{"role", "content"} ..]} for chains of thought with or without action, and json lists of
-{"conversation": [{"from", "value"}], "chosen": {"from", "value"}, "rejected": {"from", "value"}} for pairs, whose one turn is the question, <think>, and how both
-begin (their template cuts it at the last <think>). In them a trajectory is text:
+AutoCoA's files are jsonl of {"messages": [{"role", "content"} ..]} for chains of thought with or without action, and
+json lists of {"conversation": [{"from", "value"}], "chosen": {"from", "value"}, "rejected": {"from", "value"}} for
+pairs, whose one turn is the question, <think>, and how both begin (their template cuts it at the last <think>). In them
+a trajectory is text:
 
     <think> .. <begin_search> query </end_search> <search_result> .. </search_result> .. </think> .. \\boxed{answer}
 """
@@ -18,9 +19,11 @@ from pathlib import Path
 from autocoa import PROMPT, TAGS, Codec, Trajectory
 from common import Problem, command, read_jsonl, write
 
-CALL = re.compile("|".join(f"{re.escape(TAGS[a])}(?P<{a}>.*?){re.escape(TAGS[b])}" for a, b in (("search", "end_search"), ("result", "end_result"))), re.S)
+CALL = re.compile("|".join(f"{re.escape(TAGS[a])}(?P<{a}>.*?){re.escape(TAGS[b])}"
+                           for a, b in (("search", "end_search"), ("result", "end_result"))), re.S)
 ASKS = "answer the user's question below:"      # what the authors' prompt ends with; ours (autocoa.SYSTEM) takes its place
-SETS = {"hotpotqa": "hotpotqa", "nq": "nq", "triviaqa": "triviaqa", "popqa": "popqa", "2wiki": "2wikimultihopqa", "musique": "musique", "bamboogle": "bamboogle"}
+SETS = {"hotpotqa": "hotpotqa", "nq": "nq", "triviaqa": "triviaqa", "popqa": "popqa",
+        "2wiki": "2wikimultihopqa", "musique": "musique", "bamboogle": "bamboogle"}
 SPLITS = ("train", "dev", "test", "validation")
 TRAINED, OTHER, PLAIN = "\033[1;32m", "\033[90m", "\033[0m"
 
@@ -49,8 +52,8 @@ def read_rows(path, what, setting):
 
 # ---- AutoCoA's files ----------------------------------------------------------------------------------------------------
 def parts_of(text, whole=True):
-    """The text form of a trajectory -> parts for `Codec.build`. whole: it must end with an answer; else it is a beginning or a piece. Raises ValueError for
-    text that is no trajectory."""
+    """The text form of a trajectory -> parts for `Codec.build`. whole: it must end with an answer; else it is a
+    beginning or a piece. Raises ValueError for text that is no trajectory."""
     text, parts, at = text.strip().removeprefix(TAGS["think"]), [], 0
     thought, closed, final = text.rpartition(TAGS["end_think"])
     if not closed:
@@ -65,11 +68,13 @@ def parts_of(text, whole=True):
     if any(tag in x for kind, x in parts if kind == "think" for tag in TAGS.values()):
         raise ValueError("a tag that is not closed, or in the wrong place")
     kinds = [kind for kind, _ in parts]
-    if any(kind == "result" and kinds[i - 1:i] != ["search"] for i, kind in enumerate(kinds)) or any(kind == "search" and kinds[i + 1:i + 2] != ["result"] for i, kind in enumerate(kinds if closed else kinds[:-1])):
+    if (any(kind == "result" and kinds[i - 1:i] != ["search"] for i, kind in enumerate(kinds))
+            or any(kind == "search" and kinds[i + 1:i + 2] != ["result"] for i, kind in enumerate(kinds if closed else kinds[:-1]))):
         raise ValueError("a search without its result, or a result without a search")
     if closed:
         said, boxed, answer = final.rpartition(TAGS["boxed"])
-        depth = next((i for i, c in enumerate(answer) if answer[:i + 1].count("}") > answer[:i + 1].count("{")), None)      # the brace that closes the box
+        # the brace that closes the box
+        depth = next((i for i, c in enumerate(answer) if answer[:i + 1].count("}") > answer[:i + 1].count("{")), None)
         if not boxed or depth is None or not answer[:depth].strip():
             raise ValueError("no \\boxed{answer}")
         answer = re.sub(r"^\\text\{(.*)\}$", r"\1", answer[:depth].strip(), flags=re.S)          # as reasoning models write it
@@ -94,10 +99,13 @@ def asked(text):
 
 
 def read_sft(codec, paths):
-    """AutoCoA's files -> (chains of action, chains of thought, pairs (chosen, rejected)) as trajectories, and how many rows were no trajectories. Raises
-    Problem for a file that is none of the two."""
+    """AutoCoA's files -> (chains of action, chains of thought, pairs (chosen, rejected)) as trajectories, and how many
+    rows were no trajectories. Raises Problem for a file that is none of the two."""
     coa, cot, pairs, odd = [], [], [], []
-    for path in paths:
+    full = [path for path in paths if not Path(path).is_file() or Path(path).stat().st_size]        # a teacher may have kept none of a kind
+    if not full:
+        raise Problem(f"{', '.join(map(str, paths))}: empty; expected AutoCoA's SFT rows, messages or conversation")
+    for path in full:
         for n, row in read_rows(path, "AutoCoA's SFT rows, messages or conversation", "sft_files"):
             try:
                 if "messages" in row:
@@ -135,7 +143,9 @@ def as_text(codec, t):
 def export(codec, folder, coa, cot, pairs):
     """Trajectories -> AutoCoA's files in a folder, those that would not be empty."""
     for name, rows in (("coa", coa), ("cot", cot)):
-        lines = [json.dumps({"messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant"), as_text(codec, t))]}) for t in rows]
+        lines = [json.dumps({"messages": [{"role": role, "content": text}
+                                          for role, text in zip(("user", "assistant"), as_text(codec, t))]})
+                 for t in rows]
         if lines:
             write(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
     out = []
@@ -151,8 +161,9 @@ def export(codec, folder, coa, cot, pairs):
 
 # ---- FlashRAG's question sets -------------------------------------------------------------------------------------------
 def set_names(paths, setting):
-    """{set: path} of question files. A set is named by its file; where that says the split alone, as in FlashRAG's nq/dev.jsonl, or two files are called
-    the same, by the folder too. Raises Problem where two names are the same all the same."""
+    """{set: path} of question files. A set is named by its file; where that says the split alone, as in FlashRAG's
+    nq/dev.jsonl, or two files are called the same, by the folder too.
+    Raises Problem where two names are the same all the same."""
     out, stems = {}, [Path(path).stem for path in paths]
     for path, stem in zip(paths, stems):
         folder = Path(path).absolute().parent.name
@@ -164,8 +175,9 @@ def set_names(paths, setting):
 
 
 def gold_titles(metadata, where):
-    """Titles of the passages that a question's answer comes from, each once: `gold_titles`, or else FlashRAG's `supporting_facts`, {"title": [..], "sent_id": [..]} or
-    [[title, sentence] ..]. Raises Problem for what is neither."""
+    """Titles of the passages that a question's answer comes from, each once: `gold_titles`, or else FlashRAG's
+    `supporting_facts`, {"title": [..], "sent_id": [..]} or [[title, sentence] ..].
+    Raises Problem for what is neither."""
     titles = metadata.get("gold_titles") or metadata.get("supporting_facts") or []
     if isinstance(titles, dict):
         titles = titles.get("title") or []
@@ -188,7 +200,8 @@ def question_rows(path):
         try:
             " ".join([q["question"], *golden]).encode()
         except UnicodeEncodeError:
-            raise Problem(f"{path}:{n}: question {q['id']!r} holds half a character (a lone surrogate); write the file anew as UTF-8") from None
+            raise Problem(f"{path}:{n}: question {q['id']!r} holds half a character (a lone surrogate); "
+                          "write the file anew as UTF-8") from None
         if not isinstance(q.get("metadata") or {}, dict):
             raise Problem(f"{path}:{n}: metadata of question {q['id']!r} must be an object")
         q["golden_answers"], q["metadata"] = golden, dict(q.get("metadata") or {})
@@ -225,11 +238,13 @@ def show(path, number):
             spans = re.split(f"({re.escape(TAGS['result'])}.*?{re.escape(TAGS['end_result'])})", row["messages"][-1]["content"], flags=re.S)
             pieces = [(m["content"] + "\n", 0) for m in row["messages"][:-1]] + [(x, int(not x.startswith(TAGS["result"]))) for x in spans]
         else:
-            pieces = [(turn["value"] + "\n", 0) for turn in row["conversation"]] + [(f"+ {row['chosen']['value']}\n- {row['rejected']['value']}", 1)]
+            pieces = ([(turn["value"] + "\n", 0) for turn in row["conversation"]]
+                      + [(f"+ {row['chosen']['value']}\n- {row['rejected']['value']}", 1)])
         runs = [("".join(token for token, _ in run), m) for m, run in itertools.groupby(pieces, key=lambda piece: piece[1])]
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError):
         raise Problem(f"{path}:{n}: not a trajectory; expected ids, mask and role, or AutoCoA's messages or pairs") from None
-    print("".join((TRAINED if m else OTHER) + re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "", text) for text, m in runs) + PLAIN)        # a file of others could steer the terminal
+    # a file of others could steer the terminal
+    print("".join((TRAINED if m else OTHER) + re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "", text) for text, m in runs) + PLAIN)
 
 
 def get(name, folder="."):
@@ -243,7 +258,8 @@ def get(name, folder="."):
     try:
         splits = load_dataset("RUC-NLPIR/FlashRAG_datasets", SETS[name])
     except Exception as e:      # each way of being offline has its own
-        raise Problem(f"data.py get: {name} can't be fetched ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); try again online, or give question files of your own") from None
+        raise Problem(f"data.py get: {name} can't be fetched ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); "
+                      "try again online, or give question files of your own") from None
     for split, rows in splits.items():
         out = []
         for row in rows:
@@ -257,7 +273,8 @@ def get(name, folder="."):
 
 def main(args):
     usage = "usage: python data.py get SET [FOLDER]  or  show FILE [NUMBER]  or  export out/<run>/data FOLDER"
-    if len(args) < 2 or args[0] not in ("get", "show", "export") or (args[0] == "export") != (len(args) == 3 and not args[2].isdecimal() and args[0] != "get"):
+    if (len(args) < 2 or args[0] not in ("get", "show", "export")
+            or (args[0] == "export") != (len(args) == 3 and not args[2].isdecimal() and args[0] != "get")):
         raise Problem(usage)
     if args[0] == "get":
         get(*args[1:3])

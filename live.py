@@ -3,8 +3,9 @@
     python tools.py ask wikipedia "The Mill on the Floss"
     python eval.py config/smollm2.py --corpus=wikipedia --cache=replay ..       # only what the cache holds: the same rollouts again
 
-Every answer of the live tool goes into one SQLite file, out/wikipedia.sqlite. `--cache=live` asks for what is not in it, `replay` never asks (a miss
-is an observation, and is counted), `refresh` asks for everything anew. What fails is not kept.
+Every answer of the live tool goes into one SQLite file, out/wikipedia.sqlite. `--cache=live` asks for what is
+not in it, `replay` never asks (a miss is an observation, and is counted), `refresh` asks for everything anew.
+What fails is not kept.
 """
 import json
 import math
@@ -25,25 +26,33 @@ import requests
 from common import Problem, alone, tqdm
 from tools import listed
 
-AGENT = f"autocoa-small/1.0 ({os.environ.get('WIKIPEDIA_CONTACT', 'agent training for study; cached and limited')}) python-requests/{requests.__version__}"
+AGENT = (f"autocoa-small/1.0 ({os.environ.get('WIKIPEDIA_CONTACT', 'agent training for study; cached and limited')}) "
+         f"python-requests/{requests.__version__}")
 FAILED, MISSED = "The search failed.", "This search is not in the cache."       # observations that say nothing of the question
 TRIES, TIMEOUT, GIVE_UP = 4, 10.0, 8        # of a request; seconds; failed queries in a row before the run stops
-TRANSIENT = ("ratelimited", "maxlag", "readonly", "internal_api_error", "cirrussearch-too-busy", "cirrussearch-regex-too-busy", "cirrussearch-backend-error")     # MediaWiki's errors that pass
-NONSENSE = (ValueError, KeyError, TypeError, AssertionError, IndexError, AttributeError)       # what the package raises on answers that it does not expect
+# MediaWiki's errors that pass
+TRANSIENT = ("ratelimited", "maxlag", "readonly", "internal_api_error", "cirrussearch-too-busy",
+             "cirrussearch-regex-too-busy", "cirrussearch-backend-error")
+# what the package raises on answers that it does not expect
+NONSENSE = (ValueError, KeyError, TypeError, AssertionError, IndexError, AttributeError)
 BATCH = 64                                  # queries that a retrieval server gets at once
 BUSY = (3, 5, 6, 8, 10, 13, 14)             # SQLite's codes for a file that is locked, read-only, or on a full or failing disk
 
 
 class Polite:
-    """In place of `requests` for the wikipedia package, which has no timeouts, no retries, and whose rate limit rounds its waits down to nothing.
+    """In place of `requests` for the wikipedia package, which has no timeouts, no retries, and whose rate limit rounds
+    its waits down to nothing.
 
-    At most one request begins in `gap` seconds, whatever the threads. 408, 425, 429 and 5xx, MediaWiki's own words for them, broken connections, cut bodies and what is
-    not JSON are tried again after a wait that doubles, with jitter; after a Retry-After no thread asks before its time, and while that is more than `longest`
-    seconds away requests fail at once. tries: at one that answers, busy (0: TRIES, as at one that does not). Raises requests.RequestException when all was in vain.
+    At most one request begins in `gap` seconds, whatever the threads. 408, 425, 429 and 5xx, MediaWiki's own words for
+    them, broken connections, cut bodies and what is not JSON are tried again after a wait that doubles, with jitter;
+    after a Retry-After no thread asks before its time, and while that is more than `longest` seconds away requests fail
+    at once. tries: at one that answers, busy (0: TRIES, as at one that does not). Raises requests.RequestException when
+    all was in vain.
     """
 
     def __init__(self, gap=0.1, longest=30.0, timeout=None, tries=0):
-        self.tries, self.timeout, self.gap, self.longest, self.lock, self.next, self.waited = tries, timeout, gap, longest, threading.Lock(), 0.0, 0.0
+        self.tries, self.timeout, self.gap, self.longest, self.lock, self.next, self.waited = (
+            tries, timeout, gap, longest, threading.Lock(), 0.0, 0.0)
         self.session, self.thread = requests.Session(), threading.local()       # thread.left: requests that this thread may still make
 
     def wait(self, seconds):
@@ -84,8 +93,10 @@ class Polite:
                     raise requests.HTTPError(f"{error}, and to wait {told:.0f} s")
             except (requests.TooManyRedirects, requests.HTTPError):
                 raise
-            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError, ValueError) as e:
-                error, last = requests.RequestException(f"{type(e).__name__} from {url}"), TRIES       # one that is not there at all is not waited for longer
+            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError,
+                    requests.exceptions.ContentDecodingError, ValueError) as e:
+                # one that is not there at all is not waited for longer
+                error, last = requests.RequestException(f"{type(e).__name__} from {url}"), TRIES
             if i + 1 >= last:
                 break
             self.wait(min(pause, self.longest))
@@ -103,7 +114,8 @@ def retry_after(text):
 
 
 class Cache:
-    """What was asked -> what was said, both anything that JSON holds, in one SQLite file that several processes may share. A file that can't be read is set aside, and that is said."""
+    """What was asked -> what was said, both anything that JSON holds, in one SQLite file that several processes may share.
+    A file that can't be read is set aside, and that is said."""
 
     def __init__(self, path):
         self.path, self.lock = Path(path), threading.Lock()
@@ -216,7 +228,8 @@ class Wikipedia:
                 self.failed = 0
                 self.counts["errors"] += bool(odd)
             if not odd:
-                self.cache.put(normal(query), self.top_k, self.language, said=passages)     # here, so that it is kept whatever becomes of the others
+                # here, so that it is kept whatever becomes of the others
+                self.cache.put(normal(query), self.top_k, self.language, said=passages)
                 self.fresh[normal(query)] = passages
             return passages
         except self.package.exceptions.WikipediaException:          # it does not take this query: no reason to stop
@@ -228,11 +241,12 @@ class Wikipedia:
                 self.failed += 1
                 many = self.failed >= GIVE_UP
             if many:
-                raise Problem(f"Wikipedia: {GIVE_UP} searches in a row failed, the last with: {e}; what was found is in {self.cache.path}; go on later with --resume, or with --cache=replay") from None
+                raise Problem(f"Wikipedia: {GIVE_UP} searches in a row failed, the last with: {e}; what was found is in "
+                              f"{self.cache.path}; go on later with --resume, or with --cache=replay") from None
 
     def lead(self, title):
-        """-> (title, text); a page that means several says which; None for a page that is missing or that only sends one on and on. Raises one of
-        NONSENSE for what is not understood."""
+        """-> (title, text); a page that means several says which; None for a page that is missing or that only sends
+        one on and on. Raises one of NONSENSE for what is not understood."""
         self.http.thread.left = 12
         try:
             page = self.package.page(title, auto_suggest=False)
@@ -245,7 +259,8 @@ class Wikipedia:
             self.http.thread.left = math.inf
 
     def report(self):
-        return f"{self.counts['hits']} hits, {self.counts['misses']} misses, {self.counts['errors']} errors, {self.http.waited:.1f} s waited"
+        return (f"{self.counts['hits']} hits, {self.counts['misses']} misses, {self.counts['errors']} errors, "
+                f"{self.http.waited:.1f} s waited")
 
 
 class Retriever:
@@ -261,12 +276,14 @@ class Retriever:
         from tools import split_passage
         self.counts["requests"] += 1
         try:
-            rows = self.http.send("POST", self.url, json={"queries": list(queries), "topk": self.top_k, "return_scores": True}).json()["result"]
+            rows = self.http.send("POST", self.url,
+                                  json={"queries": list(queries), "topk": self.top_k, "return_scores": True}).json()["result"]
             found = [[split_passage((hit.get("document") or hit)["contents"]) for hit in row] for row in rows]
             if len(found) != len(queries):
                 raise ValueError(f"{len(found)} results for {len(queries)} queries")
         except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise Problem(f"--corpus={self.url}: not a retrieval server that answers ({type(e).__name__}: {e}); start one with: python tools.py serve CORPUS 8000") from None
+            raise Problem(f"--corpus={self.url}: not a retrieval server that answers ({type(e).__name__}: {e}); "
+                          "start one with: python tools.py serve CORPUS 8000") from None
         return [listed(row) for row in found]
 
     def report(self):

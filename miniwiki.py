@@ -213,9 +213,10 @@ class World:
     # ---- questions ---------------------------------------------------------------------------------------------------
     def questions(self, which, n, rng, p_head=0.10, taken=None):
         """n different questions of one set, as FlashRAG rows; p_head of them start at a head entity (twice that for the
-        single hops, which would else hardly touch what a base model knows). `metadata.plan` is what a chain of several facts begins with, `metadata.steps` what a teacher follows, one fact a
-        step: what is asked, queries to try in order, the title that must turn up, the answer, what to say when it is recalled,
-        and wordings in which to ask a model whether it knows this fact."""
+        single hops, which would else hardly touch what a base model knows). `metadata.plan` is what a chain of several
+        facts begins with, `metadata.steps` what a teacher follows, one fact a step: what is asked, queries to try in
+        order, the title that must turn up, the answer, what to say when it is recalled, and wordings in which to ask a
+        model whether it knows this fact."""
         rows, seen, tries = [], set() if taken is None else taken, 0     # taken: question texts not to ask again; grows
         while len(rows) < n:
             tries += 1
@@ -311,15 +312,18 @@ class World:
         early = rng.random() < 0.5
         form = rng.choice(forms[0 if early else 1])
         if bridge:
-            form = rng.choice([["Which {k} has the {n} who was born first, {a} or {b}?", "Of {a} and {b}, which has the {n} with the earlier birth year?"],
-                               ["Which {k} has the {n} who was born later, {a} or {b}?", "Of {a} and {b}, which has the {n} with the later birth year?"]][not early])
+            form = rng.choice([["Which {k} has the {n} who was born first, {a} or {b}?",
+                                "Of {a} and {b}, which has the {n} with the earlier birth year?"],
+                               ["Which {k} has the {n} who was born later, {a} or {b}?",
+                                "Of {a} and {b}, which has the {n} with the later birth year?"]][not early])
             form = form.replace("{k}", first_kind).replace("{n}", RELATIONS[bridge].noun)
         winner = (a, b)[(years[0] < years[1]) != early]
         said = [mention(e, e.title != e.name) for e in (a, b)]
         if rng.random() < APART:
             noun = RELATIONS[relation].noun
             said = [f"the {RELATIONS[bridge].noun} of {x}" if bridge else x for x in said]
-            form = rng.choice([f"How many years {'after' if years[0] < years[1] else 'before'} {{a}} {verb}?", f"How many years lie between the {noun} of {{a}} and the {noun} of {{b}}?"])
+            form = rng.choice([f"How many years {'after' if years[0] < years[1] else 'before'} {{a}} {verb}?",
+                               f"How many years lie between the {noun} of {{a}} and the {noun} of {{b}}?"])
             return row(form.format(a=said[0], b=said[1]), difference(years)["answer"], steps + [difference(years)], parts=2)
         return row(form.format(a=said[0], b=said[1]), winner, steps, conclude(years, (a, b), early), parts=2)
 
@@ -356,19 +360,25 @@ def step(e, relation, typed, former=False):
     rel, full = RELATIONS[relation], f"{e.name} {e.qualifier}"
     reword = f"once called {e.former}" if former else f"{full} {rel.noun}" if typed else full
     asked = [w for i, w in enumerate(rel.questions[:4]) if i != rel.held_out]
-    return {"ask": f"{rel.noun} of {mention(e, typed, former)}?", "noun": rel.noun, "note": "", "title": e.title, "called": e.former if former else e.title, "head": e.head,
+    return {"ask": f"{rel.noun} of {mention(e, typed, former)}?", "noun": rel.noun, "note": "",
+            "title": e.title, "called": e.former if former else e.title, "head": e.head,
             "queries": [full if typed else mention(e, False, former), reword],
-            "recall": f"I recall {answer}.", "answer": answer, "answers": [answer], "subject": e.former if former else e.name, "fact": f"{e.title}|{relation}",
+            "recall": f"I recall {answer}.", "answer": answer, "answers": [answer],
+            "subject": e.former if former else e.name, "fact": f"{e.title}|{relation}",
             "wordings": [w.format(x=mention(e, e.title != e.name)) for w in asked]}
 
 
 def difference(years):
-    """The last step of a question that asks how many years lie between: one for the calculator. Like a fact it can be recalled, or looked up."""
+    """The last step of a question that asks how many years lie between: one for the calculator.
+    Like a fact it can be recalled, or looked up."""
     low, high = sorted(years)
     answer = str(int(high) - int(low))
-    return {"ask": f"difference of {high} and {low}?", "noun": DIFFERENCE, "note": "", "title": answer, "called": "", "head": False, "queries": [f"calculate: {high} - {low}"],
-            "recall": f"I recall {answer}.", "answer": answer, "answers": [answer], "subject": "calculate", "fact": f"{high} - {low}",
-            "wordings": [f"What is the difference of {high} and {low}?", f"How many years lie between {low} and {high}?", f"How many years after {low} was {high}?"]}
+    return {"ask": f"difference of {high} and {low}?", "noun": DIFFERENCE, "note": "",
+            "title": answer, "called": "", "head": False, "queries": [f"calculate: {high} - {low}"],
+            "recall": f"I recall {answer}.", "answer": answer, "answers": [answer],
+            "subject": "calculate", "fact": f"{high} - {low}",
+            "wordings": [f"What is the difference of {high} and {low}?", f"How many years lie between {low} and {high}?",
+                         f"How many years after {low} was {high}?"]}
 
 
 def conclude(years, things, early):
@@ -438,7 +448,8 @@ def _people_and_things(rng, split, sizes, head=None):
             return rng.choice([e for e in head if e.kind == kind])
         return rng.choice(made[kind])
 
-    values = {"year": lambda: str(rng.randint(1900, 1999)), "job": lambda: rng.choice(JOBS), "money": lambda: rng.choice(MONEY), "tongue": lambda: rng.choice(TONGUE)}
+    values = {"year": lambda: str(rng.randint(1900, 1999)), "job": lambda: rng.choice(JOBS),
+              "money": lambda: rng.choice(MONEY), "tongue": lambda: rng.choice(TONGUE)}
     for kind, members in made.items():
         for e in members:
             for r in OF_TYPE[kind]:

@@ -29,8 +29,8 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 
 @dataclass
 class LoRA:
-    """A low-rank adapter (Hu et al. 2021): which matrices get one, W + alpha / rank * B A; and the tokens whose embeddings are trained with it, the
-    tags, which a checkpoint from elsewhere never met."""
+    """A low-rank adapter (Hu et al. 2021): which matrices get one, W + alpha / rank * B A; and the tokens whose
+    embeddings are trained with it, the tags, which a checkpoint from elsewhere never met."""
     rank: int
     alpha: float
     dropout: float
@@ -59,8 +59,8 @@ class ModelConfig:
     eos_token_id: int | None = None
 
     def inv_freq(self):
-        """Radians a position by which each pair of dimensions turns, (head_dim / 2,). Llama 3.1 slows those whose turn is longer than its first
-        training length down by `factor`, leaves the fast ones, and blends between."""
+        """Radians a position by which each pair of dimensions turns, (head_dim / 2,). Llama 3.1 slows those whose turn
+        is longer than its first training length down by `factor`, leaves the fast ones, and blends between."""
         inv = self.rope_theta ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
         if self.rope_scaling:
             factor, low, high, length = (self.rope_scaling[k] for k in LLAMA3)
@@ -70,8 +70,10 @@ class ModelConfig:
 
     def shape_of(self, linear):
         """(rows, columns) of a block's matrix by its name, q_proj for example."""
-        q, kv, h, mlp = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim, self.hidden_size, self.intermediate_size
-        return {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q), "gate": (mlp, h), "up": (mlp, h), "down": (h, mlp)}[linear.removesuffix("_proj")]
+        q, kv, h, mlp = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim,
+                         self.hidden_size, self.intermediate_size)
+        return {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q),
+                "gate": (mlp, h), "up": (mlp, h), "down": (h, mlp)}[linear.removesuffix("_proj")]
 
     @property
     def qkv_bias(self):
@@ -94,14 +96,17 @@ class ModelConfig:
             raise Problem(f"{where}: architecture {arch} is not supported; supported: {', '.join(SUPPORTED)}")
         packed = raw.get("quantization_config") or raw.get("quantization")
         if packed:
-            raise Problem(f"{where}: these weights are quantised ({packed.get('quant_method') or str(packed.get('bits')) + ' bits'}), which is not read; take the checkpoint they were made of, and --bits=4")
+            raise Problem(f"{where}: these weights are quantised "
+                          f"({packed.get('quant_method') or str(packed.get('bits')) + ' bits'}), which is not read; "
+                          "take the checkpoint they were made of, and --bits=4")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if raw.get("use_sliding_window"):
             raise Problem(f"{where}: sliding windows are not supported; take a checkpoint without them")
         lacks = [k for k in LLAMA3 if k not in rope]
         if kind not in ("default", "llama3") or kind == "llama3" and lacks:
-            raise Problem(f"{where}: rope scaling " + (f"of type {kind} is not supported; supported: llama3" if kind != "llama3" else f"lacks {lacks[0]}"))
+            raise Problem(f"{where}: rope scaling "
+                          + (f"of type {kind} is not supported; supported: llama3" if kind != "llama3" else f"lacks {lacks[0]}"))
         if raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias"):
             raise Problem(f"{where}: only silu without biases is supported in the MLP")
         raw = dict(raw, architectures=[arch], rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
@@ -121,12 +126,14 @@ class ModelConfig:
 def nano_config(vocab_size, eos, bos, width=128, layers=4):
     """The nano model: a Llama of about a million parameters, with biases in attention (see initial_weights)."""
     heads = width // 32
-    return ModelConfig(["LlamaForCausalLM"], vocab_size, width, 3 * width, layers, heads, heads // 2 if heads % 2 == 0 else heads, 32, rope_theta=1000.0, attention_bias=True,
+    return ModelConfig(["LlamaForCausalLM"], vocab_size, width, 3 * width, layers,
+                       heads, heads // 2 if heads % 2 == 0 else heads, 32, rope_theta=1000.0, attention_bias=True,
                        max_position_embeddings=1024, bos_token_id=bos, eos_token_id=eos)
 
 
 def initial_weights(c, shapes, seed=0, alike=0.7, repeat=0.35, gain=5.0, dims=8):
-    """Weights from which heads that copy are found several times sooner (NOTES.md). {name: shape} -> {name: float32 array}, the same in each backend.
+    """Weights from which heads that copy are found several times sooner (NOTES.md).
+    {name: shape} -> {name: float32 array}, the same in each backend.
 
     Keys resemble queries and outputs the transpose of values, so that a token looks for itself and what is seen is repeated
     (mimetic initialization, Trockman and Kolter 2023). Where attention has biases, those of two heads of the first
@@ -136,7 +143,8 @@ def initial_weights(c, shapes, seed=0, alike=0.7, repeat=0.35, gain=5.0, dims=8)
     rng, w = np.random.default_rng(seed), {}
     for name, shape in sorted(shapes.items()):
         if len(shape) == 2:
-            # residual branches start small, so that depth does not raise the variance (GPT-2); embeddings large, so that a copied token wins early
+            # residual branches start small, so that depth does not raise the variance (GPT-2);
+            # embeddings large, so that a copied token wins early
             deep = math.sqrt(2 * c.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
             w[name] = rng.normal(0, 0.2 if "embed" in name else shape[1] ** -0.5 / deep, shape)
         else:
@@ -153,7 +161,9 @@ def initial_weights(c, shapes, seed=0, alike=0.7, repeat=0.35, gain=5.0, dims=8)
         key = (np.arange(c.head_dim) < dims) * gain
         a, b = np.split(key, 2)
         rows, kv_rows = (slice(i * c.head_dim, (i + 1) * c.head_dim) for i in (head, head // shared))
-        w[at + "q_proj.bias"][rows] = np.concatenate([a * np.cos(angle) + b * np.sin(angle), b * np.cos(angle) - a * np.sin(angle)])    # turned back
+        # turned back
+        w[at + "q_proj.bias"][rows] = np.concatenate([a * np.cos(angle) + b * np.sin(angle),
+                                                      b * np.cos(angle) - a * np.sin(angle)])
         w[at + "q_proj.weight"][rows] *= 0.1
         w[at + "k_proj.bias"][kv_rows] = key
         if head % shared == 0:
@@ -172,8 +182,8 @@ def read_config(folder):
 
 
 def backend(name="auto"):
-    """The one place that chooses a framework: auto takes MLX on Apple silicon, else torch, or the one that is installed. Raises Problem for one
-    that is not."""
+    """The one place that chooses a framework:
+    auto takes MLX on Apple silicon, else torch, or the one that is installed. Raises Problem for one that is not."""
     if name == "auto":
         apple = (sys.platform, platform.machine()) == ("darwin", "arm64")
         name = "mlx" if importlib.util.find_spec("mlx") and (apple or not importlib.util.find_spec("torch")) else "torch"
@@ -181,14 +191,16 @@ def backend(name="auto"):
         raise Problem(f"--backend: {name!r} is not one of auto, torch, mlx")
     package = "'mlx[cpu]'" if name == "mlx" and sys.platform == "linux" else name
     if importlib.util.find_spec(name) is None:
-        raise Problem(f"--backend={name}: {name} is not installed; pip install {package}, or take --backend={'mlx' if name == 'torch' else 'torch'}")
+        raise Problem(f"--backend={name}: {name} is not installed; pip install {package}, "
+                      f"or take --backend={'mlx' if name == 'torch' else 'torch'}")
     try:
         if name == "mlx":
             import model_mlx as twin
         else:
             import model_torch as twin
     except ImportError as e:
-        raise Problem(f"--backend={name}: {name} is installed but can't be imported ({e}); pip install --force-reinstall {package}") from None
+        raise Problem(f"--backend={name}: {name} is installed but can't be imported ({e}); "
+                      f"pip install --force-reinstall {package}") from None
     return twin
 
 
@@ -205,8 +217,8 @@ class LM:
         return self.backend.Decoder(self.model, prompts)
 
     def save(self, folder, optimizer=None):
-        """Write a Hugging Face folder, or that of an adapter, with the optimizer's state where one is given. All or nothing: the files lie beside it
-        until they are complete."""
+        """Write a Hugging Face folder, or that of an adapter, with the optimizer's state where one is given. All or
+        nothing: the files lie beside it until they are complete."""
         folder = Path(folder)
         parts = folder.with_name(folder.name + ".partial")
         parts.mkdir(parents=True, exist_ok=True)
@@ -224,14 +236,17 @@ class LM:
         parts.rename(folder)
 
     def save_adapter(self, folder):
-        """PEFT's files, and in mlx_lm/ the same for that library, to which trained tokens are a low-rank change of the embeddings like another; of a rank that is
-        at least their number, where need be with rows of zeros."""
-        lora, state, scale = self.model.lora, self.backend.arrays(self.model, self.backend.trained(self.model)), self.model.lora.alpha / self.model.lora.rank
+        """PEFT's files, and in mlx_lm/ the same for that library, to which trained tokens are a low-rank change of the
+        embeddings like another; of a rank that is at least their number, where need be with rows of zeros."""
+        lora, state, scale = (self.model.lora, self.backend.arrays(self.model, self.backend.trained(self.model)),
+                              self.model.lora.alpha / self.model.lora.rank)
         (folder / "adapter_config.json").write_text(json.dumps({
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(self.folder), "r": lora.rank, "lora_alpha": lora.alpha,
-            "lora_dropout": lora.dropout, "target_modules": lora.targets, "bias": "none", "inference_mode": True,
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(self.folder),
+            "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout,
+            "target_modules": lora.targets, "bias": "none", "inference_mode": True,
             "trainable_token_indices": {name.split(".")[-1]: lora.tokens for name in self.backend.embeddings(self.model)}}, indent=2))
-        save_file({peft_name(n): x for n, x in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt", "base": fingerprint(self.folder), "trained_on": self.base_bits()})
+        save_file({peft_name(n): x for n, x in state.items()}, folder / "adapter_model.safetensors",
+                  metadata={"format": "pt", "base": fingerprint(self.folder), "trained_on": self.base_bits()})
         there, known, rank = folder / "mlx_lm", {}, max(lora.rank, len(lora.tokens))
         there.mkdir(exist_ok=True)
         for n, x in state.items():
@@ -247,13 +262,15 @@ class LM:
             else:
                 known[n.replace("lora_B", "lora_b")] = np.pad(np.ascontiguousarray(x.T), ((0, rank - lora.rank), (0, 0)))
         keys = sorted({".".join(n.split(".")[3:5]) if ".layers." in n else n.rpartition(".")[0] for n in known})
-        (there / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "num_layers": self.model.config.num_hidden_layers, "lora_parameters": {
-            "rank": rank, "scale": scale, "dropout": lora.dropout, "keys": keys}}, indent=2))
+        (there / "adapter_config.json").write_text(json.dumps({
+            "fine_tune_type": "lora", "num_layers": self.model.config.num_hidden_layers,
+            "lora_parameters": {"rank": rank, "scale": scale, "dropout": lora.dropout, "keys": keys}}, indent=2))
         save_file(known, there / "adapters.safetensors")
 
     def base_bits(self):
         """How the base of an adapter is kept, which the adapter has learned to go with."""
-        return "16 bits or more" if self.model.bits == 16 else "MLX's 4 bits" if self.backend.__name__ == "model_mlx" else "bitsandbytes' 4 bits (NF4)"
+        return ("16 bits or more" if self.model.bits == 16
+                else "MLX's 4 bits" if self.backend.__name__ == "model_mlx" else "bitsandbytes' 4 bits (NF4)")
 
     def adapter_shapes(self, lora):
         """{name: shape} of an adapter of this network: A is (rank, in), B (out, rank), embeddings' rows (tokens, hidden)."""
@@ -285,13 +302,16 @@ class LM:
             for name in ("rank", "alpha", "dropout", "targets"):
                 there, wanted = getattr(self.model.lora, name), getattr(s, f"lora_{name}")
                 if (sorted(there) != sorted(wanted)) if name == "targets" else there != wanted:
-                    raise Problem(f"--lora_{name}={wanted}: what this run starts from has an adapter with {name} {there}; repeat that, or begin at a stage without an adapter")
+                    raise Problem(f"--lora_{name}={wanted}: what this run starts from has an adapter with {name} {there}; "
+                                  "repeat that, or begin at a stage without an adapter")
         elif self.model.bits < 16 and not self.model.lora:
-            raise Problem(f"--bits={self.model.bits}: weights of {self.model.bits} bits can't be trained; train an adapter on them with --lora_rank=16")
+            raise Problem(f"--bits={self.model.bits}: weights of {self.model.bits} bits can't be trained; "
+                          "train an adapter on them with --lora_rank=16")
 
     def resume(self, folder, optimizer=None):
-        """The weights and, where one is given, the optimizer's state that `save` wrote, by either backend. -> optimizer steps that lie behind them (None without). Raises
-        Problem where they are of another network or optimizer."""
+        """The weights and, where one is given, the optimizer's state that `save` wrote, by either backend.
+        -> optimizer steps that lie behind them (None without).
+        Raises Problem where they are of another network or optimizer."""
         def other(what):
             return Problem(f"{folder} holds {what}; repeat the settings it was begun with, or remove it")
         if read_config(folder) != self.model.config:
@@ -300,7 +320,8 @@ class LM:
             raise other("all weights, and this run trains an adapter" if self.model.lora else "an adapter, and this run trains all weights")
         if self.model.lora:
             lora, state = read_adapter(folder, self)
-            if (lora.rank, lora.alpha, lora.dropout, sorted(lora.targets)) != (self.model.lora.rank, self.model.lora.alpha, self.model.lora.dropout, sorted(self.model.lora.targets)):
+            if ((lora.rank, lora.alpha, lora.dropout, sorted(lora.targets))
+                    != (self.model.lora.rank, self.model.lora.alpha, self.model.lora.dropout, sorted(self.model.lora.targets))):
                 raise other("another kind of adapter than this run's")
             self.backend.adapt(self.model, lora, state)
         else:
@@ -310,7 +331,8 @@ class LM:
         try:
             optimizer.load_state(load_file(folder / "optimizer.safetensors"))
         except (KeyError, OSError, SafetensorError) as e:
-            raise Problem(f"{folder / 'optimizer.safetensors'} is not this optimizer's state: {e}; repeat the settings it was begun with, or remove {folder}") from None
+            raise Problem(f"{folder / 'optimizer.safetensors'} is not this optimizer's state: {e}; "
+                          f"repeat the settings it was begun with, or remove {folder}") from None
         return optimizer.step_count
 
     def copy(self):
@@ -336,7 +358,8 @@ def tail_hash(files, tail=1 << 24):
 
 def peft_name(name):
     """Our name of an adapter's parameter -> PEFT's."""
-    return "base_model.model." + (name.removesuffix("rows") + "token_adapter.trainable_tokens_delta" if name.endswith(".rows") else name + ".weight")
+    return "base_model.model." + (name.removesuffix("rows") + "token_adapter.trainable_tokens_delta"
+                                  if name.endswith(".rows") else name + ".weight")
 
 
 def read_adapter(folder, lm):
@@ -344,9 +367,11 @@ def read_adapter(folder, lm):
     path = Path(folder) / "adapter_model.safetensors"
     try:
         raw = json.loads((Path(folder) / "adapter_config.json").read_text())
-        odd = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if raw.get(k)] + ["bias"] * (raw.get("bias", "none") != "none")
+        odd = ([k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if raw.get(k)]
+               + ["bias"] * (raw.get("bias", "none") != "none"))
         if odd:
-            raise Problem(f"model: {folder} is an adapter with {odd[0]}, which is not read; merge it into its base with peft, and start from that")
+            raise Problem(f"model: {folder} is an adapter with {odd[0]}, which is not read; "
+                          "merge it into its base with peft, and start from that")
         tokens = raw["trainable_token_indices"]
         lora = LoRA(raw["r"], raw["lora_alpha"], raw["lora_dropout"], sorted(raw["target_modules"]), tokens["embed_tokens"])
         ours = {peft_name(n): n for n in lm.adapter_shapes(lora)}
@@ -368,7 +393,8 @@ def read_tokenizer(kind, name, **options):
     try:
         return kind.from_pretrained(name, **options)
     except Exception as e:          # tokenizers raises nothing narrower
-        raise Problem(f"model: the tokenizer of {name} can't be read: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}; copy tokenizer.json again") from None
+        raise Problem(f"model: the tokenizer of {name} can't be read: {type(e).__name__}: "
+                      f"{(str(e).splitlines() or [''])[0]}; copy tokenizer.json again") from None
 
 
 def new(config, tok, seed, device="auto", framework="auto", dtype="float32"):
@@ -380,7 +406,9 @@ def new(config, tok, seed, device="auto", framework="auto", dtype="float32"):
 
 
 def load(folder, device="auto", framework="auto", dtype="float32", bits=16, frozen=False):
-    """A folder that `LM.save` wrote -> LM. bits: 4 to keep the blocks' matrices in 4 bits; frozen: only an adapter will be trained. Raises Problem for an adapter whose base is not there."""
+    """A folder that `LM.save` wrote -> LM.
+    bits: 4 to keep the blocks' matrices in 4 bits; frozen: only an adapter will be trained.
+    Raises Problem for an adapter whose base is not there."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise Problem(f"{folder} is missing")
@@ -396,7 +424,8 @@ def load(folder, device="auto", framework="auto", dtype="float32", bits=16, froz
     network = b.load_weights(b.build(read_config(whole), b.pick_device(device), dtype, frozen), whole)
     if not (folder / "tokenizer.json").is_file():
         raise Problem(f"model: {folder / 'tokenizer.json'} is missing; copy it from another stage of the run, or train this one again")
-    lm = LM(network, read_tokenizer(PreTrainedTokenizerFast, folder), b)           # as it was saved; AutoTokenizer may rebuild it by model type
+    # as it was saved; AutoTokenizer may rebuild it by model type
+    lm = LM(network, read_tokenizer(PreTrainedTokenizerFast, folder), b)
     lm.folder, adapter = whole, None
     if whole != folder:
         adapter = read_adapter(folder, lm)
@@ -406,14 +435,16 @@ def load(folder, device="auto", framework="auto", dtype="float32", bits=16, froz
         b.adapt(network, *adapter)
         with safe_open(folder / "adapter_model.safetensors", "np") as f:
             if (trained_on := (f.metadata() or {}).get("trained_on", lm.base_bits())) != lm.base_bits():
-                print(f"{folder} was trained on a base of {trained_on}, and goes onto one of {lm.base_bits()} now: not quite the same network (--bits, --backend)")
+                print(f"{folder} was trained on a base of {trained_on}, and goes onto one of {lm.base_bits()} now: "
+                      "not quite the same network (--bits, --backend)")
     return lm
 
 
 def load_pretrained(name, device="auto", framework="auto", dtype="float32", frozen=False):
     """A checkpoint from elsewhere: Hugging Face folder, hub id or GGUF file -> LM. frozen: only an adapter will be trained.
 
-    The tags become new tokens; their embeddings start as the mean of the pieces that spelled them. A GGUF file is read by transformers, with torch.
+    The tags become new tokens; their embeddings start as the mean of the pieces that spelled them. A GGUF file is read
+    by transformers, with torch.
     """
     b, path, options = backend(framework), Path(name), {}
     try:

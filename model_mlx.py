@@ -38,7 +38,8 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """Ids to vectors, and hidden states to logits. Under an adapter a few of its rows, those of `tokens`, are trained in place of the frozen ones."""
+    """Ids to vectors, and hidden states to logits.
+    Under an adapter a few of its rows, those of `tokens`, are trained in place of the frozen ones."""
 
     def __call__(self, ids):
         x = self.weight[ids]
@@ -126,10 +127,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Ids to hidden states. `logits` is apart, since most positions of a trajectory never need them.
 
-    Weights that are trained stay float32, whatever `dtype` says: it is the type of activations, to which each layer casts its weights as it uses
-    them, so that gradients, their sum over micro-batches and the optimizer are float32. Frozen weights are kept in it.
-    lora: rank, alpha, dropout, targets and tokens of the adapter that is trained, None for all weights. recompute: keep each block's input alone, and
-    compute the block again for its gradient.
+    Weights that are trained stay float32, whatever `dtype` says: it is the type of activations, to which each layer
+    casts its weights as it uses them, so that gradients, their sum over micro-batches and the optimizer are float32.
+    Frozen weights are kept in it.
+    lora: rank, alpha, dropout, targets and tokens of the adapter that is trained, None for all weights. recompute: keep
+    each block's input alone, and compute the block again for its gradient.
     """
 
     def __init__(self, config, dtype="float32"):
@@ -142,7 +144,9 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(config.vocab_size, config.hidden_size)
         self._periods = mx.array(1 / config.inv_freq())     # the underscore keeps it out of the parameters
-        mx.random.seed(0)           # layers drew initial weights that nobody will see; forgotten here, or the chain of MLX's keys grows with each copy
+        # layers drew initial weights that nobody will see;
+        # forgotten here, or the chain of MLX's keys grows with each copy
+        mx.random.seed(0)
 
     def __call__(self, ids, start=0, caches=None, mask=None):
         """ids (B, T), at positions start (one for all rows, or one a row) and on -> hidden states (B, T, hidden)."""
@@ -217,7 +221,8 @@ class Decoder:
         sequences = [p + s for p, s in zip(self.pending, sequences)]
         self.pending = [[] for _ in sequences]
         counts = np.array([len(s) for s in sequences])
-        for rows in (np.flatnonzero((counts > 0) & (counts < 4)), np.flatnonzero(counts > 3)):     # no row is padded to another's observation
+        # no row is padded to another's observation
+        for rows in (np.flatnonzero((counts > 0) & (counts < 4)), np.flatnonzero(counts > 3)):
             if len(rows):
                 ids = np.zeros((len(rows), counts[rows].max()), dtype=np.int64)
                 for i, row in enumerate(rows):
@@ -289,7 +294,8 @@ class Decoder:
                 token = mx.where(cold, token, draw(logp, u))
             picked = mx.take_along_axis(logp, token[:, None], 1)[:, 0]
             mx.async_eval(token, picked)
-            if step + 1 < steps:                                                    # the next step is on its way before this one's tokens are read:
+            # the next step is on its way before this one's tokens are read:
+            if step + 1 < steps:
                 x = self.model.logits(self._forward(token[:, None])[:, 0])          # stopped rows write beyond their length
                 mx.async_eval(x)
             token = np.array(token).astype(np.int64)                                # uint32 has no -1
@@ -309,8 +315,8 @@ class Decoder:
 def draw(logp, u):
     """The id at which each row's cumulative probability passes u of its total. logp (rows, vocab), u (rows, 1) in [0, 1) -> (rows,)
 
-    Summed in blocks of 1024, then inside one: summed one after the other in float32, 50,000 probabilities end up to 1e-5 from 1, in each library
-    elsewhere, so that twins with the same u part. Never an id of probability 0.
+    Summed in blocks of 1024, then inside one: summed one after the other in float32, 50,000 probabilities end up to
+    1e-5 from 1, in each library elsewhere, so that twins with the same u part. Never an id of probability 0.
     """
     below = 1 - 2 ** -23                                                                # float32 may round u up to 1
     p = mx.pad(mx.exp(logp), ((0, 0), (0, -logp.shape[1] % 1024))).reshape(len(logp), -1, 1024)       # (rows, blocks, 1024)
@@ -352,14 +358,16 @@ class Optimizer:
     def load_state(self, state):
         """What `state` gave. Raises KeyError for an entry that one of the two lacks, or that has another shape."""
         own = {f"{k}.{n}": tuple(x.shape) for k in "mv" for n, x in getattr(self, k).items()}
-        if odd := sorted(n for n in own.keys() | (state.keys() - {"step"}) if n not in own or n not in state or tuple(state[n].shape) != own[n]):
+        if odd := sorted(n for n in own.keys() | (state.keys() - {"step"})
+                         if n not in own or n not in state or tuple(state[n].shape) != own[n]):
             raise KeyError(odd[0])
         self.step_count = int(state["step"][0])
         self.m, self.v = ({n: mx.array(state[f"{k}.{n}"]) for n in getattr(self, k)} for k in "mv")
 
     def step(self, grads, lr, muon_lr, momentum=0.95, beta1=0.9, beta2=0.98, eps=1e-8):
         self.step_count += 1
-        settings = [mx.array(float(x)) for x in (lr, muon_lr, momentum, beta1, beta2, eps, self.step_count)]        # arrays: a number would be compiled in
+        # arrays: a number would be compiled in
+        settings = [mx.array(float(x)) for x in (lr, muon_lr, momentum, beta1, beta2, eps, self.step_count)]
         params = trained(self.model)
         for names in self.groups:       # gradients are popped, so that those of a group are gone before the next
             old = [[state.pop(n) for n in names if n in state] for state in (params, self.m, self.v, grads)]
@@ -371,7 +379,8 @@ class Optimizer:
 
 
 def new_state(params, m, v, grads, lr, muon_lr, momentum, beta1, beta2, eps, step):
-    """What a step makes of a group's parameters and moments, lists (v empty: Muon): a function without effects, so that it can be compiled."""
+    """What a step makes of a group's parameters and moments, lists (v empty: Muon):
+    a function without effects, so that it can be compiled."""
     if not v:
         m = [momentum * a + (1 - momentum) * g for a, g in zip(m, grads)]
         update = orthogonalize(mx.stack([(1 - momentum) * g + momentum * a for a, g in zip(m, grads)]))
@@ -441,7 +450,8 @@ def build(config, device="cpu", dtype="float32", frozen=False):
 
 
 def workspace(model):
-    """Bytes that the library of matrix products takes for itself (cuBLAS: 32 MiB on compute capability 9, else 8.1; by its documentation)."""
+    """Bytes that the library of matrix products takes for itself
+    (cuBLAS: 32 MiB on compute capability 9, else 8.1; by its documentation)."""
     return 0
 
 
@@ -476,7 +486,8 @@ def to_numpy(x):
 
 
 def put(model, state, where):
-    """Tensors or NumPy arrays into the network, by name. Raises Problem with the parameter that is missing, not known, packed or of another shape."""
+    """Tensors or NumPy arrays into the network, by name.
+    Raises Problem with the parameter that is missing, not known, packed or of another shape."""
     own = parameters(model)
     if model.config.tie_word_embeddings:
         state = {k: v for k, v in state.items() if k != "lm_head.weight"}
@@ -486,7 +497,8 @@ def put(model, state, where):
         raise Problem(f"model: {where}: parameter {odd[0]} is {'missing' if odd[0] in own else 'not one of this architecture'}")
     for name, p in own.items():
         if str(state[name].dtype).rpartition(".")[2] not in ("float16", "bfloat16", "float32", "float64"):
-            raise Problem(f"model: {where}: {name} holds {state[name].dtype}, packed weights that config.json says nothing of; take the checkpoint they were made of, and --bits=4")
+            raise Problem(f"model: {where}: {name} holds {state[name].dtype}, packed weights that config.json says nothing of; "
+                          "take the checkpoint they were made of, and --bits=4")
         if p.shape != tuple(state[name].shape):
             raise Problem(f"model: {where}: {name} has shape {tuple(state[name].shape)}, config.json says {p.shape}")
     model.update(tree_unflatten([(k, mx.array(v).astype(own[k].dtype)) for k, v in state.items()]))
@@ -549,8 +561,8 @@ def quantize(model, bits=4):
 
 
 def adapt(model, lora, state):
-    """Freeze the network and give it an adapter. lora: rank, alpha, dropout, targets, tokens; state: {name: array} of lora_A (rank, in), lora_B (out, rank)
-    and the embeddings' rows (tokens, hidden)."""
+    """Freeze the network and give it an adapter. lora: rank, alpha, dropout, targets, tokens;
+    state: {name: array} of lora_A (rank, in), lora_B (out, rank) and the embeddings' rows (tokens, hidden)."""
     model.lora = lora
     model.apply(lambda p: p if p.dtype == mx.uint32 else p.astype(model.dtype))
     model.freeze()

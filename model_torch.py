@@ -38,10 +38,12 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """Ids to vectors, and hidden states to logits. Under an adapter a few of its rows, those of `tokens`, are trained in place of the frozen ones."""
+    """Ids to vectors, and hidden states to logits.
+    Under an adapter a few of its rows, those of `tokens`, are trained in place of the frozen ones."""
 
     def __init__(self, vocab, columns):
-        super().__init__(vocab, columns, _weight=torch.empty(vocab, columns))     # drawing what is replaced anyway would load torch's compiler, for seconds
+        # drawing what is replaced anyway would load torch's compiler, for seconds
+        super().__init__(vocab, columns, _weight=torch.empty(vocab, columns))
         self.rows = self.tokens = None
 
     def forward(self, ids):
@@ -93,9 +95,11 @@ class Attention(nn.Module):
             k, v = cache(k, v)                                          # (B, kv heads, keys, head_dim)
         heads, kv = self.c.num_attention_heads, self.c.num_key_value_heads
         if mask is not None and kv < heads:     # the query heads of one key head become rows of one query: its keys are read once
-            y = F.scaled_dot_product_attention(q.reshape(B, kv, -1, self.c.head_dim), k, v, attn_mask=mask.repeat(1, 1, heads // kv, 1)).reshape(q.shape)
+            y = F.scaled_dot_product_attention(q.reshape(B, kv, -1, self.c.head_dim), k, v,
+                                               attn_mask=mask.repeat(1, 1, heads // kv, 1)).reshape(q.shape)
         else:
-            if kv < heads and x.is_cuda and x.dtype == torch.float32:   # CUDA's frugal kernel for float32 takes no groups, and the one that does keeps T x T numbers
+            # CUDA's frugal kernel for float32 takes no groups, and the one that does keeps T x T numbers
+            if kv < heads and x.is_cuda and x.dtype == torch.float32:
                 k, v = (t.repeat_interleave(heads // kv, 1) for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] < heads)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -134,10 +138,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Ids to hidden states. `logits` is apart, since most positions of a trajectory never need them.
 
-    Weights that are trained stay float32, whatever `dtype` says: it is the type of activations, to which each layer casts its weights as it uses
-    them, so that gradients, their sum over micro-batches and the optimizer are float32. Frozen weights are kept in it.
-    lora: rank, alpha, dropout, targets and tokens of the adapter that is trained, None for all weights. recompute: keep each block's input alone, and
-    compute the block again for its gradient.
+    Weights that are trained stay float32, whatever `dtype` says: it is the type of activations, to which each layer
+    casts its weights as it uses them, so that gradients, their sum over micro-batches and the optimizer are float32.
+    Frozen weights are kept in it.
+    lora: rank, alpha, dropout, targets and tokens of the adapter that is trained, None for all weights. recompute: keep
+    each block's input alone, and compute the block again for its gradient.
     """
 
     def __init__(self, config, dtype="float32"):
@@ -235,7 +240,8 @@ class Decoder:
         sequences = [p + s for p, s in zip(self.pending, sequences)]
         self.pending = [[] for _ in sequences]
         counts = np.array([len(s) for s in sequences])
-        for rows in (np.flatnonzero((counts > 0) & (counts < 4)), np.flatnonzero(counts > 3)):     # no row is padded to another's observation
+        # no row is padded to another's observation
+        for rows in (np.flatnonzero((counts > 0) & (counts < 4)), np.flatnonzero(counts > 3)):
             if len(rows):
                 ids = np.zeros((len(rows), counts[rows].max()), dtype=np.int64)
                 for i, row in enumerate(rows):
@@ -308,8 +314,8 @@ class Decoder:
 def draw(logp, u):
     """The id at which each row's cumulative probability passes u of its total. logp (rows, vocab), u (rows, 1) in [0, 1) -> (rows,)
 
-    Summed in blocks of 1024, then inside one: summed one after the other in float32, 50,000 probabilities end up to 1e-5 from 1, in each library
-    elsewhere, so that twins with the same u part. Never an id of probability 0.
+    Summed in blocks of 1024, then inside one: summed one after the other in float32, 50,000 probabilities end up to
+    1e-5 from 1, in each library elsewhere, so that twins with the same u part. Never an id of probability 0.
     """
     below = 1 - 2 ** -23                                                                # float32 may round u up to 1
     p = nn.functional.pad(logp.exp(), (0, -logp.shape[1] % 1024)).unflatten(1, (-1, 1024))            # (rows, blocks, 1024)
@@ -343,7 +349,8 @@ class Optimizer:
     def load_state(self, state):
         """What `state` gave. Raises KeyError for an entry that one of the two lacks, or that has another shape."""
         own = {f"{k}.{n}": tuple(x.shape) for k in "mv" for n, x in getattr(self, k).items()}
-        if odd := sorted(n for n in own.keys() | (state.keys() - {"step"}) if n not in own or n not in state or tuple(state[n].shape) != own[n]):
+        if odd := sorted(n for n in own.keys() | (state.keys() - {"step"})
+                         if n not in own or n not in state or tuple(state[n].shape) != own[n]):
             raise KeyError(odd[0])
         self.step_count = int(state["step"][0])
         self.m, self.v = ({n: torch.tensor(state[f"{k}.{n}"], device=x.device) for n, x in getattr(self, k).items()} for k in "mv")
@@ -422,7 +429,8 @@ def build(config, device="cpu", dtype="float32", frozen=False):
 
 
 def workspace(model):
-    """Bytes that the library of matrix products takes for itself (cuBLAS: 32 MiB on compute capability 9, else 8.1; by its documentation)."""
+    """Bytes that the library of matrix products takes for itself
+    (cuBLAS: 32 MiB on compute capability 9, else 8.1; by its documentation)."""
     return (32 << 20 if torch.cuda.get_device_capability()[0] == 9 else 8_519_680) if model.device.type == "cuda" else 0
 
 
@@ -453,7 +461,8 @@ def to_numpy(x):
 
 
 def put(model, state, where):
-    """Tensors or NumPy arrays into the network, by name. Raises Problem with the parameter that is missing, not known, packed or of another shape."""
+    """Tensors or NumPy arrays into the network, by name.
+    Raises Problem with the parameter that is missing, not known, packed or of another shape."""
     own = dict(model.named_parameters())
     if model.config.tie_word_embeddings:
         state = {k: v for k, v in state.items() if k != "lm_head.weight"}
@@ -463,7 +472,8 @@ def put(model, state, where):
         raise Problem(f"model: {where}: parameter {odd[0]} is {'missing' if odd[0] in own else 'not one of this architecture'}")
     for name, p in own.items():
         if str(state[name].dtype).rpartition(".")[2] not in ("float16", "bfloat16", "float32", "float64"):
-            raise Problem(f"model: {where}: {name} holds {state[name].dtype}, packed weights that config.json says nothing of; take the checkpoint they were made of, and --bits=4")
+            raise Problem(f"model: {where}: {name} holds {state[name].dtype}, packed weights that config.json says nothing of; "
+                          "take the checkpoint they were made of, and --bits=4")
         if p.shape != state[name].shape:
             raise Problem(f"model: {where}: {name} has shape {tuple(state[name].shape)}, config.json says {tuple(p.shape)}")
         p.data.copy_(torch.as_tensor(state[name]))
@@ -476,7 +486,8 @@ def save_weights(model, folder):
 
 def copy(model):
     """A network of its own; frozen weights are shared."""
-    shared = [p for p in model.parameters() if not p.requires_grad] + [x for m in linears(model).values() if m.packed is not None for x in (m.packed, m.quant_state)]
+    shared = ([p for p in model.parameters() if not p.requires_grad]
+              + [x for m in linears(model).values() if m.packed is not None for x in (m.packed, m.quant_state)])
     return deepcopy(model, {id(x): x for x in shared})
 
 
@@ -485,7 +496,9 @@ def compute_copy(model):
     if all(p.dtype == model.dtype for p in model.parameters()):
         return model
     packed = [x for m in linears(model).values() if m.packed is not None for x in (m.packed, m.quant_state)]
-    cast = {id(p): p if p.dtype == model.dtype else nn.Parameter(p.data.to(model.dtype), requires_grad=False) for p in model.parameters()}      # one by one: never all in four bytes again
+    # one by one: never all in four bytes again
+    cast = {id(p): p if p.dtype == model.dtype else nn.Parameter(p.data.to(model.dtype), requires_grad=False)
+            for p in model.parameters()}
     return deepcopy(model, {id(x): x for x in packed} | cast)
 
 
@@ -512,7 +525,8 @@ def arrays(model, names):
 
 
 def quantize(model, bits=4):
-    """Keep 4 bits of each block's matrices (NF4, blocks of 64; QLoRA, Dettmers et al. 2023), by bitsandbytes. Raises Problem where that is not installed."""
+    """Keep 4 bits of each block's matrices (NF4, blocks of 64; QLoRA, Dettmers et al. 2023), by bitsandbytes.
+    Raises Problem where that is not installed."""
     try:
         from bitsandbytes.functional import quantize_4bit
     except ImportError:
@@ -524,8 +538,8 @@ def quantize(model, bits=4):
 
 
 def adapt(model, lora, state):
-    """Freeze the network and give it an adapter. lora: rank, alpha, dropout, targets, tokens; state: {name: array} of lora_A (rank, in), lora_B (out, rank)
-    and the embeddings' rows (tokens, hidden)."""
+    """Freeze the network and give it an adapter. lora: rank, alpha, dropout, targets, tokens;
+    state: {name: array} of lora_A (rank, in), lora_B (out, rank) and the embeddings' rows (tokens, hidden)."""
     model.lora = lora
     for p in model.parameters():
         p.requires_grad_(False)
@@ -533,7 +547,8 @@ def adapt(model, lora, state):
     for name, m in linears(model).items():
         if name.split(".")[-1] in lora.targets:
             m.scale, m.dropout = lora.alpha / lora.rank, lora.dropout
-            m.lora_A, m.lora_B = (nn.Parameter(torch.tensor(state[f"{name}.{x}"], dtype=torch.float32, device=model.device)) for x in ("lora_A", "lora_B"))
+            m.lora_A, m.lora_B = (nn.Parameter(torch.tensor(state[f"{name}.{x}"], dtype=torch.float32, device=model.device))
+                                  for x in ("lora_A", "lora_B"))
     for name, m in embeddings(model).items():
         m.train_rows(lora.tokens, state[f"{name}.rows"])
 

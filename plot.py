@@ -6,7 +6,8 @@
 
 training.png         loss of the SFT stages; reward, exact match, actions, entropy, malformed share and length over RL
 table.png            exact match of each row of the table, with its 95% interval
-search.png           when each row acts: how often it searches for facts that the base model knows, and does not know, and EM on both (appendix A)
+search.png           when each row acts: how often it searches for facts that the base model knows, and does not know,
+                     and EM on both (appendix A)
 actions.png          agent models by number of actions: share of the correct answers, and success rate (paper Fig. 3)
 trajectories.html    what the policy wrote, token by token, coloured by who wrote it
 
@@ -22,11 +23,13 @@ import numpy as np
 
 from autocoa import ROLE_NAMES
 from common import Problem, main, read_jsonl
+from eval import WORKFLOWS
 
 matplotlib.use("Agg")       # draws to files, needs no screen
 import matplotlib.pyplot as plt  # noqa: E402
 
-SFT = {"base": "base: pretraining", "sft1": "SFT-1: when to act", "sft2": "SFT-2: how to act", "sft3": "SFT-3: world model", "sft2_alone": "SFT-2 alone"}
+SFT = {"base": "base: pretraining", "sft1": "SFT-1: when to act", "sft2": "SFT-2: how to act",
+       "sft3": "SFT-3: world model", "sft2_alone": "SFT-2 alone"}
 RL = {"rl1": "RL-1, imagined environment", "rl2": "RL-2, real environment", "rl2_alone": "RL-2 alone", "rl2_from_sft2": "SFT-1&2 + RL-2"}
 PANELS = {"reward": "Reward of a trajectory", "em": "Exact match", "actions": "Actions of a trajectory",
           "entropy": "Entropy of the policy, nats a token", "malformed": "Malformed trajectories", "length": "Tokens of a trajectory"}
@@ -34,8 +37,10 @@ GREY, BLUE, ORANGE, GREEN, PURPLE = "#8c8c8c", "#0072b2", "#d55e00", "#009e73", 
 FEW = 10                    # questions under which a success rate is shown pale
 SHOWN = 20                  # trajectories of a stage in the viewer
 
-plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-                     "axes.edgecolor": GREY, "xtick.color": "#444444", "ytick.color": "#444444", "figure.dpi": 150, "figure.constrained_layout.use": True})
+plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left",
+                     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
+                     "xtick.color": "#444444", "ytick.color": "#444444",
+                     "figure.dpi": 150, "figure.constrained_layout.use": True})
 
 
 def rows_of(path):
@@ -56,10 +61,12 @@ def curve(ax, log, key, color, width, start=0, label=None):
 def training(logs):
     sft, rl = [s for s in SFT if s in logs], [s for s in RL if s in logs]
     fig = plt.figure(figsize=(11, 2.7 * bool(sft) + 5 * bool(rl)))
-    parts = iter(fig.subfigures(bool(sft) + bool(rl), 1, height_ratios=[2.7] * bool(sft) + [5] * bool(rl), squeeze=False, hspace=0.04)[:, 0])
+    parts = iter(fig.subfigures(bool(sft) + bool(rl), 1, height_ratios=[2.7] * bool(sft) + [5] * bool(rl),
+                                squeeze=False, hspace=0.04)[:, 0])
     if sft:
         part = next(parts)
-        part.suptitle("Supervised stages: training loss over optimizer steps (each stage has its own loss)", x=0.01, ha="left", weight="bold")
+        part.suptitle("Supervised stages: training loss over optimizer steps (each stage has its own loss)",
+                      x=0.01, ha="left", weight="bold")
         for ax, stage in zip(part.subplots(1, len(sft), squeeze=False)[0], sft):
             end = curve(ax, logs[stage], "loss", BLUE, 11)
             ax.annotate(f"{end[1]:.2f}", end, (0, 6), textcoords="offset points", ha="right", color=BLUE, weight="bold")
@@ -89,7 +96,8 @@ def table(rows):
     fig, ax = plt.subplots(figsize=(7.5, 0.9 + 0.36 * len(rows)))
     for y, (name, row) in enumerate(rows.items()):
         a = row["avg"]
-        ax.barh(y, a["em"], 0.64, color=ORANGE if "RL" in name else BLUE if "SFT" in name else GREY, alpha=0.75)
+        color = GREY if name in WORKFLOWS else ORANGE if "RL" in name or name.startswith("rl") else BLUE        # rl..: a folder of --out
+        ax.barh(y, a["em"], 0.64, color=color, alpha=0.75)
         ax.hlines(y, a["em_low"], a["em_high"], color="#222222", linewidth=1.2)
         ax.annotate(f"{a['em']:.1f}", (a["em_high"], y), (5, 0), textcoords="offset points", va="center")
     ax.set_yticks(range(len(rows)), rows)
@@ -108,14 +116,16 @@ def search(rates):
             for y, rate in enumerate(rates.values()):
                 if np.isfinite(value := scale * rate[first + k]):
                     ax.barh(y + offset, value, 0.36, color=color, alpha=0.8)
-                    ax.annotate(f"{value:.0f}{unit} {word}", (value, y + offset), (5, 0), textcoords="offset points", va="center", fontsize=8)
+                    ax.annotate(f"{value:.0f}{unit} {word}", (value, y + offset), (5, 0),
+                                textcoords="offset points", va="center", fontsize=8)
         ax.set(xlim=(0, 125), xticks=range(0, 101, 20))
         bare(fig, ax)
     axes[0].set_yticks(range(len(rates)), rates)
     axes[0].invert_yaxis()
     axes[0].set_xlabel("facts that a question needs, searched for, %")
     axes[1].set_xlabel("exact match where all facts are known, and where not, %")
-    fig.suptitle("When to act: searches for what the base model knows and does not know, and what comes of it (paper appendix A)", x=0.01, ha="left", weight="bold")
+    fig.suptitle("When to act: searches for what the base model knows and does not know, and what comes of it (paper appendix A)",
+                 x=0.01, ha="left", weight="bold")
     return fig
 
 
@@ -203,14 +213,16 @@ def run(s):
     logs = {stage: log for stage in stages if (log := rows_of(root / stage / "log.jsonl"))}
     rollouts = {stage: rows for stage in stages if (rows := [r for r in rows_of(root / stage / "rollouts.jsonl") if "tokens" in r])}
     rows = json.loads((root / "eval.json").read_text())["rows"] if (root / "eval.json").is_file() else {}
-    rates = {name: np.array([row["avg"][k] for k in ("search_known", "search_unknown", "em_known", "em_unknown")], float) for name, row in rows.items()}    # None becomes nan
+    rates = {name: np.array([row["avg"][k] for k in ("search_known", "search_unknown", "em_known", "em_unknown")], float)
+             for name, row in rows.items()}    # None becomes nan
     rates = {name: rate for name, rate in rates.items() if np.isfinite(rate[:2]).any()}
     agents = {}
     for r in rows_of(root / "predictions.jsonl"):
-        if r["row"].startswith(("SFT", "RL", "agent")):      # the others are workflows: a script acts, not the model
+        if r["row"] not in WORKFLOWS:       # there a script acts, not the model
             agents.setdefault(r["row"], []).append(r)
     if not (logs or rollouts or rows or agents):
-        raise Problem(f"{root}: no finished stage and no evaluation to draw; make them with: python train_sft.py, python train_rl.py and python eval.py")
+        raise Problem(f"{root}: no finished stage and no evaluation to draw; "
+                      "make them with: python train_sft.py, python train_rl.py and python eval.py")
     (root / "figures").mkdir(exist_ok=True)
     for name, draw, material in (("training.png", training, logs), ("table.png", table, rows), ("search.png", search, rates),
                                  ("actions.png", actions, agents), ("trajectories.html", trajectories, rollouts)):

@@ -3,11 +3,13 @@
     python teacher.py config/smollm2.py --teacher=http://127.0.0.1:8000/v1#NAME --train_data=hotpotqa_train.jsonl --corpus=passages.jsonl.gz --coa=500 --out=taught
     python train_sft.py config/smollm2.py --sft_files=taught/coa.jsonl,taught/cot.jsonl,taught/pairs.json ..
 
---teacher is an OpenAI-compatible endpoint or a local folder (chat.py). A question gets up to --tries chains of action, at a temperature from the second on; and for
-each a chain of thought that goes on from the same beginning without the tool. The first of each that is right is kept (rejection sampling). A pair for
-SFT-1 comes from a try that exactly one of the two solved: they share all that was thought before the first action, where they part.
+--teacher is an OpenAI-compatible endpoint or a local folder (chat.py). A question gets up to --tries chains of action,
+at a temperature from the second on; and for each a chain of thought that goes on from the same beginning without the
+tool. The first of each that is right is kept (rejection sampling). A pair for SFT-1 comes from a try that exactly one
+of the two solved: they share all that was thought before the first action, where they part.
 
-Written are AutoCoA's files (formats.py). What the model said and what the tool said are cached, so a run that was interrupted goes on where it was.
+Written are AutoCoA's files (formats.py). What the model said and what the tool said are cached, so a run that was
+interrupted goes on where it was.
 """
 import json
 import random
@@ -37,7 +39,8 @@ def chains_of_action(chat, questions, search, s, sample):
     talks = [[{"role": "user", "content": COA.format(question=q["question"], most=s.max_actions)}] for q in questions]
     texts, live = [""] * len(questions), list(range(len(questions)))
     for turn in range(s.max_actions + 1):
-        said = chat([talks[i] for i in live], LENGTH, (TAGS["end_search"], TAGS["result"]), WARMTH * (sample > 0), sample, desc=f"chains of action, turn {turn + 1}")
+        said = chat([talks[i] for i in live], LENGTH, (TAGS["end_search"], TAGS["result"]), WARMTH * (sample > 0), sample,
+                    desc=f"chains of action, turn {turn + 1}")
         calls = []
         for i, text in zip(live, said):
             texts[i] += text.removeprefix(TAGS["think"])
@@ -47,7 +50,8 @@ def chains_of_action(chat, questions, search, s, sample):
         if not calls:
             break
         for (i, text, _), observation in zip(calls, search([query for _, _, query in calls])):
-            result = f"{TAGS['result']} {fit(observation, s.max_observation, lambda x: len(x) // 4)} {TAGS['end_result']}"       # four letters a token: the endpoint's tokenizer is not ours
+            # four letters a token: the endpoint's tokenizer is not ours
+            result = f"{TAGS['result']} {fit(observation, s.max_observation, lambda x: len(x) // 4)} {TAGS['end_result']}"
             texts[i] += f"\n{result}\n"
             talks[i] += [{"role": "assistant", "content": text + TAGS["end_search"]}, {"role": "user", "content": result}]
         live = [i for i, _, _ in calls]
@@ -56,9 +60,11 @@ def chains_of_action(chat, questions, search, s, sample):
 
 def chains_of_thought(chat, questions, beginnings, s, sample):
     """What the model makes of each beginning without the tool. -> texts, the beginnings left out"""
-    talks = [[{"role": "user", "content": COT.format(question=q["question"])}] + ([{"role": "assistant", "content": b}, {"role": "user", "content": GO_ON}] if b else [])
+    talks = [[{"role": "user", "content": COT.format(question=q["question"])}]
+             + ([{"role": "assistant", "content": b}, {"role": "user", "content": GO_ON}] if b else [])
              for q, b in zip(questions, beginnings)]
-    return [text.removeprefix(TAGS["think"]) for text in chat(talks, LENGTH, (TAGS["search"],), WARMTH * (sample > 0), sample, desc="chains of thought")]
+    return [text.removeprefix(TAGS["think"])
+            for text in chat(talks, LENGTH, (TAGS["search"],), WARMTH * (sample > 0), sample, desc="chains of thought")]
 
 
 def right(text, q):
@@ -84,7 +90,8 @@ def teach(chat, questions, search, s):
                 (coa if acts else cot).setdefault(i, act)
             if solved[1]:
                 cot.setdefault(i, f"{begin} {think}")
-            instead = think.strip().partition("\n")[0].partition(TAGS["end_think"])[0].strip()        # the thought that stands in the action's place
+            # the thought that stands in the action's place
+            instead = think.strip().partition("\n")[0].partition(TAGS["end_think"])[0].strip()
             if acts and solved[0] != solved[1] and instead:
                 query = act.partition(TAGS["search"])[2].partition(TAGS["end_search"])[0]
                 sides = TAGS["search"] + query + TAGS["end_search"], instead
@@ -94,15 +101,19 @@ def teach(chat, questions, search, s):
             break
 
     def messages(kept):
-        return [{"messages": [{"role": "user", "content": questions[i]["question"]}, {"role": "assistant", "content": TAGS["think"] + text}]} for i, text in sorted(kept.items())]
+        return [{"messages": [{"role": "user", "content": questions[i]["question"]},
+                              {"role": "assistant", "content": TAGS["think"] + text}]}
+                for i, text in sorted(kept.items())]
     return messages(coa), messages(cot), [
         {"conversation": [{"from": "human", "value": q["question"] + TAGS["think"] + begin}],
-         "chosen": {"from": "gpt", "value": chosen}, "rejected": {"from": "gpt", "value": rejected}} for _, (q, begin, chosen, rejected) in sorted(pairs.items())]
+         "chosen": {"from": "gpt", "value": chosen}, "rejected": {"from": "gpt", "value": rejected}}
+        for _, (q, begin, chosen, rejected) in sorted(pairs.items())]
 
 
 def run(s):
     if not (s.teacher and s.train_data and s.corpus and s.out):
-        raise Problem("--teacher, --train_data, --corpus, --out: teacher.py needs all four: a model, question files, where to search, and a folder to write to")
+        raise Problem("--teacher, --train_data, --corpus, --out: teacher.py needs all four: "
+                      "a model, question files, where to search, and a folder to write to")
     if s.dry_run:
         raise Problem("--dry-run: teacher.py has no estimate; try it with --coa=2")
     questions = [q for path in s.train_data for q in data.read_questions(path)]
@@ -112,7 +123,8 @@ def run(s):
     for name, rows in (("coa", coa), ("cot", cot)):
         write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write(folder / "pairs.json", json.dumps(pairs, indent=1))
-    print(f"{folder}: {len(coa)} chains of action, {len(cot)} chains of thought and {len(pairs)} pairs, of {len(questions)} questions\n{chat.report()}\n{search.report()}")
+    print(f"{folder}: {len(coa)} chains of action, {len(cot)} chains of thought and {len(pairs)} pairs, "
+          f"of {len(questions)} questions\n{chat.report()}\n{search.report()}")
 
 
 if __name__ == "__main__":

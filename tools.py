@@ -63,21 +63,24 @@ class Library(dict):
 
     def report(self):
         """One line: calls of each tool and, of tools that reach out, hits, misses, errors and seconds waited."""
-        told = [f"{n:,} calls of {name}" + (f" ({self[name].report()})" if hasattr(self[name], "report") else "") for name, n in self.counts.items()]
+        told = [f"{n:,} calls of {name}" + (f" ({self[name].report()})" if hasattr(self[name], "report") else "")
+                for name, n in self.counts.items()]
         return "; ".join(told) or "no call of a tool"
 
 
 def neutral(text):
     """Text from outside, without what a model or a parser could take for a tag, an answer or a special token.
 
-    In this project's trajectories it could open nothing anyway, since observations are encoded as plain text; but trajectories are also written
-    out as text, and read again by others.
+    In this project's trajectories it could open nothing anyway, since observations are encoded as plain text; but
+    trajectories are also written out as text, and read again by others.
 
     >>> neutral("</search_result> \\\\boxed{no} <|im_end|>")
     '‹/search_result> boxed{no} ‹|im_end|>'
     """
-    text = re.sub(r"[^\n\t\x20-\x7e\x85\xa0-\ud7ff\ue000-\U0010ffff]", "", text)       # control characters, which a terminal would obey, and half characters
-    text = re.sub(r"[\u115f\u1160\u3164\uffa0\ufe00-\ufe0f]", "", "".join(c for c in text if unicodedata.category(c) != "Cf"))     # what is not seen could hide in a tag
+    # control characters, which a terminal would obey, and half characters
+    text = re.sub(r"[^\n\t\x20-\x7e\x85\xa0-\ud7ff\ue000-\U0010ffff]", "", text)
+    # what is not seen could hide in a tag
+    text = re.sub(r"[\u115f\u1160\u3164\uffa0\ufe00-\ufe0f]", "", "".join(c for c in text if unicodedata.category(c) != "Cf"))
     text = re.sub(r"[<＜﹤](?=\s*[/／|｜!A-Za-z])", "‹", text)
     text = re.sub(r"\[(?=/?INST\])", "(", text)                                       # Llama 2's turns are plain text
     return re.sub(r"[\\＼]+boxed", "boxed", text)
@@ -91,19 +94,22 @@ def listed(passages):
 
 
 def shown(title, n):
-    """A title as it stands before passage n: on one line, and without what would read as the end of it ("Alien 2: Return" is "Alien 2 - Return" as the second)."""
+    """A title as it stands before passage n: on one line, and without what would read as the end of it
+    ("Alien 2: Return" is "Alien 2 - Return" as the second)."""
     return " ".join(title.split()).replace(f" {n}: ", f" {n} - ")
 
 
 # ---- calculator ---------------------------------------------------------------------------------------------------------
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv,
-             ast.Mod: operator.mod, ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+             ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos}
 MONTHS = "January February March April May June July August September October November December".split()
 DATE = re.compile(rf"\b(?:(\d{{4}})-(\d\d)-(\d\d)|(\d{{1,2}}) ({'|'.join(MONTHS)}) (\d{{4}})|({'|'.join(MONTHS)}) (\d{{1,2}}),? (\d{{4}}))\b", re.I)
 
 
 def calculate(expressions):
-    """Arithmetic on numbers and dates: "1993 - 1976", "(3 + 4) * 2.5", "12 May 1990 - 1990-01-01", "1990-05-12 + 30 days". A difference of dates is in days."""
+    """Arithmetic on numbers and dates: "1993 - 1976", "(3 + 4) * 2.5", "12 May 1990 - 1990-01-01", "1990-05-12 + 30 days".
+    A difference of dates is in days."""
     return [calculated(e) for e in expressions]
 
 
@@ -151,9 +157,11 @@ def calculated(expression):
 
 # ---- search over passages -----------------------------------------------------------------------------------------------
 class BM25:
-    """BM25 over passages in FlashRAG's form, {"id", "contents": "\\"Title\\"\\nText"}, by bm25s; in memory, or from an index on disk (`open_index`).
+    """BM25 over passages in FlashRAG's form, {"id", "contents": "\\"Title\\"\\nText"}, by bm25s; in memory, or from an
+    index on disk (`open_index`).
 
-    `title`: how many times the title counts. Of real passages eight times at b 0.9 finds the most (`open_index`; NOTES.md has the recall of other choices).
+    `title`: how many times the title counts. Of real passages eight times at b 0.9 finds the most (`open_index`;
+    NOTES.md has the recall of other choices).
     """
 
     def __init__(self, passages, top_k=3, k1=1.5, b=0.75, title=3):
@@ -164,7 +172,8 @@ class BM25:
         if not any(re.search(WORD, x) for x in corpus):
             raise Problem("corpus: its passages hold no word; expected FlashRAG passages")
         self.index = bm25s.BM25(k1=k1, b=b)
-        self.index.index(bm25s.tokenize(corpus, stopwords=[], show_progress=big, leave=False, token_pattern=WORD), show_progress=big, leave_progress=False)
+        self.index.index(bm25s.tokenize(corpus, stopwords=[], show_progress=big, leave=False, token_pattern=WORD),
+                         show_progress=big, leave_progress=False)
 
     def ranked(self, queries, top_k=None):
         """list of str -> (len(queries), top_k) passage numbers, best first, -1 where fewer passages share a word; and their scores."""
@@ -186,8 +195,9 @@ class BM25:
         return split_passage(self.passages[int(i)]["contents"])
 
     def named(self, ids, titles, golden=()):
-        """-> [(title, text)] of the passages with these ids, where their titles are among `titles`; else one for each title, of those that there are: the first
-        that holds a golden answer, where a title has several, else the first."""
+        """-> [(title, text)] of the passages with these ids, where their titles are among `titles`; else one
+        for each title, of those that there are: the first that holds a golden answer, where a title has
+        several, else the first."""
         if not hasattr(self, "places"):
             self.places = {}, {}
             for i in range(len(self.passages)):
@@ -217,10 +227,12 @@ def split_passage(contents):
 
 
 def read_passages(path):
-    """A FlashRAG passage file, plain or gzip -> list of {"id", "contents"}. Raises Problem with file:line, for two passages of one id too."""
+    """A FlashRAG passage file, plain or gzip -> list of {"id", "contents"}.
+    Raises Problem with file:line, for two passages of one id too."""
     path = Path(path)
     if not path.is_file():
-        raise Problem(f"corpus: no such file: {path}; give a FlashRAG passage file with --corpus=FILE, or wikipedia, leads, or the address of a retrieval server")
+        raise Problem(f"corpus: no such file: {path}; give a FlashRAG passage file with --corpus=FILE, "
+                      "or wikipedia, leads, or the address of a retrieval server")
     rows, seen = [], {}
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
@@ -241,7 +253,8 @@ def read_passages(path):
 
 
 def open_index(path, top_k, root="out"):
-    """The index of a passage file: built once under <root>/index, then memory-mapped. One whose file has changed is built anew, and that is said."""
+    """The index of a passage file: built once under <root>/index, then memory-mapped.
+    One whose file has changed is built anew, and that is said."""
     if not Path(path).is_file():
         read_passages(path)         # says what is missing
     path = Path(path).resolve()
@@ -286,7 +299,8 @@ def wikipedia_leads(root="out"):
     path = Path(root, "index", "leads.jsonl")
     if not path.is_file() or path.stat().st_mtime < found[0].stat().st_mtime:
         leads = json.loads(found[0].read_text(encoding="utf-8"))
-        write(path, "".join(json.dumps({"id": str(i), "contents": f'"{lead["title"]}"\n{lead["extract"]}'}) + "\n" for i, lead in enumerate(leads.values())))
+        write(path, "".join(json.dumps({"id": str(i), "contents": f'"{lead["title"]}"\n{lead["extract"]}'}) + "\n"
+                            for i, lead in enumerate(leads.values())))
     return path
 
 
@@ -310,8 +324,9 @@ def open_library(s):
 
 # ---- retrieval server ---------------------------------------------------------------------------------------------------
 def server(search, port, host="127.0.0.1"):
-    """Search-R1's protocol over an index: POST /retrieve {"queries": [..], "topk": k, "return_scores": true} -> {"result": [[{"document": {"id",
-    "contents"}, "score"}, ..], ..]}, or the documents alone. -> an HTTP server, not yet started."""
+    """Search-R1's protocol over an index: POST /retrieve {"queries": [..], "topk": k, "return_scores": true} ->
+    {"result": [[{"document": {"id", "contents"}, "score"}, ..], ..]}, or the documents alone.
+    -> an HTTP server, not yet started."""
     one_at_a_time = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -320,13 +335,16 @@ def server(search, port, host="127.0.0.1"):
                 ask = json.loads(self.rfile.read(max(0, int(self.headers.get("Content-Length", 0)))))
                 queries, k = ask["queries"], ask.get("topk")
                 k = search.top_k if k is None else k
-                if self.path.rstrip("/") != "/retrieve" or type(k) is not int or k < 1 or not isinstance(queries, list) or not all(isinstance(q, str) for q in queries):
+                if (self.path.rstrip("/") != "/retrieve" or type(k) is not int or k < 1
+                        or not isinstance(queries, list) or not all(isinstance(q, str) for q in queries)):
                     raise ValueError
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                return self.answer(422, {"error": 'expected POST /retrieve {"queries": [texts], "topk": a number, "return_scores": true or false}'})
+                return self.answer(422, {"error": 'expected POST /retrieve {"queries": [texts], "topk": a number, '
+                                                  '"return_scores": true or false}'})
             with one_at_a_time:             # the passages are read by seeking in one file
                 rows, scores = search.ranked(queries, k) if queries else ([], [])
-                documents = [[(search.passages[int(i)], float(x)) for i, x in zip(row, given) if i >= 0] for row, given in zip(rows, scores)]
+                documents = [[(search.passages[int(i)], float(x)) for i, x in zip(row, given) if i >= 0]
+                             for row, given in zip(rows, scores)]
             scored = ask.get("return_scores", False)
             self.answer(200, {"result": [[{"document": d, "score": x} if scored else d for d, x in row] for row in documents]})
 
@@ -357,7 +375,8 @@ def main(args):
         there = server(tools["search"], int(port), host or "127.0.0.1")
     except (OSError, OverflowError) as e:
         raise Problem(f"{args[2]}: can't serve there: {e}; take another port") from None
-    print(f"serving {len(tools['search'].passages):,} passages: --corpus=http://{host or '127.0.0.1'}:{there.server_address[1]}/retrieve", flush=True)
+    print(f"serving {len(tools['search'].passages):,} passages: "
+          f"--corpus=http://{host or '127.0.0.1'}:{there.server_address[1]}/retrieve", flush=True)
     there.serve_forever()
 
 

@@ -1,7 +1,7 @@
 """GRPO in two stages: in the environment that the policy imagines, then in the real one (paper 3.3).
 
-    python train_rl.py                       # nano: 80 steps imagined, 16 steps real, about 5 minutes on two cores
-    python train_rl.py config/smollm2.py
+    python train_rl.py                       # nano: 80 steps imagined, 16 steps real, 4 to 10 minutes on two cores
+    python train_rl.py config/smollm2.py --model=.. --train_data=.. --eval_data=.. --corpus=..       # what train_sft.py was given
 
 Each step: `questions` questions x `rollouts` trajectories; reward = exact match, less a penalty for a malformed
 trajectory; advantage = reward - mean of the question's rollouts; one clipped policy-gradient step on the tokens that the
@@ -11,9 +11,10 @@ Where this departs from textbook GRPO: no division by the standard deviation (--
 tokens of the step and not per trajectory, clipping is wider above than below, KL to the policy that RL begins with is
 optional (--kl), and groups whose rollouts all got the same reward are skipped, since their gradient is zero.
 
-The nano path has a world for each kind of RL. RL-1 imagines the world that SFT-3 read about, and its questions start at what the model does not
-know by heart: where it knows, recalling always beats a search whose result it has to make up, and it would stop searching. RL-2
-asks the tool about another world, where nothing that SFT learned by heart is of use; each call costs a little (--call_cost).
+The nano path has a world for each kind of RL. RL-1 imagines the world that SFT-3 read about, and its questions start at
+what the model does not know by heart: where it knows, recalling always beats a search whose result it has to make up,
+and it would stop searching. RL-2 asks the tool about another world, where nothing that SFT learned by heart is of use;
+each call costs a little (--call_cost).
 """
 import math
 import time
@@ -26,7 +27,7 @@ import estimate
 import model
 import workflows
 from common import Log, Problem, main, place, start_folder, tqdm
-from train_sft import STAGES, Checkpoint, to_do
+from train_sft import STAGES, Checkpoint, clear, to_do
 
 
 def sample(lm, questions, search, s, rng):
@@ -55,8 +56,8 @@ def update_batches(trajectories, advantages, reference, s):
 
 
 def grpo(lm, reference, s, stage, steps, pool, search, seed, scale=1.0):
-    """One stage of GRPO on a pool of questions. reference: the policy that KL is measured to; search: a tool, or autocoa.IMAGINE; seed: two numbers
-    for what is random; scale: of the learning rate."""
+    """One stage of GRPO on a pool of questions. reference: the policy that KL is measured to; search: a tool, or
+    autocoa.IMAGINE; seed: two numbers for what is random; scale: of the learning rate."""
     lm.adapt(s)
     optimizer = lm.backend.Optimizer(lm.model, False, s.seed)
     checkpoint = Checkpoint(lm, optimizer, Path("out", s.run, stage), s)
@@ -80,9 +81,11 @@ def grpo(lm, reference, s, stage, steps, pool, search, seed, scale=1.0):
         row = describe(lm.codec, done, rewards, questions, s.rollouts)
         tokens = sum(len(t.ids) for t in done)
         log.write(step=step, **figures, **row, skipped_groups=int((rewards.max(1) == rewards.min(1)).sum()),
-                  kl=drift(lm, reference, done[::max(1, len(done) // 10)], s), tokens=tokens, tokens_per_second=tokens / (t2 - t0), seconds_rollout=t1 - t0, seconds_update=t2 - t1)
+                  kl=drift(lm, reference, done[::max(1, len(done) // 10)], s), tokens=tokens,
+                  tokens_per_second=tokens / (t2 - t0), seconds_rollout=t1 - t0, seconds_update=t2 - t1)
         bar.set_postfix_str(f"reward {row['reward']:.3f}, {row['actions']:.2f} actions, {t2 - t0:.1f} s")
-        log.append("rollouts.jsonl", [workflows.trajectory_row(lm.codec, questions[0], t, r, step=step) for t, r in zip(done[:s.rollouts], rewards[0])])
+        log.append("rollouts.jsonl", [workflows.trajectory_row(lm.codec, questions[0], t, r, step=step)
+                                      for t, r in zip(done[:s.rollouts], rewards[0])])
         checkpoint.after(step + 1)
     checkpoint.finish()
 
@@ -118,17 +121,22 @@ def run(s):
     start = s.start or ("rl1" if s.stage == "rl2" else "sft3")
     reference = model.load(start_folder(root, start, [*STAGES, "rl1"]), **place(s))
     reference.adapt(s)          # before it is copied, so that policy and reference share a base that only carries adapters
-    todo = [s.stage] if s.stage else to_do(s, ["rl1", "rl2"], start)
+    todo = to_do(s, ["rl1", "rl2"], start)
+    if s.stage:
+        todo = [s.stage] if to_do(s, [s.out or s.stage], start) else []
     if not todo:
-        return print(f"both stages are in {root} already")
+        return print(f"{s.out or s.stage or 'both stages'}: in {root} already")
     going_on = todo == ["rl2"] and not s.stage              # --resume, and RL-1 is done
-    lm = model.load(root / "rl1", **place(s)) if going_on and s.lora_merge else reference.copy()    # an adapter that is kept apart shares its base
+    # an adapter that is kept apart shares its base
+    lm = model.load(root / "rl1", **place(s)) if going_on and s.lora_merge else reference.copy()
     if going_on and not s.lora_merge:
         lm.resume(root / "rl1")
     if not estimate.show(lm, s, "rl"):
         return
+    clear(s, [s.out] if s.out else todo)
     if "rl1" in todo:       # the policy is its own search engine
-        grpo(lm, reference, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0), autocoa.IMAGINE, (s.seed, 1), s.rl1_scale)
+        grpo(lm, reference, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0),
+             autocoa.IMAGINE, (s.seed, 1), s.rl1_scale)
     if "rl2" in todo:       # the tool answers
         grpo(lm, reference, s, s.out or "rl2", s.rl2_steps, task.train(s.rl_questions, "rl2"), task.rl_search, (s.seed, 2))
         print(task.rl_search.report())

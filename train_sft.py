@@ -1,15 +1,15 @@
 """Supervised training: the base model (nano path only), then the three SFT stages of AutoCoA (paper 3.2).
 
-    python train_sft.py                                        # nano, about 9 minutes on two cores
-    python train_sft.py config/smollm2.py --model=FOLDER       # a real checkpoint on real questions
+    python train_sft.py                                        # nano, 9 to 20 minutes on two cores
+    python train_sft.py config/smollm2.py --model=.. --train_data=.. --eval_data=.. --corpus=..      # a real checkpoint, real questions
 
 base    nano: pretraining from scratch on head articles and single skills, so that there is a reasoning model to start from
 sft1    when to act: pairs that part inside the reasoning, one side acts, the other goes on thinking
 sft2    how to act: whole trajectories, observations masked
 sft3    the same without the mask: the policy learns what the tool would say, and becomes its own world model
 
-Without `--stage=` all are trained anew, or with `--resume` from where an interrupted run stands. `--stage=` runs one of them on its predecessor;
-`--start=` and `--out=` name other folders, for ablations.
+Without `--stage=` all are trained anew, or with `--resume` from where an interrupted run stands. `--stage=` runs one of
+them on its predecessor; `--start=` and `--out=` name other folders, for ablations.
 Each stage leaves a Hugging Face folder, log.jsonl and rollouts.jsonl in out/<run>/<stage>/.
 """
 import json
@@ -30,7 +30,8 @@ from common import Log, Problem, main, place, start_folder, tqdm, write
 from formats import read_sft, read_trajectories
 
 STAGES = ("base", "sft1", "sft2", "sft3")
-MAKES_DATA = ("seed", "model", "train_data", "corpus", "sft_files", "coa", "cot", "pairs", "train_scale", "top_k", "max_observation", "max_len")
+MAKES_DATA = ("seed", "model", "train_data", "corpus", "sft_files", "coa", "cot", "pairs",
+              "train_scale", "top_k", "max_observation", "max_len")
 READING = range(1000, 1040)     # seeds of the encyclopedias that pretraining reads about: not the world of training
 
 
@@ -90,19 +91,24 @@ class Checkpoint:
 
 
 def to_do(s, stages, start):
-    """The stages that are still to be made, in order. With --resume not those that are complete and younger than what they are made from, `start`
-    first; without, whatever an interrupted run left of them is removed."""
+    """The folders of stages that are still to be made, in order: with --resume not those that are complete and younger
+    than what they are made from, `start` first."""
     root, left = Path("out", s.run), list(stages)
-    if s.resume:
-        def made(stage):
-            return 0 if stage is None else (root / stage / "config.json").stat().st_mtime
-        while left and (root / left[0] / "config.json").is_file() and not (root / f"{left[0]}.partial").exists() and made(left[0]) >= made(start):
-            start = left.pop(0)
-    else:
-        for stage in left:
-            for leftover in ("checkpoint", "partial"):
-                shutil.rmtree(root / f"{stage}.{leftover}", ignore_errors=True)
+
+    def made(stage):
+        config = root / stage / "config.json"
+        return config.stat().st_mtime if config.is_file() else math.inf
+    began = made(start) if start else 0
+    while s.resume and left and not (root / f"{left[0]}.partial").exists() and began <= made(left[0]) < math.inf:
+        began = made(left.pop(0))
     return left
+
+
+def clear(s, stages):
+    """Without --resume, remove what an interrupted run left of these folders; called when nothing can refuse the run any more."""
+    for stage in () if s.resume else stages:
+        for leftover in ("checkpoint", "partial"):
+            shutil.rmtree(Path("out", s.run, f"{stage}.{leftover}"), ignore_errors=True)
 
 
 def language_batches(trajectories, micro_tokens):
@@ -131,7 +137,8 @@ def recall(lm, questions, s):
 
     def tell(which, i):
         asked = [{"question": facts[f][0][i]} for f in which]
-        return [a for a, _ in workflows.closed_book(lm, asked, s, workflows.CLOSED_BOOK, desc=f"what the base model knows, wording {i + 1}")]
+        return [a for a, _ in workflows.closed_book(lm, asked, s, workflows.CLOSED_BOOK,
+                                                    desc=f"what the base model knows, wording {i + 1}")]
     said = dict(zip(facts, tell(facts, 0)))
     known = [f for f in facts if autocoa.exact_match(said[f], facts[f][1])]
     for i in range(1, max(len(w) for w, _ in facts.values())):
@@ -140,14 +147,16 @@ def recall(lm, questions, s):
 
 
 def make_data(lm, task, s, folder):
-    """The three data sets of SFT, kept as token ids: read from --sft_files, or built by asking the base model and searching with the real tool."""
+    """The three data sets of SFT, kept as token ids:
+    read from --sft_files, or built by asking the base model and searching with the real tool."""
     if s.sft_files:
         coa, cot, pairs, odd = read_sft(lm.codec, s.sft_files)
         if odd:
             print(f"{len(odd)} rows are no trajectories and are left out, the first at {odd[0]}")
         return keep_data(lm, s, folder, coa, cot, pairs, f"from {', '.join(s.sft_files)}: ")
     rng = random.Random(f"sft {s.seed}")
-    made_up = [data.made_up(lm.codec, task.world, rng) for _ in range(s.cot * 3 // 5)] if task.world else []     # or relations that training never puts together are forgotten
+    # or relations that training never puts together are forgotten
+    made_up = [data.made_up(lm.codec, task.world, rng) for _ in range(s.cot * 3 // 5)] if task.world else []
     chains, thoughts = task.train(s.coa, "coa", p_head=0.05), task.train(s.cot - len(made_up), "cot", p_head=1.0)
     contrast = list({q["id"]: q for q in task.train(s.pairs, "act") + task.train(s.pairs, "think", p_head=1.0)}.values())
     known, said = recall(lm, chains + thoughts + contrast, s)
@@ -163,8 +172,10 @@ def make_data(lm, task, s, folder):
     pairs = rng.sample(act, min(half, len(act))) + rng.sample(think, min(half, len(think)))
     rng.shuffle(pairs)
     facts = data.facts_of(chains)
-    keep_data(lm, s, folder, [t for _, t in coa], cot, pairs, f"base model knows {len(known & set(facts))} of {len(facts)} facts; {counts['searches']} searches, "
-              f"{counts['misses']} missed, {counts['dropped']} chains dropped; of {len(act)} pairs where acting was right and {len(think)} where thinking was: ")
+    keep_data(lm, s, folder, [t for _, t in coa], cot, pairs,
+              f"base model knows {len(known & set(facts))} of {len(facts)} facts; {counts['searches']} searches, "
+              f"{counts['misses']} missed, {counts['dropped']} chains dropped; "
+              f"of {len(act)} pairs where acting was right and {len(think)} where thinking was: ")
 
 
 def keep_data(lm, s, folder, coa, cot, pairs, said):
@@ -181,11 +192,13 @@ def keep_data(lm, s, folder, coa, cot, pairs, said):
 
 def untrained(s):
     """The network to start from: a checkpoint from elsewhere with the tags added, or a new one (nano)."""
-    model.backend(s.backend).pick_device(s.device)                               # a device that is not there is said before anything is made
+    # a device that is not there is said before anything is made
+    model.backend(s.backend).pick_device(s.device)
     if s.model:
         return model.load_pretrained(s.model, s.device, s.backend, s.dtype, frozen=s.lora_rank > 0)
     tok = data.nano_tokenizer(s.vocab_size, data.nano_text(miniwiki.World(READING[0], "train")))
-    return model.new(model.nano_config(len(tok), tok.eos_token_id, tok.bos_token_id, s.width, s.layers), tok, s.seed, s.device, s.backend, s.dtype)
+    return model.new(model.nano_config(len(tok), tok.eos_token_id, tok.bos_token_id, s.width, s.layers), tok,
+                     s.seed, s.device, s.backend, s.dtype)
 
 
 def make_base(lm, s, task):
@@ -193,7 +206,8 @@ def make_base(lm, s, task):
     if s.model:
         return lm.save(Path("out", s.run, "base"))
     seeds = tqdm(READING, desc="encyclopedias to read about", unit="world", leave=False)
-    worlds, searches = zip(*[(world, tools.library(world.passages(), s.top_k)) for world in (miniwiki.World(seed, "train") for seed in seeds)])
+    worlds, searches = zip(*[(world, tools.library(world.passages(), s.top_k))
+                             for world in (miniwiki.World(seed, "train") for seed in seeds)])
     rng = random.Random(f"base {s.seed}")
     texts = data.base_data(lm.codec, worlds, searches, rng, s.base_tokens)
     train(lm, s, task, "base", data.steps_of(texts, s.batch_tokens, rng), autocoa.nll_loss, lambda b: language_batches(b, s.micro_tokens))
@@ -206,13 +220,17 @@ def run(s):
         raise Problem(f"--bits={s.bits}: weights of {s.bits} bits can't be trained; train an adapter on them with --lora_rank=16")
     if (s.start or s.out) and not s.stage:
         raise Problem("--start, --out: they go with one stage; say which with --stage")
-    todo = [s.stage] if s.stage else to_do(s, STAGES, None)
+    before = dict(zip(STAGES[1:], STAGES))
+    todo = to_do(s, STAGES, None)
+    if s.stage:
+        todo = [s.stage] if to_do(s, [s.out or s.stage], s.start or before.get(s.stage)) else []
     root, task = Path("out", s.run), data.load_task(s)
     if not todo:
-        return print(f"all stages are in {root} already")
-    lm = untrained(s) if "base" in todo else model.load(start_folder(root, s.start or STAGES[STAGES.index(todo[0]) - 1], STAGES), **place(s))
+        return print(f"{s.out or s.stage or 'all stages'}: in {root} already")
+    lm = untrained(s) if "base" in todo else model.load(start_folder(root, s.start or before[todo[0]], STAGES), **place(s))
     if not estimate.show(lm, s, "sft"):
         return
+    clear(s, [s.out] if s.out else todo)
     if "base" in todo:
         make_base(lm, s, task)
         for old in (root / "data").glob("*.jsonl"):     # of another base model
@@ -223,14 +241,16 @@ def run(s):
         make_data(base, task, s, root / "data")
         write(made, json.dumps(now, indent=1))
     elif made.is_file() and (odd := [name for name, value in json.loads(made.read_text()).items() if value != now.get(name)]):
-        raise Problem(f"--{odd[0]}: {made.parent} was made with another value (see {made.name}); repeat that, or remove the folder to have the data made anew")
+        raise Problem(f"--{odd[0]}: {made.parent} was made with another value (see {made.name}); "
+                      "repeat that, or remove the folder to have the data made anew")
     coa, cot, flat = (read_trajectories(root / "data" / f"{split}.jsonl") for split in ("coa", "cot", "pairs"))
     if "sft1" in todo:      # when to act
         pairs = list(zip(flat[0::2], flat[1::2]))
         steps = [pairs[i:i + 16] for i in range(0, len(pairs), 16)]
         if not pairs:
             print("no question was solved by exactly one of recalling and acting, so there are no pairs: SFT-1 leaves the model as it is")
-        train(lm, s, task, s.out or "sft1", steps, autocoa.contrastive_loss, lambda b: pair_batches(b, s.micro_tokens, s.alpha), s.sft1_scale)
+        train(lm, s, task, s.out or "sft1", steps, autocoa.contrastive_loss,
+              lambda b: pair_batches(b, s.micro_tokens, s.alpha), s.sft1_scale)
     for stage, scale, view in (("sft2", s.sft2_scale, lambda b: b), ("sft3", s.sft3_scale, unmask)):
         if stage in todo:   # how to act, observations masked; then the world model, observations learned too
             rng = random.Random(f"{stage} {s.seed}")

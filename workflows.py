@@ -1,5 +1,5 @@
-"""Ways to have questions answered: as an agent (`answers`), by the model alone (`closed_book`, `direct`), or by a workflow around it (`react`, `reflexion`,
-`read`). All get the same tool and decode greedily."""
+"""Ways to have questions answered: as an agent (`answers`), by the model alone (`closed_book`, `direct`), or by a
+workflow around it (`react`, `reflexion`, `read`). All get the same tool and decode greedily."""
 import re
 from dataclasses import dataclass
 
@@ -114,9 +114,11 @@ def words(codec, examples):
     """The nano base model is prompted by the tags of the single skills it has; an instruct model by lines of text with
     `examples`, as ReAct's own prompts do (Yao et al. 2022)."""
     if not codec.tok.chat_template:
-        return Words(lambda q: codec.prompt(f"{TO_QUERY} {TO_READ} {q}"), [codec.tok.convert_tokens_to_ids("?"), codec.eos], [codec.search], [codec.end_search, codec.eos],
-                     [codec.result], [codec.end_result], [codec.end_think, codec.boxed], [codec.close, codec.eos], r"\\boxed\{([^}]*)")
-    line = [i for token, i in codec.tok.get_vocab().items() if "Ċ" in token or "\n" in token or token == "<0x0A>"] + [codec.eos]     # byte-level vocabularies, and SentencePiece's
+        return Words(lambda q: codec.prompt(f"{TO_QUERY} {TO_READ} {q}"), [codec.tok.convert_tokens_to_ids("?"), codec.eos],
+                     [codec.search], [codec.end_search, codec.eos], [codec.result], [codec.end_result],
+                     [codec.end_think, codec.boxed], [codec.close, codec.eos], r"\\boxed\{([^}]*)")
+    # byte-level vocabularies, and SentencePiece's
+    line = [i for token, i in codec.tok.get_vocab().items() if "Ċ" in token or "\n" in token or token == "<0x0A>"] + [codec.eos]
 
     def text(x):
         return codec.tok.encode(x, add_special_tokens=False, split_special_tokens=True)
@@ -130,8 +132,9 @@ def begin(codec):
 
 
 def react(lm, questions, search, s, max_actions=None, examples="", desc=None, given=None):
-    """The ReAct workflow: a script outside the model makes it think, then act, then observe, again and again, until it gives an answer in a thought, or
-    its calls (as many as an agent has, s.max_actions) or its tokens (s.max_len, beside the examples) are spent; then it is asked for one. Greedy. -> [(answer, Trajectory)]
+    """The ReAct workflow: a script outside the model makes it think, then act, then observe, again and again, until it
+    gives an answer in a thought, or its calls (as many as an agent has, s.max_actions) or its tokens (s.max_len, beside
+    the examples) are spent; then it is asked for one. Greedy. -> [(answer, Trajectory)]
     given: an observation for each question, which the model gets whatever it would search for."""
     codec, w = lm.codec, words(lm.codec, examples)
     calls = s.max_actions if max_actions is None else max_actions
@@ -152,10 +155,12 @@ def react(lm, questions, search, s, max_actions=None, examples="", desc=None, gi
                 ids, _ = dec.decode(stops, room, 0.0)
                 for i, new in zip(live, ids):
                     out[i].add(new, role, 1)
-                return {row: codec.decode([token for token in ids[row] if token not in (codec.eos, codec.end_search)]).strip() for row in rows}
+                return {row: codec.decode([token for token in ids[row] if token not in (codec.eos, codec.end_search)]).strip()
+                        for row in rows}
 
             def put(sequences, role):
-                sequences = [list(w.newline) * (bool(ids) and out[i].ids[-1] not in w.thought_ends[:-1]) + ids for i, ids in zip(live, sequences)]
+                sequences = [list(w.newline) * (bool(ids) and out[i].ids[-1] not in w.thought_ends[:-1]) + ids
+                             for i, ids in zip(live, sequences)]
                 for i, ids in zip(live, sequences):
                     out[i].add(ids, role, 0)
                 dec.feed(sequences)
@@ -165,7 +170,8 @@ def react(lm, questions, search, s, max_actions=None, examples="", desc=None, gi
                     if match := re.search(w.pattern, thought):
                         found[live[row]] = match.group(1).strip()
                 asking = [row for row, i in enumerate(live) if found[i] is None]
-                last = [row for row in asking if turn == calls or len(out[live[row]].ids) + len(w.act) + s.max_thought + 64 + tail > longest]
+                last = [row for row in asking
+                        if turn == calls or len(out[live[row]].ids) + len(w.act) + s.max_thought + 64 + tail > longest]
                 if last:
                     put([w.ask if row in last else [] for row in range(len(live))], ANSWER)
                     for row, text in write(last, w.answer_ends, ANSWER, s.max_answer).items():
@@ -212,10 +218,14 @@ def direct(lm, questions, s, desc=None):
     return [(text.replace("}", "").strip(), t) for text, t in written(lm, prompts, [codec.close, codec.eos], s.max_answer, s, desc)]
 
 
+def plain(codec, texts):
+    """Texts as an instruct model goes on with them, no chat around. -> [ids]"""
+    return [begin(codec) + codec.tok.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
+
+
 def complete(lm, texts, budget, s, desc=None):
     """What an instruct model writes behind each text, to the end of the line. Greedy. -> [(text, Trajectory)]"""
-    prompts = [begin(lm.codec) + lm.codec.tok.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
-    return [(text.strip(), t) for text, t in written(lm, prompts, words(lm.codec, "").answer_ends, budget, s, desc)]
+    return [(text.strip(), t) for text, t in written(lm, plain(lm.codec, texts), words(lm.codec, "").answer_ends, budget, s, desc)]
 
 
 def written(lm, prompts, stops, budget, s, desc=None):
@@ -235,8 +245,9 @@ def written(lm, prompts, stops, budget, s, desc=None):
 
 
 def read(lm, questions, observations, s, desc=None):
-    """Answers from passages that a script has looked up: retrieve-then-read, or with the gold ones an upper bound of reading. The nano base model first says
-    what it needs, as it has learned to read; an instruct model answers at once. -> [(answer, Trajectory)]"""
+    """Answers from passages that a script has looked up: retrieve-then-read, or with the gold ones an upper bound of
+    reading. The nano base model first says what it needs, as it has learned to read; an instruct model answers at once.
+    -> [(answer, Trajectory)]"""
     if not lm.codec.tok.chat_template:
         return react(lm, questions, None, s, max_actions=1, desc=desc, given=observations)
     texts = [f"{READ}Passages: {o}\nQuestion: {q['question']}\nAnswer:" for q, o in zip(questions, observations)]
@@ -246,17 +257,31 @@ def read(lm, questions, observations, s, desc=None):
     return done
 
 
+def says_no(lm, texts, s):
+    """Whether an instruct model would sooner write No than Yes behind each text. -> [bool]
+
+    By its next token's logits: a small model rather begins a new line than to write either, and reading silence as
+    content would leave Reflexion nothing to do.
+    """
+    yes, no = (lm.codec.tok.encode(f"Answer: {word}", add_special_tokens=False)[-1] for word in ("Yes", "No"))
+    out = []
+    for at in range(0, len(texts), s.batch_rows):
+        logits = lm.backend.to_numpy(lm.decoder(plain(lm.codec, texts[at:at + s.batch_rows])).logits)      # (rows, vocab)
+        out += (logits[:, no] > logits[:, yes]).tolist()
+    return out
+
+
 def reflexion(lm, questions, search, s, first=None, trials=3, desc=None):
-    """Reflexion (Shinn et al. 2023) around ReAct, for instruct models: an answer that the model itself calls wrong is followed by a sentence on what to do
-    better, and by another try with that in mind. Whether it is wrong is never read off the gold answer. first: what `react` said already. -> [(answer, Trajectory
-    of the last try, with the queries and observations of all)]"""
+    """Reflexion (Shinn et al. 2023) around ReAct, for instruct models: an answer that is missing, or that the model
+    itself calls wrong, is followed by a sentence on what to do better, and by another try with that in mind. Whether it
+    is wrong is never read off the gold answer. first: what `react` said already. -> [(answer, Trajectory of the last
+    try, with the queries and observations of all)]"""
     out, lessons = list(first or react(lm, questions, search, s, examples=REACT, desc=desc)), [""] * len(questions)
     live = list(range(len(questions)))
     for trial in range(1, trials):
         def about(text):
             return [text.format(tried=lm.codec.decode(out[i][1].ids).removeprefix(REACT).strip(), answer=out[i][0] or "none") for i in live]
-        verdicts = complete(lm, about(JUDGE_OWN), 4, s)
-        live = [i for i, (verdict, _) in zip(live, verdicts) if verdict.lower().startswith("no")]
+        live = [i for i, no in zip(live, says_no(lm, about(JUDGE_OWN), s)) if no or not out[i][0]]
         if not live:
             break
         for i, (lesson, _) in zip(live, complete(lm, about(REFLECT), s.max_thought, s)):

@@ -35,7 +35,8 @@ def fidelity(lm, trajectories, s):
         dec = lm.decoder(contexts[at:at + s.batch_rows])
         ids, _ = dec.decode([lm.codec.end_result, lm.codec.eos], [s.max_observation] * len(contexts[at:at + s.batch_rows]), 0.0)
         imagined += ids
-    texts = [(lm.codec.decode(a).replace(autocoa.TAGS["end_result"], "").strip(), lm.codec.decode(b).strip()) for a, b in zip(imagined, real)]
+    texts = [(lm.codec.decode(a).replace(autocoa.TAGS["end_result"], "").strip(), lm.codec.decode(b).strip())
+             for a, b in zip(imagined, real)]
     seen = [autocoa.Trajectory(t.ids, [int(r == autocoa.OBSERVATION) for r in t.role], t.role) for t in trajectories]
     total, count = 0.0, 0.0
     for group in data.by_tokens([len(t.ids) for t in seen], s.micro_tokens):

@@ -235,8 +235,10 @@ def test_a_16_gb_mac(codec, capsys):
 
 
 def test_dry_run(codec, tmp_path):
-    """Each script says parameters, memory and a step's time, and stops: nothing is trained or written."""
+    """Each script says parameters, memory and a step's time, and stops: nothing is trained, written or removed, an interrupted run's checkpoints least of all."""
     tiny(codec).save(tmp_path / "out" / "t" / "sft3")
+    for leftover in ("base.checkpoint", "rl1.partial"):
+        (tmp_path / "out" / "t" / leftover).mkdir()
     tiny(codec).save(tmp_path / "out" / "t" / "base")
     before = sorted(tmp_path.rglob("*"))
     for script, times in (("train_sft.py", ["optimizer step"]), ("train_rl.py", ["optimizer step", "rollouts", "step of 10 rollouts"]), ("eval.py", ["rollouts"]), ("autocoa.py", ["rollouts"]), ("world_model.py", ["rollouts"])):

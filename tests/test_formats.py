@@ -123,7 +123,8 @@ def test_rows_that_are_no_trajectories(nano, tmp_path, said, why):
     good = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "<think>Hm</think>\\boxed{Eva}"}]}
     bad = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": said}]}
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, (good, bad, good))) + "\n")
-    coa, cot, pairs, odd = formats.read_sft(nano, [tmp_path / "x.jsonl"])
+    (tmp_path / "none.jsonl").write_text("")        # as teacher.py writes it where it kept no chain of a kind
+    coa, cot, pairs, odd = formats.read_sft(nano, [tmp_path / "none.jsonl", tmp_path / "x.jsonl"])
     assert len(cot) == 2 and not coa + pairs and len(odd) == 1
     assert re.search(f"x.jsonl:2: .*({why})", odd[0])
 
