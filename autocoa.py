@@ -137,6 +137,7 @@ class Codec:
         if self.tok.chat_template:
             messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "QUESTION"}]
             before, _, after = self.tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).rpartition("QUESTION")
+            after = re.sub(rf"{TAGS['think']}\s*\Z", "", after)         # R1's template opens the thought itself
             return self.tok.encode(before, add_special_tokens=False), self.tok.encode(after, add_special_tokens=False) + [self.think]
         return [] if self.tok.bos_token_id is None else [self.tok.bos_token_id], [self.think]
 

@@ -86,7 +86,7 @@ class Settings:
     minibatches: int = 1                # optimizer steps a batch of rollouts is cut into
     clip_low: float = 0.2               # the ratio is clipped below 1 - clip_low
     clip_high: float = 0.28             # and above 1 + clip_high
-    kl: float = 0.0                     # weight of the k3 KL to the policy that RL begins with
+    kl: float = 0.0                     # weight of the k3 KL to the policy that this train_rl.py begins with: SFT-3, or with --stage its --start
     advantage_std: bool = False         # divide advantages by the group's standard deviation, as the authors' code does
     format_penalty: float = 0.5         # taken off the reward of a malformed trajectory
     call_cost: float = 0.1              # taken off the reward for each call of the real tool; 0.25 keeps RL-2 from searching for what it knows, at a price in EM

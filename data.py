@@ -17,6 +17,7 @@ import miniwiki
 import tools
 from autocoa import PROMPT, TAGS, THINK, Trajectory, exact_match, normalize
 from common import Problem, tqdm
+from live import FAILED
 
 TO_QUERY, TO_READ = "Write a query.", "Read the passages."      # how the nano base model is prompted for a single skill
 MISSING = "Not found."                                          # what a reader says of passages that do not hold it
@@ -267,8 +268,8 @@ def teach(codec, questions, known, search, max_observation=128):
 
     It follows `metadata.steps`, one fact a step (see miniwiki.step, real_steps): what is asked, queries to try in
     order, what must turn up, what to say then. known: the facts that the base model answered right when it was asked.
-    Searches run with the real tool, batched; a miss stays in the chain as a miss. Returns (question, Trajectory) of the
-    plans that found all they needed, and counts.
+    Searches run with the real tool, batched; a miss stays in the chain as a miss, a search that failed drops the chain.
+    Returns (question, Trajectory) of the plans that found all they needed, and counts.
     """
     asked = sorted({text for q in questions for s in q["metadata"]["steps"] if s["fact"] not in known for text in s["queries"]})
     seen = {query: codec.fit(observation, max_observation) for query, observation in zip(asked, search(asked))}
@@ -293,7 +294,10 @@ def teach(codec, questions, known, search, max_observation=128):
                 counts["dropped"] += 1
                 break
         else:
-            out.append((q, codec.build(q["question"], parts + ending(q, evidence))))
+            if ("result", FAILED) in parts:     # nobody knows what it would have found
+                counts["dropped"] += 1
+            else:
+                out.append((q, codec.build(q["question"], parts + ending(q, evidence))))
     return out, counts
 
 
@@ -450,8 +454,8 @@ def real_steps(q, source=""):
     Of several hops: a search for each of two titles, in the order in which the question names them; the first passage
     must name the second, the second must hold the answer; but where the answer is yes, no or something that the
     question names, two things are compared, and what each passage begins with is noted. Of one hop: a search for the
-    title, where the question names it; else with the question itself, and the title is the rewording. source: the set's
-    name, which tells the sets of several hops.
+    title, where the question names it. A title that nothing names is the rewording of a search with the
+    question itself. source: the set's name, which tells the sets of several hops.
     """
     question, golden = q["question"], q["golden_answers"]
     said = set(normalize(question).split())
@@ -470,8 +474,11 @@ def real_steps(q, source=""):
     steps = []
     for i, title in enumerate(titles):
         holds = [""] if compared else golden if i else [titles[1], re.sub(r" \(.*?\)", "", titles[1])]
-        steps.append(dict(fact, ask=f"I look for {title}.", title=title, subject=title,
-                          queries=[title, f"{title} {question}"], holds=holds))
+        if overlap(title) or i and not compared:        # the question names it, or the first passage
+            way = dict(ask=f"I look for {title}.", subject=title, queries=[title, f"{title} {question}"])
+        else:
+            way = dict(ask="What do the passages say?", subject=question, queries=[question, title])
+        steps.append(dict(fact, title=title, holds=holds, **way))
     return steps
 
 

@@ -140,7 +140,8 @@ class Predictions:
                     if line.endswith("}\n") and (resume or json.loads(line)["row"] not in rows):
                         kept.append(line)
                         r = json.loads(line)
-                        if not r.get("lost"):           # an answer behind a search that failed is asked again
+                        # an answer behind a search that failed is asked again, when its row is
+                        if not r.get("lost") or rows and r["row"] not in rows:
                             self.known[r["row"], r["set"], r["id"], r.get("asked"), r.get("made")] = {
                                 **r, "em": r["em"], "queries": r["queries"]}
                 except (ValueError, KeyError, TypeError, AttributeError):

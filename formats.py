@@ -16,7 +16,7 @@ import json
 import re
 from pathlib import Path
 
-from autocoa import PROMPT, TAGS, Codec, Trajectory
+from autocoa import PROMPT, TAGS, Codec, Trajectory, normalize
 from common import Problem, command, read_jsonl, write
 
 CALL = re.compile("|".join(f"{re.escape(TAGS[a])}(?P<{a}>.*?){re.escape(TAGS[b])}"
@@ -65,7 +65,7 @@ def parts_of(text, whole=True):
         at = call.end()
     if thought[at:].strip():
         parts.append(("think", thought[at:].strip()))
-    if any(tag in x for kind, x in parts if kind == "think" for tag in TAGS.values()):
+    if any(tag in x for kind, x in parts if kind != "result" for tag in TAGS.values()):
         raise ValueError("a tag that is not closed, or in the wrong place")
     kinds = [kind for kind, _ in parts]
     if (any(kind == "result" and kinds[i - 1:i] != ["search"] for i, kind in enumerate(kinds))
@@ -194,7 +194,10 @@ def question_rows(path):
         if not isinstance(q, dict) or not isinstance(q.get("question"), str) or not q["question"].strip() or "id" not in q:
             raise Problem(f"{path}:{n}: not a question; expected {{\"id\", \"question\", \"golden_answers\"}}")
         golden = q.get("golden_answers")
-        golden = [g for g in golden if not isinstance(g, str) or g.strip()] if isinstance(golden, list) else golden
+        if isinstance(golden, list):
+            golden = [g for g in golden if not isinstance(g, str) or g.strip()]
+            # to the scores of SQuAD, "the" is what no answer is, too
+            golden = [g for g in golden if not isinstance(g, str) or normalize(g)] or golden
         if not isinstance(golden, list) or not golden or not all(isinstance(g, str) for g in golden):
             raise Problem(f"{path}:{n}: question {q['id']!r} has no answers; golden_answers must be a list of texts")
         try:

@@ -216,9 +216,9 @@ class LM:
     def decoder(self, prompts):
         return self.backend.Decoder(self.model, prompts)
 
-    def save(self, folder, optimizer=None):
-        """Write a Hugging Face folder, or that of an adapter, with the optimizer's state where one is given. All or
-        nothing: the files lie beside it until they are complete."""
+    def save(self, folder, optimizer=None, done=None):
+        """Write a Hugging Face folder, or that of an adapter, with the optimizer's state where one is given, and beside it
+        how many steps of a stage are done: of RL's, some make several optimizer steps and some none. All or nothing: the files lie beside it until they are complete."""
         folder = Path(folder)
         parts = folder.with_name(folder.name + ".partial")
         parts.mkdir(parents=True, exist_ok=True)
@@ -230,7 +230,8 @@ class LM:
             self.backend.save_weights(self.model, parts)
             self.folder = folder
         if optimizer:
-            save_file(optimizer.state(), parts / "optimizer.safetensors")
+            steps = {} if done is None else {"done": np.array([done])}
+            save_file(optimizer.state() | steps, parts / "optimizer.safetensors")
         if folder.exists():
             shutil.rmtree(folder)
         parts.rename(folder)
@@ -310,7 +311,7 @@ class LM:
 
     def resume(self, folder, optimizer=None):
         """The weights and, where one is given, the optimizer's state that `save` wrote, by either backend.
-        -> optimizer steps that lie behind them (None without).
+        -> steps of the stage that lie behind them, where `save` was not told the optimizer's own (None without one).
         Raises Problem where they are of another network or optimizer."""
         def other(what):
             return Problem(f"{folder} holds {what}; repeat the settings it was begun with, or remove it")
@@ -329,11 +330,13 @@ class LM:
         if not optimizer:
             return None
         try:
-            optimizer.load_state(load_file(folder / "optimizer.safetensors"))
+            state = load_file(folder / "optimizer.safetensors")
+            done = state.pop("done", state.get("step"))
+            optimizer.load_state(state)
         except (KeyError, OSError, SafetensorError) as e:
             raise Problem(f"{folder / 'optimizer.safetensors'} is not this optimizer's state: {e}; "
                           f"repeat the settings it was begun with, or remove {folder}") from None
-        return optimizer.step_count
+        return int(done[0])
 
     def copy(self):
         other = LM(self.backend.copy(self.model), self.codec.tok, self.backend)

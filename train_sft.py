@@ -1,6 +1,6 @@
 """Supervised training: the base model (nano path only), then the three SFT stages of AutoCoA (paper 3.2).
 
-    python train_sft.py                                        # nano, 9 to 20 minutes on two cores
+    python train_sft.py                                        # nano, 11 to 20 minutes on two cores
     python train_sft.py config/smollm2.py --model=.. --train_data=.. --eval_data=.. --corpus=..      # a real checkpoint, real questions
 
 base    nano: pretraining from scratch on head articles and single skills, so that there is a reasoning model to start from
@@ -72,14 +72,12 @@ class Checkpoint:
     def __init__(self, lm, optimizer, folder, s):
         self.lm, self.optimizer, self.folder, self.seconds, self.merge = lm, optimizer, folder, 60 * s.save_minutes, s.lora_merge
         self.path, self.time = folder.with_name(folder.name + ".checkpoint"), time.time()
-        if not s.resume:
-            shutil.rmtree(self.path, ignore_errors=True)
         self.done = lm.resume(self.path, optimizer) if self.path.is_dir() else 0
 
     def after(self, steps):
         """Called after each step, with how many there were."""
         if time.time() - self.time >= self.seconds:
-            self.lm.save(self.path, self.optimizer)
+            self.lm.save(self.path, self.optimizer, steps)
             self.time = time.time()
 
     def finish(self):
@@ -220,6 +218,8 @@ def run(s):
         raise Problem(f"--bits={s.bits}: weights of {s.bits} bits can't be trained; train an adapter on them with --lora_rank=16")
     if (s.start or s.out) and not s.stage:
         raise Problem("--start, --out: they go with one stage; say which with --stage")
+    if s.stage == "base" and s.out:
+        raise Problem("--out: a run has one base, which its data is made with; give another one a --run of its own")
     before = dict(zip(STAGES[1:], STAGES))
     todo = to_do(s, STAGES, None)
     if s.stage:
@@ -228,6 +228,12 @@ def run(s):
     if not todo:
         return print(f"{s.out or s.stage or 'all stages'}: in {root} already")
     lm = untrained(s) if "base" in todo else model.load(start_folder(root, s.start or before[todo[0]], STAGES), **place(s))
+    made, now = root / "data" / "made_from.json", {name: getattr(s, name) for name in MAKES_DATA}
+    anew = "base" in todo or not (root / "data" / "pairs.jsonl").is_file()
+    there = now if anew or not made.is_file() else json.loads(made.read_text())
+    if odd := [name for name, value in there.items() if value != now.get(name)]:
+        raise Problem(f"--{odd[0]}: {made.parent} was made with another value (see {made.name}); "
+                      "repeat that, or remove the folder to have the data made anew")
     if not estimate.show(lm, s, "sft"):
         return
     clear(s, [s.out] if s.out else todo)
@@ -235,14 +241,10 @@ def run(s):
         make_base(lm, s, task)
         for old in (root / "data").glob("*.jsonl"):     # of another base model
             old.unlink()
-    made, now = root / "data" / "made_from.json", {name: getattr(s, name) for name in MAKES_DATA}
-    if "base" in todo or not (root / "data" / "pairs.jsonl").is_file():
+    if anew:
         base = lm if "base" in todo else model.load(start_folder(root, "base", STAGES), **place(s))
         make_data(base, task, s, root / "data")
         write(made, json.dumps(now, indent=1))
-    elif made.is_file() and (odd := [name for name, value in json.loads(made.read_text()).items() if value != now.get(name)]):
-        raise Problem(f"--{odd[0]}: {made.parent} was made with another value (see {made.name}); "
-                      "repeat that, or remove the folder to have the data made anew")
     coa, cot, flat = (read_trajectories(root / "data" / f"{split}.jsonl") for split in ("coa", "cot", "pairs"))
     if "sft1" in todo:      # when to act
         pairs = list(zip(flat[0::2], flat[1::2]))

@@ -135,7 +135,8 @@ def react(lm, questions, search, s, max_actions=None, examples="", desc=None, gi
     """The ReAct workflow: a script outside the model makes it think, then act, then observe, again and again, until it
     gives an answer in a thought, or its calls (as many as an agent has, s.max_actions) or its tokens (s.max_len, beside
     the examples) are spent; then it is asked for one. Greedy. -> [(answer, Trajectory)]
-    given: an observation for each question, which the model gets whatever it would search for."""
+    given: an observation for each question, which the model gets whatever it would search for, and from which it then
+    reads all that it asks for."""
     codec, w = lm.codec, words(lm.codec, examples)
     calls = s.max_actions if max_actions is None else max_actions
     longest = s.max_len + len(codec.tok.encode(examples, add_special_tokens=False))
@@ -151,7 +152,8 @@ def react(lm, questions, search, s, max_actions=None, examples="", desc=None, gi
 
             def write(rows, stops, role, budget):
                 """Let the model write on these rows of the decoder -> {row: its text, without what ended it}."""
-                room = [max(1, min(budget, longest - len(out[i].ids) - 1)) if row in rows else 0 for row, i in enumerate(live)]
+                spare = 1 if role == ANSWER else 1 + len(w.ask) + s.max_answer          # for the answer that may have to be asked for
+                room = [max(1, min(budget, longest - len(out[i].ids) - spare)) if row in rows else 0 for row, i in enumerate(live)]
                 ids, _ = dec.decode(stops, room, 0.0)
                 for i, new in zip(live, ids):
                     out[i].add(new, role, 1)
@@ -166,7 +168,11 @@ def react(lm, questions, search, s, max_actions=None, examples="", desc=None, gi
                 dec.feed(sequences)
 
             for turn in range(calls + 1):
-                for row, thought in write(range(len(live)), w.thought_ends, THINK, s.max_thought).items():
+                if given and turn == calls:         # what ends a thought elsewhere is the next fact to read here
+                    ends, budget = w.answer_ends, s.max_actions * s.max_thought
+                else:
+                    ends, budget = w.thought_ends, s.max_thought
+                for row, thought in write(range(len(live)), ends, THINK, budget).items():
                     if match := re.search(w.pattern, thought):
                         found[live[row]] = match.group(1).strip()
                 asking = [row for row, i in enumerate(live) if found[i] is None]
@@ -280,7 +286,8 @@ def reflexion(lm, questions, search, s, first=None, trials=3, desc=None):
     live = list(range(len(questions)))
     for trial in range(1, trials):
         def about(text):
-            return [text.format(tried=lm.codec.decode(out[i][1].ids).removeprefix(REACT).strip(), answer=out[i][0] or "none") for i in live]
+            return [text.format(tried=lm.codec.decode(out[i][1].ids[len(begin(lm.codec)):]).removeprefix(REACT).strip(),
+                                answer=out[i][0] or "none") for i in live]
         live = [i for i, no in zip(live, says_no(lm, about(JUDGE_OWN), s)) if no or not out[i][0]]
         if not live:
             break

@@ -79,8 +79,8 @@ def test_flashrags_own_layout(tmp_path, monkeypatch, facts):
 
 
 def test_a_blank_among_the_accepted_answers(tmp_path):
-    """It is left out: one of them in a large file must not make the file unusable."""
-    q, = data.read_questions(write(tmp_path / "q.jsonl", {**GOOD, "golden_answers": ["Eva", " "]}))
+    """It is left out: one of them in a large file must not make the file unusable. So is what the scores take for no answer: it would make an empty one right."""
+    q, = data.read_questions(write(tmp_path / "q.jsonl", {**GOOD, "golden_answers": ["The", "Eva", " ", "!!"]}))
     assert q["golden_answers"] == ["Eva"]
 
 

@@ -1,11 +1,14 @@
 """The figures of the table (eval.py) by hand, and rollouts that come back in the order of their questions."""
+import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny
 from test_real import checkpoint
+from test_rollout import Script
 from tokenizers import processors
 
 import data
@@ -13,7 +16,7 @@ import eval as benchmark
 import model
 import tools
 import workflows
-from autocoa import ANSWER, OBSERVATION, PROMPT, THINK, Trajectory
+from autocoa import ANSWER, OBSERVATION, PROMPT, THINK, Codec, Trajectory
 from common import Problem, Settings
 
 
@@ -226,7 +229,8 @@ def test_which_answers_are_asked_again(tmp_path):
     assert go(resume=False) == 6 and asked == ["0", "1", "2"] * 2
     assert go() == 6 and asked == ["1", "1"]
     assert go("y") == 6 and asked == ["1", "2"] * 2
-    assert go("y", False, ["A"], ["A"]) == 5 and asked == ["0", "1", "2"]       # the record of B that a failed search spoilt is gone
+    assert go("y", False, ["A"], ["A"]) == 6 and asked == ["0", "1", "2"]       # the record of B that a failed search spoilt stays until B is asked
+    assert go("y", True) == 6 and asked == ["1", "1"]
     assert go("y", False, ["A"]) == 3
 
 
@@ -284,6 +288,32 @@ def test_no_is_read_off_the_next_token(lm):
             z = lm.model.logits(lm.model(ids))[0, -1]
         expected.append(bool(z[no] > z[yes]))
     assert workflows.says_no(lm, texts, Settings(batch_rows=3)) == expected and 0 < sum(expected) < len(texts)
+
+
+def test_the_try_without_its_examples(lm, monkeypatch):
+    """What the model judges is its own try. Guards: ReAct's examples left in front of it where a text begins with BOS, as Llama 3's do."""
+    tok = copy.deepcopy(lm.codec.tok)
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tok.bos_token_id)])
+    there, judged = SimpleNamespace(codec=Codec(tok)), []
+    t = Trajectory()
+    t.add(workflows.begin(there.codec) + there.codec.tok.encode(f"{workflows.REACT}Question: Who?", add_special_tokens=False), PROMPT, 0)
+    monkeypatch.setattr(workflows, "says_no", lambda lm, texts, s: judged.extend(texts) or [False] * len(texts))
+    workflows.reflexion(there, [{"question": "Who?"}], None, Settings(), [("Eva", t)])
+    assert workflows.begin(there.codec) and judged[0].startswith("Question: Who?\n")
+
+
+def test_reading_several_facts(codec):
+    """From passages that are given a reader asks for one fact after the other, as it was pretrained to; the last answers. Guards: cut at the second ask, and an answer forced there."""
+    def reader(*lines):
+        script = Script(codec, *lines)
+        return SimpleNamespace(codec=codec, decoder=script), script
+    given = "Silver River 1: A film. Eva Moss starred in it.\n Eva Moss 2: A star. She was born in 1950."
+    lm, _ = reader(" 1 star of Silver River 2 born. 1 star of Silver River? Silver River 1 starred Eva Moss. 2 born of Eva Moss? Eva Moss 2 was born in 1950.</think>\\boxed{ 1950}<eos>")
+    (answer, t), = workflows.read(lm, [{"question": "When was the star of Silver River born?"}], [given], Settings(max_len=300))
+    assert answer == "1950" and [codec.decode([i for i, r in zip(t.ids, t.role) if r == OBSERVATION])] == [f"<search_result> {given}</search_result>"]
+    lm, script = reader(" 1 star? it goes on and on" + " and on" * 300)
+    (answer, t), = workflows.read(lm, [{"question": "Who?"}], [given], Settings(max_len=200))
+    assert len(t.ids) <= 200 and sum(r == ANSWER for r in t.role) == 2 + 12         # and one that never ends is asked, with room for an answer
 
 
 def test_reading_what_is_given(lm):

@@ -117,7 +117,8 @@ def test_pairs_of_others_there_and_back(chat, tmp_path):
 
 @pytest.mark.parametrize("said, why", [("<think>Hm", "no </think>"), ("<think>Hm</think> Eva", "no .boxed"), ("<think>Hm</think> \\boxed{Eva", "no .boxed"), ("<think>Hm</think> \\boxed{ }", "no .boxed"),
                                        ("<think><begin_search>x</end_search> so</think>\\boxed{Eva}", "without its result"), ("<think>a <begin_search>x</end_search></think>\\boxed{Eva}", "without its result"), ("<think><search_result>x</search_result></think>\\boxed{Eva}", "without its result"),
-                                       ("<think>a <begin_search> b</think>\\boxed{Eva}", "not closed"), (None, "AttributeError|no attribute"), ("", "no </think>")])
+                                       ("<think>a <begin_search> b</think>\\boxed{Eva}", "not closed"),
+                                       ("<think>I may <begin_search> it. <begin_search>x</end_search><search_result>y</search_result> so</think>\\boxed{Eva}", "not closed"), (None, "AttributeError|no attribute"), ("", "no </think>")])
 def test_rows_that_are_no_trajectories(nano, tmp_path, said, why):
     """Left out, counted, and named by file and line; the others stay."""
     good = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "<think>Hm</think>\\boxed{Eva}"}]}

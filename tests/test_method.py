@@ -62,6 +62,8 @@ def test_chat_template(codec):
     chat = with_template(codec)
     prompt = chat.prompt("Who directed it?")
     assert chat.decode(prompt) == f"<system>{autocoa.SYSTEM}\n<user>Who directed it?\n<assistant><think>"
+    chat.tok.chat_template += "<think>\n"               # as R1-Distill's does; guards: the thought opened twice
+    assert chat.prompt("Who directed it?") == prompt
 
 
 WELL = [("think", "Hm"), ("search", "A"), ("result", "B"), ("think", "so"), ("answer", "Eva")]

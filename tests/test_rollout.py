@@ -27,7 +27,7 @@ class Script:
 
     def decode(self, stops, limits, temperature, rng=None, leave=0.0):
         out = [[] for _ in self.rows]
-        for row, ids, limit, warmth in zip(self.rows, out, limits, temperature, strict=True):
+        for row, ids, limit, warmth in zip(self.rows, out, limits, np.broadcast_to(temperature, len(limits)).tolist(), strict=True):
             while len(ids) < min(limit, self.burst if leave else limit) and not (ids and ids[-1] in stops):
                 ids += row["line"][:1] or self.filler
                 del row["line"][:1]

@@ -270,6 +270,30 @@ def test_resume_of_one_stage(made):
         assert done.status == 0 and f"{args[-1].partition('=')[2]}: in out/tiny already" in done.out and stage.stat().st_mtime_ns == before
 
 
+def test_steps_are_not_optimizer_steps(made, tmp_path):
+    """A checkpoint counts the steps of its stage: RL's make several optimizer steps, or none where all groups agree. Guards: steps that --resume left out or made again."""
+    s, found = Settings(resume=True, save_minutes=0.0), []
+    for wanted in (4, 1):
+        lm = model.load(made.root / "rl1", "cpu")
+        optimizer = lm.backend.Optimizer(lm.model, False)
+        optimizer.step_count = 2
+        train_sft.Checkpoint(lm, optimizer, tmp_path / str(wanted), s).after(wanted)
+        again = lm.backend.Optimizer(lm.model, False)
+        found.append((train_sft.Checkpoint(lm, again, tmp_path / str(wanted), s).done, again.step_count))
+    assert found == [(4, 2), (1, 2)]
+
+
+def test_refusals_come_first(made, tmp_path):
+    """What can be refused is refused before anything is removed: data made with other settings, a second base of one run."""
+    shutil.copytree(made.root, tmp_path / "out" / "tiny")
+    kept = tmp_path / "out" / "tiny" / "sft2.checkpoint"
+    kept.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for args, said in ((["--stage=sft2", "--coa=7"], "--coa: .*made with another value"), (["--stage=base", "--out=base2"], "--out: a run has one base")):
+        done = run_script(tmp_path, "train_sft.py", *TINY, *args)
+        assert done.status == 2 and re.search(said, done.err) and sorted(tmp_path.rglob("*")) == before
+
+
 def test_bench(made, monkeypatch, capsys):
     """Both sides run, and greedy decoding gives the same text on both; how fast is no matter here."""
     monkeypatch.chdir(made.cwd)
@@ -322,7 +346,7 @@ def test_the_scripts_on_mlx(tmp_path):
 
 @pytest.mark.slow
 def test_both_backends_learn_the_same(tmp_path):
-    """The whole pipeline on each backend, three minutes with torch, seven with MLX on OpenBLAS: losses fall, the reward of RL-2 rises, and the
+    """The whole pipeline on each backend, eleven minutes for both with MLX on OpenBLAS: losses fall, the reward of RL-2 rises, and the
     EM of each row lies within the other's interval (a row with no right answer has none)."""
     args = ("--run=p --width=64 --layers=2 --base_tokens=1800000 --coa=1200 --cot=60 --pairs=60 --epochs=2 --max_len=200 --rl1_steps=8 --rl2_steps=20 --questions=12 "
             "--rollouts=4 --rl_questions=192 --rl_lr=1.5e-4 --call_cost=0 --eval_questions=40").split()

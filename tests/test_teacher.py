@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import data
+import live
 import miniwiki
 import tools
 import train_sft
@@ -345,6 +346,25 @@ def test_a_chain_without_its_answer_is_dropped(nano):
         assert t is None and counts["dropped"] == 1
     t, counts = taught(nano, real("Zork?", ["Tallow"], [], "nq_3"))
     assert t is None and counts == {"searches": 1, "misses": 1, "dropped": 1}
+
+
+def test_a_chain_behind_a_failed_search_is_dropped(nano):
+    """Wikipedia did not answer: that it holds nothing of the title would be made up. Guards: a failure taught as a miss, with another wording that finds it."""
+    q = real("Where did Orla Venn grow up?", ["Tallow"], ["Orla Venn"], "nq_5")
+    search = tools.library(PASSAGES, 1)
+    for said, kept in (("Nothing here.", 1), (live.FAILED, 0)):
+        chains, counts = data.teach(nano, [q], set(), lambda queries, said=said: [said if query == "Orla Venn" else o for query, o in zip(queries, search(queries))])
+        assert len(chains) == kept and counts == {"searches": 2, "misses": 1, "dropped": 1 - kept}
+
+
+def test_a_query_that_the_policy_can_derive(nano):
+    """Neither title is in the question: it is asked itself, and the title is the rewording. Guards: 53 of 600 questions of HotpotQA, whose first query was a name from the gold titles."""
+    q = real("Which county has the town of the potter of 1931?", ["Marrow County"], ["Orla Venn", "Tallow (town)"])
+    first, second = q["metadata"]["steps"]
+    assert first["queries"] == [q["question"], "Orla Venn"] and "Orla" not in first["ask"] + first["subject"]
+    assert second["queries"][0] == "Tallow (town)"              # which the first passage names
+    named = real("Where did the author of The Clay Hour grow up?", ["Tallow"], ["Orla Venn", "The Clay Hour"])
+    assert [s["queries"][0] for s in named["metadata"]["steps"]] == ["The Clay Hour", "Orla Venn"]
 
 
 def test_evidence_holds_the_answer(nano):
