@@ -287,14 +287,15 @@ class LM:
         own = self.backend.arrays(self.model, [f"{name}.weight" for name in self.backend.embeddings(self.model)])
         return {name.removesuffix(".weight"): x[lora.tokens] for name, x in own.items()}
 
-    def adapt(self, s):
-        """Before a stage: an adapter of --lora_rank, if that is set and the network has none, on a base of --bits; and --checkpointing."""
+    def adapt(self, s, stage=""):
+        """Before a stage: an adapter of --lora_rank, if that is set and the network has none, on a base of --bits; and --checkpointing.
+        stage: its name, so that with --lora_merge each stage's adapter begins with an A of its own."""
         self.model.recompute = s.checkpointing
         if s.lora_rank and not self.model.lora:
             if s.bits < 16 and self.model.bits == 16:
                 self.backend.quantize(self.model, s.bits)
             tags = sorted(self.codec.tok.convert_tokens_to_ids(list(TAGS.values())))
-            lora, rng, state = LoRA(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, tags), np.random.default_rng(s.seed), {}
+            lora, rng, state = LoRA(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, tags), np.random.default_rng([s.seed, *stage.encode()]), {}
             for name, shape in self.adapter_shapes(lora).items():
                 state[name] = rng.uniform(-1, 1, shape) * shape[1] ** -0.5 if name.endswith("lora_A") else np.zeros(shape)
             state |= {f"{name}.rows": x for name, x in self.frozen_rows(lora).items()}

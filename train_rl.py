@@ -9,7 +9,8 @@ policy wrote as policy. Observations never carry loss, in both stages, although 
 
 Where this departs from textbook GRPO: no division by the standard deviation (--advantage_std), the mean is over all
 tokens of the step and not per trajectory, clipping is wider above than below, KL to the policy that RL begins with is
-optional (--kl), and groups whose rollouts all got the same reward are skipped, since their gradient is zero.
+optional (--kl), and groups whose rollouts all got the same reward are skipped, since their gradient is zero; so are those in
+which a search failed.
 
 The nano path has a world for each kind of RL. RL-1 imagines the world that SFT-3 read about, and its questions start at
 what the model does not know by heart: where it knows, recalling always beats a search whose result it has to make up,
@@ -27,6 +28,7 @@ import estimate
 import model
 import workflows
 from common import Log, Problem, main, place, start_folder, tqdm
+from live import FAILED
 from train_sft import STAGES, Checkpoint, clear, to_do
 
 
@@ -58,7 +60,7 @@ def update_batches(trajectories, advantages, reference, s):
 def grpo(lm, reference, s, stage, steps, pool, search, seed, scale=1.0):
     """One stage of GRPO on a pool of questions. reference: the policy that KL is measured to; search: a tool, or
     autocoa.IMAGINE; seed: two numbers for what is random; scale: of the learning rate."""
-    lm.adapt(s)
+    lm.adapt(s, stage)
     optimizer = lm.backend.Optimizer(lm.model, False, s.seed)
     checkpoint = Checkpoint(lm, optimizer, Path("out", s.run, stage), s)
     log = Log(checkpoint.folder, done=checkpoint.done)
@@ -69,7 +71,9 @@ def grpo(lm, reference, s, stage, steps, pool, search, seed, scale=1.0):
         done, rewards = sample(lm, questions, search, s, rng)
         t1 = time.time()
         advantages = autocoa.group_advantages(rewards, s.advantage_std)
-        learn = np.flatnonzero((rewards.max(1) > rewards.min(1)).repeat(s.rollouts))
+        failed = np.array([FAILED in t.observations for t in done]).reshape(rewards.shape).any(1)
+        skipped = failed | (rewards.max(1) == rewards.min(1))           # nobody knows what a failed search would have found
+        learn = np.flatnonzero(~skipped.repeat(s.rollouts))
         figures = {"loss": 0.0, "grad_norm": 0.0}
         for part in np.array_split(rng.permutation(learn), min(s.minibatches, len(learn))) if len(learn) else []:
             batches = update_batches([done[i] for i in part], advantages.ravel()[part], reference, s)
@@ -80,7 +84,7 @@ def grpo(lm, reference, s, stage, steps, pool, search, seed, scale=1.0):
         t2 = time.time()
         row = describe(lm.codec, done, rewards, questions, s.rollouts)
         tokens = sum(len(t.ids) for t in done)
-        log.write(step=step, **figures, **row, skipped_groups=int((rewards.max(1) == rewards.min(1)).sum()),
+        log.write(step=step, **figures, **row, skipped_groups=int(skipped.sum()),
                   kl=drift(lm, reference, done[::max(1, len(done) // 10)], s), tokens=tokens,
                   tokens_per_second=tokens / (t2 - t0), seconds_rollout=t1 - t0, seconds_update=t2 - t1)
         bar.set_postfix_str(f"reward {row['reward']:.3f}, {row['actions']:.2f} actions, {t2 - t0:.1f} s")
@@ -119,14 +123,16 @@ def run(s):
         raise Problem("--out: it goes with one stage; say which with --stage")
     root, task = Path("out", s.run), data.load_task(s)
     start = s.start or ("rl1" if s.stage == "rl2" else "sft3")
-    reference = model.load(start_folder(root, start, [*STAGES, "rl1"]), **place(s))
-    reference.adapt(s)          # before it is copied, so that policy and reference share a base that only carries adapters
     todo = to_do(s, ["rl1", "rl2"], start)
     if s.stage:
         todo = [s.stage] if to_do(s, [s.out or s.stage], start) else []
     if not todo:
         return print(f"{s.out or s.stage or 'both stages'}: in {root} already")
-    going_on = todo == ["rl2"] and not s.stage              # --resume, and RL-1 is done
+    start_folder(root, start, [*STAGES, "rl1"])
+    # KL is measured to what RL begins with, also where RL-1 is done
+    reference = model.load(start_folder(root, s.start or "sft3", STAGES), **place(s))
+    reference.adapt(s, "rl1")   # before it is copied, so that policy and reference share a base that only carries adapters
+    going_on = "rl1" not in todo and not s.start
     # an adapter that is kept apart shares its base
     lm = model.load(root / "rl1", **place(s)) if going_on and s.lora_merge else reference.copy()
     if going_on and not s.lora_merge:

@@ -24,6 +24,7 @@ import data
 import estimate
 import miniwiki
 import model
+import skills
 import tools
 import workflows
 from common import Log, Problem, main, place, start_folder, tqdm, write
@@ -43,7 +44,7 @@ def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
     """
     lm.model.recompute = s.checkpointing
     if stage != "base":
-        lm.adapt(s)
+        lm.adapt(s, stage)
     folder, optimizer, mean = Path("out", s.run, stage), lm.backend.Optimizer(lm.model, s.muon, s.seed), None
     checkpoint = Checkpoint(lm, optimizer, folder, s)
     log = Log(folder, checkpoint.done)
@@ -154,7 +155,7 @@ def make_data(lm, task, s, folder):
         return keep_data(lm, s, folder, coa, cot, pairs, f"from {', '.join(s.sft_files)}: ")
     rng = random.Random(f"sft {s.seed}")
     # or relations that training never puts together are forgotten
-    made_up = [data.made_up(lm.codec, task.world, rng) for _ in range(s.cot * 3 // 5)] if task.world else []
+    made_up = [skills.made_up(lm.codec, task.world, rng) for _ in range(s.cot * 3 // 5)] if task.world else []
     chains, thoughts = task.train(s.coa, "coa", p_head=0.05), task.train(s.cot - len(made_up), "cot", p_head=1.0)
     contrast = list({q["id"]: q for q in task.train(s.pairs, "act") + task.train(s.pairs, "think", p_head=1.0)}.values())
     known, said = recall(lm, chains + thoughts + contrast, s)
@@ -194,7 +195,7 @@ def untrained(s):
     model.backend(s.backend).pick_device(s.device)
     if s.model:
         return model.load_pretrained(s.model, s.device, s.backend, s.dtype, frozen=s.lora_rank > 0)
-    tok = data.nano_tokenizer(s.vocab_size, data.nano_text(miniwiki.World(READING[0], "train")))
+    tok = skills.nano_tokenizer(s.vocab_size, skills.nano_text(miniwiki.World(READING[0], "train")))
     return model.new(model.nano_config(len(tok), tok.eos_token_id, tok.bos_token_id, s.width, s.layers), tok,
                      s.seed, s.device, s.backend, s.dtype)
 
@@ -207,7 +208,7 @@ def make_base(lm, s, task):
     worlds, searches = zip(*[(world, tools.library(world.passages(), s.top_k))
                              for world in (miniwiki.World(seed, "train") for seed in seeds)])
     rng = random.Random(f"base {s.seed}")
-    texts = data.base_data(lm.codec, worlds, searches, rng, s.base_tokens)
+    texts = skills.base_data(lm.codec, worlds, searches, rng, s.base_tokens)
     train(lm, s, task, "base", data.steps_of(texts, s.batch_tokens, rng), autocoa.nll_loss, lambda b: language_batches(b, s.micro_tokens))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from autocoa import ACTION, ANSWER, OBSERVATION, PROMPT, THINK, Trajectory, exact_match, rollout
 from common import progress
-from data import TO_QUERY, TO_READ
+from skills import TO_QUERY, TO_READ
 
 
 def answers(lm, questions, search, s, max_actions=None, desc=None, **sampling):

@@ -19,8 +19,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 platform.machine = lambda: "any"        # tests that don't say which backend they mean, mean torch, on Apple silicon too
 
-import data     # noqa: E402  (after the path is set)
-import model    # noqa: E402
+import model    # noqa: E402  (after the path is set)
+import skills   # noqa: E402
 from autocoa import Codec   # noqa: E402
 
 WORDS = """ Who directed it starred in director star of Silver River Iron Hill film a the Eva Moss Ada Falk Carl Hart is was
@@ -34,7 +34,7 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def codec():
     """A nano tokenizer: byte-level, the tags single tokens, every word of WORDS one token."""
-    return Codec(data.nano_tokenizer(600, [WORDS] * 50))
+    return Codec(skills.nano_tokenizer(600, [WORDS] * 50))
 
 
 def tiny(codec, seed=0, width=64, arch="LlamaForCausalLM", tie=True, spread=0.0):

@@ -13,6 +13,7 @@ import data
 import formats
 import miniwiki
 import model
+import skills
 import tools
 from autocoa import ACTION, ANSWER, OBSERVATION, PROMPT, THINK, Codec
 from common import Problem
@@ -42,7 +43,7 @@ PROMPT_OF_THEIRS = "You may search the web.\n\nNow, please answer the user's que
 
 @pytest.fixture(scope="module")
 def nano():
-    return Codec(data.nano_tokenizer(2048, data.nano_text(WORLD)))
+    return Codec(skills.nano_tokenizer(2048, skills.nano_text(WORLD)))
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,17 @@ def test_a_folder_in_peft_and_mlx_lm(codec, ids, tmp_path, backend, targets, tie
     assert len(lm.backend.trained(lm.model)) == len(weights(lm))
 
 
+@pytest.mark.parametrize("backend", BOTH)
+def test_each_stage_has_directions_of_its_own(codec, tmp_path, backend):
+    """With --lora_merge an adapter of the next stage begins with another A, and that of the same stage with the same. Guards: all stages in one subspace of `rank` dimensions."""
+    lm, s, seen = adapted(codec, tmp_path / "base", backend), Settings(lora_rank=8, lora_alpha=16.0), []
+    for stage in ("sft1", "sft2", "sft1"):
+        lm.backend.merge(lm.model)
+        lm.adapt(s, stage)
+        seen.append(weights(lm)["model.layers.1.mlp.up_proj.lora_A"])
+    assert np.array_equal(seen[0], seen[2]) and np.abs(seen[0] - seen[1]).max() > 0.01
+
+
 def test_a_run_that_was_moved(codec, ids, tmp_path):
     """An adapter finds its base beside itself; where it is nowhere, that is said."""
     lm = adapted(codec, tmp_path / "run" / "base")
@@ -358,8 +369,11 @@ def test_the_scripts_with_an_adapter(base, tmp_path, monkeypatch, capsys, backen
     def run(script, *others):
         monkeypatch.setattr(sys, "argv", ["x", *args, *others])
         script(read_settings("x"))
+    stages, adapt = [], model.LM.adapt
+    monkeypatch.setattr(model.LM, "adapt", lambda lm, s, stage="": stages.append(stage) or adapt(lm, s, stage))
     run(train_sft.run, "--resume")          # behind the base model
     run(train_rl.run)
+    assert [stage for stage in stages if stage] == ["sft1", "sft2", "sft3", "rl1", "rl1", "rl2"]        # RL's first: the reference
     run(benchmark.run)
     root = tmp_path / "out" / "t"
     assert all((root / stage / ("model" if merge else "adapter_model")).with_suffix(".safetensors").is_file() for stage in ("sft1", "sft2", "sft3", "rl1", "rl2"))

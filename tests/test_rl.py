@@ -8,6 +8,7 @@ from conftest import tiny
 
 import autocoa
 import data
+import live
 import model_torch
 import tools
 import train_rl
@@ -41,22 +42,29 @@ def test_reward_and_order_of_a_step(codec, lm, monkeypatch):
     assert rewards.tolist() == [[1, 0, 1], [1, 1, 0]]
 
 
-def test_the_two_environments(monkeypatch, tmp_path):
+@pytest.mark.parametrize("settings, steps, begins", [({}, ("rl1", "rl2"), ["sft3"]), ({"stage": "rl2"}, ("rl2",), ["sft3", "rl1"]),
+                                                     ({"stage": "rl2", "start": "sft2"}, ("rl2",), ["sft2"])])
+def test_the_two_environments(monkeypatch, tmp_path, settings, steps, begins):
     """RL-1 imagines its observations and asks nothing that starts at a known entity; RL-2 has the tool, on a pool of its own. The adapter is made
-    before the reference is copied (guards: a second base in memory, which the estimate does not count)."""
+    before the reference is copied (guards: a second base in memory, which the estimate does not count). KL is measured to what RL begins with,
+    whether the two stages are run at once or one by one (guards: `--stage=rl2` measured it to RL-1)."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "out/nano/sft3").mkdir(parents=True)
-    (tmp_path / "out/nano/sft3/config.json").write_text("{}")
-    calls, made = [], []
+    for stage in ("sft2", "sft3", "rl1"):
+        (tmp_path / "out/nano" / stage).mkdir(parents=True)
+        (tmp_path / "out/nano" / stage / "config.json").write_text("{}")
+    calls, made, loaded = [], [], []
     the_tool = tools.Library({})
     task = types.SimpleNamespace(train=lambda n, pool, p_head=0.1: (n, pool, p_head), rl_search=the_tool)
     monkeypatch.setattr(train_rl.data, "load_task", lambda s: task)
-    monkeypatch.setattr(train_rl.model, "load", lambda *a, **k: types.SimpleNamespace(adapt=lambda s: made.append("adapter"), copy=lambda: made.append("copy") or "the start"))
-    monkeypatch.setattr(train_rl, "grpo", lambda lm, reference, s, stage, steps, pool, search, rng, scale=1.0: calls.append((lm, stage, steps, pool, search, scale)))
+    policy = types.SimpleNamespace(resume=lambda folder: loaded.append(folder.name))
+    reference = types.SimpleNamespace(adapt=lambda *a: made.append("adapter"), copy=lambda: made.append("copy") or policy)
+    monkeypatch.setattr(train_rl.model, "load", lambda folder, **k: loaded.append(folder.name) or reference)
+    monkeypatch.setattr(train_rl, "grpo", lambda lm, to, s, stage, steps, pool, search, rng, scale=1.0: calls.append((lm, to, stage, steps, pool, search, scale)))
     monkeypatch.setattr(train_rl.estimate, "show", lambda *a: True)
-    train_rl.run(Settings(rl1_steps=3, rl2_steps=2, questions=4, rl_questions=10))
-    assert calls == [("the start", "rl1", 3, (10, "rl1", 0.0), autocoa.IMAGINE, Settings.rl1_scale), ("the start", "rl2", 2, (10, "rl2", 0.1), the_tool, 1.0)]
-    assert made == ["adapter", "copy"]
+    train_rl.run(Settings(rl1_steps=3, rl2_steps=2, questions=4, rl_questions=10, **settings))
+    assert calls == [c for c in [(policy, reference, "rl1", 3, (10, "rl1", 0.0), autocoa.IMAGINE, Settings.rl1_scale),
+                                 (policy, reference, "rl2", 2, (10, "rl2", 0.1), the_tool, 1.0)] if c[2] in steps]
+    assert made == ["adapter", "copy"] and loaded == begins
 
 
 def test_groups_that_agree_are_skipped_and_counted(codec, tmp_path, monkeypatch):
@@ -79,6 +87,21 @@ def test_groups_that_agree_are_skipped_and_counted(codec, tmp_path, monkeypatch)
     assert row["malformed"] == 0 and row["actions"] == 1 and row["length"] == np.mean([len(t.ids) for t in done])
     first = [json.loads(x) for x in open("out/nano/rl1/rollouts.jsonl")]
     assert [r["ids"] for r in first] == [t.ids for t in done[:2]] and first[0]["reward"] == 1
+
+
+def test_a_group_with_a_failed_search_is_skipped(codec, tmp_path, monkeypatch):
+    """What is rewarded behind a search that failed says nothing of the policy."""
+    monkeypatch.chdir(tmp_path)
+    lm = tiny(codec)
+    done = sampled(codec, lm, ["Eva", "Ada", "Eva", "Ada"])
+    done[0].observations[0] = live.FAILED
+    monkeypatch.setattr(train_rl, "sample", lambda *a: (done, np.array([[1.0, 0.0], [1.0, 0.0]])))
+    learned, update = [], train_rl.update_batches
+    monkeypatch.setattr(train_rl, "update_batches", lambda ts, adv, ref, s: learned.extend(ts) or update(ts, adv, ref, s))
+    pool = [{"question": "Who directed it?", "golden_answers": ["Eva"]}] * 2
+    train_rl.grpo(lm, lm.copy(), Settings(questions=2, rollouts=2, temperature=1.0), "rl2", 1, pool, None, (0, 2))
+    assert {id(t) for t in learned} == {id(done[2]), id(done[3])}
+    assert json.loads(open("out/nano/rl2/log.jsonl").readline())["skipped_groups"] == 1
 
 
 def test_a_step_without_a_difference_changes_nothing(codec, tmp_path, monkeypatch):

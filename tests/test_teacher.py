@@ -1,4 +1,4 @@
-"""The teacher (data.py) on the nano world and on real questions, chains of thought, and contrastive pairs."""
+"""The teacher (data.py) and the base model's skills (skills.py) on the nano world and on real questions, chains of thought, and contrastive pairs."""
 import random
 import re
 
@@ -8,6 +8,7 @@ import pytest
 import data
 import live
 import miniwiki
+import skills
 import tools
 import train_sft
 from autocoa import ACTION, OBSERVATION, PROMPT, Codec
@@ -23,7 +24,7 @@ KNOWN = set(random.Random(0).sample(FACTS, len(FACTS) // 2))
 
 @pytest.fixture(scope="module")
 def nano():
-    return Codec(data.nano_tokenizer(2048, data.nano_text(WORLD)))
+    return Codec(skills.nano_tokenizer(2048, skills.nano_text(WORLD)))
 
 
 def segments(codec, t):
@@ -106,7 +107,7 @@ def test_differences_are_not_learned_by_heart(nano):
 
 def test_base_data_holds_no_chain_of_action(nano):
     """Guards: a base model that is already an agent. Of single skills, none both searches and reads or answers after it."""
-    texts = data.base_data(nano, [WORLD], [SEARCH], random.Random(0), 60_000)
+    texts = skills.base_data(nano, [WORLD], [SEARCH], random.Random(0), 60_000)
     assert 60_000 <= sum(len(t.ids) for t in texts) < 62_000
     kinds = {(nano.search in t.ids, nano.result in t.ids, nano.boxed in t.ids) for t in texts}
     assert kinds >= {(True, False, False), (False, True, True), (False, False, True)}
@@ -117,11 +118,11 @@ def test_base_data_holds_no_chain_of_action(nano):
 def test_queries_and_readings_behind_other_facts(nano):
     """The skills that a workflow puts together are learned at every fact of a question, with what was said before given: the ask and its query, or the ask,
     what is read and the next ask. Guards: a workflow that can't do two hops because its model has never written a second query."""
-    texts = data.base_data(nano, [WORLD], [SEARCH], random.Random(3), 150_000)
+    texts = skills.base_data(nano, [WORLD], [SEARCH], random.Random(3), 150_000)
     seen = set()
     for t in texts:
         question, _, text = nano.decode(t.ids).partition("<think>")
-        if data.TO_QUERY in question or data.TO_READ in question and "?" in question:
+        if skills.TO_QUERY in question or skills.TO_READ in question and "?" in question:
             learned = [nano.decode([i for i, _ in run]).strip() for run in runs(t)]
             number, noun = re.match(r"(?:.*\. )?(\d)? ?([a-z ]+) of [^?]+\?", learned[0]).groups()
             kind = "query" if nano.search in t.ids else "reading"
@@ -142,7 +143,7 @@ def test_reading_says_what_the_passages_say(nano, progress):
     passage has the title that is asked for; asks carry no loss."""
     rng, sizes, missing, former = random.Random(0), [], 0, 0
     for _ in range(40):
-        t = data.reading(nano, WORLD, rng, progress)
+        t = skills.reading(nano, WORLD, rng, progress)
         passages = {line.split(":")[0]: line for line in t.observations[0].split("\n ")}
         assert len(passages) == 2
         sizes += [len(line.split(".")) for line in t.observations[0].split("\n ")]
@@ -182,7 +183,7 @@ def test_plans_never_hold_a_composition_of_evaluation(nano):
     nouns, rng, pairs, compared = {rel.noun: r for r, rel in RELATIONS.items()} | {miniwiki.DIFFERENCE: miniwiki.DIFFERENCE}, random.Random(0), set(), 0
     noun_of = {r: noun for noun, r in nouns.items()}
     for _ in range(600):
-        t = data.made_up(nano, WORLD, rng)
+        t = skills.made_up(nano, WORLD, rng)
         text = nano.decode(t.ids).split("<think>")[1].strip()
         path = [nouns[noun] for noun in re.findall(r"(?:^|\. )(?:\d )?\b([a-z ]+?) of [^?.]+\?", text)]
         assert 1 <= len(path) <= 4 + (path[-1] == miniwiki.DIFFERENCE) and text.count("I recall") == len(path)
@@ -205,7 +206,7 @@ def test_what_is_given_is_never_learned(nano):
     """Made-up facts are given in a plan's chain, with SFT-3's eyes too; its observations are learned there, its prompt is not. Guards: SFT-3
     that learns to recall what is made up."""
     rng = random.Random(1)
-    for t in [data.made_up(nano, WORLD, rng) for _ in range(20)] + [t for _, t in data.teach(nano, QUESTIONS[:20], KNOWN, SEARCH)[0]]:
+    for t in [skills.made_up(nano, WORLD, rng) for _ in range(20)] + [t for _, t in data.teach(nano, QUESTIONS[:20], KNOWN, SEARCH)[0]]:
         seen, = train_sft.unmask([t])
         assert seen.ids == t.ids and all(m == 0 for m, r in zip(seen.mask, t.role) if r == PROMPT)
         assert [m for m, r in zip(seen.mask, t.role) if r != OBSERVATION] == [m for m, r in zip(t.mask, t.role) if r != OBSERVATION]
@@ -239,7 +240,7 @@ def test_a_word_is_one_token_wherever_it_stands(nano):
 
 def test_titles_can_only_be_copied(nano):
     """The first word of each title is given, the others and its number carry loss, and all stand in the passages."""
-    t = data.titles(nano, WORLD, random.Random(1))
+    t = skills.titles(nano, WORLD, random.Random(1))
     given = [line.split(":")[0] for line in t.observations[0].split("\n ")]
     tail = nano.decode(t.ids[t.ids.index(nano.end_result) + 1:]).strip()
     assert sorted(x.strip() for x in tail.split(" says") if x) == sorted(given)
