@@ -107,9 +107,11 @@ class Chat:
                         return None
             raise Problem(f"{self.setting}: not an endpoint that answers ({type(e).__name__}: {e} {said}); "
                           f"what it said before is in {self.cache.path}, so the same command goes on from there") from None
+        usage = answer.get("usage")
         with self.lock:
             for kind in ("prompt_tokens", "completion_tokens"):
-                self.counts[kind] += (answer.get("usage") or {}).get(kind) or 0
+                count = usage.get(kind) if isinstance(usage, dict) else 0
+                self.counts[kind] += count if isinstance(count, int) else 0
         return text
 
     def prompt(self, conversation):

@@ -329,7 +329,7 @@ def read_jsonl(path, what, setting):
     for n, line in enumerate(text.split("\n") if text else [], 1):      # not splitlines, which also cuts at U+2028
         try:
             rows.append((n, json.loads(line)))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Problem(f"{path}:{n}: not JSON; expected {what}, one a line") from None
     if not rows:
         raise Problem(f"{path}: empty; expected {what}, one a line")

@@ -15,7 +15,7 @@ import miniwiki
 import tools
 from autocoa import Trajectory, exact_match, normalize
 from common import Problem, tqdm
-from live import FAILED
+from live import FAILED, MISSED
 
 MISSING = "Not found."      # what a reader says of passages that do not hold it
 
@@ -25,9 +25,15 @@ def cot(codec, q, recalled="think"):
     """A chain of thought from memory: the plan, then what is asked and what is recalled ("given": not to be learned),
     for each fact. Differences are not to be learned by heart."""
     return codec.build(q["question"], opening(q)
-                       + [part for s in q["metadata"]["steps"]
+                       + [part for s in recalled_steps(q)
                           for part in told(s, "given" if s.get("noun") == miniwiki.DIFFERENCE else recalled)]
                        + ending(q))
+
+
+def recalled_steps(q):
+    """The steps of a question that are recalled one by one. A real question is one fact, whatever is searched for on the way."""
+    steps = q["metadata"]["steps"]
+    return steps[:1] if "holds" in steps[0] else steps
 
 
 def told(s, recalled="think"):
@@ -84,8 +90,8 @@ def teach(codec, questions, known, search, max_observation=128):
     seen = {query: codec.fit(observation, max_observation) for query, observation in zip(asked, search(asked))}
     out, counts = [], {"searches": 0, "misses": 0, "dropped": 0}
     for q in tqdm(questions, desc="what the teacher does", unit="question", leave=False):
-        parts, evidence = opening(q), ""
-        for s in q["metadata"]["steps"]:
+        parts, evidence, steps = opening(q), "", q["metadata"]["steps"]
+        for s in recalled_steps(q) if steps[0]["fact"] in known else steps:
             if s["fact"] in known:
                 parts += told(s)
                 continue
@@ -103,7 +109,7 @@ def teach(codec, questions, known, search, max_observation=128):
                 counts["dropped"] += 1
                 break
         else:
-            if ("result", FAILED) in parts:     # nobody knows what it would have found
+            if ("result", FAILED) in parts or ("result", MISSED) in parts:      # nobody knows what it would have found
                 counts["dropped"] += 1
             else:
                 out.append((q, codec.build(q["question"], parts + ending(q, evidence))))
@@ -151,7 +157,7 @@ def pairs(codec, questions, recalled, acted):
     """
     acts, thinks = [], []
     for q in questions:
-        steps = q["metadata"]["steps"]
+        steps = recalled_steps(q)
         wrong = [i for i, s in enumerate(steps) if not exact_match(recalled[s["fact"]], s["answers"])]
         if bool(wrong) != (q["id"] in acted):
             continue                                    # both right or both wrong: nothing to learn about when
@@ -253,7 +259,7 @@ def read_questions(path, name=""):
         q["metadata"]["steps"] = real_steps(q, name)
         q["id"] = f"{name}:{q['id']}"                           # each data set counts from 0
         for step in q["metadata"]["steps"]:
-            step["fact"] = q["id"]
+            step |= {"fact": q["id"], "queries": [called(query) for query in step["queries"]]}
     return out
 
 
@@ -289,6 +295,15 @@ def real_steps(q, source=""):
             way = dict(ask="What do the passages say?", subject=question, queries=[question, title])
         steps.append(dict(fact, title=title, holds=holds, **way))
     return steps
+
+
+def called(query):
+    """A query as the model has to write it, with the tool's name where a word and a colon at its beginning would be taken for one.
+
+    >>> called("thor: ragnarok"), called("Thor")
+    ('search: thor: ragnarok', 'Thor')
+    """
+    return f"search: {query}" if tools.ACTION.match(query) else query
 
 
 # ---- batches ------------------------------------------------------------------------------------------------------------

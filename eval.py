@@ -54,7 +54,7 @@ def run_row(row, lm, questions, task, s, tries):
     elif row == "model only":
         done = workflows.closed_book(lm, questions, s, workflows.CLOSED_BOOK, desc=row)
     elif row == "retrieve-then-read":
-        done = workflows.read(lm, questions, looked_up(task.eval_search([q["question"] for q in questions]), s.max_observation),
+        done = workflows.read(lm, questions, looked_up(task.eval_search([f"search: {q['question']}" for q in questions]), s.max_observation),
                               s, desc=row)
     elif row == "oracle passages":
         done = workflows.read(lm, questions, looked_up([data.gold_passages(q, task.eval_search) for q in questions], s.max_len // 2),
@@ -127,28 +127,32 @@ class Predictions:
     """Records of an evaluation, in <folder>/predictions.jsonl; until all are there in predictions.jsonl.partial, so
     that --resume finds them.
 
-    rows: those that are asked (none: all). Without resume they are asked anew; the records of others stay.
+    rows, sets: those that are asked (none: all). Without resume they are asked anew; the records of others stay.
     """
 
-    def __init__(self, folder, resume, rows=()):
+    def __init__(self, folder, resume, rows=(), sets=()):
         self.path, self.part, self.known = folder / "predictions.jsonl", folder / "predictions.jsonl.partial", {}
         folder.mkdir(parents=True, exist_ok=True)
         for path in (self.path, self.part):
-            lines, kept = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else [], []
-            for n, line in enumerate(lines if resume or rows else [], 1):
+            lines, kept = path.read_bytes().splitlines(keepends=True) if path.is_file() else [], []
+            for n, line in enumerate(lines if resume or rows or sets else [], 1):
                 try:
-                    if line.endswith("}\n") and (resume or json.loads(line)["row"] not in rows):
+                    if not line.endswith(b"}\n"):
+                        continue
+                    r = json.loads(line)
+                    stays = rows and r["row"] not in rows or sets and r["set"] not in sets
+                    if resume or stays:
                         kept.append(line)
-                        r = json.loads(line)
-                        # an answer behind a search that failed is asked again, when its row is
-                        if not r.get("lost") or rows and r["row"] not in rows:
+                        # an answer behind a search that failed is asked again
+                        if stays or not r.get("lost"):
                             self.known[r["row"], r["set"], r["id"], r.get("asked"), r.get("made")] = {
                                 **r, "em": r["em"], "queries": r["queries"]}
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    raise Problem(f"{path}:{n}: not a prediction of eval.py; remove this line, and --resume asks it again") from None
+                    if resume or rows:
+                        raise Problem(f"{path}:{n}: not a prediction of eval.py; remove this line, and --resume asks it again") from None
             # the last was cut, and what is written next must not go on behind it; or all is asked anew
             if path == self.part and kept != lines:
-                write(path, "".join(kept))
+                write(path, b"".join(kept).decode())
 
     def missing(self, row, sets, made):
         """[(set, question)] that this row is still to be asked."""
@@ -327,7 +331,7 @@ def run(s):
         return
     chat = Chat(s.judge, s, "judge") if s.judge else None           # before the rows: one that is not there costs no time
     made = {row: made_by(folder, s) for row, folder in todo}
-    known, predictions, answers, rows, tries = known_facts(base, task, s, root), Predictions(root, s.resume, s.rows), {}, {}, {}
+    known, predictions, answers, rows, tries = known_facts(base, task, s, root), Predictions(root, s.resume, s.rows, task.evaluation), {}, {}, {}
     for row, folder in todo:
         sets, lm = asked(row, base, task), None
         if s.rows and row not in s.rows and predictions.missing(row, sets, made[row]):

@@ -46,7 +46,7 @@ def read_rows(path, what, setting):
     try:
         text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
         return list(enumerate(json.loads(text), 1)) if text.lstrip().startswith("[") else read_jsonl(path, what, setting)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise Problem(f"{path}: not JSON: {e}; expected {what}") from None
 
 
@@ -65,7 +65,8 @@ def parts_of(text, whole=True):
         at = call.end()
     if thought[at:].strip():
         parts.append(("think", thought[at:].strip()))
-    if any(tag in x for kind, x in parts if kind != "result" for tag in TAGS.values()):
+    tags = [tag for name, tag in TAGS.items() if name != "boxed"]       # a thought may speak of the box; it is plain text there
+    if any(tag in x for kind, x in parts if kind != "result" for tag in tags):
         raise ValueError("a tag that is not closed, or in the wrong place")
     kinds = [kind for kind, _ in parts]
     if (any(kind == "result" and kinds[i - 1:i] != ["search"] for i, kind in enumerate(kinds))
@@ -247,7 +248,7 @@ def show(path, number):
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError):
         raise Problem(f"{path}:{n}: not a trajectory; expected ids, mask and role, or AutoCoA's messages or pairs") from None
     # a file of others could steer the terminal
-    print("".join((TRAINED if m else OTHER) + re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "", text) for text, m in runs) + PLAIN)
+    print("".join((TRAINED if m else OTHER) + re.sub(r"[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", "", text) for text, m in runs) + PLAIN)
 
 
 def get(name, folder="."):

@@ -7,6 +7,7 @@ Every answer of the live tool goes into one SQLite file, out/wikipedia.sqlite. `
 not in it, `replay` never asks (a miss is an observation, and is counted), `refresh` asks for everything anew.
 What fails is not kept.
 """
+import contextlib
 import json
 import math
 import os
@@ -39,6 +40,10 @@ BATCH = 64                                  # queries that a retrieval server ge
 BUSY = (3, 5, 6, 8, 10, 13, 14)             # SQLite's codes for a file that is locked, read-only, or on a full or failing disk
 
 
+class SentOn(requests.RequestException):
+    """Pages that send one on and on, as the wikipedia package follows them."""
+
+
 class Polite:
     """In place of `requests` for the wikipedia package, which has no timeouts, no retries, and whose rate limit rounds
     its waits down to nothing.
@@ -66,7 +71,7 @@ class Polite:
     def send(self, method, url, **more):
         self.thread.left = getattr(self.thread, "left", math.inf) - 1
         if self.thread.left < 0:
-            raise requests.TooManyRedirects(f"pages of {url} that send one on and on")
+            raise SentOn(f"pages of {url} that send one on and on")
         for i in range(self.tries or TRIES):
             with self.lock:
                 at = max(self.next, time.monotonic())
@@ -141,10 +146,11 @@ class Cache:
             raise Problem(f"{self.path}: {error}; make it writable, or wait for the process that holds it") from None
         self.db.close()
         with alone(self.path):
-            try:
-                return self.open()
-            except sqlite3.DatabaseError:
-                self.db.close()
+            with contextlib.suppress(sqlite3.DatabaseError):        # what opens may be damaged further in
+                self.open()
+                if self.db.execute("PRAGMA integrity_check(1)").fetchall() == [("ok",)]:
+                    return
+            self.db.close()
             aside = self.path.with_name(f"{self.path.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
             print(f"{self.path} can't be read ({error}): it is now {aside.name}, and an empty one is begun")
             for end in ("", "-wal", "-shm"):
@@ -253,7 +259,7 @@ class Wikipedia:
             return page.title, " ".join(page.summary.split())
         except self.package.exceptions.DisambiguationError as e:
             return title, "This name may mean: " + "; ".join(e.options[:8]) + "."
-        except (self.package.exceptions.PageError, requests.TooManyRedirects, RecursionError):
+        except (self.package.exceptions.PageError, SentOn, RecursionError):
             return None
         finally:
             self.http.thread.left = math.inf

@@ -21,6 +21,7 @@ import tools
 from autocoa import TAGS, exact_match, fit
 from chat import Chat
 from common import Problem, main, write
+from live import FAILED, MISSED
 
 COA = """Answer the question. Think in short plain sentences before you answer. While you think you may search an encyclopedia: write <begin_search> what you look for </end_search> and stop; \
 you will be shown what was found, and go on thinking from there. Search for every fact that you are not sure of, one at a time, at most {most} times. When you know the answer, \
@@ -43,7 +44,7 @@ def chains_of_action(chat, questions, search, s, sample):
                     desc=f"chains of action, turn {turn + 1}")
         calls = []
         for i, text in zip(live, said):
-            texts[i] += text.removeprefix(TAGS["think"])
+            texts[i] += text.lstrip().removeprefix(TAGS["think"])
             if TAGS["search"] in text and TAGS["end_think"] not in text and turn < s.max_actions:
                 texts[i] += TAGS["end_search"]
                 calls.append((i, text, text.rpartition(TAGS["search"])[2].strip()))
@@ -63,7 +64,7 @@ def chains_of_thought(chat, questions, beginnings, s, sample):
     talks = [[{"role": "user", "content": COT.format(question=q["question"])}]
              + ([{"role": "assistant", "content": b}, {"role": "user", "content": GO_ON}] if b else [])
              for q, b in zip(questions, beginnings)]
-    return [text.removeprefix(TAGS["think"])
+    return [text.lstrip().removeprefix(TAGS["think"])
             for text in chat(talks, LENGTH, (TAGS["search"],), WARMTH * (sample > 0), sample, desc="chains of thought")]
 
 
@@ -84,6 +85,8 @@ def teach(chat, questions, search, s):
         begun = [text.partition(TAGS["search"])[0].strip() if TAGS["search"] in text else "" for text in acted]
         thought = chains_of_thought(chat, asked, begun, s, sample)
         for i, q, act, begin, think in zip(live, asked, acted, begun, thought):
+            if f"{TAGS['result']} {FAILED} " in act or f"{TAGS['result']} {MISSED} " in act:
+                continue                # nobody knows what the search would have found
             acts = TAGS["search"] in act
             solved = right(act, q), right(f"{begin} {think}", q)
             if solved[0]:

@@ -80,7 +80,7 @@ def neutral(text):
     # control characters, which a terminal would obey, and half characters
     text = re.sub(r"[^\n\t\x20-\x7e\x85\xa0-\ud7ff\ue000-\U0010ffff]", "", text)
     # what is not seen could hide in a tag
-    text = re.sub(r"[\u115f\u1160\u3164\uffa0\ufe00-\ufe0f]", "", "".join(c for c in text if unicodedata.category(c) != "Cf"))
+    text = re.sub(r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]", "", "".join(c for c in text if unicodedata.category(c) != "Cf"))
     text = re.sub(r"[<＜﹤](?=\s*[/／|｜!A-Za-z])", "‹", text)
     text = re.sub(r"\[(?=/?INST\])", "(", text)                                       # Llama 2's turns are plain text
     return re.sub(r"[\\＼]+boxed", "boxed", text)

@@ -87,6 +87,13 @@ def test_an_endpoint_that_answers_nonsense(endpoint, tmp_path, said):
     assert len(there.asked) == 2
 
 
+@pytest.mark.parametrize("usage", [[10, 3], "many", {"prompt_tokens": "ten"}, {"prompt_tokens": None}])
+def test_a_cost_that_is_none(endpoint, tmp_path, usage):
+    """What is no count counts nothing. Guards: a traceback, and the answer that was paid for lost."""
+    there = endpoint(lambda messages, ask: {"choices": [{"message": {"content": "fine"}}], "usage": usage})
+    assert chat.Chat(there.url + "#x", Settings(), "judge", tmp_path / "c.sqlite")([user("a")], 5) == ["fine"]
+
+
 def test_one_conversation_that_is_refused(endpoint, tmp_path):
     """A null (a reasoning model that thought to its budget's end) is no text; a 400 costs that conversation alone, and is not kept; an endpoint that refuses all ends the
     run, with its own words. A stop that an endpoint takes no notice of cuts all the same."""
@@ -272,6 +279,24 @@ def test_a_teacher_takes_of_all_files(endpoint, folder):
     there = endpoint(say)
     done = run_script(folder, "teacher.py", f"--teacher={there.url}#y", "--train_data=nq_dev.jsonl,hotpotqa_dev.jsonl", "--corpus=passages.jsonl", "--out=mixed", "--tries=1", "--coa=8")
     assert done.status == 0 and "of 8 questions" in done.out and asked == {True, False}, done.err
+
+
+@pytest.mark.parametrize("said", [live.FAILED, live.MISSED])
+def test_a_teacher_behind_a_failed_search(endpoint, tmp_path, said):
+    """No chain and no pair comes from it, whatever it answers."""
+    there = endpoint(lambda messages, ask: "I look. <begin_search> Clay" if "<begin_search>" in messages[0]["content"] and len(messages) < 3 else
+                     "So.</think>\\boxed{Eva}" if len(messages) > 2 and "<search_result>" in messages[2]["content"] else "Ada.</think>\\boxed{Ada}")
+    asker, question = chat.Chat(there.url + "#x", Settings(), "teacher", tmp_path / "c.sqlite"), {"question": "Who?", "golden_answers": ["Eva"]}
+    found, lost = (teacher.teach(asker, [question], lambda queries, o=o: [o] * len(queries), Settings(tries=1)) for o in ("Clay 1: By Eva.", said))
+    assert [len(rows) for rows in found] == [1, 0, 1] and lost == ([], [], [])
+
+
+def test_white_space_before_the_thought(endpoint, tmp_path):
+    """Guards: a row with <think> twice, which training refused, of a question that then counted as solved."""
+    there = endpoint(lambda messages, ask: "\n<think>It is Eva.</think>\\boxed{Eva}")
+    for row in [row for rows in teacher.teach(chat.Chat(there.url + "#x", Settings(), "teacher", tmp_path / "c.sqlite"),
+                                              [{"question": "Who?", "golden_answers": ["Eva"]}], None, Settings(tries=1))[:2] for row in rows]:
+        assert formats.parts_of(row["messages"][1]["content"]) == [("think", "It is Eva."), ("answer", "Eva")]
 
 
 def test_a_teacher_that_never_stops(endpoint, tmp_path):

@@ -57,6 +57,14 @@ def test_good_questions(tmp_path):
     assert all(q["metadata"]["steps"] for q in questions)
 
 
+def test_a_question_that_looks_like_a_call(tmp_path):
+    """A word and a colon at its beginning are no tool's name: the query carries the tool's own. Guards: "Unknown tool thor", taught as a miss."""
+    q, = data.read_questions(write(tmp_path / "nq.jsonl", {**GOOD, "question": "thor: ragnarok release date"}))
+    assert q["metadata"]["steps"][0]["queries"] == ["search: thor: ragnarok release date"]
+    library = tools.library([{"id": "0", "contents": '"Thor: Ragnarok"\nReleased in 2017.'}], 1)
+    assert library(q["metadata"]["steps"][0]["queries"]) == ["Thor: Ragnarok 1: Released in 2017."]
+
+
 def test_two_hops_whatever_the_id(tmp_path):
     """FlashRAG's HotpotQA rows are called train_0, train_1 ..: the plan for two gold passages is two searches all the same."""
     row = {"id": "train_0", "question": "Where did the author of The Clay Hour grow up?", "golden_answers": ["Tallow"], "metadata": {"gold_titles": ["Orla Venn", "The Clay Hour"]}}

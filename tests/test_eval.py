@@ -234,6 +234,22 @@ def test_which_answers_are_asked_again(tmp_path):
     assert go("y", False, ["A"]) == 3
 
 
+def test_the_records_of_other_sets_stay(tmp_path):
+    """Without --resume the sets that are asked are asked anew, the answers to others stay. Guards: `--data=b.jsonl` removed the hours of `--data=a.jsonl`."""
+    asked = []
+
+    def go(name):
+        sets = {name: [{"id": f"{name}0", "question": "0?", "golden_answers": ["x"], "metadata": {}}]}
+        p = benchmark.Predictions(tmp_path, False, (), sets)
+        p.finish({"A": p.row("A", sets, "w", lambda questions: asked.extend(q["id"] for q in questions) or [record(1.0, id=q["id"]) for q in questions], 9)}, {"A": "w"})
+        return [json.loads(line)["set"] for line in open(tmp_path / "predictions.jsonl")]
+    assert [go("a"), go("b"), go("b")] == [["a"], ["b", "a"], ["b", "a"]] and asked == ["a0", "b0", "b0"]
+    (tmp_path / "predictions.jsonl").write_bytes(b'{"row": "\xff"}\n')
+    with pytest.raises(Problem, match="predictions.jsonl:1: not a prediction"):
+        benchmark.Predictions(tmp_path, True)
+    assert go("a") == ["a"]
+
+
 def test_answers_come_back_in_order(lm):
     """Questions are rolled out by length, a few at a time; each trajectory is its own question's."""
     texts = ["Who directed it?", "Who?", "Who starred in Silver River film of Eva Moss?", "A", "Who was born in 1950?"]

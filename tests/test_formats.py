@@ -116,6 +116,12 @@ def test_pairs_of_others_there_and_back(chat, tmp_path):
     assert odd == [] and json.loads((tmp_path / "pairs.json").read_text()) == rows
 
 
+def test_a_thought_may_speak_of_the_box(nano):
+    """It is plain text there; the answer is the box behind the thought. Guards: rows of reasoning models, left out as tags in the wrong place."""
+    t = nano.build("Who?", formats.parts_of("<think>It goes into \\boxed{}. It is Eva.</think>\n\\boxed{Eva}"))
+    assert nano.answer(t) == "Eva" and nano.well_formed(t) and t.ids.count(nano.boxed) == 1 and "boxed{}" in nano.decode(t.ids)
+
+
 @pytest.mark.parametrize("said, why", [("<think>Hm", "no </think>"), ("<think>Hm</think> Eva", "no .boxed"), ("<think>Hm</think> \\boxed{Eva", "no .boxed"), ("<think>Hm</think> \\boxed{ }", "no .boxed"),
                                        ("<think><begin_search>x</end_search> so</think>\\boxed{Eva}", "without its result"), ("<think>a <begin_search>x</end_search></think>\\boxed{Eva}", "without its result"), ("<think><search_result>x</search_result></think>\\boxed{Eva}", "without its result"),
                                        ("<think>a <begin_search> b</think>\\boxed{Eva}", "not closed"),
@@ -131,7 +137,7 @@ def test_rows_that_are_no_trajectories(nano, tmp_path, said, why):
     assert re.search(f"x.jsonl:2: .*({why})", odd[0])
 
 
-@pytest.mark.parametrize("content, message", [('{"question": "Who?"}\n', "x.jsonl:1: neither messages"), ("[1", "not JSON"), ("", "x.jsonl: empty"), ("no", "x.jsonl:1: not JSON")])
+@pytest.mark.parametrize("content, message", [('{"question": "Who?"}\n', "x.jsonl:1: neither messages"), ("[1", "not JSON"), ("", "x.jsonl: empty"), ("no", "x.jsonl:1: not JSON"), ("[" * 9000, "x.jsonl: not JSON"), ('{"a": ' + "[" * 9000, "x.jsonl:1: not JSON")])
 def test_files_that_are_none(nano, tmp_path, content, message):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(Problem, match=message):
@@ -151,6 +157,9 @@ def test_show(nano, tmp_path, capsys):
     formats.export(nano, tmp_path, [t], [], [])
     formats.show(tmp_path / "coa.jsonl", 1)
     assert re.findall(r"\x1b\[1;32m(.*?)\x1b\[", capsys.readouterr().out) == ["<think> Hm<begin_search> Eva</end_search>", "</think>\\boxed{ Eva}"]
+    (tmp_path / "half.jsonl").write_text('{"messages": [{"content": "half \\ud83d a character"}]}')
+    formats.show(tmp_path / "half.jsonl", 1)
+    capsys.readouterr().out.encode()
     with pytest.raises(Problem, match="no trajectory 2; it holds 1"):
         formats.show(tmp_path / "a.jsonl", 2)
 

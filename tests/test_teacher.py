@@ -310,6 +310,18 @@ def test_a_real_bridge(nano):
     assert nano.answer(t) == "Tallow" and nano.well_formed(t)
 
 
+def test_a_real_question_that_is_known(nano):
+    """It is one fact, however many searches it takes, so it is recalled once. Guards: the answer recalled for the first hop, and again for a title that nothing named."""
+    q = real("Where did the author of The Clay Hour grow up?", ["Tallow"], ["Orla Venn", "The Clay Hour"])
+    fact = q["metadata"]["steps"][0]["fact"]
+    (_, known), = data.teach(nano, [q], {fact}, tools.library(PASSAGES, 1))[0]
+    for t in (data.cot(nano, q), known):
+        text = nano.decode(t.ids)
+        assert text.count("I recall Tallow.") == 1 and "Orla" not in text and not t.queries and nano.answer(t) == "Tallow"
+    (_, acting), = data.pairs(nano, [q] * 2, {fact: "Tallow"}, set())[1][1:]        # the second's cut is the second step, if it has one
+    assert acting.queries == ["The Clay Hour"] and "recall" not in nano.decode(acting.ids)
+
+
 def test_a_real_miss_is_kept(nano):
     """The question's own words find another passage; the miss stays, and the title is tried."""
     q = real("What does the pipe of clay of fame lie near in the county?", ["Marrow County"], ["Tallow (town)"], "nq_1")
@@ -353,7 +365,7 @@ def test_a_chain_behind_a_failed_search_is_dropped(nano):
     """Wikipedia did not answer: that it holds nothing of the title would be made up. Guards: a failure taught as a miss, with another wording that finds it."""
     q = real("Where did Orla Venn grow up?", ["Tallow"], ["Orla Venn"], "nq_5")
     search = tools.library(PASSAGES, 1)
-    for said, kept in (("Nothing here.", 1), (live.FAILED, 0)):
+    for said, kept in (("Nothing here.", 1), (live.FAILED, 0), (live.MISSED, 0)):
         chains, counts = data.teach(nano, [q], set(), lambda queries, said=said: [said if query == "Orla Venn" else o for query, o in zip(queries, search(queries))])
         assert len(chains) == kept and counts == {"searches": 2, "misses": 1, "dropped": 1 - kept}
 
