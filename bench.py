@@ -5,8 +5,8 @@
     python bench.py index 10000 1000000         # what an index of so many made-up passages of 85 words costs
 
 one answer      a prompt, 128 tokens
-agents          questions x rollouts with tool calls, greedy; the library decodes all rows of a turn together and reads the
-                grown texts again after each call, as its interface has it
+agents          as many different questions as questions x rollouts, with tool calls, greedy; the library decodes all rows of a
+                turn together and keeps its caches over the calls (but for answers that are forced, which it leaves out)
 training        optimizer steps of a LoRA adapter (MLX: that library's own trainer) or of all weights (torch)
 
 Both sides have the same weights, texts and budgets and run in turns; the figure is the median of the ratios.
@@ -35,18 +35,24 @@ ROUNDS = 5
 
 
 def with_tool_calls(generate, codec, prompts, search, s):
-    """Tool calls around a library's generate: (texts, limit) -> new ids of each, its stop token included. -> whole texts"""
-    texts, live = [list(p) for p in prompts], list(range(len(prompts)))
+    """Tool calls around a library's batched generate: (rows, the ids that each has to read, how many it may write) -> new ids of each,
+    its stop token included. -> whole texts"""
+    texts, fresh = [list(p) for p in prompts], dict(enumerate(prompts))
     for _ in range(s.max_actions + 1):
-        new = generate([texts[i] for i in live], s.max_len - max(len(texts[i]) for i in live))
-        for i, ids in zip(live, new):
+        rooms = [s.max_len - s.max_answer - 8 - len(texts[i]) for i in fresh]
+        queries = {}
+        for i, ids in zip(fresh, generate(list(fresh), list(fresh.values()), rooms)):
             texts[i] += ids
-        live = [i for i in live if texts[i][-1] == codec.end_search and len(texts[i]) < s.max_len - 150]
-        if not live:
+            if ids[-1] == codec.end_search and codec.search in ids:
+                queries[i] = codec.decode(ids[len(ids) - ids[::-1].index(codec.search):-1]).strip()
+        fresh = {}
+        for i, said in zip(queries, search(list(queries.values())) if queries else []):
+            feed = [codec.result] + codec.encode(codec.fit(said, s.max_observation)) + [codec.end_result]
+            if len(texts[i]) + len(feed) < s.max_len - s.max_answer - 8:
+                texts[i] += feed
+                fresh[i] = feed
+        if not fresh:
             break
-        for i, said in zip(live, search([codec.decode(texts[i][len(texts[i]) - texts[i][::-1].index(codec.search):-1]).strip()
-                                         for i in live])):
-            texts[i] += [codec.result] + codec.encode(said) + [codec.end_result]
     return texts
 
 
@@ -63,16 +69,22 @@ def mlx_lm_side(folder, base, codec, s):
     def one(prompt, n):
         return [int(t) for t, _ in zip((t for t, _ in generate_step(mx.array(prompt), network, max_tokens=n)), range(n))]
 
-    def many(texts, limit):
-        generator = BatchGenerator(network, stop_tokens=[[t] for t in stops],
-                                   completion_batch_size=len(texts), prefill_batch_size=len(texts))
-        uids = generator.insert(texts, [limit] * len(texts))
-        out = {u: [] for u in uids}
-        while responses := generator.next_generated():
-            for r in responses:
-                out[r.uid].append(r.token)
-        generator.close()
-        return [out[u] for u in uids]
+    def batched():
+        caches = {}
+
+        def generate(rows, fresh, rooms):
+            generator = BatchGenerator(network, stop_tokens=[[t] for t in stops],
+                                       completion_batch_size=len(rows), prefill_batch_size=len(rows))
+            uids = dict(zip(generator.insert(fresh, rooms, [caches.get(i) for i in rows]), rows))
+            out = {i: [] for i in rows}
+            while responses := generator.next_generated():
+                for r in responses:
+                    out[uids[r.uid]].append(r.token)
+                    if r.finish_reason:
+                        caches[uids[r.uid]] = r.prompt_cache
+            generator.close()
+            return list(out.values())
+        return generate
 
     def learn(rows, steps):
         student, _ = mlx_lm.load(str(base))
@@ -90,7 +102,7 @@ def mlx_lm_side(folder, base, codec, s):
                                         adapter_file=os.path.join(there, "a.safetensors"))
             trainer.train(student, mlx.optimizers.Adam(1e-5), [(r, 0) for r in rows], args=args, training_callback=Clock())
         return times[-1] - times[1]             # the first steps compile
-    return one, many, learn
+    return one, batched, learn
 
 
 def transformers_side(folder, base, codec, s):
@@ -99,19 +111,34 @@ def transformers_side(folder, base, codec, s):
     network = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.backend("torch").pick_device(s.device))
     device = network.device
 
-    def many(texts, limit, stops=(codec.eos, codec.end_search)):
-        longest = max(map(len, texts))
-        ids = torch.tensor([[codec.eos] * (longest - len(t)) + t for t in texts], device=device)
-        mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in texts], device=device)
+    def write(ids, mask, n, stops, cache=None):
         with torch.no_grad():
-            out = network.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False,
-                                   eos_token_id=list(stops) or None, pad_token_id=0)[:, longest:].tolist()
-        ends = [next((i for i, t in enumerate(row) if t in stops), len(row) - 1) for row in out]
-        return [row[:end + 1] for row, end in zip(out, ends)]
+            return network.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=n, do_sample=False,
+                                    eos_token_id=stops, pad_token_id=0, return_dict_in_generate=True)
 
     def one(prompt, n):
         network.generation_config.eos_token_id = None
-        return many([prompt], n, stops=())[0]
+        ids = torch.tensor([prompt], device=device)
+        return write(ids, torch.ones_like(ids), n, None).sequences[0, len(prompt):].tolist()
+
+    def batched():
+        kept = {}           # rows, ids, mask and cache of the turn before
+
+        def generate(rows, fresh, rooms):
+            longest, cache = max(map(len, fresh)), None
+            ids = torch.tensor([[0] * (longest - len(t)) + t for t in fresh], device=device)
+            mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in fresh], device=device)
+            if kept:
+                cache, at = kept["cache"], torch.tensor([kept["rows"].index(i) for i in rows], device=device)
+                cache.batch_select_indices(at)
+                ids, mask = torch.cat([kept["ids"][at], ids], 1), torch.cat([kept["mask"][at], mask], 1)
+            out = write(ids, mask, max(rooms), [codec.eos, codec.end_search], cache)
+            written = out.sequences[:, ids.shape[1]:]
+            stopped = (written == codec.eos) | (written == codec.end_search)
+            own = (stopped.cumsum(1) - stopped.long() == 0).long()              # up to the first stop; then it pads
+            kept.update(rows=rows, ids=out.sequences, mask=torch.cat([mask, own], 1), cache=out.past_key_values)
+            return [row[:n][:room] for row, n, room in zip(written.tolist(), own.sum(1).tolist(), rooms)]
+        return generate
 
     def learn(rows, steps):
         student = AutoModelForCausalLM.from_pretrained(base).to(device).train()
@@ -129,7 +156,7 @@ def transformers_side(folder, base, codec, s):
             optimizer.step()
             loss.item()             # a trainer logs it; and a GPU is waited for, as on our side
         return time.perf_counter() - start
-    return one, many, learn
+    return one, batched, learn
 
 
 def timed(f):
@@ -146,8 +173,8 @@ def run(s):
         raise Problem(f"{folder} holds an adapter; compare with --lora_merge, whose stages are whole networks")
     s.lora_rank = s.lora_rank or 8
     theirs, side = ("mlx_lm", mlx_lm_side) if backend.__name__ == "model_mlx" else ("transformers", transformers_side)
-    one, many, learn = side(folder, root / "base", lm.codec, s)
-    prompts = [lm.codec.prompt(q["question"]) for q in task.train(s.questions, "rl2") for _ in range(s.rollouts)]
+    one, batched, learn = side(folder, root / "base", lm.codec, s)
+    prompts = [lm.codec.prompt(q["question"]) for q in task.train(s.questions * s.rollouts, "rl2")]
     chains = sorted(read_trajectories(root / "data" / "coa.jsonl")[:400], key=lambda t: len(t.ids))
     rows = chains[max(0, len(chains) // 2 - 8):len(chains) // 2 + 8]
     if not rows:
@@ -161,7 +188,7 @@ def run(s):
                                                s.max_actions, s.max_len, s.max_answer, s.max_observation)]
 
     def our_learn(steps=6):
-        student = model.load(root / "base", **place(s))
+        student = model.load(root / "base", **dict(place(s), frozen=theirs == "mlx_lm"))
         if theirs == "mlx_lm":
             student.adapt(s)
         optimizer = student.backend.Optimizer(student.model, muon=False)
@@ -177,7 +204,7 @@ def run(s):
     print(f"{'':14}{'ours':>9}{theirs:>15}{'ratio':>8}")
     for name, ours, others in (
             ("one answer", lambda: timed(our_one), lambda: timed(lambda: one(prompts[0], 128))),
-            ("agents", lambda: timed(our_many), lambda: timed(lambda: with_tool_calls(many, lm.codec, prompts, task.rl_search, s))),
+            ("agents", lambda: timed(our_many), lambda: timed(lambda: with_tool_calls(batched(), lm.codec, prompts, task.rl_search, s))),
             ("training", lambda: (our_learn(), None), lambda: (learn([t.ids for t in rows], 6), None))):
         pairs = [(ours(), others()) for _ in range(ROUNDS)]
         (_, mine), (_, other) = pairs[-1]

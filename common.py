@@ -167,6 +167,8 @@ def read_settings(doc):
     for key, value in vars(s).items():
         if type(value) in (int, float) and not (math.isfinite(value) and (value > 0 or value == 0 and key not in POSITIVE)):
             raise Problem(f"--{key}: {value} is out of range; it must be {'above 0' if key in POSITIVE else '0 or more'}")
+        if key == "lora_dropout" and value >= 1:
+            raise Problem(f"--{key}: {value} is out of range; it must be below 1")
     shown = ", ".join(f"{k}={v}" for k, v in given.items())
     print(f"{Path(sys.argv[0]).name}: run {s.run}, seed {s.seed}" + (f"; set here: {shown}" if shown else ""), flush=True)
     return s

@@ -131,17 +131,21 @@ def show(lm, s, kind):
         keep = {"weights": keep["weights"] * (1 if s.data else 2)}      # the base model stays beside the stage that is asked
         peak = keep["weights"] + copy + rollouts
     else:
-        tokens = max(s.micro_tokens, s.max_len)                         # a trajectory is not cut
+        # a trajectory is not cut, and a pair of SFT-1 is two
+        tokens = max(s.micro_tokens, s.max_len * (2 if kind == "sft" else 1))
         going["activations"] = activations(c, s, tokens, tokens, mlx * s.max_len)
         if kind == "rl":
-            keep["reference"] = 4 * (n["adapter"] + n["tags"] if s.lora_rank else whole)
+            # RL-2 has a base of its own where RL-1's adapter was merged into it
+            keep["reference"] = 4 * (n["adapter"] + n["tags"] if s.lora_rank else whole) + size * whole * (s.lora_rank > 0 and s.lora_merge)
         muon = s.muon and kind == "sft"
         going["optimizer step"] = step_of_mlx(c, s, muon, lm.backend.Optimizer.GROUP) if mlx else step_of_torch(c, s, muon)
         peak = sum(keep.values()) + max(rollouts + copy, going["activations"], going["optimizer step"])
+        if kind == "sft" and s.bits < 16:       # the base is asked for the data before it is quantised
+            peak = max(peak, size * whole + rollouts)
     print(f"{whole / 1e6:,.2f} M parameters"
           + ("" if kind == "eval"
              else f", {(n['adapter'] + n['tags']) / 1e6:,.2f} M trained (rank {s.lora_rank})" if s.lora_rank else ", all trained"))
-    sizes = [f"micro-batches of {max(s.micro_tokens, s.max_len)} tokens"] * (kind != "eval") + [f"{rows} rows of {s.max_len}"]
+    sizes = ([f"micro-batches of {tokens} tokens"] if kind != "eval" else []) + [f"{rows} rows of {s.max_len}"]
     print("memory in MB: " + ", ".join(f"{k} {v / 1e6:,.1f}" for k, v in (keep | going | library).items())
           + f"; together at most {(peak + sum(library.values())) / 1e6:,.0f}, beside the framework and the data "
           f"({', '.join(sizes)})", flush=True)

@@ -322,7 +322,7 @@ def run(s):
         root = Path("out", s.run)
         base = model.load(start_folder(root, "base", ("base", *STAGES.values())), **place(s))
         own = {p.parent.name: p.parent.name for p in sorted(root.glob("*/config.json"))
-               if p.parent.suffix not in (".partial", ".checkpoint") and p.parent.name not in ("base", *STAGES.values())}       # of --out
+               if p.parent.suffix not in (".partial", ".checkpoint", ".old") and p.parent.name not in ("base", *STAGES.values())}       # of --out
         todo = ([(row, root / "base") for row in WORKFLOWS]
                 + [(row, root / stage) for row, stage in (STAGES | own).items() if (root / stage / "config.json").is_file()])
     if odd := [row for row in s.rows if row not in dict(todo)]:

@@ -218,7 +218,8 @@ class LM:
 
     def save(self, folder, optimizer=None, done=None):
         """Write a Hugging Face folder, or that of an adapter, with the optimizer's state where one is given, and beside it
-        how many steps of a stage are done: of RL's, some make several optimizer steps and some none. All or nothing: the files lie beside it until they are complete."""
+        how many steps of a stage are done: of RL's, some make several optimizer steps and some none. All or nothing: the
+        files lie beside it until they are complete."""
         folder = Path(folder)
         parts = folder.with_name(folder.name + ".partial")
         parts.mkdir(parents=True, exist_ok=True)
@@ -232,9 +233,12 @@ class LM:
         if optimizer:
             steps = {} if done is None else {"done": np.array([done])}
             save_file(optimizer.state() | steps, parts / "optimizer.safetensors")
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)          # to remove it takes time, in which there would be neither
         parts.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     def save_adapter(self, folder):
         """PEFT's files, and in mlx_lm/ the same for that library, to which trained tokens are a low-rank change of the
@@ -295,7 +299,8 @@ class LM:
             if s.bits < 16 and self.model.bits == 16:
                 self.backend.quantize(self.model, s.bits)
             tags = sorted(self.codec.tok.convert_tokens_to_ids(list(TAGS.values())))
-            lora, rng, state = LoRA(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, tags), np.random.default_rng([s.seed, *stage.encode()]), {}
+            lora, state = LoRA(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, tags), {}
+            rng = np.random.default_rng([s.seed, *stage.encode()])
             for name, shape in self.adapter_shapes(lora).items():
                 state[name] = rng.uniform(-1, 1, shape) * shape[1] ** -0.5 if name.endswith("lora_A") else np.zeros(shape)
             state |= {f"{name}.rows": x for name, x in self.frozen_rows(lora).items()}
@@ -472,9 +477,12 @@ def load_pretrained(name, device="auto", framework="auto", dtype="float32", froz
     missing = [t for t in TAGS.values() if t not in tok.get_vocab()]
     tok.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
     config.eos_token_id, config.bos_token_id = tok.eos_token_id, tok.bos_token_id
+    declared = (config.vocab_size, config.hidden_size)
     config.vocab_size = max(config.vocab_size, len(tok))
     for key in {"model.embed_tokens.weight", "lm_head.weight"} & set(state):
         old = b.to_numpy(state[key])
+        if old.shape != declared:
+            raise Problem(f"model: {name}: {key} has shape {old.shape}, config.json says {declared}")
         state[key] = np.concatenate([old, np.tile(old.mean(0), (config.vocab_size - len(old), 1))])
         for tag, spelled in zip(TAGS.values(), pieces):
             if tag in missing:
@@ -488,7 +496,13 @@ def load_any(name, **place):
     """-> (LM, whether it has the tags): a folder that `LM.save` wrote, or a checkpoint from elsewhere."""
     path = Path(name) / "tokenizer.json"
     tagged = path.is_file() and f'"{TAGS["search"]}"' in path.read_text()
-    return (load(name, **place) if tagged else load_pretrained(name, **{k: v for k, v in place.items() if k != "bits"})), tagged
+    if tagged:
+        return load(name, **place), True
+    bits = place.pop("bits", 16)
+    lm = load_pretrained(name, **place)
+    if bits < 16:
+        lm.backend.quantize(lm.model, bits)
+    return lm, False
 
 
 def read_gguf(path):

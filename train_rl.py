@@ -139,7 +139,7 @@ def run(s):
         lm.resume(root / "rl1")
     if not estimate.show(lm, s, "rl"):
         return
-    clear(s, [s.out] if s.out else todo)
+    clear(s, [s.out] if s.out else todo, "rl1" if going_on else start)
     if "rl1" in todo:       # the policy is its own search engine
         grpo(lm, reference, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0),
              autocoa.IMAGINE, (s.seed, 1), s.rl1_scale)

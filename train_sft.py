@@ -103,11 +103,15 @@ def to_do(s, stages, start):
     return left
 
 
-def clear(s, stages):
-    """Without --resume, remove what an interrupted run left of these folders; called when nothing can refuse the run any more."""
-    for stage in () if s.resume else stages:
-        for leftover in ("checkpoint", "partial"):
-            shutil.rmtree(Path("out", s.run, f"{stage}.{leftover}"), ignore_errors=True)
+def clear(s, stages, start):
+    """Remove what an interrupted run left of these folders; called when nothing can refuse the run any more. With --resume a
+    checkpoint stays where it is of the first of them and younger than what that is made from, `start`."""
+    root = Path("out", s.run)
+    for i, stage in enumerate(stages):
+        ours, begin = (root / name / "config.json" for name in (f"{stage}.checkpoint", start or ""))
+        going_on = s.resume and i == 0 and ours.is_file() and (not start or begin.stat().st_mtime <= ours.stat().st_mtime)
+        for leftover in ["checkpoint.partial", "checkpoint.old"] + ["checkpoint"] * (not going_on) + ["partial"] * (not s.resume):
+            shutil.rmtree(root / f"{stage}.{leftover}", ignore_errors=True)
 
 
 def language_batches(trajectories, micro_tokens):
@@ -237,13 +241,14 @@ def run(s):
                       "repeat that, or remove the folder to have the data made anew")
     if not estimate.show(lm, s, "sft"):
         return
-    clear(s, [s.out] if s.out else todo)
+    clear(s, [s.out] if s.out else todo, s.start or before.get(todo[0]))
     if "base" in todo:
         make_base(lm, s, task)
         for old in (root / "data").glob("*.jsonl"):     # of another base model
             old.unlink()
     if anew:
-        base = lm if "base" in todo else model.load(start_folder(root, "base", STAGES), **place(s))
+        # with --bits=4 too the base is asked as it is: that of an interrupted run says what that of a whole one says
+        base = lm if "base" in todo else model.load(start_folder(root, "base", STAGES), **dict(place(s), bits=16))
         make_data(base, task, s, root / "data")
         write(made, json.dumps(now, indent=1))
     coa, cot, flat = (read_trajectories(root / "data" / f"{split}.jsonl") for split in ("coa", "cot", "pairs"))

@@ -171,7 +171,7 @@ def test_saving_again_replaces_the_whole_folder(codec, tmp_path):
 
 
 @pytest.mark.parametrize("spare", [0, 40])
-def test_tags_are_added_to_a_checkpoint(codec, tmp_path, spare):
+def test_tags_are_added_to_a_checkpoint(codec, tmp_path, spare, monkeypatch):
     """A checkpoint whose tokenizer has no tags (its weights may have spare rows): old tokens keep their logits, a new tag
     starts as the mean of the pieces that spelled it."""
     raw = json.loads(codec.tok.backend_tokenizer.to_str())
@@ -193,6 +193,14 @@ def test_tags_are_added_to_a_checkpoint(codec, tmp_path, spare):
         assert i >= n
         torch.testing.assert_close(lm.model.model.embed_tokens.weight[i], old[tok.encode(tag, add_special_tokens=False)].mean(0))
     assert lm.codec.decode(lm.codec.build("Who?", [("answer", "Eva")]).ids) == "<bos> Who?<think></think>\\boxed{ Eva}<eos>"
+    quantized = []
+    monkeypatch.setattr(model_torch, "quantize", lambda network, bits: quantized.append(bits))
+    assert model.load_any(str(tmp_path), device="cpu", framework="torch", bits=4)[1] is False and quantized == [4]      # guards: --bits=4 without a word left out
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for more in (7, -7):
+        (tmp_path / "config.json").write_text(json.dumps({**raw, "vocab_size": n + spare + more}))
+        with pytest.raises(Problem, match=rf"weight has shape \({n + spare}, 32\), config.json says \({n + spare + more}, 32\)" + "|are not a pair" * (more < 0)):
+            model.load_pretrained(str(tmp_path), "cpu")
 
 
 def test_a_tokenizer_that_does_not_fit(codec):

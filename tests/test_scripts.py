@@ -239,7 +239,8 @@ def test_a_stage_goes_on_from_its_checkpoint(made, tmp_path, monkeypatch, script
 
 def test_resume_keeps_one_run_together(tmp_path, monkeypatch):
     """What is complete and in order is kept. A stage older than the one before it, or one that was begun again, belongs to another run; so does
-    a checkpoint, once all is trained anew without --resume."""
+    a checkpoint, once all is trained anew without --resume, or where it is older than what its stage is made from (guards: `--stage=sft1`, made anew, then
+    --resume went on with an SFT-2 on the old one)."""
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "out" / "nano"
     for i, stage in enumerate(STAGES[:4]):
@@ -255,9 +256,15 @@ def test_resume_keeps_one_run_together(tmp_path, monkeypatch):
     assert train_sft.to_do(go_on, STAGES[:4], None) == ["sft1", "sft2", "sft3"] and (root / "sft2.checkpoint").is_dir()
     assert train_sft.to_do(go_on, ["sft2"], "none") == ["sft2"]         # what it starts from is not there: said later, by name
     assert train_sft.to_do(Settings(), STAGES[:4], None) == list(STAGES[:4]) and (root / "sft2.checkpoint").is_dir()
-    train_sft.clear(go_on, STAGES[:4])
-    assert (root / "sft2.checkpoint").is_dir()
-    train_sft.clear(Settings(), STAGES[:4])
+    for leftover, at in (("sft2.checkpoint", 8), ("sft2.checkpoint", 10), ("sft3.checkpoint", 10)):
+        (root / leftover).mkdir(exist_ok=True)
+        (root / leftover / "config.json").write_text("{}")
+        os.utime(root / leftover / "config.json", (at, at))
+        (root / "sft2.checkpoint.partial").mkdir(exist_ok=True)
+        train_sft.clear(go_on, ["sft2", "sft3"], "sft1")        # which was made at 9
+        assert [p.name for p in root.glob("*.checkpoint*")] == ["sft2.checkpoint"] * (at == 10)
+    assert (root / "sft1.partial").is_dir()
+    train_sft.clear(Settings(), STAGES[:4], None)
     assert not list(root.glob("*.checkpoint")) and not list(root.glob("*.partial")) and (root / "sft3").is_dir()
 
 

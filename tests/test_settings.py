@@ -47,7 +47,7 @@ def test_a_config_file(given, tmp_path):
     (["--sed=1"], "unknown setting 'sed'; did you mean 'seed'"), (["--temprature=1"], "did you mean 'temperature'"), (["--zzzz=1"], "unknown setting 'zzzz'"),
     (["--seed=one"], "--seed: 'one' is not a whole number"), (["--seed=1.5"], "--seed: '1.5' is not a whole number"), (["--lr=fast"], "--lr: 'fast' is not a number"),
     (["--muon=perhaps"], "--muon: 'perhaps' is not true or false"), (["--seed"], "--seed: no value"), (["missing.py"], "missing.py: no such config file"), (["seed=1"], "seed=1: no such config file"),
-    (["--questions=0"], "--questions: 0 is out of range; it must be above 0"), (["--seed=-1"], "--seed: -1 is out of range; it must be 0 or more"), (["--kl=nan"], "--kl: nan is out"),
+    (["--questions=0"], "--questions: 0 is out of range; it must be above 0"), (["--seed=-1"], "--seed: -1 is out of range; it must be 0 or more"), (["--lora_dropout=1"], "--lora_dropout: 1.0 is out of range; it must be below 1"), (["--kl=nan"], "--kl: nan is out"),
     (["--temperature=0"], "--temperature: 0.0 is out"), (["--lr=inf"], "--lr: inf is out")])
 def test_a_wrong_setting(given, args, message):
     """Named, with the nearest name or the kind that is expected."""
