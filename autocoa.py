@@ -14,6 +14,7 @@ it from the moment it is made:
 
 Tags are single tokens and observations are encoded as plain text, so no retrieved text can open or close one.
 """
+import functools
 import json
 import re
 import string
@@ -37,7 +38,8 @@ TAGS = {"think": "<think>", "end_think": "</think>", "search": "<begin_search>",
 # ---- trajectories -------------------------------------------------------------------------------------------------------
 @dataclass
 class Trajectory:
-    """ids, mask (1: the policy wrote this token as policy), role; and what was found on the way. All lists have one length."""
+    """ids, mask (1: the policy wrote this token as policy) and role have one entry a token (logprobs too, where it was sampled);
+    queries and observations one a call."""
     ids: list = field(default_factory=list)
     mask: list = field(default_factory=list)
     role: list = field(default_factory=list)
@@ -103,19 +105,19 @@ class Codec:
             token["special"] = True
         self.plain = Tokenizer.from_str(json.dumps(raw))                    # ten times the speed of tok.encode
         self.plain.encode_special_tokens = True                             # the spelling of a tag is not a tag
-        self.memo = {}
+        self.ids_of = functools.lru_cache(100_000)(lambda text: self.plain.encode(text, add_special_tokens=False).ids)
 
     def encode(self, text):
         """Plain text to ids, with one leading space; the spelling of a tag in it is plain text too."""
-        if text not in self.memo:
-            if len(self.memo) > 100_000:
-                self.memo.clear()
-            self.memo[text] = self.plain.encode(" " + text.strip(), add_special_tokens=False).ids
-        return list(self.memo[text])
+        return list(self.ids_of(" " + text.strip()))
 
     def fit(self, observation, budget):
         """`fit` in tokens."""
         return fit(observation, budget, lambda text: len(self.plain.encode(" " + text.strip(), add_special_tokens=False).ids))
+
+    def last_query(self, ids):
+        """The text of the action that these ids end with."""
+        return self.decode(ids[len(ids) - ids[::-1].index(self.search):-1]).strip()
 
     def decode(self, ids):
         return self.tok.decode(ids, skip_special_tokens=False)
@@ -173,6 +175,13 @@ class Codec:
                     t.add([self.end_think], THINK, 1)
                 t.add([self.boxed] + self.encode(text) + [self.close, self.eos], ANSWER, 1)
         return t
+
+    def pair(self, question, prefix, sides):
+        """A trajectory for each of two sides, parts that go on from one beginning, which carries no loss."""
+        shared, pair = len(self.build(question, prefix).ids), [self.build(question, prefix + side) for side in sides]
+        for t in pair:
+            t.mask[:shared] = [0] * shared
+        return pair
 
     def answer(self, t):
         """The text in the last box of a trajectory, "" where there is none."""
@@ -272,11 +281,15 @@ def contrastive_loss(xp, logp, b):
     score = (logp * b["mask"]).sum(1) / b["mask"].sum(1)                # (2n,)
     n = score.shape[0] // 2
     gap = score[:n] - score[n:]
+    # logaddexp(0, -gap) = -log sigmoid(gap)
     return (xp.logaddexp(0 * gap, -gap) - b["alpha"] * score[:n]).sum() / b["norm"]
 
 
 def grpo_loss(xp, logp, b):
     """Clipped policy gradient, mean over the policy's own tokens (observations have mask 0), and k3 KL to a reference.
+
+    With one optimizer step a batch (--minibatches=1, the default) the ratio is 1 and nothing is clipped: the plain policy
+    gradient. Clipping acts from the second minibatch on.
 
     b: mask, old (log-probs when sampled), advantage (B, 1), clip_low, clip_high, norm; ref and beta where KL is on.
     """
@@ -295,6 +308,16 @@ def k3(xp, logp, b):
 
 
 # ---- Algorithm 1 --------------------------------------------------------------------------------------------------------
+@dataclass
+class Row:
+    """A rollout that is still being written."""
+    t: Trajectory
+    state: int = THINK              # the role of what it writes now
+    end: int = 0                    # the length at which a forced answer must end
+    opened: int = 0                 # where the observation that it imagines begins
+    followers: list = field(default_factory=list)       # still the same text: they wait for what this one imagines
+
+
 def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_answer=16, max_observation=128,
             temperature=0.0, rng=None):
     """Algorithm 1 for a batch: generate until an action ends, append its observation, go on until the answer ends.
@@ -311,94 +334,95 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
         if len(p) + max_answer + 8 >= max_len:
             raise Problem(f"max_len: {max_len} leaves no room for a prompt of {len(p)} tokens and an answer; raise --max_len")
         t.add(list(p), PROMPT, 0)
-    live = list(done)                                       # row i of the decoder is live[i]
+    live = [Row(t) for t in done]                           # row i of the decoder is live[i]
     dec = decoder(prompts)
-    state = {id(t): THINK for t in live}
-    ends, opened = {}, {}                                   # where a forced answer must end, where an imagined observation began
-    twins = {}                                              # rollouts that wait for what another, still the same text, imagines
     stops = [codec.eos, codec.end_search] + [codec.end_result] * (search is IMAGINE)
 
-    def room(t):                                            # tokens left before the forced answer must begin
+    def room(t):                                            # tokens left before the forced answer, with its tags, must begin
         return max_len - max_answer - 8 - len(t.ids)
 
-    def force(t):                                           # close the thought and open the box: not the policy's tokens
-        t.forced, state[id(t)] = True, ANSWER
-        t.add([codec.end_think, codec.boxed], ANSWER, 0)
-        ends[id(t)] = len(t.ids) + max_answer
+    def force(r):                                           # close the thought and open the box: not the policy's tokens
+        r.t.forced, r.state = True, ANSWER
+        r.t.add([codec.end_think, codec.boxed], ANSWER, 0)
+        r.end = len(r.t.ids) + max_answer
         return [codec.end_think, codec.boxed]
 
-    def open_observation(t):                                # what is left of it, where the policy is to imagine it
-        return min(max_observation - (len(t.ids) - opened[id(t)]), room(t))
+    def open_observation(r):                                # what is left of it, where the policy is to imagine it
+        return min(max_observation - (len(r.t.ids) - r.opened), room(r.t))
 
     while live:
-        limits = [max(1, open_observation(t) if state[id(t)] == OBSERVATION
-                      else ends[id(t)] - len(t.ids) if t.forced else room(t)) for t in live]
-        warmth = [0.0 if state[id(t)] == OBSERVATION else temperature for t in live]   # one text gets one observation, as from a tool
-        ids, logps = dec.decode(stops, limits, warmth, rng, leave=0.6)
-        turn, leads = [], {}                                # who goes on: (trajectory, its row, what it is fed; None: what the tool says)
-        for row, t in enumerate(live):
-            if state[id(t)] == OBSERVATION:                 # imagined: the policy's words, the environment's tokens
+        limits = [max(1, open_observation(r) if r.state == OBSERVATION else r.end - len(r.t.ids) if r.t.forced else room(r.t)) for r in live]
+        temperatures = [0.0 if r.state == OBSERVATION else temperature for r in live]      # one text gets one observation, as from a tool
+        # a turn ends when six tenths of the rows wait for something: what the rest have begun, they go on with
+        ids, logps = dec.decode(stops, limits, temperatures, rng, leave=0.6)
+        turn, leads = [], {}                                # who goes on: (rollout, its row, what it is fed; None: what the tool says)
+        for row, r in enumerate(live):
+            t = r.t
+            if r.state == OBSERVATION:                      # imagined: the policy's words, the environment's tokens
                 feed = []
                 t.add(ids[row], OBSERVATION, 0)
-                if t.ids[-1] != codec.end_result and open_observation(t) < 1:
+                if t.ids[-1] != codec.end_result and open_observation(r) < 1:
                     feed = [codec.end_result]
                     t.add(feed, OBSERVATION, 0)
-                over = t.ids[-1] == codec.end_result
-                for one in [t] + (twins.pop(id(t), []) if over else []):
-                    one.add(t.ids[len(one.ids):], OBSERVATION, 0)
-                    turn.append((one, row, feed))
-                    if over:
-                        one.observations.append(codec.decode(t.ids[opened[id(t)]:-1]).strip())
-                        state[id(one)] = THINK
+                turn.append((r, row, feed))
+                if t.ids[-1] == codec.end_result:
+                    for one in r.followers:
+                        one.t.add(t.ids[len(one.t.ids):], OBSERVATION, 0)
+                        turn.append((one, row, feed))
+                    for one in [r, *r.followers]:
+                        one.t.observations.append(codec.decode(t.ids[r.opened:-1]).strip())
+                        one.state = THINK
+                    r.followers = []
                 continue
             for token, logp in zip(ids[row], logps[row]):
                 if token == codec.search:
-                    state[id(t)] = ACTION
+                    r.state = ACTION
                 elif token == codec.boxed:
-                    state[id(t)] = ANSWER
-                t.add([token], state[id(t)], 1, [logp])
+                    r.state = ANSWER
+                t.add([token], r.state, 1, [logp])
             last = t.ids[-1]
-            if last == codec.end_search and state[id(t)] == ACTION and not t.forced:
-                state[id(t)] = THINK
+            if last == codec.end_search and r.state == ACTION and not t.forced:
+                r.state = THINK
                 if len(t.queries) >= max_actions:
-                    turn.append((t, row, force(t)))
+                    turn.append((r, row, force(r)))
                     continue
-                t.queries.append(codec.decode(t.ids[len(t.ids) - t.ids[::-1].index(codec.search):-1]).strip())
+                t.queries.append(codec.last_query(t.ids))
                 if search is not IMAGINE:
-                    turn.append((t, row, None))
+                    turn.append((r, row, None))
                     continue
                 t.add([codec.result], OBSERVATION, 0)
-                state[id(t)], opened[id(t)] = OBSERVATION, len(t.ids)
-                lead = leads.setdefault(tuple(t.ids), t)
-                if lead is t:
-                    turn.append((t, row, [codec.result]))
+                r.state, r.opened = OBSERVATION, len(t.ids)
+                lead = leads.setdefault(tuple(t.ids), r)
+                if lead is r:
+                    turn.append((r, row, [codec.result]))
                 else:
-                    twins.setdefault(id(lead), []).append(t)
-            elif last in (codec.eos, codec.end_search) or len(ids[row]) == limits[row] and (t.forced or state[id(t)] == ANSWER):
+                    lead.followers.append(r)
+            elif last in (codec.eos, codec.end_search) or len(ids[row]) == limits[row] and (t.forced or r.state == ANSWER):
                 continue                                    # answered, or beyond repair
             else:                                           # cut by its limit, or still writing: it goes on in the next turn
-                turn.append((t, row, force(t) if len(ids[row]) == limits[row] else []))
+                turn.append((r, row, force(r) if len(ids[row]) == limits[row] else []))
         if not turn:
             break
-        calls = [t for t, _, feed in turn if feed is None]
-        said = {id(t): codec.fit(o, max_observation) for t, o in zip(calls, search([t.queries[-1] for t in calls]))} if calls else {}
+        calls = [r.t.queries[-1] for r, _, feed in turn if feed is None]
+        said = iter(search(calls) if calls else [])
         firsts, order, index = [], [], {}                   # rollouts that are still one text read an observation as one row
-        for t, row, feed in turn:
+        for r, row, feed in turn:
+            t = r.t
             if feed is None:
-                t.observations.append(said[id(t)])
-                feed = [codec.result] + codec.encode(said[id(t)]) + [codec.end_result]
+                t.observations.append(codec.fit(next(said), max_observation))
+                feed = [codec.result] + codec.encode(t.observations[-1]) + [codec.end_result]
                 if len(feed) > room(t):                     # never cut an observation silently: it does not fit, so answer now
-                    feed = force(t)
+                    feed = force(r)
                 else:
                     t.add(feed, OBSERVATION, 0)
-            n = index.setdefault(tuple(t.ids) if feed else id(t), len(firsts))
+            n = index.setdefault(tuple(t.ids) if feed else id(r), len(firsts))
             if n == len(firsts):
                 firsts.append((row, feed))
             order.append(n)
         dec.keep([row for row, _ in firsts])
         dec.feed([feed for _, feed in firsts])
         dec.keep(order)
-        live = [t for t, _, _ in turn]
+        live = [r for r, _, _ in turn]
     return done
 
 

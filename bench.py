@@ -44,7 +44,7 @@ def with_tool_calls(generate, codec, prompts, search, s):
         for i, ids in zip(fresh, generate(list(fresh), list(fresh.values()), rooms)):
             texts[i] += ids
             if ids[-1] == codec.end_search and codec.search in ids:
-                queries[i] = codec.decode(ids[len(ids) - ids[::-1].index(codec.search):-1]).strip()
+                queries[i] = codec.last_query(ids)
         fresh = {}
         for i, said in zip(queries, search(list(queries.values())) if queries else []):
             feed = [codec.result] + codec.encode(codec.fit(said, s.max_observation)) + [codec.end_result]

@@ -21,6 +21,7 @@ class Problem(Exception):
     """Bad input: one line that names the file, line or setting and the way out. The scripts print it and exit with 2."""
 
 
+AT_ONCE = 2048      # tokens that a decoder reads in one pass (model_torch.py, model_mlx.py)
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")        # of a block
 
 
@@ -245,14 +246,19 @@ def settings_help():
 
 
 def main(run, doc):
-    """Run a script: read the settings, print a Problem as one line and exit with 2."""
+    """Run a script with its settings, and print a Problem as one line and exit with 2."""
+    guarded(lambda: run(read_settings(doc)))
+
+
+def guarded(run):
+    """Print a Problem as one line and exit with 2."""
     try:
-        run(read_settings(doc))
+        run()
     except Problem as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; finished stages are kept", file=sys.stderr)
+        print("stopped; what is finished is kept", file=sys.stderr)
         sys.exit(130)
 
 
@@ -273,7 +279,7 @@ class Log:
             path = self.folder / name
             lines = path.read_text().splitlines(keepends=True) if done and path.is_file() else []
             kept[name] = [row for line in lines if line.endswith("\n") and (row := json.loads(line)).get("step", done) < done]
-            write(path, "".join(json.dumps(row) + "\n" for row in kept[name]))
+            write_jsonl(path, kept[name])
         self.start = time.time() - (kept["log.jsonl"][-1]["seconds"] if kept["log.jsonl"] else 0)
 
     def write(self, **figures):
@@ -291,6 +297,10 @@ def write(path, text):
     part = path.with_name(path.name + ".partial")
     part.write_text(text)
     part.rename(path)
+
+
+def write_jsonl(path, rows):
+    write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 @contextlib.contextmanager
@@ -316,6 +326,19 @@ def weight_files(folder):
                 f", one of the {len(files)} files that {index.name} names; copy it again" if index.is_file()
                 else "; give a folder with .safetensors weights"))
     return [folder / f for f in files]
+
+
+def by_tokens(lengths, limit, waste=0.15):
+    """Indices in order of length, cut where rows x longest would pass `limit`, or padding a share of `waste`."""
+    groups, now, used = [], [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        area = (len(now) + 1) * lengths[i]
+        if now and (area > limit or area - used - lengths[i] > max(waste * area, 64)):
+            groups.append(now)
+            now, used = [], 0
+        now.append(i)
+        used += lengths[i]
+    return groups + [now] if now else groups
 
 
 def read_jsonl(path, what, setting):

@@ -14,7 +14,7 @@ import formats
 import miniwiki
 import tools
 from autocoa import Trajectory, exact_match, normalize
-from common import Problem, tqdm
+from common import Problem, guarded, tqdm
 from live import FAILED, MISSED
 
 MISSING = "Not found."      # what a reader says of passages that do not hold it
@@ -164,11 +164,7 @@ def pairs(codec, questions, recalled, acted):
         cut = wrong[0] if wrong else len(acts + thinks) % len(steps)
         s = steps[cut]
         prefix = opening(q) + [part for before in steps[:cut] for part in told(before)] + [("think", s["ask"])]
-        act = codec.build(q["question"], prefix + [("search", s["queries"][0])])
-        think = codec.build(q["question"], prefix + [("think", f"I recall {recalled[s['fact']]}.")])
-        shared = len(codec.build(q["question"], prefix).ids)
-        for t in (act, think):
-            t.mask[:shared] = [0] * shared
+        act, think = codec.pair(q["question"], prefix, [[("search", s["queries"][0])], [("think", f"I recall {recalled[s['fact']]}.")]])
         if wrong:
             acts.append((act, think))
         else:
@@ -179,7 +175,7 @@ def pairs(codec, questions, recalled, acted):
 # ---- the task: questions, and the tools that answer them ------------------------------------------------------------
 @dataclass
 class Task:
-    train: object           # (n, which pool) -> n questions to learn from
+    train: object           # (n, pool, p_head=..) -> n questions to learn from
     evaluation: dict        # set -> questions to be judged on
     search: object          # the search tool of SFT
     rl_search: object       # of RL with the tool
@@ -188,7 +184,7 @@ class Task:
 
 
 MIX = {"single": 0.1, "typed": 0.1, "bridge": 0.3, "compare": 0.2, "chain": 0.3}     # of training questions; no `compose`
-# of those for pairs where acting was right: the workflow has to solve them
+# for pairs where acting was right: simpler, since the ReAct workflow must solve them
 MIX_ACT = {"single": 0.3, "typed": 0.3, "bridge": 0.2, "compare": 0.1, "chain": 0.1}
 
 
@@ -246,7 +242,7 @@ def load_task(s):
         at = {"sample": 0, "coa": 0, "cot": 0, "act": 0, "think": 0, "rl1": s.coa, "rl2": s.coa + s.rl1_steps * s.questions}[pool_name]
         order = random.Random(s.seed).sample(range(len(pool)), len(pool))
         return [pool[order[(at + i) % len(pool)]] for i in range(min(n, len(pool)))]
-    # the same beside any others
+    # a set's sample does not depend on which other sets are asked
     sets = {name: random.Random(f"evaluation {s.seed} {name}").sample(rows, min(s.eval_questions, len(rows)))
             for name, rows in sets.items()}
     return Task(train, sets, search, search, search)
@@ -322,19 +318,6 @@ def pad(trajectories):
     return out
 
 
-def by_tokens(lengths, limit, waste=0.15):
-    """Indices in order of length, cut where rows x longest would pass `limit`, or padding a share of `waste`."""
-    groups, now, used = [], [], 0
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        area = (len(now) + 1) * lengths[i]
-        if now and (area > limit or area - used - lengths[i] > max(waste * area, 64)):
-            groups.append(now)
-            now, used = [], 0
-        now.append(i)
-        used += lengths[i]
-    return groups + [now] if now else groups
-
-
 def steps_of(trajectories, batch_tokens, rng, window=2000):
     """One epoch: shuffled inside windows (the order of the windows is kept), cut into optimizer steps of about
     batch_tokens. Lengths are mixed in a step, so that no step sees one kind of text alone. -> list of lists"""
@@ -351,8 +334,4 @@ def steps_of(trajectories, batch_tokens, rng, window=2000):
 
 
 if __name__ == "__main__":
-    try:
-        formats.main(sys.argv[1:])
-    except Problem as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    guarded(lambda: formats.main(sys.argv[1:]))

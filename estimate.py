@@ -10,7 +10,7 @@ import numpy as np
 import autocoa
 import workflows
 from autocoa import TAGS
-from common import MATRICES
+from common import AT_ONCE, MATRICES
 
 
 def matrices(c):
@@ -102,9 +102,10 @@ def cache(c, s, rows, length):
 
 
 def fed(c, s, rows, tokens, length):
-    """Bytes that reading `tokens` in each row makes for a moment, behind a cache of `length`: one block's values, the
+    """Bytes that reading `tokens` in each row makes for a moment, AT_ONCE in one pass, behind a cache of `length`: one block's values, the
     mask, for grouped heads once for each of a group, and the keys and values that are read. MLX, by its own count,
     holds twice what torch does, caches included (the old and the new)."""
+    rows = min(rows, max(1, AT_ONCE // tokens))
     size, kv = 2 if s.dtype == "bfloat16" else 4, c.shape_of("k_proj")[0]
     group = c.num_attention_heads // c.num_key_value_heads
     return size * rows * (tokens * (2 * c.intermediate_size + 3 * c.hidden_size)

@@ -30,7 +30,7 @@ import estimate
 import model
 import workflows
 from chat import Chat, judge
-from common import Problem, main, place, read_jsonl, start_folder, write
+from common import Problem, main, place, read_jsonl, start_folder, write, write_jsonl
 from live import FAILED, MISSED
 from miniwiki import DIFFERENCE
 from train_sft import recall
@@ -39,7 +39,7 @@ STAGES = {"SFT-1": "sft1", "SFT-2": "sft2_alone", "SFT-1&2": "sft2", "SFT-1&2&3"
           "SFT-1&2&3+RL-1": "rl1", "SFT-1&2&3+RL-1&2": "rl2", "SFT-1&2+RL-2": "rl2_from_sft2"}
 MADE_FROM = {"sft1": "base", "sft2": "sft1", "sft2_alone": "base", "sft3": "sft2", "rl1": "sft3", "rl2": "rl1",
              "rl2_alone": "base", "rl2_from_sft2": "sft2"}
-# around the base model
+# rows in which a script asks the base model
 WORKFLOWS = ("model only (at once)", "model only", "retrieve-then-read", "oracle passages", "ReAct workflow", "Reflexion workflow")
 PERCENT = ("em", "f1", "cover", "overlap", "malformed", "forced")
 
@@ -178,7 +178,7 @@ class Predictions:
         now = [r for sets in rows.values() for records in sets.values() for r in records]
         there = {(r["row"], r["set"], r["id"]) for r in now}
         kept = [r for r in self.known.values() if (r["row"], r["set"], r["id"]) not in there and r.get("made") == made.get(r["row"])]
-        write(self.path, "".join(json.dumps(r) + "\n" for r in now + kept))
+        write_jsonl(self.path, now + kept)
         self.part.unlink(missing_ok=True)
 
 

@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 
 from autocoa import PROMPT, TAGS, Codec, Trajectory, normalize
-from common import Problem, command, read_jsonl, write
+from common import Problem, command, read_jsonl, write, write_jsonl
 
 CALL = re.compile("|".join(f"{re.escape(TAGS[a])}(?P<{a}>.*?){re.escape(TAGS[b])}"
                            for a, b in (("search", "end_search"), ("result", "end_result"))), re.S)
@@ -119,12 +119,9 @@ def read_sft(codec, paths):
                     question, _, began = asked(said[0][1]).rpartition(TAGS["think"])
                     question, began = (question.strip(), began) if question else (began, "")
                     prefix = parts_of(began, False)
-                    pair = [codec.build(question, prefix + parts_of(row[side]["value"], False)) for side in ("chosen", "rejected")]
-                    shared = len(codec.build(question, prefix).ids)
-                    for t in pair:
-                        if len(t.ids) == shared:
-                            raise ValueError("an empty side")
-                        t.mask[:shared] = [0] * shared
+                    pair = codec.pair(question, prefix, [parts_of(row[side]["value"], False) for side in ("chosen", "rejected")])
+                    if any(1 not in t.mask for t in pair):
+                        raise ValueError("an empty side")
                     pairs.append(tuple(pair))
                 else:
                     raise Problem(f"{path}:{n}: neither messages nor chosen and rejected; expected AutoCoA's SFT rows")
@@ -271,7 +268,7 @@ def get(name, folder="."):
             more["gold_titles"] = gold_titles(more, f"data.py get: {name}, {row['id']}")
             out.append({"id": row["id"], "question": row["question"], "golden_answers": list(row["golden_answers"]), "metadata": more})
         path = Path(folder, f"{name}_{split}.jsonl")
-        write(path, "".join(json.dumps(row) + "\n" for row in out))
+        write_jsonl(path, out)
         print(f"{path}: {len(out):,} questions")
 
 

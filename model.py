@@ -161,7 +161,7 @@ def initial_weights(c, shapes, seed=0, alike=0.7, repeat=0.35, gain=5.0, dims=8)
         key = (np.arange(c.head_dim) < dims) * gain
         a, b = np.split(key, 2)
         rows, kv_rows = (slice(i * c.head_dim, (i + 1) * c.head_dim) for i in (head, head // shared))
-        # turned back
+        # the query's bias is the key's, rotated back by `offset` positions
         w[at + "q_proj.bias"][rows] = np.concatenate([a * np.cos(angle) + b * np.sin(angle),
                                                       b * np.cos(angle) - a * np.sin(angle)])
         w[at + "q_proj.weight"][rows] *= 0.1

@@ -11,7 +11,7 @@ from mlx import nn
 from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten, tree_unflatten
 
-from common import Problem, weight_files
+from common import AT_ONCE, Problem, by_tokens, weight_files
 
 
 # ---- network ------------------------------------------------------------------------------------------------------------
@@ -80,23 +80,23 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps)
 
-    def __call__(self, x, turn, cache=None, mask=None):
+    def __call__(self, x, rope, cache=None, mask=None):
         B, T, _ = x.shape
         q = self.q_proj(x).reshape(B, T, -1, self.c.head_dim)           # (B, T, heads, head_dim)
         k = self.k_proj(x).reshape(B, T, -1, self.c.head_dim)
         v = self.v_proj(x).reshape(B, T, -1, self.c.head_dim).swapaxes(1, 2)
         if self.c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = mx.split(rotate(mx.concatenate((q, k), 2).swapaxes(1, 2), turn), [self.c.num_attention_heads], 1)     # one call for both
+        q, k = mx.split(rotate(mx.concatenate((q, k), 2).swapaxes(1, 2), rope), [self.c.num_attention_heads], 1)     # one call for both
         if cache is not None:
             k, v = cache(k, v)                                          # (B, kv heads, keys, head_dim)
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.c.head_dim ** -0.5, mask="causal" if mask is None and T > 1 else mask)
         return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1))
 
 
-def rotate(x, turn):
+def rotate(x, rope):
     """Rotary position embedding of x (B, heads, T, head_dim), Hugging Face's layout: the two halves of a head are the pairs."""
-    periods, start = turn
+    periods, start = rope
     return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=start, freqs=periods)
 
 
@@ -119,8 +119,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def __call__(self, x, turn, cache=None, mask=None):
-        x = x + self.self_attn(self.input_layernorm(x), turn, cache, mask)
+    def __call__(self, x, rope, cache=None, mask=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -150,13 +150,13 @@ class Transformer(nn.Module):
 
     def __call__(self, ids, start=0, caches=None, mask=None):
         """ids (B, T), at positions start (one for all rows, or one a row) and on -> hidden states (B, T, hidden)."""
-        turn = self._periods, start
+        rope = self._periods, start
         x = self.model.embed_tokens(ids).astype(self.dtype)
         for i, layer in enumerate(self.model.layers):
             if self.recompute and caches is None:
-                x = checkpoint(layer, lambda x, layer=layer: layer(x, turn))(x)
+                x = checkpoint(layer, lambda x, layer=layer: layer(x, rope))(x)
             else:
-                x = layer(x, turn, caches[i] if caches else None, mask)
+                x = layer(x, rope, caches[i] if caches else None, mask)
         return self.model.norm(x)
 
     def logits(self, x):
@@ -221,16 +221,16 @@ class Decoder:
         sequences = [p + s for p, s in zip(self.pending, sequences)]
         self.pending = [[] for _ in sequences]
         counts = np.array([len(s) for s in sequences])
-        # no row is padded to another's observation
-        for rows in (np.flatnonzero((counts > 0) & (counts < 4)), np.flatnonzero(counts > 3)):
-            if len(rows):
-                ids = np.zeros((len(rows), counts[rows].max()), dtype=np.int64)
-                for i, row in enumerate(rows):
-                    ids[i, :counts[row]] = sequences[row]
-                x = self._forward(mx.array(ids), rows)                              # (rows, T, hidden)
-                self.logits[mx.array(rows)] = self.model.logits(x[mx.arange(len(rows)), mx.array(counts[rows] - 1)])
+        fed = np.flatnonzero(counts)
+        for group in by_tokens(counts[fed], AT_ONCE):           # more rows than that fall out of a CPU's cache
+            rows = fed[group]
+            ids = np.zeros((len(rows), counts[rows].max()), dtype=np.int64)
+            for i, row in enumerate(rows):
+                ids[i, :counts[row]] = sequences[row]
+            x = self._forward(mx.array(ids), rows)                                  # (rows, T, hidden)
+            self.logits[mx.array(rows)] = self.model.logits(x[mx.arange(len(rows)), mx.array(counts[rows] - 1)])
+            mx.eval(self.k, self.v, self.logits)
         self.length += counts
-        mx.eval(self.k, self.v, self.logits)
 
     def _forward(self, ids, rows=None):
         """ids (B, T), behind what the rows hold. rows: which rows of the cache these are; None: all."""
@@ -278,20 +278,20 @@ class Decoder:
         step, whatever the backend.
         """
         limits = np.asarray(limits)
-        warmth = mx.array(np.broadcast_to(temperature, len(limits)), mx.float32)[:, None]
-        cold, warmth = warmth[:, 0] == 0, mx.where(warmth == 0, 1.0, warmth)
-        all_cold = bool(cold.all())
+        temperatures = mx.array(np.broadcast_to(temperature, len(limits)), mx.float32)[:, None]
+        greedy, temperatures = temperatures[:, 0] == 0, mx.where(temperatures == 0, 1.0, temperatures)
+        all_greedy = bool(greedy.all())
         running = limits > 0
         ids, logps, steps = [], [], int(limits.max())
         if not steps:
             return [[] for _ in limits], [[] for _ in limits]
         for step in range(steps):
-            z = self.logits if all_cold else self.logits / warmth
+            z = self.logits if all_greedy else self.logits / temperatures
             logp = z - mx.logsumexp(z, -1, keepdims=True)                           # (rows, vocab)
             token = logp.argmax(-1)
-            if not all_cold:
+            if not all_greedy:
                 u = mx.array(rng.random((len(limits), 1)), mx.float32)
-                token = mx.where(cold, token, draw(logp, u))
+                token = mx.where(greedy, token, draw(logp, u))
             picked = mx.take_along_axis(logp, token[:, None], 1)[:, 0]
             mx.async_eval(token, picked)
             # the next step is on its way before this one's tokens are read:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import Problem, weight_files
+from common import AT_ONCE, Problem, by_tokens, weight_files
 
 
 # ---- network ------------------------------------------------------------------------------------------------------------
@@ -83,14 +83,14 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps)
 
-    def forward(self, x, turn, cache=None, mask=None):
+    def forward(self, x, rope, cache=None, mask=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.c.head_dim)              # (B, T, heads, head_dim)
         k = self.k_proj(x).view(B, T, -1, self.c.head_dim)
         v = self.v_proj(x).view(B, T, -1, self.c.head_dim).transpose(1, 2)
         if self.c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q.transpose(1, 2), turn), rotate(k.transpose(1, 2), turn)
+        q, k = rotate(q.transpose(1, 2), rope), rotate(k.transpose(1, 2), rope)
         if cache is not None:
             k, v = cache(k, v)                                          # (B, kv heads, keys, head_dim)
         heads, kv = self.c.num_attention_heads, self.c.num_key_value_heads
@@ -105,9 +105,9 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def rotate(x, turn):
+def rotate(x, rope):
     """Rotary position embedding of x (B, heads, T, head_dim), Hugging Face's layout: the two halves of a head are the pairs."""
-    (cos, sin), (a, b) = turn, x.chunk(2, -1)
+    (cos, sin), (a, b) = rope, x.chunk(2, -1)
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
@@ -130,8 +130,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, turn, cache=None, mask=None):
-        x = x + self.self_attn(self.input_layernorm(x), turn, cache, mask)
+    def forward(self, x, rope, cache=None, mask=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -165,12 +165,12 @@ class Transformer(nn.Module):
         positions = torch.as_tensor(start, device=ids.device).reshape(-1, 1) + torch.arange(ids.shape[1], device=ids.device)
         angle = (positions[..., None].float() * self.inv_freq).repeat(1, 1, 2)[:, None]       # (1 or B, 1, T, head_dim)
         x = self.model.embed_tokens(ids).to(self.dtype)
-        turn = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for i, layer in enumerate(self.model.layers):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, turn, use_reentrant=False)
+                x = checkpoint(layer, x, rope, use_reentrant=False)
             else:
-                x = layer(x, turn, caches[i] if caches else None, mask)
+                x = layer(x, rope, caches[i] if caches else None, mask)
         return self.model.norm(x)
 
     def logits(self, x):
@@ -240,14 +240,14 @@ class Decoder:
         sequences = [p + s for p, s in zip(self.pending, sequences)]
         self.pending = [[] for _ in sequences]
         counts = np.array([len(s) for s in sequences])
-        # no row is padded to another's observation
-        for rows in (np.flatnonzero((counts > 0) & (counts < 4)), np.flatnonzero(counts > 3)):
-            if len(rows):
-                ids = np.zeros((len(rows), counts[rows].max()), dtype=np.int64)
-                for i, row in enumerate(rows):
-                    ids[i, :counts[row]] = sequences[row]
-                x = self._forward(torch.as_tensor(ids, device=self.model.device), rows)            # (rows, T, hidden)
-                self.logits[rows] = self.model.logits(x[np.arange(len(rows)), counts[rows] - 1])
+        fed = np.flatnonzero(counts)
+        for group in by_tokens(counts[fed], AT_ONCE):           # more rows than that fall out of a CPU's cache
+            rows = fed[group]
+            ids = np.zeros((len(rows), counts[rows].max()), dtype=np.int64)
+            for i, row in enumerate(rows):
+                ids[i, :counts[row]] = sequences[row]
+            x = self._forward(torch.as_tensor(ids, device=self.model.device), rows)                # (rows, T, hidden)
+            self.logits[rows] = self.model.logits(x[np.arange(len(rows)), counts[rows] - 1])
         self.length += counts
 
     def _forward(self, ids, rows=None):
@@ -261,8 +261,8 @@ class Decoder:
                 for i, x in enumerate(cache):
                     cache[i] = F.pad(x, (0, 0, 0, more))
         positions = start[:, None] + torch.arange(T, device=ids.device)             # (B, T)
-        hidden = torch.arange(keys, device=ids.device) > positions[..., None]       # (B, T, keys)
-        mask = torch.zeros(hidden.shape, device=ids.device, dtype=self.k[0].dtype).masked_fill_(hidden, -torch.inf)[:, None]
+        future = torch.arange(keys, device=ids.device) > positions[..., None]       # (B, T, keys)
+        mask = torch.zeros(future.shape, device=ids.device, dtype=self.k[0].dtype).masked_fill_(future, -torch.inf)[:, None]
         which = torch.as_tensor(np.arange(len(length)) if rows is None else rows, device=ids.device)
 
         def write(i):
@@ -283,8 +283,8 @@ class Decoder:
         step, whatever the backend.
         """
         device, limits = self.model.device, np.asarray(limits)
-        warmth = torch.as_tensor(np.broadcast_to(temperature, len(limits)).copy(), device=device, dtype=torch.float32)[:, None]
-        cold, warmth = warmth[:, 0] == 0, torch.where(warmth == 0, 1.0, warmth)
+        temperatures = torch.as_tensor(np.broadcast_to(temperature, len(limits)).copy(), device=device, dtype=torch.float32)[:, None]
+        greedy, temperatures = temperatures[:, 0] == 0, torch.where(temperatures == 0, 1.0, temperatures)
         stop = torch.as_tensor(stops, device=device)
         left = torch.as_tensor(limits, device=device)
         running = left > 0
@@ -292,11 +292,11 @@ class Decoder:
         if not steps:
             return [[] for _ in limits], [[] for _ in limits]
         for step in range(steps):
-            logp = (self.logits / warmth).log_softmax(-1)                           # (rows, vocab)
+            logp = (self.logits / temperatures).log_softmax(-1)                           # (rows, vocab)
             token = logp.argmax(-1)
-            if not cold.all():
+            if not greedy.all():
                 u = torch.as_tensor(rng.random((len(limits), 1)), device=device, dtype=torch.float32)
-                token = torch.where(cold, token, draw(logp, u))
+                token = torch.where(greedy, token, draw(logp, u))
             ids.append(torch.where(running, token, -1))
             logps.append(logp.gather(1, token[:, None])[:, 0])
             running = running & ~torch.isin(token, stop) & (step + 1 < left)

@@ -20,7 +20,7 @@ import formats
 import tools
 from autocoa import TAGS, exact_match, fit
 from chat import Chat
-from common import Problem, main, write
+from common import Problem, main, write, write_jsonl
 from live import FAILED, MISSED
 
 COA = """Answer the question. Think in short plain sentences before you answer. While you think you may search an encyclopedia: write <begin_search> what you look for </end_search> and stop; \
@@ -32,7 +32,7 @@ COT = """Answer the question from what you know. Think in short plain sentences,
 
 Question: {question}"""
 GO_ON = "Go on from there to the end, from what you know, without searching."
-LENGTH, WARMTH = 512, 0.8         # tokens of a turn; temperature from the second try on
+LENGTH, TEMPERATURE = 512, 0.8         # tokens of a turn; temperature from the second try on
 
 
 def chains_of_action(chat, questions, search, s, sample):
@@ -40,7 +40,7 @@ def chains_of_action(chat, questions, search, s, sample):
     talks = [[{"role": "user", "content": COA.format(question=q["question"], most=s.max_actions)}] for q in questions]
     texts, live = [""] * len(questions), list(range(len(questions)))
     for turn in range(s.max_actions + 1):
-        said = chat([talks[i] for i in live], LENGTH, (TAGS["end_search"], TAGS["result"]), WARMTH * (sample > 0), sample,
+        said = chat([talks[i] for i in live], LENGTH, (TAGS["end_search"], TAGS["result"]), TEMPERATURE * (sample > 0), sample,
                     desc=f"chains of action, turn {turn + 1}")
         calls = []
         for i, text in zip(live, said):
@@ -65,7 +65,7 @@ def chains_of_thought(chat, questions, beginnings, s, sample):
              + ([{"role": "assistant", "content": b}, {"role": "user", "content": GO_ON}] if b else [])
              for q, b in zip(questions, beginnings)]
     return [text.lstrip().removeprefix(TAGS["think"])
-            for text in chat(talks, LENGTH, (TAGS["search"],), WARMTH * (sample > 0), sample, desc="chains of thought")]
+            for text in chat(talks, LENGTH, (TAGS["search"],), TEMPERATURE * (sample > 0), sample, desc="chains of thought")]
 
 
 def right(text, q):
@@ -124,7 +124,7 @@ def run(s):
     chat, search, folder = Chat(s.teacher, s, "teacher"), tools.open_library(s), Path(s.out)
     coa, cot, pairs = teach(chat, questions, search, s)
     for name, rows in (("coa", coa), ("cot", cot)):
-        write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(folder / f"{name}.jsonl", rows)
     write(folder / "pairs.json", json.dumps(pairs, indent=1))
     print(f"{folder}: {len(coa)} chains of action, {len(cot)} chains of thought and {len(pairs)} pairs, "
           f"of {len(questions)} questions\n{chat.report()}\n{search.report()}")

@@ -30,7 +30,7 @@ from pathlib import Path
 import bm25s
 import numpy as np
 
-from common import Problem, alone, tqdm, write
+from common import Problem, alone, guarded, tqdm, write
 
 ACTION = re.compile(r"\s*([a-z_]+):\s*(.*)", re.S)    # a lower-case name, so that "Alien: Covenant" is a query
 WORD = r"(?u)\b\w+\b"
@@ -77,7 +77,7 @@ def neutral(text):
     >>> neutral("</search_result> \\\\boxed{no} <|im_end|>")
     '‹/search_result> boxed{no} ‹|im_end|>'
     """
-    # control characters, which a terminal would obey, and half characters
+    # no control characters (a terminal would obey them) and no lone surrogates
     text = re.sub(r"[^\n\t\x20-\x7e\x85\xa0-\ud7ff\ue000-\U0010ffff]", "", text)
     # what is not seen could hide in a tag
     text = re.sub(r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]", "", "".join(c for c in text if unicodedata.category(c) != "Cf"))
@@ -381,10 +381,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except Problem as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    guarded(lambda: main(sys.argv[1:]))

@@ -4,8 +4,8 @@
     python train_rl.py config/smollm2.py --model=.. --train_data=.. --eval_data=.. --corpus=..       # what train_sft.py was given
 
 Each step: `questions` questions x `rollouts` trajectories; reward = exact match, less a penalty for a malformed
-trajectory; advantage = reward - mean of the question's rollouts; one clipped policy-gradient step on the tokens that the
-policy wrote as policy. Observations never carry loss, in both stages, although in RL-1 the policy wrote them too.
+trajectory; advantage = reward - mean of the question's rollouts; one policy-gradient step (clipped from the second of --minibatches
+on) on the tokens that the policy wrote as policy. Observations never carry loss, in both stages, although in RL-1 the policy wrote them too.
 
 Where this departs from textbook GRPO: no division by the standard deviation (--advantage_std), the mean is over all
 tokens of the step and not per trajectory, clipping is wider above than below, KL to the policy that RL begins with is
@@ -27,7 +27,7 @@ import data
 import estimate
 import model
 import workflows
-from common import Log, Problem, main, place, start_folder, tqdm
+from common import Log, Problem, by_tokens, main, place, start_folder, tqdm
 from live import FAILED
 from train_sft import STAGES, Checkpoint, clear, to_do
 
@@ -48,7 +48,7 @@ def update_batches(trajectories, advantages, reference, s):
     """
     norm = float(sum(sum(t.mask) for t in trajectories))
     batches = []
-    for group in data.by_tokens([len(t.ids) for t in trajectories], s.micro_tokens):
+    for group in by_tokens([len(t.ids) for t in trajectories], s.micro_tokens):
         b = data.pad([trajectories[i] for i in group])
         b["advantage"] = np.array([[advantages[i]] for i in group], np.float32)
         if s.kl:
@@ -97,7 +97,7 @@ def grpo(lm, reference, s, stage, steps, pool, search, seed, scale=1.0):
 def drift(lm, reference, some, s):
     """KL from the reference (k3), of the policy's own tokens in a few trajectories: watched even where --kl is 0."""
     total = count = 0.0
-    for group in data.by_tokens([len(t.ids) for t in some], s.micro_tokens):
+    for group in by_tokens([len(t.ids) for t in some], s.micro_tokens):
         b = data.pad([some[i] for i in group])
         b["ref"] = reference.backend.score(reference.model, b, s.temperature)
         total += float((autocoa.k3(np, lm.backend.score(lm.model, b, s.temperature), b) * b["mask"]).sum())
@@ -133,7 +133,7 @@ def run(s):
     reference = model.load(start_folder(root, s.start or "sft3", STAGES), **place(s))
     reference.adapt(s, "rl1")   # before it is copied, so that policy and reference share a base that only carries adapters
     going_on = "rl1" not in todo and not s.start
-    # an adapter that is kept apart shares its base
+    # a separate adapter shares the reference's base; merged weights have to be loaded
     lm = model.load(root / "rl1", **place(s)) if going_on and s.lora_merge else reference.copy()
     if going_on and not s.lora_merge:
         lm.resume(root / "rl1")

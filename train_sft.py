@@ -27,7 +27,7 @@ import model
 import skills
 import tools
 import workflows
-from common import Log, Problem, main, place, start_folder, tqdm, write
+from common import Log, Problem, by_tokens, main, place, start_folder, tqdm, write, write_jsonl
 from formats import read_sft, read_trajectories
 
 STAGES = ("base", "sft1", "sft2", "sft3")
@@ -37,7 +37,7 @@ READING = range(1000, 1040)     # seeds of the encyclopedias that pretraining re
 
 
 def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
-    """The loop that all supervised stages share. steps: optimizer steps, each a list of items for make_batches. -> lm
+    """The loop that all supervised stages share. steps: optimizer steps, each a list of items for make_batches.
 
     The rate warms up over 5% of the steps and falls linearly to a tenth. A loss that is not finite stops the run before
     the weights change.
@@ -62,7 +62,7 @@ def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
         log.write(step=i, **figures, lr=s.lr * rate, tokens=tokens, tokens_per_second=speed)
         bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tok/s")
         checkpoint.after(i + 1)
-    log.append("rollouts.jsonl", workflows.sampled(lm, task.train(20, "sample")[:min(20, s.batch_rows // 4)], task.search, s))
+    log.append("rollouts.jsonl", workflows.sampled(lm, task.train(20, "sample")[:s.batch_rows // 4], task.search, s))
     checkpoint.finish()
 
 
@@ -117,14 +117,14 @@ def clear(s, stages, start):
 def language_batches(trajectories, micro_tokens):
     """One optimizer step of next-token loss as micro-batches that share one normalizer."""
     norm = float(sum(sum(t.mask[1:]) for t in trajectories))
-    groups = data.by_tokens([len(t.ids) for t in trajectories], micro_tokens)
+    groups = by_tokens([len(t.ids) for t in trajectories], micro_tokens)
     return [dict(data.pad([trajectories[i] for i in g]), norm=norm) for g in groups]
 
 
 def pair_batches(pairs, micro_tokens, alpha):
     """One optimizer step of SFT-1: chosen rows first, rejected rows after."""
     longest = [max(len(c.ids), len(r.ids)) * 2 for c, r in pairs]
-    groups = [[pairs[i] for i in g] for g in data.by_tokens(longest, micro_tokens)]
+    groups = [[pairs[i] for i in g] for g in by_tokens(longest, micro_tokens)]
     return [dict(data.pad([c for c, _ in g] + [r for _, r in g]), alpha=alpha, norm=float(len(pairs))) for g in groups]
 
 
@@ -158,7 +158,7 @@ def make_data(lm, task, s, folder):
             print(f"{len(odd)} rows are no trajectories and are left out, the first at {odd[0]}")
         return keep_data(lm, s, folder, coa, cot, pairs, f"from {', '.join(s.sft_files)}: ")
     rng = random.Random(f"sft {s.seed}")
-    # or relations that training never puts together are forgotten
+    # without these the model forgets the relations that its chains never combine
     made_up = [skills.made_up(lm.codec, task.world, rng) for _ in range(s.cot * 3 // 5)] if task.world else []
     chains, thoughts = task.train(s.coa, "coa", p_head=0.05), task.train(s.cot - len(made_up), "cot", p_head=1.0)
     contrast = list({q["id"]: q for q in task.train(s.pairs, "act") + task.train(s.pairs, "think", p_head=1.0)}.values())
@@ -190,7 +190,7 @@ def keep_data(lm, s, folder, coa, cot, pairs, said):
     pairs = [p for p in pairs if max(len(t.ids) for t in p) <= s.max_len]
     print(f"{said}{len(coa)} chains of action, {len(cot)} chains of thought, {len(pairs)} pairs", flush=True)
     for split, rows in (("coa", coa), ("cot", cot), ("pairs", [t for p in pairs for t in p])):
-        write(folder / f"{split}.jsonl", "".join(json.dumps({"ids": t.ids, "mask": t.mask, "role": t.role}) + "\n" for t in rows))
+        write_jsonl(folder / f"{split}.jsonl", [{"ids": t.ids, "mask": t.mask, "role": t.role} for t in rows])
 
 
 def untrained(s):

@@ -114,16 +114,25 @@ def words(codec, examples):
     """The nano base model is prompted by the tags of the single skills it has; an instruct model by lines of text with
     `examples`, as ReAct's own prompts do (Yao et al. 2022)."""
     if not codec.tok.chat_template:
-        return Words(lambda q: codec.prompt(f"{TO_QUERY} {TO_READ} {q}"), [codec.tok.convert_tokens_to_ids("?"), codec.eos],
-                     [codec.search], [codec.end_search, codec.eos], [codec.result], [codec.end_result],
-                     [codec.end_think, codec.boxed], [codec.close, codec.eos], r"\\boxed\{([^}]*)")
-    # byte-level vocabularies, and SentencePiece's
+        return Words(
+            prompt=lambda q: codec.prompt(f"{TO_QUERY} {TO_READ} {q}"),
+            thought_ends=[codec.tok.convert_tokens_to_ids("?"), codec.eos],
+            act=[codec.search], act_ends=[codec.end_search, codec.eos],
+            observe=[codec.result], observed=[codec.end_result],
+            ask=[codec.end_think, codec.boxed], answer_ends=[codec.close, codec.eos],
+            pattern=r"\\boxed\{([^}]*)")
+    # every token with a line break in it: "Ċ" in byte-level vocabularies, <0x0A> in SentencePiece's
     line = [i for token, i in codec.tok.get_vocab().items() if "Ċ" in token or "\n" in token or token == "<0x0A>"] + [codec.eos]
 
     def text(x):
         return codec.tok.encode(x, add_special_tokens=False, split_special_tokens=True)
-    return Words(lambda q: begin(codec) + text(f"{examples}Question: {q}\nThought:"), line, text("Search:"), line, text("Observation:"),
-                 text("\nThought:"), text("Answer:"), line, r"Answer:\s*(.+)", text("\n"))
+    return Words(
+        prompt=lambda q: begin(codec) + text(f"{examples}Question: {q}\nThought:"),
+        thought_ends=line,
+        act=text("Search:"), act_ends=line,
+        observe=text("Observation:"), observed=text("\nThought:"),
+        ask=text("Answer:"), answer_ends=line,
+        pattern=r"Answer:\s*(.+)", newline=text("\n"))
 
 
 def begin(codec):

@@ -18,7 +18,7 @@ import autocoa
 import data
 import estimate
 import model
-from common import main, place, start_folder
+from common import by_tokens, main, place, start_folder
 from formats import read_trajectories
 
 
@@ -39,7 +39,7 @@ def fidelity(lm, trajectories, s):
              for a, b in zip(imagined, real)]
     seen = [autocoa.Trajectory(t.ids, [int(r == autocoa.OBSERVATION) for r in t.role], t.role) for t in trajectories]
     total, count = 0.0, 0.0
-    for group in data.by_tokens([len(t.ids) for t in seen], s.micro_tokens):
+    for group in by_tokens([len(t.ids) for t in seen], s.micro_tokens):
         b = data.pad([seen[i] for i in group])
         total -= float(lm.backend.score(lm.model, b).sum())
         count += float(b["mask"][:, 1:].sum())

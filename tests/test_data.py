@@ -13,7 +13,7 @@ import formats
 import miniwiki
 import tools
 from autocoa import Trajectory
-from common import Problem, Settings
+from common import Problem, Settings, by_tokens
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 PASSAGES = [{"id": "0", "contents": '"Silver River"\nA film.'}, {"id": "1", "contents": '"Eva Moss"\nA star.'}]
@@ -182,10 +182,10 @@ def test_pad():
 def test_by_tokens(limit):
     """Each index once; rows x longest within the limit, unless one row alone is longer."""
     lengths = [random.Random(1).randrange(1, 90) for _ in range(100)] + [1, 90, 45]
-    groups = data.by_tokens(lengths, limit)
+    groups = by_tokens(lengths, limit)
     assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
     assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= limit for g in groups)
-    assert data.by_tokens([], limit) == []
+    assert by_tokens([], limit) == []
 
 
 def test_steps_of():

@@ -5,6 +5,7 @@ import torch
 from conftest import tiny, twin
 
 import model
+from common import AT_ONCE
 
 GENERATOR = np.random.default_rng(5)
 PROMPTS = [GENERATOR.integers(10, 300, n).tolist() for n in (3, 11, 1, 7)]
@@ -84,14 +85,15 @@ def test_cached_equals_uncached(net):
 
 
 def test_batched_equals_single(net):
-    """Greedy, rows of different length and different limits: token for token what the slow loop gives for each alone."""
-    stops, limits = [40, 41, 42], [12, 5, 20, 1]
-    dec = net.decoder(PROMPTS)
+    """Greedy, sixteen rows of different length and different limits: token for token what the slow loop gives for each alone."""
+    prompts = PROMPTS + [GENERATOR.integers(10, 300, n).tolist() for n in range(2, 14)]
+    stops, limits = [40, 41, 42], [12, 5, 20, 1] + [3] * 12
+    dec = net.decoder(prompts)
     ids, _ = dec.decode(stops, limits, 0.0)
-    assert ids == [greedy(net, p, stops, n) for p, n in zip(PROMPTS, limits)]
-    dec.feed([[9]] * 4)
-    more, _ = dec.decode(stops, [6] * 4, 0.0)
-    assert more == [greedy(net, p + new + [9], stops, 6) for p, new in zip(PROMPTS, ids)]
+    assert ids == [greedy(net, p, stops, n) for p, n in zip(prompts, limits)]
+    dec.feed([[9]] * 16)
+    more, _ = dec.decode(stops, [6] * 16, 0.0)
+    assert more == [greedy(net, p + new + [9], stops, 6) for p, new in zip(prompts, ids)]
 
 
 def test_stops_end_a_row_and_are_kept(lm):
@@ -123,10 +125,23 @@ def test_equal_prompts_share_a_prefill(lm, monkeypatch):
     forward = Decoder._forward
     monkeypatch.setattr(Decoder, "_forward", lambda self, ids, *rows: seen.append(tuple(ids.shape)) or forward(self, ids, *rows))
     dec = lm.decoder([PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[1]])
-    assert seen == [(1, 3), (1, 11)]                # a short and a long one: neither is padded to the other
+    assert seen == [(2, 11)]
     dec.feed([[50], [51], [52], [53, 54]])
     for logits, ids in zip(np.asarray(dec.logits), (PROMPTS[1] + [50], PROMPTS[0] + [51], PROMPTS[1] + [52], PROMPTS[1] + [53, 54])):
         np.testing.assert_allclose(logits, uncached(lm, ids), atol=1e-4)
+
+
+def test_reading_goes_by_pieces(lm, monkeypatch):
+    """At most AT_ONCE tokens in a pass, rows of like length together, and each row reads its own. Guards: a row padded to another's observation; an estimate
+    that counts on less than is read at once."""
+    seen, forward = [], lm.backend.Decoder._forward
+    dec = lm.decoder(PROMPTS[:1] * 40)
+    monkeypatch.setattr(lm.backend.Decoder, "_forward", lambda self, ids, *rows: seen.append(tuple(ids.shape)) or forward(self, ids, *rows))
+    fed = [[50 + i] * (1 if i % 2 else 90 + i) for i in range(40)]
+    dec.feed(fed)
+    assert len(seen) > 2 and all(rows * longest <= AT_ONCE for rows, longest in seen) and (20, 1) in seen and sum(rows for rows, _ in seen) == 40
+    for i in (0, 1, 38, 39):
+        np.testing.assert_allclose(np.asarray(dec.logits)[i], uncached(lm, PROMPTS[0] + fed[i]), atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.5])

@@ -155,8 +155,8 @@ def test_smollm2(tmp_path):
     texts.append(reference.generate(torch.tensor(prompts[:1]), max_new_tokens=64, do_sample=False)[0, len(prompts[0]):].tolist())
     network, _ = load(str(tmp_path / "x"))
     texts.append([t for t, _ in zip((int(token) for token, _ in generate_step(mx.array(prompts[0]), network, max_tokens=64)), range(64))])
-    n = min(map(len, texts))
-    assert n == 64 or lm.codec.eos in texts[2]
+    n = texts[2].index(lm.codec.eos) if lm.codec.eos in texts[2] else 64            # where transformers itself stops
+    assert min(map(len, texts)) >= n > 20
     assert all(t[:n] == texts[0][:n] for t in texts)
 
 
