@@ -169,7 +169,7 @@ def test_peak_on_cuda(c, rows, length, muon):
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 @pytest.mark.parametrize("c", [NANO, model.ModelConfig(["LlamaForCausalLM"], 3000, 288, 768, 3, 9, 3, 32)])
-@pytest.mark.parametrize("rows, first, tokens", [(16, 20, 100), (12, 120, 60), (48, 20, 100)])
+@pytest.mark.parametrize("rows, first, tokens", [(16, 20, 100), (12, 120, 60), (24, 20, 100)])
 def test_peak_of_reading(backend, c, rows, first, tokens):
     """An observation for each row of the rollouts, behind what they hold: within a quarter. Guards: the cache alone, a half to a fifth of it."""
     pytest.importorskip(backend)

@@ -1,6 +1,9 @@
-"""The layout: one file names the framework, and imports at the top of files have no circle."""
+"""The layout: one file names the framework, and imports at the top of files have no circle; and examples in docstrings hold."""
 import ast
+import doctest
+import importlib
 
+import pytest
 from conftest import ROOT
 
 FILES = {p.stem: ast.parse(p.read_text()) for p in ROOT.glob("*.py")}
@@ -42,3 +45,12 @@ def test_imports_have_no_circle():
             done.add(name)
     for name in graph:
         visit(name, [])
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in ROOT.glob("*.py") if ">>>" in p.read_text()))
+def test_examples_in_docstrings(codec, name):
+    """They say what the code does."""
+    module, runner = importlib.import_module(name), doctest.DocTestRunner()
+    for example in doctest.DocTestFinder().find(module, globs={**vars(module), "codec": codec}):
+        runner.run(example)
+    assert runner.tries and not runner.failures
