@@ -140,13 +140,14 @@ class Predictions:
                     if not line.endswith(b"}\n"):
                         continue
                     r = json.loads(line)
+                    if not {"row", "set", "id", "em", "queries"} <= r.keys():
+                        raise KeyError
                     stays = rows and r["row"] not in rows or sets and r["set"] not in sets
                     if resume or stays:
                         kept.append(line)
                         # an answer behind a search that failed is asked again
                         if stays or not r.get("lost"):
-                            self.known[r["row"], r["set"], r["id"], r.get("asked"), r.get("made")] = {
-                                **r, "em": r["em"], "queries": r["queries"]}
+                            self.known[r["row"], r["set"], r["id"], r.get("asked"), r.get("made")] = r
                 except (ValueError, KeyError, TypeError, AttributeError):
                     if resume or rows:
                         raise Problem(f"{path}:{n}: not a prediction of eval.py; remove this line, and --resume asks it again") from None

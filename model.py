@@ -37,6 +37,9 @@ class LoRA:
     targets: list
     tokens: list
 
+    def __post_init__(self):
+        self.targets = sorted(self.targets)
+
 
 @dataclass
 class ModelConfig:
@@ -295,11 +298,11 @@ class LM:
         """Before a stage: an adapter of --lora_rank, if that is set and the network has none, on a base of --bits; and --checkpointing.
         stage: its name, so that with --lora_merge each stage's adapter begins with an A of its own."""
         self.model.recompute = s.checkpointing
+        tags = sorted(self.codec.tok.convert_tokens_to_ids(list(TAGS.values())))
+        lora, state = LoRA(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, tags), {}
         if s.lora_rank and not self.model.lora:
             if s.bits < 16 and self.model.bits == 16:
                 self.backend.quantize(self.model, s.bits)
-            tags = sorted(self.codec.tok.convert_tokens_to_ids(list(TAGS.values())))
-            lora, state = LoRA(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, tags), {}
             rng = np.random.default_rng([s.seed, *stage.encode()])
             for name, shape in self.adapter_shapes(lora).items():
                 state[name] = rng.uniform(-1, 1, shape) * shape[1] ** -0.5 if name.endswith("lora_A") else np.zeros(shape)
@@ -307,8 +310,8 @@ class LM:
             self.backend.adapt(self.model, lora, state)
         elif s.lora_rank:
             for name in ("rank", "alpha", "dropout", "targets"):
-                there, wanted = getattr(self.model.lora, name), getattr(s, f"lora_{name}")
-                if (sorted(there) != sorted(wanted)) if name == "targets" else there != wanted:
+                there, wanted = getattr(self.model.lora, name), getattr(lora, name)
+                if there != wanted:
                     raise Problem(f"--lora_{name}={wanted}: what this run starts from has an adapter with {name} {there}; "
                                   "repeat that, or begin at a stage without an adapter")
         elif self.model.bits < 16 and not self.model.lora:
@@ -317,7 +320,7 @@ class LM:
 
     def resume(self, folder, optimizer=None):
         """The weights and, where one is given, the optimizer's state that `save` wrote, by either backend.
-        -> steps of the stage that lie behind them, where `save` was not told the optimizer's own (None without one).
+        -> how many steps of the stage were done (the optimizer's own count where `save` was given none); None without an optimizer.
         Raises Problem where they are of another network or optimizer."""
         def other(what):
             return Problem(f"{folder} holds {what}; repeat the settings it was begun with, or remove it")
@@ -327,8 +330,7 @@ class LM:
             raise other("all weights, and this run trains an adapter" if self.model.lora else "an adapter, and this run trains all weights")
         if self.model.lora:
             lora, state = read_adapter(folder, self)
-            if ((lora.rank, lora.alpha, lora.dropout, sorted(lora.targets))
-                    != (self.model.lora.rank, self.model.lora.alpha, self.model.lora.dropout, sorted(self.model.lora.targets))):
+            if lora != self.model.lora:
                 raise other("another kind of adapter than this run's")
             self.backend.adapt(self.model, lora, state)
         else:
@@ -382,7 +384,7 @@ def read_adapter(folder, lm):
             raise Problem(f"model: {folder} is an adapter with {odd[0]}, which is not read; "
                           "merge it into its base with peft, and start from that")
         tokens = raw["trainable_token_indices"]
-        lora = LoRA(raw["r"], raw["lora_alpha"], raw["lora_dropout"], sorted(raw["target_modules"]), tokens["embed_tokens"])
+        lora = LoRA(raw["r"], raw["lora_alpha"], raw["lora_dropout"], raw["target_modules"], tokens["embed_tokens"])
         ours = {peft_name(n): n for n in lm.adapter_shapes(lora)}
         state = {ours.get(k, k): x for k, x in load_file(path).items()}
         with safe_open(path, "np") as f:
