@@ -285,7 +285,7 @@ def real_steps(q, source=""):
     steps = []
     for i, title in enumerate(titles):
         holds = [""] if compared else golden if i else [titles[1], re.sub(r" \(.*?\)", "", titles[1])]
-        if overlap(title) or i and not compared:        # the question names it, or the first passage
+        if overlap(title) >= 0.5 or i and not compared:         # the question names it, or the first passage
             way = dict(ask=f"I look for {title}.", subject=title, queries=[title, f"{title} {question}"])
         else:
             way = dict(ask="What do the passages say?", subject=question, queries=[question, title])

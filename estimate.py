@@ -142,7 +142,7 @@ def show(lm, s, kind):
         going["optimizer step"] = step_of_mlx(c, s, muon, lm.backend.Optimizer.GROUP) if mlx else step_of_torch(c, s, muon)
         peak = sum(keep.values()) + max(rollouts + copy, going["activations"], going["optimizer step"])
         if kind == "sft" and s.bits < 16:       # the base is asked for the data before it is quantised
-            peak = max(peak, size * whole + rollouts)
+            peak = max(peak, size * whole + rollouts + keep["weights"])
     print(f"{whole / 1e6:,.2f} M parameters"
           + ("" if kind == "eval"
              else f", {(n['adapter'] + n['tags']) / 1e6:,.2f} M trained (rank {s.lora_rank})" if s.lora_rank else ", all trained"))

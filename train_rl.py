@@ -28,7 +28,7 @@ import estimate
 import model
 import workflows
 from common import Log, Problem, by_tokens, main, place, start_folder, tqdm
-from live import FAILED
+from live import FAILED, MISSED
 from train_sft import STAGES, Checkpoint, clear, to_do
 
 
@@ -71,7 +71,7 @@ def grpo(lm, reference, s, stage, steps, pool, search, seed, scale=1.0):
         done, rewards = sample(lm, questions, search, s, rng)
         t1 = time.time()
         advantages = autocoa.group_advantages(rewards, s.advantage_std)
-        failed = np.array([FAILED in t.observations for t in done]).reshape(rewards.shape).any(1)
+        failed = np.array([not {FAILED, MISSED}.isdisjoint(t.observations) for t in done]).reshape(rewards.shape).any(1)
         skipped = failed | (rewards.max(1) == rewards.min(1))           # nobody knows what a failed search would have found
         learn = np.flatnonzero(~skipped.repeat(s.rollouts))
         figures = {"loss": 0.0, "grad_norm": 0.0}
@@ -128,11 +128,9 @@ def run(s):
         todo = [s.stage] if to_do(s, [s.out or s.stage], start) else []
     if not todo:
         return print(f"{s.out or s.stage or 'both stages'}: in {root} already")
-    start_folder(root, start, [*STAGES, "rl1"])
-    # KL is measured to what RL begins with, also where RL-1 is done
-    reference = model.load(start_folder(root, s.start or "sft3", STAGES), **place(s))
-    reference.adapt(s, "rl1")   # before it is copied, so that policy and reference share a base that only carries adapters
-    going_on = "rl1" not in todo and not s.start
+    reference = model.load(start_folder(root, start, [*STAGES, "rl1"]), **place(s))
+    reference.adapt(s, todo[0])             # before it is copied, so that policy and reference share a base that only carries adapters
+    going_on = todo == ["rl2"] and not s.stage              # --resume, and RL-1 is done
     # a separate adapter shares the reference's base; merged weights have to be loaded
     lm = model.load(root / "rl1", **place(s)) if going_on and s.lora_merge else reference.copy()
     if going_on and not s.lora_merge:

@@ -108,7 +108,9 @@ def clear(s, stages, start):
     checkpoint stays where it is of the first of them and younger than what that is made from, `start`."""
     root = Path("out", s.run)
     for i, stage in enumerate(stages):
-        ours, begin = (root / name / "config.json" for name in (f"{stage}.checkpoint", start or ""))
+        ours, old, begin = (root / name / "config.json" for name in (f"{stage}.checkpoint", f"{stage}.checkpoint.old", start or ""))
+        if s.resume and old.is_file() and not ours.is_file():           # stopped between two renames
+            old.parent.rename(ours.parent)
         going_on = s.resume and i == 0 and ours.is_file() and (not start or begin.stat().st_mtime <= ours.stat().st_mtime)
         for leftover in ["checkpoint.partial", "checkpoint.old"] + ["checkpoint"] * (not going_on) + ["partial"] * (not s.resume):
             shutil.rmtree(root / f"{stage}.{leftover}", ignore_errors=True)
@@ -239,6 +241,8 @@ def run(s):
     if odd := [name for name, value in there.items() if value != now.get(name)]:
         raise Problem(f"--{odd[0]}: {made.parent} was made with another value (see {made.name}); "
                       "repeat that, or remove the folder to have the data made anew")
+    if "base" not in todo:
+        lm.adapt(s, todo[0])        # here, since it may refuse
     if not estimate.show(lm, s, "sft"):
         return
     clear(s, [s.out] if s.out else todo, s.start or before.get(todo[0]))

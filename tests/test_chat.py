@@ -294,9 +294,9 @@ def test_a_teacher_behind_a_failed_search(endpoint, tmp_path, said):
 def test_white_space_before_the_thought(endpoint, tmp_path):
     """Guards: a row with <think> twice, which training refused, of a question that then counted as solved."""
     there = endpoint(lambda messages, ask: "\n<think>It is Eva.</think>\\boxed{Eva}")
-    for row in [row for rows in teacher.teach(chat.Chat(there.url + "#x", Settings(), "teacher", tmp_path / "c.sqlite"),
-                                              [{"question": "Who?", "golden_answers": ["Eva"]}], None, Settings(tries=1))[:2] for row in rows]:
-        assert formats.parts_of(row["messages"][1]["content"]) == [("think", "It is Eva."), ("answer", "Eva")]
+    found = [row for rows in teacher.teach(chat.Chat(there.url + "#x", Settings(), "teacher", tmp_path / "c.sqlite"),
+                                              [{"question": "Who?", "golden_answers": ["Eva"]}], None, Settings(tries=1))[:2] for row in rows]
+    assert found and all(formats.parts_of(row["messages"][1]["content"]) == [("think", "It is Eva."), ("answer", "Eva")] for row in found)
 
 
 def test_a_teacher_that_never_stops(endpoint, tmp_path):

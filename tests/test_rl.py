@@ -42,16 +42,19 @@ def test_reward_and_order_of_a_step(codec, lm, monkeypatch):
     assert rewards.tolist() == [[1, 0, 1], [1, 1, 0]]
 
 
-@pytest.mark.parametrize("settings, steps, begins", [({}, ("rl1", "rl2"), ["sft3"]), ({"stage": "rl2"}, ("rl2",), ["sft3", "rl1"]),
-                                                     ({"stage": "rl2", "start": "sft2"}, ("rl2",), ["sft2"])])
+@pytest.mark.parametrize("settings, steps, begins", [({}, ("rl1", "rl2"), ["sft3"]), ({"stage": "rl2"}, ("rl2",), ["rl1"]),
+                                                     ({"stage": "rl2", "start": "sft2"}, ("rl2",), ["sft2"]), ({"start": "sft2"}, ("rl1", "rl2"), ["sft2"]),
+                                                     ({"resume": True}, ("rl2",), ["sft3", "rl1"]), ({"start": "sft2", "resume": True}, ("rl2",), ["sft2", "rl1"])])
 def test_the_two_environments(monkeypatch, tmp_path, settings, steps, begins):
     """RL-1 imagines its observations and asks nothing that starts at a known entity; RL-2 has the tool, on a pool of its own. The adapter is made
-    before the reference is copied (guards: a second base in memory, which the estimate does not count). KL is measured to what RL begins with,
-    whether the two stages are run at once or one by one (guards: `--stage=rl2` measured it to RL-1)."""
+    before the reference is copied (guards: a second base in memory, which the estimate does not count). The reference is what the command begins with;
+    --resume behind RL-1 goes on from that, with the same reference."""
     monkeypatch.chdir(tmp_path)
     for stage in ("sft2", "sft3", "rl1"):
         (tmp_path / "out/nano" / stage).mkdir(parents=True)
         (tmp_path / "out/nano" / stage / "config.json").write_text("{}")
+    if settings == {"start": "sft2"}:
+        (tmp_path / "out/nano/rl1/config.json").unlink()
     calls, made, loaded = [], [], []
     the_tool = tools.Library({})
     task = types.SimpleNamespace(train=lambda n, pool, p_head=0.1: (n, pool, p_head), rl_search=the_tool)

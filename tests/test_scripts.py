@@ -264,6 +264,9 @@ def test_resume_keeps_one_run_together(tmp_path, monkeypatch):
         train_sft.clear(go_on, ["sft2", "sft3"], "sft1")        # which was made at 9
         assert [p.name for p in root.glob("*.checkpoint*")] == ["sft2.checkpoint"] * (at == 10)
     assert (root / "sft1.partial").is_dir()
+    (root / "sft2.checkpoint").rename(root / "sft2.checkpoint.old")         # stopped while the next one took its place
+    train_sft.clear(go_on, ["sft2"], "sft1")
+    assert [p.name for p in root.glob("*.checkpoint*")] == ["sft2.checkpoint"]
     train_sft.clear(Settings(), STAGES[:4], None)
     assert not list(root.glob("*.checkpoint")) and not list(root.glob("*.partial")) and (root / "sft3").is_dir()
 
@@ -291,12 +294,16 @@ def test_steps_are_not_optimizer_steps(made, tmp_path):
 
 
 def test_refusals_come_first(made, tmp_path):
-    """What can be refused is refused before anything is removed: data made with other settings, a second base of one run."""
+    """What can be refused is refused before anything is removed: data made with other settings, a second base of one run, an adapter of another rank."""
     shutil.copytree(made.root, tmp_path / "out" / "tiny")
-    kept = tmp_path / "out" / "tiny" / "sft2.checkpoint"
-    kept.mkdir()
+    root = tmp_path / "out" / "tiny"
+    lm = model.load(root / "base", "cpu")
+    lm.adapt(Settings(lora_rank=4))
+    lm.save(root / "lora")
+    (root / "sft2.checkpoint").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    for args, said in ((["--stage=sft2", "--coa=7"], "--coa: .*made with another value"), (["--stage=base", "--out=base2"], "--out: a run has one base")):
+    for args, said in ((["--stage=sft2", "--coa=7"], "--coa: .*made with another value"), (["--stage=base", "--out=base2"], "--out: a run has one base"),
+                       (["--stage=sft2", "--start=lora", "--lora_rank=8"], "--lora_rank=8: .* an adapter with rank 4")):
         done = run_script(tmp_path, "train_sft.py", *TINY, *args)
         assert done.status == 2 and re.search(said, done.err) and sorted(tmp_path.rglob("*")) == before
 

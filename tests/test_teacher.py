@@ -376,6 +376,8 @@ def test_a_query_that_the_policy_can_derive(nano):
     first, second = q["metadata"]["steps"]
     assert first["queries"] == [q["question"], "Orla Venn"] and "Orla" not in first["ask"] + first["subject"]
     assert second["queries"][0] == "Tallow (town)"              # which the first passage names
+    of_alone = real("Who is the mother of the director of a film?", ["Eva"], ["House of Clay", "Son of Hart"])
+    assert of_alone["metadata"]["steps"][0]["queries"][0] == of_alone["question"]        # a shared "of" names nothing
     named = real("Where did the author of The Clay Hour grow up?", ["Tallow"], ["Orla Venn", "The Clay Hour"])
     assert [s["queries"][0] for s in named["metadata"]["steps"]] == ["The Clay Hour", "Orla Venn"]
 
