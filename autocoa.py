@@ -1,6 +1,7 @@
 """AutoCoA: the method, without a framework (arXiv 2503.06580).
 
     python autocoa.py --ask "Who directed Lost Story?"        # one question, by the last trained stage of out/nano
+    python autocoa.py --start=sft2 --ask ".."                  # the same by another stage
 
 Top to bottom: what a trajectory is, how an answer is scored, the losses, and Algorithm 1 as one batched loop.
 

@@ -35,7 +35,7 @@ class Settings:
     backend: str = "auto"               # torch or mlx; auto takes MLX on Apple silicon
     device: str = "auto"                # auto or cpu; with torch also cuda or mps
     quick: bool = False                 # the config file's short form: the same story, weaker numbers
-    dry_run: bool = False               # stop behind the estimate of memory and time that each script begins with
+    dry_run: bool = False               # stop behind the estimate of memory that train_sft.py, train_rl.py and eval.py begin with, and add one of time
     resume: bool = False                # go on with an interrupted run: finished stages are kept, the one that was begun goes on from its checkpoint
     save_minutes: float = 10.0          # between the checkpoints of a stage, which --resume needs
     # -- how weights are kept and trained
@@ -64,11 +64,11 @@ class Settings:
     # -- SFT (paper 3.2; counts are the authors')
     pairs: int = 1500                   # CoT+A pairs of SFT-1 at most, from twice as many questions, since only those that one of acting and thinking solves make one
     coa: int = 5000                     # questions for chain-of-action trajectories of SFT-2 and SFT-3; those that the teacher can't solve make none
-    cot: int = 1000                     # questions for chain-of-thought trajectories mixed in; on the nano path three fifths about made-up facts
-    epochs: int = 2                     # over them, in each stage
+    cot: int = 1000                     # questions for chain-of-thought trajectories mixed in; on the nano path three fifths practise planning, most of it on made-up facts
+    epochs: int = 2                     # over them, in SFT-2 and in SFT-3; SFT-1 goes once over its pairs
     alpha: float = 0.2                  # weight of SFT-1's auxiliary term
-    muon: bool = True                   # Muon for the matrices in SFT; false: AdamW for all, as for pretrained models
-    batch_tokens: int = 2000            # tokens of an optimizer step
+    muon: bool = True                   # Muon for the matrices in base and SFT, never in RL; false: AdamW for all, as for pretrained models
+    batch_tokens: int = 2000            # tokens of an optimizer step; SFT-1's holds 16 pairs
     micro_tokens: int = 1600            # tokens that go through the network at once
     lr: float = 6e-3                    # AdamW, in nano's base stage; SFT takes the parts of it below
     muon_lr: float = 1e-2               # Muon, likewise
@@ -87,7 +87,7 @@ class Settings:
     minibatches: int = 1                # optimizer steps a batch of rollouts is cut into
     clip_low: float = 0.2               # the ratio is clipped below 1 - clip_low
     clip_high: float = 0.28             # and above 1 + clip_high
-    kl: float = 0.0                     # weight of the k3 KL to the policy that this train_rl.py begins with: SFT-3, or with --stage its --start
+    kl: float = 0.0                     # weight of the k3 KL to the policy that the command begins with: --start, else SFT-3, or RL-1 with --stage=rl2
     advantage_std: bool = False         # divide advantages by the group's standard deviation, as the authors' code does
     format_penalty: float = 0.5         # taken off the reward of a malformed trajectory
     call_cost: float = 0.1              # taken off the reward for each call of the real tool; 0.25 keeps RL-2 from searching for what it knows, at a price in EM
@@ -104,7 +104,7 @@ class Settings:
     ask: str = ""                       # the question to answer
     # -- ablations
     stage: str = ""                     # run this stage only: base, sft1, sft2, sft3; rl1, rl2
-    start: str = ""                     # .. from this folder of the run, instead of the stage before
+    start: str = ""                     # .. from this folder of the run, instead of the stage before; of train_rl.py also without --stage; of autocoa.py and bench.py, what is asked
     out: str = ""                       # .. into this folder, instead of the stage's own; of teacher.py, where to write
     # -- rollouts and evaluation
     top_k: int = 2                      # passages an observation holds
