@@ -354,7 +354,7 @@ def rollout(decoder, codec, prompts, search, max_actions=6, max_len=400, max_ans
     while live:
         limits = [max(1, open_observation(r) if r.state == OBSERVATION else r.end - len(r.t.ids) if r.t.forced else room(r.t)) for r in live]
         temperatures = [0.0 if r.state == OBSERVATION else temperature for r in live]      # one text gets one observation, as from a tool
-        # a turn ends when six tenths of the rows wait for something: what the rest have begun, they go on with
+        # a turn ends when four tenths of the rows wait for something: what the rest have begun, they go on with
         ids, logps = dec.decode(stops, limits, temperatures, rng, leave=0.6)
         turn, leads = [], {}                                # who goes on: (rollout, its row, what it is fed; None: what the tool says)
         for row, r in enumerate(live):

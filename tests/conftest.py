@@ -7,6 +7,8 @@ import platform
 import runpy
 import subprocess
 import sys
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,3 +93,19 @@ def strict(text):
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
     return json.loads(text, parse_constant=refuse)
+
+
+@pytest.fixture
+def serve():
+    """Start an HTTP server on a free loopback port -> its address; all are stopped at the end."""
+    started = []
+
+    def start(handler_or_server):
+        server = handler_or_server if isinstance(handler_or_server, ThreadingHTTPServer) else ThreadingHTTPServer(("127.0.0.1", 0), handler_or_server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        started.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
