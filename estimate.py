@@ -1,4 +1,5 @@
-"""What a run will take, said before it starts: parameters, memory at the chosen sizes, and with --dry-run seconds a step, measured on two.
+"""What a run will take, said before it starts: parameters, memory at the chosen sizes, and seconds a step, measured on two: by --dry-run on
+random tokens, else on the first two of each stage.
 
 Memory is counted from the shapes, in bytes: what stays (weights, gradients, optimizer, and in RL the reference), and what comes and goes
 (activations of a micro-batch; the KV cache of the rollouts). Not counted: the framework itself and what its kernels use for a moment.
@@ -163,6 +164,14 @@ def show(lm, s, kind):
                   f"rollouts at most, were each of {s.max_len} tokens, all its own")
         print("nothing was trained or written (--dry-run)")
     return not s.dry_run
+
+
+def after_two(bar, i, began):
+    """Say behind the second step of a stage that is under way what one takes. bar: its tqdm; i: the step that is done; began: when the first did."""
+    if i == bar.initial + 1:
+        step, left = (time.time() - began) / 2, bar.total - i - 1
+        with bar.external_write_mode():
+            print(f"{bar.desc}: {step:.2f} s a step by the first two, {left * step / 60:.1f} minutes for the other {left}", flush=True)
 
 
 def step_seconds(lm, s, muon):

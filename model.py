@@ -485,10 +485,10 @@ def load_pretrained(name, device="auto", framework="auto", dtype="float32", froz
         old = b.to_numpy(state[key])
         if old.shape != declared:
             raise Problem(f"model: {name}: {key} has shape {old.shape}, config.json says {declared}")
-        state[key] = np.concatenate([old, np.tile(old.mean(0), (config.vocab_size - len(old), 1))])
-        for tag, spelled in zip(TAGS.values(), pieces):
-            if tag in missing:
-                state[key][tok.convert_tokens_to_ids(tag)] = old[spelled].mean(0)
+        rows = {tok.convert_tokens_to_ids(tag): old[spelled].mean(0) for tag, spelled in zip(TAGS.values(), pieces) if tag in missing}
+        more = np.tile(old.mean(0), (config.vocab_size - len(old), 1))
+        del old         # before the next one: of 150,000 tokens they take a gigabyte
+        state[key] = b.with_rows(state[key], more, rows)
     network = b.build(config, b.pick_device(device), dtype, frozen)
     b.put(network, state, name)
     return LM(network, tok, b)

@@ -480,9 +480,23 @@ def read_weights(folder):
     return state
 
 
+def to_array(x):
+    """MLX's own as it is (`mx.array` would copy it, and a checkpoint would be there twice), another's as MLX's."""
+    return x if isinstance(x, mx.array) else mx.array(x)
+
+
 def to_numpy(x):
     """A tensor, or an array, as a float32 array."""
-    return np.array(mx.array(x).astype(mx.float32))
+    return np.array(to_array(x).astype(mx.float32))
+
+
+def with_rows(x, more, rows):
+    """A matrix in its own precision, with the rows of `more` (NumPy) behind it, and `rows` {index: NumPy} in place of what was there."""
+    x = to_array(x)
+    x = mx.concatenate([x, mx.array(more).astype(x.dtype)])
+    for i, row in rows.items():
+        x[i] = mx.array(row)
+    return x
 
 
 def put(model, state, where):
@@ -501,7 +515,7 @@ def put(model, state, where):
                           "take the checkpoint they were made of, and --bits=4")
         if p.shape != tuple(state[name].shape):
             raise Problem(f"model: {where}: {name} has shape {tuple(state[name].shape)}, config.json says {p.shape}")
-    model.update(tree_unflatten([(k, mx.array(v).astype(own[k].dtype)) for k, v in state.items()]))
+    model.update(tree_unflatten([(k, to_array(v).astype(own[k].dtype)) for k, v in state.items()]))
     mx.eval(model.parameters())
 
 

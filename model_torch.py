@@ -460,6 +460,15 @@ def to_numpy(x):
     return torch.as_tensor(x).detach().float().cpu().numpy()
 
 
+def with_rows(x, more, rows):
+    """A matrix in its own precision, with the rows of `more` (NumPy) behind it, and `rows` {index: NumPy} in place of what was there."""
+    x = torch.as_tensor(x)
+    x = torch.cat([x, torch.as_tensor(more).to(x)])
+    for i, row in rows.items():
+        x[i] = torch.as_tensor(row)
+    return x
+
+
 def put(model, state, where):
     """Tensors or NumPy arrays into the network, by name.
     Raises Problem with the parameter that is missing, not known, packed or of another shape."""

@@ -1,4 +1,5 @@
 """The network against transformers, folders in and out, the optimizer against torch's own, and a step that fails."""
+import importlib.util
 import json
 import math
 
@@ -192,6 +193,10 @@ def test_tags_are_added_to_a_checkpoint(codec, tmp_path, spare, monkeypatch):
         i, = lm.codec.tok.encode(tag, add_special_tokens=False)
         assert i >= n
         torch.testing.assert_close(lm.model.model.embed_tokens.weight[i], old[tok.encode(tag, add_special_tokens=False)].mean(0))
+    if importlib.util.find_spec("mlx"):
+        mlx = model.load_pretrained(str(tmp_path), "cpu", "mlx")
+        for name, p in mlx.backend.parameters(mlx.model).items():
+            np.testing.assert_allclose(np.array(p), lm.model.get_parameter(name).detach(), atol=1e-7)
     assert lm.codec.decode(lm.codec.build("Who?", [("answer", "Eva")]).ids) == "<bos> Who?<think></think>\\boxed{ Eva}<eos>"
     quantized = []
     monkeypatch.setattr(model_torch, "quantize", lambda network, bits: quantized.append(bits))

@@ -85,6 +85,15 @@ def test_logs_of_rl(made):
             assert all(math.isfinite(r[k]) for k in keys)
 
 
+def test_a_stage_says_what_a_step_takes(made):
+    """By its first two steps, as they were logged."""
+    for stage in STAGES:
+        log = rows(made.root / stage / "log.jsonl")
+        said = re.findall(rf"^{stage}: ([\d.]+) s a step by the first two, [\d.]+ minutes for the other (\d+)$", made.train_sft.out + made.train_rl.out, re.M)
+        assert [int(left) for _, left in said] == [len(log) - 2] * (len(log) > 1)
+        assert all(abs(float(seconds) - log[1]["seconds"] / 2) < 0.1 for seconds, _ in said)
+
+
 def test_rollouts_are_whole(made):
     """Sampled trajectories of each stage: ids, roles, masks and tokens of one length; the tokens are the text."""
     acted = 0
