@@ -166,10 +166,10 @@ def show(lm, s, kind):
     return not s.dry_run
 
 
-def after_two(bar, i, began):
-    """Say behind the second step of a stage that is under way what one takes. bar: its tqdm; i: the step that is done; began: when the first did."""
+def after_two(bar, i):
+    """Say behind the second step of a stage that is under way what one takes. bar: its tqdm; i: the step that is done."""
     if i == bar.initial + 1:
-        step, left = (time.time() - began) / 2, bar.total - i - 1
+        step, left = bar.format_dict["elapsed"] / 2, bar.total - i - 1
         with bar.external_write_mode():
             print(f"{bar.desc}: {step:.2f} s a step by the first two, {left * step / 60:.1f} minutes for the other {left}", flush=True)
 

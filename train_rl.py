@@ -65,7 +65,6 @@ def grpo(lm, reference, s, stage, steps, pool, search, seed, scale=1.0):
     checkpoint = Checkpoint(lm, optimizer, Path("out", s.run, stage), s)
     log = Log(checkpoint.folder, done=checkpoint.done)
     bar = tqdm(range(checkpoint.done, steps), desc=stage, unit="step", smoothing=0.1, initial=checkpoint.done, total=steps)
-    began = time.time()
     for step in bar:
         t0, rng = time.time(), np.random.default_rng([*seed, step])
         questions = [pool[(step * s.questions + i) % len(pool)] for i in range(s.questions)]
@@ -89,7 +88,7 @@ def grpo(lm, reference, s, stage, steps, pool, search, seed, scale=1.0):
                   kl=drift(lm, reference, done[::max(1, len(done) // 10)], s), tokens=tokens,
                   tokens_per_second=tokens / (t2 - t0), seconds_rollout=t1 - t0, seconds_update=t2 - t1)
         bar.set_postfix_str(f"reward {row['reward']:.3f}, {row['actions']:.2f} actions, {t2 - t0:.1f} s")
-        estimate.after_two(bar, step, began)
+        estimate.after_two(bar, step)
         log.append("rollouts.jsonl", [workflows.trajectory_row(lm.codec, questions[0], t, r, step=step)
                                       for t, r in zip(done[:s.rollouts], rewards[0])])
         checkpoint.after(step + 1)

@@ -49,7 +49,6 @@ def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
     checkpoint = Checkpoint(lm, optimizer, folder, s)
     log = Log(folder, checkpoint.done)
     bar = tqdm(steps[checkpoint.done:], desc=stage, unit="step", smoothing=0.05, initial=checkpoint.done, total=len(steps))
-    began = time.time()
     for i, items in enumerate(bar, checkpoint.done):
         start = time.time()
         rate = scale * min(1.0, (i + 1) / (0.05 * len(steps) + 1)) * (1 - 0.9 * i / len(steps))
@@ -62,7 +61,7 @@ def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
         speed = tokens / (time.time() - start)
         log.write(step=i, **figures, lr=s.lr * rate, tokens=tokens, tokens_per_second=speed)
         bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tok/s")
-        estimate.after_two(bar, i, began)
+        estimate.after_two(bar, i)
         checkpoint.after(i + 1)
     log.append("rollouts.jsonl", workflows.sampled(lm, task.train(20, "sample")[:s.batch_rows // 4], task.search, s))
     checkpoint.finish()
