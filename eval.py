@@ -1,383 +1,517 @@
-"""The benchmark table: each trained stage beside workflows around the base model, on question sets that training never saw.
+r"""The benchmark table: each trained stage beside workflows around the base model.
 
-    python eval.py                                                           # all stages of out/nano
-    python eval.py config/smollm2.py --model=FOLDER --data=hotpotqa_dev.jsonl --corpus=passages.jsonl.gz     # any checkpoint, as it is
-    python eval.py --compare="SFT-1&2&3+RL-1&2,ReAct workflow" --runs=nano,seed1,seed2               # over the predictions of several seeds
+    python eval.py                           # all stages of out/nano, on questions never trained on
+    python eval.py --run=quick --rows="SFT-1&2,ReAct workflow"
+    python eval.py config/smollm2.py --model=FOLDER --data=hotpotqa_dev.jsonl \
+        --corpus=passages.jsonl.gz           # any checkpoint, as it is
+    python eval.py --compare="SFT-1&2&3+RL-1&2,ReAct workflow" --runs=nano,seed1,seed2
+                                             # two rows, over the predictions of several seeds
 
-Writes eval.json and predictions.jsonl to out/<run>/ (with --data to out/eval/<model>-<a hash of its path>/), and prints
-the table and, as the last line, the JSON. --resume keeps the answers that the same weights gave under the same
-settings, of an evaluation that was interrupted or is finished; --rows asks for some rows, and shows the others with the
-answers that are there.
+It writes eval.json and predictions.jsonl to out/<run>/, with --data to
+out/eval/<model>-<a hash of its path>/. It prints the table and, as the last line, the JSON.
+--resume keeps the answers that the same weights gave under the same settings, of an evaluation that
+was interrupted or is complete. --rows asks some rows only, and shows the others where their answers
+are there.
 
-What is printed beside EM: F1, actions a question, how often the facts that a question needs were searched for, apart
-for those that the base model knows and those that it does not; malformed trajectories. In eval.json also: answers that
-had to be forced, cover-EM, the score of the authors' code, the gain over ReAct, questions and right answers by number
-of actions (paper Fig. 3), EM where the base model knows all facts and where not (appendix A), calculations that were
-done with the calculator, and with --judge what a language model says of the answers. Averages are over the sets, with a
-95% bootstrap interval over questions.
+Beside EM the table shows F1, actions per question, how often the facts that a question needs were
+searched for (apart for those that the base model knows and those that it does not), and malformed
+trajectories. eval.json also has: answers that had to be forced, cover-EM, the score of the authors'
+code, the gain over ReAct, questions and right answers by number of actions (paper Fig. 3), EM where
+the base model knows all facts and where not (appendix A), how many calculations were done with the
+calculator, and with --judge what a language model says of the answers. Averages are over the sets,
+with a 95% bootstrap interval over questions.
 """
-import contextlib
+
+import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-import autocoa
-import data
-import estimate
 import model
-import workflows
-from chat import Chat, judge
-from common import Problem, main, place, read_jsonl, start_folder, write, write_jsonl
-from live import FAILED, MISSED
-from miniwiki import DIFFERENCE
-from train_sft import recall
-
-STAGES = {"SFT-1": "sft1", "SFT-2": "sft2_alone", "SFT-1&2": "sft2", "SFT-1&2&3": "sft3", "RL-2 alone": "rl2_alone",
-          "SFT-1&2&3+RL-1": "rl1", "SFT-1&2&3+RL-1&2": "rl2", "SFT-1&2+RL-2": "rl2_from_sft2"}
-MADE_FROM = {"sft1": "base", "sft2": "sft1", "sft2_alone": "base", "sft3": "sft2", "rl1": "sft3", "rl2": "rl1",
-             "rl2_alone": "base", "rl2_from_sft2": "sft2"}
-# rows in which a script asks the base model
-WORKFLOWS = ("model only (at once)", "model only", "retrieve-then-read", "oracle passages", "ReAct workflow", "Reflexion workflow")
-PERCENT = ("em", "f1", "cover", "overlap", "malformed", "forced")
-
-
-# ---- answers ------------------------------------------------------------------------------------------------------------
-def run_row(row, lm, questions, task, s, tries):
-    """-> a record a question: answer, trajectory and figures. tries: {id: what ReAct said}, which is Reflexion's first try; filled here."""
-    def looked_up(observations, budget):
-        return [lm.codec.fit(o, budget) for o in observations]
-    if row == "model only (at once)":
-        done = workflows.direct(lm, questions, s, desc=row)
-    elif row == "model only":
-        done = workflows.closed_book(lm, questions, s, workflows.CLOSED_BOOK, desc=row)
-    elif row == "retrieve-then-read":
-        done = workflows.read(lm, questions, looked_up(task.eval_search([f"search: {q['question']}" for q in questions]), s.max_observation),
-                              s, desc=row)
-    elif row == "oracle passages":
-        done = workflows.read(lm, questions, looked_up([data.gold_passages(q, task.eval_search) for q in questions], s.max_len // 2),
-                              s, desc=row)
-    elif row == "ReAct workflow":
-        done = workflows.react(lm, questions, task.eval_search, s, examples=workflows.REACT, desc=row)
-        tries |= {q["id"]: d for q, d in zip(questions, done)}
-    elif row == "Reflexion workflow":
-        done = workflows.reflexion(lm, questions, task.eval_search, s,
-                                   [tries[q["id"]] for q in questions] if all(q["id"] in tries for q in questions) else None,
-                                   desc=row)
-    else:
-        done = [(lm.codec.answer(t), t) for t in workflows.answers(lm, questions, task.eval_search, s, desc=row)]
-    agent = row not in WORKFLOWS
-    return [{"id": q["id"], "question": q["question"], "golden_answers": q["golden_answers"], "answer": a,
-             "em": autocoa.exact_match(a, q["golden_answers"]), "f1": autocoa.f1(a, q["golden_answers"]),
-             "cover": autocoa.cover_match(a, q["golden_answers"]), "overlap": autocoa.overlap_match(a, q["golden_answers"]),
-             "actions": len(t.queries), "queries": t.queries,
-             "malformed": float(agent and not lm.codec.well_formed(t)), "forced": float(agent and t.forced),
-             "lost": sum(o == FAILED or o == MISSED and s.cache != "replay" for o in t.observations),
-             "text": lm.codec.decode(t.ids)}
-            for q, (a, t) in zip(questions, done)]
+from common import memory
+from common.errors import UserError
+from common.files import write_text
+from common.runs import find_start, run_folder
+from common.settings import CommaList, main
+from data.questions import Question
+from data.scores import cover_match, exact_match, f1, overlap_match
+from data.trajectory import Observation, Provenance
+from evaluation.predictions import (
+    AnswerSettings,
+    Prediction,
+    Predictions,
+    provenance_hash,
+    read_predictions,
+    recall_known_facts,
+)
+from evaluation.statistics import mean, paired_gain, percent, summarize
+from evaluation.table import format_table
+from model import LM
+from services.chat import Chat
+from services.judge import judge
+from tasks import Task, open_task
+from workflows.agent import Answered, answer_questions
+from workflows.closed_book import answer_directly, closed_book
+from workflows.prompts import CLOSED_BOOK_EXAMPLES, REACT_EXAMPLES
+from workflows.react import react
+from workflows.reading import answer_from_passages, gold_observation
+from workflows.reflexion import reflexion
 
 
-def asked(row, lm, task):
-    """{set: questions} that this row is asked: with oracle passages those that name them, and Reflexion only of a model
-    that can speak of itself."""
-    if row == "Reflexion workflow" and not lm.codec.tok.chat_template:
-        return {}
-    if row == "oracle passages":
-        named = {name: [q for q in questions if data.gold_passages(q, task.eval_search)] for name, questions in task.evaluation.items()}
-        return {name: questions for name, questions in named.items() if questions}
+@dataclass(kw_only=True)
+class EvalSettings(AnswerSettings):
+    """The settings of eval.py."""
+
+    # FlashRAG question files on which to judge --model as it is, instead of the stages of a run.
+    data: CommaList = field(default_factory=list)
+    # Names of the rows of the table to ask. Empty: all.
+    rows: CommaList = field(default_factory=list)
+    # Two rows: how much better the first is, over the predictions of --runs.
+    compare: CommaList = field(default_factory=list)
+    # Runs that --compare pools. Empty: this run.
+    runs: CommaList = field(default_factory=list)
+    # A language model that judges the answers too: a folder, or the address of an
+    # OpenAI-compatible endpoint.
+    judge: str = ""
+    # Keep the answers that the same weights gave under the same settings.
+    resume: bool = False
+
+
+# ---- 1. How a row is asked -----------------------------------------------------------------------
+@dataclass
+class Exam:
+    """What all rows of one evaluation share."""
+
+    task: Task
+    settings: EvalSettings
+    # Question id -> ReAct's answer, with which Reflexion begins.
+    react_answers: dict[str, Answered] = field(default_factory=dict)
+
+
+def think_and_act(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+    """Let the model decide by itself when to search: an agent."""
+    search = exam.task.eval_search
+    trajectories = answer_questions(lm, texts_of(questions), search, exam.settings, name)
+    return [Answered(lm.codec.answer(trajectory), trajectory) for trajectory in trajectories]
+
+
+def answer_at_once(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+    """Ask for the answer without a thought before it."""
+    return answer_directly(lm, texts_of(questions), exam.settings, name)
+
+
+def answer_from_memory(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+    """Ask for a thought and the answer, without a tool."""
+    return closed_book(lm, texts_of(questions), exam.settings, CLOSED_BOOK_EXAMPLES, name)
+
+
+def retrieve_then_read(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+    """Search with the question itself, and have the model read what is found."""
+    budget = exam.settings.max_observation
+    found = exam.task.eval_search([f"search: {text}" for text in texts_of(questions)])
+    passages = [lm.codec.fit(observation.text, budget) for observation in found]
+    answers = answer_from_passages(lm, texts_of(questions), passages, exam.settings, name)
+    for answer, text, observation in zip(answers, passages, found, strict=True):
+        # The workflow was given texts, and does not know of a search that failed.
+        answer.trajectory.observations = [Observation(text, observation.provenance)]
+    return answers
+
+
+def read_gold_passages(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+    """Have the model read the passages with the answer: an upper bound of reading."""
+    budget = exam.settings.max_len // 2
+    search = exam.task.eval_search
+    passages = [lm.codec.fit(gold_observation(question, search), budget) for question in questions]
+    return answer_from_passages(lm, texts_of(questions), passages, exam.settings, name)
+
+
+def think_act_observe(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+    """Have a script outside the model make it think, then search, then read."""
+    search = exam.task.eval_search
+    texts = texts_of(questions)
+    answers = react(lm, texts, search, exam.settings, examples=REACT_EXAMPLES, description=name)
+    for question, answer in zip(questions, answers, strict=True):
+        exam.react_answers[question.id] = answer
+    return answers
+
+
+def try_and_reflect(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+    """Have the model judge its tries by ReAct, and try again with what it learned."""
+    first_tries = None
+    if all(question.id in exam.react_answers for question in questions):
+        first_tries = [exam.react_answers[question.id] for question in questions]
+    search = exam.task.eval_search
+    texts = texts_of(questions)
+    return reflexion(lm, texts, search, exam.settings, first_tries, description=name)
+
+
+def texts_of(questions: list[Question]) -> list[str]:
+    """Return what a model is asked."""
+    return [question.question for question in questions]
+
+
+# ---- 2. Which questions a row is asked -----------------------------------------------------------
+QuestionSets = dict[str, list[Question]]
+
+
+def all_questions(base: LM, task: Task) -> QuestionSets:
+    """Return all question sets."""
     return task.evaluation
 
 
-def made_by(folder, s):
-    """What an answer depends on, beside its question and row: a hash of the weights, of the passages and of the settings of evaluation."""
-    files = sorted(Path(folder).glob("*.safetensors")) or [Path(folder)]
-    weights, corpus = [model.tail_hash([f]) if f.is_file() else str(f) for f in files], Path(s.corpus)
-    settings = [s.seed, [model.tail_hash([corpus]), corpus.stat().st_size] if corpus.is_file() else s.corpus, s.language, s.cache,
-                s.top_k, s.max_actions, s.max_len, s.max_answer, s.max_thought, s.max_observation, s.dtype, s.bits]
-    return digest([weights, settings])
+def questions_with_gold_passages(base: LM, task: Task) -> QuestionSets:
+    """Return the questions that name the passages with their answer."""
+    sets = {}
+    for name, questions in task.evaluation.items():
+        named = [question for question in questions if gold_observation(question, task.eval_search)]
+        if named:
+            sets[name] = named
+    return sets
 
 
-def digest(x):
-    return hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16]
+def questions_for_instruct_models(base: LM, task: Task) -> QuestionSets:
+    """Return all questions where the base model can speak of itself, else none."""
+    if base.codec.has_chat_template:
+        return task.evaluation
+    return {}
 
 
-def question_key(q):
-    """Of all in a question that an answer, or its score, depends on."""
-    return digest([q["question"], q["golden_answers"], q["metadata"].get("gold_titles"), q["metadata"].get("gold_ids")])
+# ---- 3. The rows ---------------------------------------------------------------------------------
+@dataclass
+class Row:
+    """One row of the table: whose weights answer, by which workflow."""
+
+    name: str
+    folder: Path  # of the weights; here in the tables, a folder of the run
+    workflow: Callable[[LM, list[Question], Exam, str], list[Answered]]
+    trained_from: Path | None = None  # the folder that a stage begins with
+    question_sets: Callable[[LM, Task], QuestionSets] = all_questions
+
+    @property
+    def is_agent(self) -> bool:
+        """Whether the model decides when to act, not a script around it."""
+        return self.workflow is think_and_act
 
 
-def known_facts(base, task, s, root):
-    """What the base model knows of what evaluation asks, kept in known.json. -> set of facts"""
-    path, made = root / "known.json", made_by(Path(s.model) if s.data else root / "base", s)
-    questions = [q for rows in task.evaluation.values() for q in rows]
-    asked = digest([question_key(q) for q in questions])
-    if (s.resume or s.rows) and path.is_file():
-        with contextlib.suppress(ValueError, KeyError, TypeError):          # a file that is damaged is made anew
-            kept = json.loads(path.read_text())
-            if kept["made"] == made and kept["asked"] == asked:
-                return set(kept["known"])
-    known, _ = recall(base, questions, s)
-    write(path, json.dumps({"made": made, "asked": asked, "known": sorted(known)}))
-    return known
+BASE = Path("base")
+SFT1 = Path("sft1")
+SFT2 = Path("sft2")
+SFT3 = Path("sft3")
+RL1 = Path("rl1")
+RL2 = Path("rl2")
+SFT2_ALONE = Path("sft2_alone")
+RL2_ALONE = Path("rl2_alone")
+RL2_FROM_SFT2 = Path("rl2_from_sft2")
+
+REACT_ROW = "ReAct workflow"
+
+# Rows in which a script asks the base model. A new workflow is a function above and a line here.
+WORKFLOWS = [
+    Row("model only (at once)", BASE, answer_at_once),
+    Row("model only", BASE, answer_from_memory),
+    Row("retrieve-then-read", BASE, retrieve_then_read),
+    Row("oracle passages", BASE, read_gold_passages, question_sets=questions_with_gold_passages),
+    Row(REACT_ROW, BASE, think_act_observe),
+    Row("Reflexion workflow", BASE, try_and_reflect, question_sets=questions_for_instruct_models),
+]
+
+# Rows of trained stages, which act by themselves. Those whose folder is missing are left out.
+STAGES = [
+    Row("SFT-1", SFT1, think_and_act, trained_from=BASE),
+    Row("SFT-2", SFT2_ALONE, think_and_act, trained_from=BASE),
+    Row("SFT-1&2", SFT2, think_and_act, trained_from=SFT1),
+    Row("SFT-1&2&3", SFT3, think_and_act, trained_from=SFT2),
+    Row("RL-2 alone", RL2_ALONE, think_and_act, trained_from=BASE),
+    Row("SFT-1&2&3+RL-1", RL1, think_and_act, trained_from=SFT3),
+    Row("SFT-1&2&3+RL-1&2", RL2, think_and_act, trained_from=RL1),
+    Row("SFT-1&2+RL-2", RL2_FROM_SFT2, think_and_act, trained_from=SFT2),
+]
 
 
-class Predictions:
-    """Records of an evaluation, in <folder>/predictions.jsonl; until all are there in predictions.jsonl.partial, so
-    that --resume finds them.
+@dataclass
+class Table:
+    """What one evaluation compares, and where its answers are kept."""
 
-    rows, sets: those that are asked (none: all). Without resume they are asked anew; the records of others stay.
+    root: Path
+    base: LM
+    base_folder: Path
+    rows: list[Row]
+
+
+def open_run(settings: EvalSettings) -> Table:
+    """Return the rows of a run: workflows around its base model, and each stage that is there.
+
+    A folder that another name was given to with --out is a row by that name.
     """
-
-    def __init__(self, folder, resume, rows=(), sets=()):
-        self.path, self.part, self.known = folder / "predictions.jsonl", folder / "predictions.jsonl.partial", {}
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.path, self.part):
-            lines, kept = path.read_bytes().splitlines(keepends=True) if path.is_file() else [], []
-            for n, line in enumerate(lines if resume or rows or sets else [], 1):
-                try:
-                    if not line.endswith(b"}\n"):
-                        continue
-                    r = json.loads(line)
-                    if not {"row", "set", "id", "em", "queries"} <= r.keys():
-                        raise KeyError
-                    stays = rows and r["row"] not in rows or sets and r["set"] not in sets
-                    if resume or stays:
-                        kept.append(line)
-                        # an answer behind a search that failed is asked again
-                        if stays or not r.get("lost"):
-                            self.known[r["row"], r["set"], r["id"], r.get("asked"), r.get("made")] = r
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    if resume or rows:
-                        raise Problem(f"{path}:{n}: not a prediction of eval.py; remove this line, and --resume asks it again") from None
-            # the last was cut, and what is written next must not go on behind it; or all is asked anew
-            if path == self.part and kept != lines:
-                write(path, b"".join(kept).decode())
-
-    def missing(self, row, sets, made):
-        """[(set, question)] that this row is still to be asked."""
-        return [(name, q) for name, questions in sets.items() for q in questions if self.key(row, name, q, made) not in self.known]
-
-    def key(self, row, name, q, made):
-        return row, name, q["id"], question_key(q), made
-
-    def row(self, row, sets, made, answer, piece):
-        """{set: records} of one row, asking `answer` (questions -> records) for those that are not there yet, `piece` at a time."""
-        missing = self.missing(row, sets, made)
-        for at in range(0, len(missing), piece):
-            part = missing[at:at + piece]
-            with open(self.part, "a", encoding="utf-8") as f:
-                for (name, q), r in zip(part, answer([q for _, q in part]), strict=True):
-                    self.known[self.key(row, name, q, made)] = r = {"row": row, "set": name, **r, "asked": question_key(q), "made": made}
-                    f.write(json.dumps(r) + "\n")
-        return {name: [self.known[self.key(row, name, q, made)] for q in questions] for name, questions in sets.items()}
-
-    def finish(self, rows, made):
-        """rows: {row: {set: records}}. What was there of other rows and questions stays, where the same weights and
-        settings gave it (made: {row: what made_by says})."""
-        now = [r for sets in rows.values() for records in sets.values() for r in records]
-        there = {(r["row"], r["set"], r["id"]) for r in now}
-        kept = [r for r in self.known.values() if (r["row"], r["set"], r["id"]) not in there and r.get("made") == made.get(r["row"])]
-        write_jsonl(self.path, now + kept)
-        self.part.unlink(missing_ok=True)
+    root = run_folder(settings)
+    stage_folders = [row.folder.name for row in STAGES]
+    base_folder = find_start(root, "base", ["base", *stage_folders])
+    base = model.load(base_folder, settings)
+    own_rows = [
+        Row(config.parent.name, Path(config.parent.name), think_and_act)
+        for config in sorted(root.glob("*/config.json"))
+        if config.parent.suffix not in (".partial", ".checkpoint", ".old")
+        and config.parent.name not in ["base", *stage_folders]
+    ]
+    rows = [
+        row
+        for row in WORKFLOWS + STAGES + own_rows
+        if (root / row.folder / "config.json").is_file()
+    ]
+    return Table(root, base, base_folder, [_row_in(root, row) for row in rows])
 
 
-# ---- figures ------------------------------------------------------------------------------------------------------------
-def searched(q, record, known):
-    """For each fact a question needs: (whether the base model knows it, whether a query named its subject). A real question
-    is one fact, and any search counts. Calculations are no facts."""
-    steps = q["metadata"]["steps"]
-    if "holds" in steps[0]:
-        return [(steps[0]["fact"] in known, bool(record["queries"]))]
-    return [(step["fact"] in known, any(step["subject"].lower() in query.lower() for query in record["queries"]))
-            for step in steps if step["noun"] != DIFFERENCE]
+def _row_in(root: Path, row: Row) -> Row:
+    trained_from = None
+    if row.trained_from is not None:
+        trained_from = root / row.trained_from
+    return dataclasses.replace(row, folder=root / row.folder, trained_from=trained_from)
 
 
-def mean(values):
-    """None for no values: NaN is not JSON."""
-    return float(np.mean(values)) if len(values) else None
+def open_checkpoint(settings: EvalSettings) -> Table:
+    """Return the rows of a checkpoint as it is: workflows, and the agent where it is one.
 
-
-def percent(values):
-    return None if not len(values) else 100 * mean(values)
-
-
-def summary(records, sets, known):
-    """Figures of one row over {set: records} and {set: questions}: {set: {..}, "avg": {.., "em_low", "em_high"}};
-    EM, F1 and shares in percent."""
-    out, facts, sums, sure = {}, [], [], {True: [], False: []}
-    for name, rows in records.items():
-        out[name] = {k: percent([r[k] for r in rows]) for k in PERCENT} | {"actions": mean([r["actions"] for r in rows])}
-        for q, r in zip(sets[name], rows, strict=True):
-            facts += searched(q, r, known)
-            sure[all(step["fact"] in known for step in q["metadata"]["steps"])].append(r["em"])
-            sums += [any(query.startswith("calculate") for query in r["queries"])
-                     for step in q["metadata"]["steps"] if step.get("noun") == DIFFERENCE]
-    avg = {k: mean([v[k] for v in out.values()]) for k in (*PERCENT, "actions")}
-    avg["search_known"] = mean([asked for knows, asked in facts if knows])
-    avg["search_unknown"] = mean([asked for knows, asked in facts if not knows])
-    avg["em_known"], avg["em_unknown"], avg["calculated"] = percent(sure[True]), percent(sure[False]), mean(sums)
-    avg["em_low"], avg["em_high"] = interval([[100 * r["em"] for r in rows] for rows in records.values()])
-    avg["by_actions"] = by_actions([r for rows in records.values() for r in rows])
-    return {**out, "avg": avg}
-
-
-def by_actions(records):
-    """Paper Fig. 3: for each number of actions how many questions were answered with it, how many of them right, and in
-    percent the success rate and the share of all right answers."""
-    correct = sum(r["em"] for r in records)
-    out = {}
-    for n in sorted({r["actions"] for r in records}):
-        right = [r["em"] for r in records if r["actions"] == n]
-        out[str(n)] = {"questions": len(right), "correct": int(sum(right)), "success": percent(right),
-                       "share": 100 * sum(right) / correct if correct else 0.0}
-    return out
-
-
-def interval(sets, draws=2000):
-    """95% bootstrap interval of the average over sets of the mean over questions; questions are drawn anew in each set."""
-    rng = np.random.default_rng(0)
-    means = np.zeros(draws)
-    for values in sets:
-        values = np.array(values)
-        means += values[rng.integers(0, len(values), (draws, len(values)))].mean(1) / len(sets)
-    return [float(x) for x in np.percentile(means, [2.5, 97.5])]
-
-
-def paired(runs, draws=2000):
-    """How much more EM one row has than another on the questions that both answered, with a paired 95% bootstrap
-    interval: {"gain", "gain_low", "gain_high", "gain_questions"}.
-
-    runs: of each run the records of the two rows, ({set: records}, {set: records}). A question that several runs share
-    is drawn as one: more seeds on the same questions say more of chance in training, nothing of other questions.
+    Raises UserError for a model that no workflow can ask.
     """
-    gains = {}
-    for records, others in runs:
-        for name, rows in records.items():
-            other = {(r["id"], r["question"]): r["em"] for r in others.get(name, ())}
-            for r in rows:
-                if (key := (r["id"], r["question"])) in other:
-                    gains.setdefault(name, {}).setdefault(key, []).append(100 * (r["em"] - other[key]))
-    if not gains:
-        raise Problem("--compare: the two rows answered no question in common; "
-                      "evaluate both on the same files, with one --seed and --eval_questions")
-    sets = [[mean(g) for g in questions.values()] for questions in gains.values()]
-    low, high = interval(sets, draws)
-    return {"gain": mean([mean(g) for g in sets]), "gain_low": low, "gain_high": high, "gain_questions": sum(map(len, sets))}
+    if not settings.model:
+        raise UserError("--data: it needs --model, the checkpoint to judge")
+    base, has_tags = model.load_any(settings.model, settings)
+    if not has_tags and not base.codec.has_chat_template:
+        raise UserError(
+            f"--model={settings.model}: no chat template, so no workflow can ask it in words; "
+            "take an instruct model, or one that train_sft.py made"
+        )
+    folder = Path(settings.model)
+    rows = [dataclasses.replace(row, folder=folder) for row in WORKFLOWS]
+    if has_tags:
+        rows.append(Row("agent", folder, think_and_act))
+    # Two runs may have folders of one name.
+    path = folder.resolve()
+    path_hash = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    return Table(Path("out", "eval", f"{path.name}-{path_hash}"), base, folder, rows)
 
 
-def compare(s):
-    """--compare: two rows over the predictions of one or several runs, each set with the same weight."""
-    if len(set(s.compare)) != 2 or len(s.compare) != 2:
-        raise Problem(f"--compare: two rows are needed, separated by a comma, not {','.join(s.compare)!r}")
-    runs = []
-    for run in s.runs or [s.run]:
-        path, found = Path("out", run, "predictions.jsonl"), {row: {} for row in s.compare}
-        for n, r in read_jsonl(path, "the predictions that eval.py writes", "--runs"):
-            if not isinstance(r, dict) or not {"row", "set", "id", "question", "em"} <= set(r):
-                raise Problem(f"{path}:{n}: not a prediction of eval.py (row, set, id, question, em); evaluate this run again")
-            if r["row"] in found:
-                found[r["row"]].setdefault(r["set"], []).append(r)
-        if lacks := [row for row in s.compare if not found[row]]:
-            raise Problem(f"--compare: {path} has no row {lacks[0]!r}; evaluate it first, or name another")
-        runs.append(tuple(found.values()))
-    print(json.dumps({"rows": s.compare, "runs": s.runs or [s.run], **{k: round(v, 2) for k, v in paired(runs).items()}}))
-
-
-# ---- the table ----------------------------------------------------------------------------------------------------------
-def share(value):
-    return "-" if value is None else f"{value:.2f}"
-
-
-def table(rows, sets):
-    judged = any("judge" in r["avg"] for r in rows.values())
-    lines = [f"{'EM':24}" + "".join(f"{n[:10]:>11}" for n in sets)
-             + f"{'avg':>8}{'95% interval':>15}{'F1':>7}{'actions':>9}{'known':>7}{'unknown':>9}{'malformed':>11}"
-             + (f"{'judge':>7}" if judged else "")]
-    for name, r in rows.items():
-        a = r["avg"]
-        lines.append(f"{name:24}" + "".join(f"{r[n]['em']:11.1f}" if n in r else f"{'-':>11}" for n in sets)
-                     + f"{a['em']:8.1f}{a['em_low']:8.1f} -{a['em_high']:5.1f}{a['f1']:7.1f}{a['actions']:9.2f}"
-                     f"{share(a['search_known']):>7}{share(a['search_unknown']):>9}{a['malformed']:10.1f}%"
-                     + ("" if not judged else f"{'-':>7}" if a.get("judge") is None else f"{a['judge']:7.1f}"))
-    return "\n".join(lines)
-
-
-def run(s):
-    if s.compare:
-        return compare(s)
-    start, task = time.time(), data.load_task(s)
-    if s.data:
-        if not s.model:
-            raise Problem("--data: it needs --model, the checkpoint to judge")
-        path = Path(s.model).resolve()
-        # two runs may have folders of one name
-        root = Path("out", "eval", f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}")
-        base, tagged = model.load_any(s.model, **place(s))
-        if not tagged and not base.codec.tok.chat_template:
-            raise Problem(f"--model={s.model}: no chat template, so no workflow can ask it in words; "
-                          "take an instruct model, or one that train_sft.py made")
-        todo = [(row, Path(s.model)) for row in WORKFLOWS] + [("agent", Path(s.model))] * tagged
-    else:
-        root = Path("out", s.run)
-        base = model.load(start_folder(root, "base", ("base", *STAGES.values())), **place(s))
-        own = {p.parent.name: p.parent.name for p in sorted(root.glob("*/config.json"))
-               if p.parent.suffix not in (".partial", ".checkpoint", ".old") and p.parent.name not in ("base", *STAGES.values())}       # of --out
-        todo = ([(row, root / "base") for row in WORKFLOWS]
-                + [(row, root / stage) for row, stage in (STAGES | own).items() if (root / stage / "config.json").is_file()])
-    if odd := [row for row in s.rows if row not in dict(todo)]:
-        raise Problem(f"--rows: there is no row {odd[0]!r} here; there are: {', '.join(dict(todo))}")
-    if not estimate.show(base, s, "eval"):
+# ---- 4. The evaluation ---------------------------------------------------------------------------
+def run(settings: EvalSettings) -> None:
+    """Have each row of the table answer its questions, and print the table."""
+    if settings.compare:
+        compare_rows(settings)
         return
-    chat = Chat(s.judge, s, "judge") if s.judge else None           # before the rows: one that is not there costs no time
-    made = {row: made_by(folder, s) for row, folder in todo}
-    known, predictions, answers, rows, tries = known_facts(base, task, s, root), Predictions(root, s.resume, s.rows, task.evaluation), {}, {}, {}
-    for row, folder in todo:
-        sets, lm = asked(row, base, task), None
-        if s.rows and row not in s.rows and predictions.missing(row, sets, made[row]):
+    start = time.time()
+    task = open_task(settings, settings.data)
+    table = open_checkpoint(settings) if settings.data else open_run(settings)
+    refuse_unknown_rows(settings.rows, table.rows)
+    if not memory.report(table.base, settings, "eval", None):
+        return
+    # A judge that can't be reached is refused before the rows take their time.
+    chat = None
+    if settings.judge:
+        chat = Chat(settings.judge, settings, "judge", batch_rows=settings.batch_rows)
+    exam = Exam(task, settings)
+    known_facts = recall_facts(table, exam)
+    predictions = open_predictions(table, exam)
+
+    answers = {}
+    figures = {}
+    for row in table.rows:
+        sets = row.question_sets(table.base, task)
+        is_chosen = not settings.rows or row.name in settings.rows
+        if not is_chosen and predictions.missing(row.name, sets):
             continue
-        before = root / MADE_FROM.get(folder.name, folder.name) / "config.json"
-        if before.is_file() and (folder / "config.json").stat().st_mtime < before.stat().st_mtime:
-            print(f"{folder} is older than {before.parent}, from which it should come: train it again, or this row compares two runs")
+        warn_of_older_stage(row)
+        if not sets:
+            continue
+        ask_what_is_missing(row, sets, table, exam, predictions)
+        answers[row.name] = predictions.of_row(row.name, sets)
+        figures[row.name] = summarize(answers[row.name], sets, known_facts)
 
-        def answer(questions):
-            nonlocal lm
-            lm = lm or (base if row in WORKFLOWS or s.data else model.load(folder, **place(s)))
-            return run_row(row, lm, questions, task, s, tries)
-        if sets:
-            answers[row] = predictions.row(row, sets, made[row], answer, s.batch_rows)
-            rows[row] = summary(answers[row], sets, known)
-    for row in rows if "ReAct workflow" in answers else ():
-        rows[row]["avg"] |= paired([(answers[row], answers["ReAct workflow"])])
-    trouble = None
-    try:
-        if chat:
-            judged(chat, answers, rows)
-    except Problem as e:        # the table is worth more than its last column
-        trouble = e
-    predictions.finish(answers, made)
-    print(table(rows, list(task.evaluation)))
+    add_gains(figures, answers)
+    judge_error = None
+    if chat is not None:
+        try:
+            add_verdicts(chat, figures, answers)
+        except UserError as error:
+            # The table is worth more than its last column.
+            judge_error = error
+    predictions.finish(answers)
+    print(format_table(figures, task.evaluation))
     print(task.eval_search.report())
-    result = {"rows": rows, "model": str(root), "seed": s.seed, "seconds": round(time.time() - start, 1)}
-    write(root / "eval.json", json.dumps(result, indent=1))
+    result = {
+        "rows": figures,
+        "model": str(table.root),
+        "seed": settings.seed,
+        "seconds": round(time.time() - start, 1),
+    }
+    write_text(table.root / "eval.json", json.dumps(result, indent=1))
     print(json.dumps(result))
-    if trouble:
-        raise trouble
+    if judge_error is not None:
+        raise judge_error
 
 
-def judged(chat, answers, rows):
-    """What a language model says of the answers, into the records and the rows' figures."""
-    verdicts = {row: {name: judge(chat, records) for name, records in sets.items()} for row, sets in answers.items()}
+def refuse_unknown_rows(names: Sequence[str], rows: Sequence[Row]) -> None:
+    """Raise UserError for a name in --rows that no row has."""
+    row_names = [row.name for row in rows]
+    for name in names:
+        if name not in row_names:
+            raise UserError(
+                f"--rows: there is no row {name!r} here; there are: {', '.join(row_names)}"
+            )
+
+
+def recall_facts(table: Table, exam: Exam) -> set[str]:
+    """Return the facts that the base model knows, of those that evaluation needs."""
+    settings = exam.settings
+    return recall_known_facts(
+        table.base,
+        [question for questions in exam.task.evaluation.values() for question in questions],
+        settings,
+        path=table.root / "known.json",
+        provenance=provenance_hash(table.base_folder, settings),
+        may_reuse=settings.resume or bool(settings.rows),
+    )
+
+
+def open_predictions(table: Table, exam: Exam) -> Predictions:
+    """Return the predictions of earlier evaluations that still hold."""
+    settings = exam.settings
+    provenance = {row.name: provenance_hash(row.folder, settings) for row in table.rows}
+    return Predictions(
+        table.root, provenance, settings.resume, settings.rows, exam.task.evaluation.keys()
+    )
+
+
+def warn_of_older_stage(row: Row) -> None:
+    """Print that a stage is older than the folder from which it should come."""
+    if row.trained_from is None or not (row.trained_from / "config.json").is_file():
+        return
+    started = (row.trained_from / "config.json").stat().st_mtime
+    if (row.folder / "config.json").stat().st_mtime < started:
+        print(
+            f"{row.folder} is older than {row.trained_from}, from which it should come: "
+            "train it again, or this row compares two runs"
+        )
+
+
+def ask_what_is_missing(
+    row: Row, sets: QuestionSets, table: Table, exam: Exam, predictions: Predictions
+) -> None:
+    """Have a row answer the questions of some sets that it has not answered yet."""
+    lm = None
+    for batch in predictions.batches_to_ask(row.name, sets, exam.settings.batch_rows):
+        if lm is None:
+            lm = table.base
+            if row.folder != table.base_folder:
+                lm = model.load(row.folder, exam.settings)
+        questions = [question for _, question in batch]
+        answers = row.workflow(lm, questions, exam, row.name)
+        results = [
+            score_answer(row, lm, question, answer, exam.settings.cache)
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+        predictions.add(row.name, batch, results)
+
+
+def score_answer(
+    row: Row, lm: LM, question: Question, answered: Answered, cache: str
+) -> dict[str, Any]:
+    """Return an answer with its scores: a Prediction without its row, its set and its hashes."""
+    answer, trajectory = answered
+    golden = question.golden_answers
+    is_malformed = row.is_agent and not lm.codec.is_well_formed(trajectory)
+    is_forced = row.is_agent and trajectory.forced
+    return {
+        "id": question.id,
+        "question": question.question,
+        "golden_answers": golden,
+        "answer": answer,
+        "em": exact_match(answer, golden),
+        "f1": f1(answer, golden),
+        "cover": cover_match(answer, golden),
+        "overlap": overlap_match(answer, golden),
+        "actions": len(trajectory.queries),
+        "queries": trajectory.queries,
+        "malformed": float(is_malformed),
+        "forced": float(is_forced),
+        "lost": count_lost(trajectory.observations, cache),
+        "text": lm.codec.decode(trajectory.ids),
+    }
+
+
+def count_lost(observations: Sequence[Observation], cache: str) -> int:
+    """Return how many searches failed.
+
+    One that the cache lacks is lost too; but with --cache=replay that is what was asked for.
+    """
+    lost = [Provenance.FAILED]
+    if cache != "replay":
+        lost.append(Provenance.MISSED)
+    return sum(observation.provenance in lost for observation in observations)
+
+
+# ---- 5. Further figures --------------------------------------------------------------------------
+Figures = dict[str, dict[str, dict[str, Any]]]  # row -> set, or "avg" -> figure -> value
+Answers = dict[str, dict[str, list[Prediction]]]  # row -> set -> predictions
+
+
+def add_gains(figures: Figures, answers: Answers) -> None:
+    """Add to each row how much more EM it has than the ReAct workflow."""
+    if REACT_ROW not in answers:
+        return
+    for row in figures:
+        figures[row]["avg"] |= paired_gain([(answers[row], answers[REACT_ROW])])
+
+
+def add_verdicts(chat: Chat, figures: Figures, answers: Answers) -> None:
+    """Add to predictions and figures what a language model says of the answers.
+
+    Raises UserError where it can't be asked; then nothing is added.
+    """
+    verdicts = {
+        row: {
+            name: judge(chat, [dict(prediction) for prediction in predictions])
+            for name, predictions in sets.items()
+        }
+        for row, sets in answers.items()
+    }
     for row, sets in answers.items():
-        for name, records in sets.items():
-            for r, verdict in zip(records, verdicts[row][name]):
-                r["judge"] = verdict
-            rows[row][name]["judge"] = percent([v for v in verdicts[row][name] if v is not None])
-        rows[row]["avg"]["judge"] = mean([rows[row][name]["judge"] for name in sets if rows[row][name]["judge"] is not None])
-        rows[row]["avg"]["judge_unread"] = sum(v is None for vs in verdicts[row].values() for v in vs)
+        for name, predictions in sets.items():
+            for prediction, verdict in zip(predictions, verdicts[row][name], strict=True):
+                prediction["judge"] = verdict
+            readable = [verdict for verdict in verdicts[row][name] if verdict is not None]
+            figures[row][name]["judge"] = percent(readable)
+        judged = [figures[row][name]["judge"] for name in sets]
+        average = figures[row]["avg"]
+        average["judge"] = mean([value for value in judged if value is not None])
+        average["judge_unread"] = sum(
+            verdict is None for values in verdicts[row].values() for verdict in values
+        )
     print(chat.report())
 
 
+def compare_rows(settings: EvalSettings) -> None:
+    """Print how much better one row is than another, over the predictions of one or several runs.
+
+    Each question set has the same weight.
+    """
+    if len(settings.compare) != 2 or len(set(settings.compare)) != 2:
+        raise UserError(
+            "--compare: two rows are needed, separated by a comma, "
+            f"not {','.join(settings.compare)!r}"
+        )
+    first, second = settings.compare
+    run_names = settings.runs or [settings.run]
+    runs = []
+    for run_name in run_names:
+        path = Path("out", run_name, "predictions.jsonl")
+        predictions = read_predictions(path, settings.compare, "--runs")
+        runs.append((predictions[first], predictions[second]))
+    gains = {name: round(value, 2) for name, value in paired_gain(runs).items()}
+    print(json.dumps({"rows": settings.compare, "runs": run_names, **gains}))
+
+
 if __name__ == "__main__":
-    main(run, __doc__)
+    main(run, EvalSettings, __doc__)

@@ -6,14 +6,28 @@
 # Any other argument (a config file, --seed=1, ..) goes to every script.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
-table=0; args=()
-for a in "$@"; do if [ "$a" = --table ]; then table=1; else args+=("$a"); fi; done
-.venv/bin/python train_sft.py ${args[@]+"${args[@]}"}
-.venv/bin/python train_rl.py ${args[@]+"${args[@]}"}
+
+table=0
+arguments=()
+for argument in "$@"; do
+  if [ "$argument" = --table ]; then
+    table=1
+  else
+    arguments+=("$argument")
+  fi
+done
+
+# An empty array under `set -u` needs this form in bash 3, which macOS has.
+run() {
+  .venv/bin/python "$@" ${arguments[@]+"${arguments[@]}"}
+}
+
+run train_sft.py
+run train_rl.py
 if [ $table = 1 ]; then
-  .venv/bin/python train_sft.py ${args[@]+"${args[@]}"} --stage=sft2 --start=base --out=sft2_alone
-  .venv/bin/python train_rl.py ${args[@]+"${args[@]}"} --stage=rl2 --start=base --out=rl2_alone --rl2_steps=96
-  .venv/bin/python train_rl.py ${args[@]+"${args[@]}"} --stage=rl2 --start=sft2 --out=rl2_from_sft2 --rl2_steps=96
+  run train_sft.py --stage=sft2 --start=base --out=sft2_alone
+  run train_rl.py --stage=rl2 --start=base --out=rl2_alone --rl2_steps=96
+  run train_rl.py --stage=rl2 --start=sft2 --out=rl2_from_sft2 --rl2_steps=96
 fi
-.venv/bin/python eval.py ${args[@]+"${args[@]}"}
-.venv/bin/python plot.py ${args[@]+"${args[@]}"}
+run eval.py
+run plot.py

@@ -1,6 +1,14 @@
 #!/usr/bin/env bash
-# Set up and run the tests, two files at a time: bash test.sh (fast), bash test.sh --all (the slow ones too).
+# Set up and run the tests, two files at a time: bash test.sh (fast), bash test.sh --all (slow too).
+# Format, lint and types come first: they take seconds.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
-if [ "${1:-}" = --all ]; then shift; else set -- -m "not slow" "$@"; fi
-exec .venv/bin/python -m pytest -q -n 2 --dist loadfile tests "$@"
+.venv/bin/ruff format --check --quiet .
+.venv/bin/ruff check --quiet .
+.venv/bin/pyrefly check --summary=none
+if [ "${1:-}" = --all ]; then
+  shift
+else
+  set -- -m "not slow" "$@"
+fi
+exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"

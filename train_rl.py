@@ -1,151 +1,372 @@
-"""GRPO in two stages: in the environment that the policy imagines, then in the real one (paper 3.3).
+"""GRPO in two stages (paper 3.3): in an environment that the policy imagines, then in the real one.
 
-    python train_rl.py                       # nano: 80 steps imagined, 16 steps real, 4 to 10 minutes on two cores
-    python train_rl.py config/smollm2.py --model=.. --train_data=.. --eval_data=.. --corpus=..       # what train_sft.py was given
+    python train_rl.py                          # nano: 4 to 10 minutes on two cores
+    python train_rl.py config/smollm2.py --model=.. --train_data=.. --eval_data=.. --corpus=..
 
-Each step: `questions` questions x `rollouts` trajectories; reward = exact match, less a penalty for a malformed
-trajectory; advantage = reward - mean of the question's rollouts; one policy-gradient step (clipped from the second of --minibatches
-on) on the tokens that the policy wrote as policy. Observations never carry loss, in both stages, although in RL-1 the policy wrote them too.
+Each step: some questions, some rollouts of each; the reward is exact match, less a penalty for a
+malformed trajectory; the advantage is the reward less the mean of the question's rollouts; then
+one policy-gradient step on the tokens that the policy wrote as policy. Observations never carry
+loss, in both stages, although in RL-1 the policy wrote them too.
 
-Where this departs from textbook GRPO: no division by the standard deviation (--advantage_std), the mean is over all
-tokens of the step and not per trajectory, clipping is wider above than below, KL to the policy that RL begins with is
-optional (--kl), and groups whose rollouts all got the same reward are skipped, since their gradient is zero; so are those in
-which a search failed.
+Where this departs from textbook GRPO: advantages are not divided by their standard deviation
+(--advantage_std does it); the loss is a mean over all tokens of a step, not of each trajectory;
+clipping is wider above than below; KL to the policy that RL begins with is optional (--kl); and
+groups whose rollouts all got the same reward are skipped, since their gradient is zero. So are
+those in which a search failed.
 
-The nano path has a world for each kind of RL. RL-1 imagines the world that SFT-3 read about, and its questions start at
-what the model does not know by heart: where it knows, recalling always beats a search whose result it has to make up,
-and it would stop searching. RL-2 asks the tool about another world, where nothing that SFT learned by heart is of use;
-each call costs a little (--call_cost).
+The nano path has a world for each stage. RL-1 imagines the world that SFT-3 read about, and its
+questions begin at what the model does not know by heart: where it knows, recalling always beats a
+search whose result it has to make up, and it would stop searching. RL-2 asks the tool about
+another world, where nothing that SFT learned by heart is of use; each call costs a little there
+(--call_cost).
 """
+
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import autocoa
-import data
-import estimate
+
 import model
-import workflows
-from common import Log, Problem, by_tokens, main, place, start_folder, tqdm
-from live import FAILED, MISSED
-from train_sft import STAGES, Checkpoint, clear, to_do
+from autocoa import IMAGINE, Search, group_advantages, grpo_loss, k3, nll_loss, reward
+from common import runs
+from common.batching import group_by_tokens
+from common.errors import UserError
+from common.runs import StagePlan, StageRun
+from common.settings import (
+    AboveZero,
+    AboveZeroFloat,
+    ModelSettings,
+    RolloutSettings,
+    StageSettings,
+    TaskRunSettings,
+    main,
+)
+from data.batches import Batch, pad
+from data.questions import Question
+from data.scores import exact_match
+from data.trajectory import Codec, Trajectory
+from model import LM
+from tasks import open_task
+from workflows.agent import answer_questions, trajectory_row
+
+WARMUP_STEPS = 3  # steps over which the learning rate rises
+DRIFT_SAMPLES = 10  # trajectories of a step on which KL is watched
 
 
-def sample(lm, questions, search, s, rng):
-    """One step's experience: -> trajectories and rewards (questions, rollouts)."""
-    rows = [q for q in questions for _ in range(s.rollouts)]
-    done = workflows.answers(lm, rows, search, s, temperature=s.temperature, rng=rng)
-    cost = 0.0 if search is autocoa.IMAGINE else s.call_cost
-    rewards = [autocoa.reward(lm.codec, t, q["golden_answers"], s.format_penalty, cost) for t, q in zip(done, rows)]
-    return done, np.array(rewards).reshape(len(questions), s.rollouts)
+# ---- 1. Settings ---------------------------------------------------------------------------------
+@dataclass(kw_only=True)
+class RLSettings(StageSettings, TaskRunSettings, ModelSettings, RolloutSettings):
+    """The settings of train_rl.py; the counts are the authors'."""
+
+    # Questions that SFT's chains took; those of RL begin behind them (question files only).
+    coa: int = 5000
+    # Steps in the imagined environment.
+    rl1_steps: int = 80
+    # Steps in the real one.
+    rl2_steps: int = 16
+    # Questions of a step.
+    questions: AboveZero = 48
+    # Rollouts of a question.
+    rollouts: AboveZero = 5
+    # Questions of each stage's pool.
+    rl_questions: AboveZero = 4608
+    # Temperature of sampling; log-probs in the loss are at the same temperature.
+    temperature: AboveZeroFloat = 1.0
+    # Learning rate of AdamW, for all weights: Muon would lift the noise of a policy gradient to
+    # the size of its signal.
+    rl_lr: float = 3e-4
+    # RL-1 trains at this part of the rate: what one imagines is a weak teacher.
+    rl1_scale: float = 0.03
+    # Optimizer steps that a batch of rollouts is cut into.
+    minibatches: AboveZero = 1
+    # The ratio of new to old probability is clipped below 1 - clip_low ..
+    clip_low: float = 0.2
+    # .. and above 1 + clip_high.
+    clip_high: float = 0.28
+    # Weight of the KL penalty (k3) to the policy that this command begins with.
+    kl: float = 0.0
+    # Divide advantages by the group's standard deviation, as the authors' code does.
+    advantage_std: bool = False
+    # Taken off the reward of a malformed trajectory.
+    format_penalty: float = 0.5
+    # Taken off the reward for each call of the real tool. 0.25 keeps RL-2 from searching for what
+    # it knows, at a price in exact match.
+    call_cost: float = 0.1
 
 
-def update_batches(trajectories, advantages, reference, s):
-    """Micro-batches for the loss, with old log-probs, advantages and the reference's log-probs riding along.
+# ---- 2. The stages -------------------------------------------------------------------------------
+@dataclass
+class RLStage:
+    """All in which the two stages differ."""
 
-    trajectories: of groups that do not agree; advantages: one for each. The normalizer is the step's number of policy tokens.
-    """
-    norm = float(sum(sum(t.mask) for t in trajectories))
-    batches = []
-    for group in by_tokens([len(t.ids) for t in trajectories], s.micro_tokens):
-        b = data.pad([trajectories[i] for i in group])
-        b["advantage"] = np.array([[advantages[i]] for i in group], np.float32)
-        if s.kl:
-            b["ref"] = reference.backend.score(reference.model, b, s.temperature)
-        batches.append(dict(b, clip_low=s.clip_low, clip_high=s.clip_high, beta=s.kl, norm=norm))
-    return batches
+    folder: Path
+    steps: int
+    pool: list[Question]  # questions, taken in turn
+    search: Search | str  # the environment: a tool, or IMAGINE
+    call_cost: float  # taken off the reward for each call
+    rate_scale: float  # of the learning rate
+    number: int  # with the run's seed and the step, the seed of what is random
 
 
-def grpo(lm, reference, s, stage, steps, pool, search, seed, scale=1.0):
-    """One stage of GRPO on a pool of questions. reference: the policy that KL is measured to; search: a tool, or
-    autocoa.IMAGINE; seed: two numbers for what is random; scale: of the learning rate."""
-    lm.adapt(s, stage)
-    optimizer = lm.backend.Optimizer(lm.model, False, s.seed)
-    checkpoint = Checkpoint(lm, optimizer, Path("out", s.run, stage), s)
-    log = Log(checkpoint.folder, done=checkpoint.done)
-    bar = tqdm(range(checkpoint.done, steps), desc=stage, unit="step", smoothing=0.1, initial=checkpoint.done, total=steps)
-    for step in bar:
-        t0, rng = time.time(), np.random.default_rng([*seed, step])
-        questions = [pool[(step * s.questions + i) % len(pool)] for i in range(s.questions)]
-        done, rewards = sample(lm, questions, search, s, rng)
-        t1 = time.time()
-        advantages = autocoa.group_advantages(rewards, s.advantage_std)
-        failed = np.array([not {FAILED, MISSED}.isdisjoint(t.observations) for t in done]).reshape(rewards.shape).any(1)
-        skipped = failed | (rewards.max(1) == rewards.min(1))           # nobody knows what a failed search would have found
-        learn = np.flatnonzero(~skipped.repeat(s.rollouts))
-        figures = {"loss": 0.0, "grad_norm": 0.0}
-        for part in np.array_split(rng.permutation(learn), min(s.minibatches, len(learn))) if len(learn) else []:
-            batches = update_batches([done[i] for i in part], advantages.ravel()[part], reference, s)
-            rate = scale * min(1.0, (step + 1) / 3)
-            figures = lm.backend.train_step(lm.model, optimizer, autocoa.grpo_loss, batches, s.rl_lr * rate, 0.0, s.temperature)
-            if not math.isfinite(figures["loss"] + figures["grad_norm"]):
-                raise Problem(f"{stage}: loss is {figures['loss']} at step {step}; the stage before is kept; lower --rl_lr")
-        t2 = time.time()
-        row = describe(lm.codec, done, rewards, questions, s.rollouts)
-        tokens = sum(len(t.ids) for t in done)
-        log.write(step=step, **figures, **row, skipped_groups=int(skipped.sum()),
-                  kl=drift(lm, reference, done[::max(1, len(done) // 10)], s), tokens=tokens,
-                  tokens_per_second=tokens / (t2 - t0), seconds_rollout=t1 - t0, seconds_update=t2 - t1)
-        bar.set_postfix_str(f"reward {row['reward']:.3f}, {row['actions']:.2f} actions, {t2 - t0:.1f} s")
-        estimate.after_two(bar, step)
-        log.append("rollouts.jsonl", [workflows.trajectory_row(lm.codec, questions[0], t, r, step=step)
-                                      for t, r in zip(done[:s.rollouts], rewards[0])])
-        checkpoint.after(step + 1)
-    checkpoint.finish()
-
-
-def drift(lm, reference, some, s):
-    """KL from the reference (k3), of the policy's own tokens in a few trajectories: watched even where --kl is 0."""
-    total = count = 0.0
-    for group in by_tokens([len(t.ids) for t in some], s.micro_tokens):
-        b = data.pad([some[i] for i in group])
-        b["ref"] = reference.backend.score(reference.model, b, s.temperature)
-        total += float((autocoa.k3(np, lm.backend.score(lm.model, b, s.temperature), b) * b["mask"]).sum())
-        count += float(b["mask"].sum())
-    return total / count
-
-
-def describe(codec, done, rewards, questions, rollouts):
-    """What one step looked like, for the log."""
-    policy = np.concatenate([np.array(t.logprobs)[np.array(t.mask) > 0] for t in done])
-    golden = [q["golden_answers"] for q in questions for _ in range(rollouts)]
-    return {"reward": float(rewards.mean()), "em": float(np.mean([autocoa.exact_match(codec.answer(t), g) for t, g in zip(done, golden)])),
-            "entropy": float(-policy.mean()),       # of the sampled tokens: an estimate without bias
-            "length": float(np.mean([len(t.ids) for t in done])), "policy_tokens": float(np.mean([sum(t.mask) for t in done])),
-            "actions": float(np.mean([len(t.queries) for t in done])), "forced": float(np.mean([t.forced for t in done])),
-            "malformed": float(np.mean([not codec.well_formed(t) for t in done]))}
-
-
-def run(s):
-    if s.stage not in ("", "rl1", "rl2"):
-        raise Problem(f"--stage: {s.stage!r} is not rl1 or rl2")
-    if s.out and not s.stage:
-        raise Problem("--out: it goes with one stage; say which with --stage")
-    root, task = Path("out", s.run), data.load_task(s)
-    start = s.start or ("rl1" if s.stage == "rl2" else "sft3")
-    todo = to_do(s, ["rl1", "rl2"], start)
-    if s.stage:
-        todo = [s.stage] if to_do(s, [s.out or s.stage], start) else []
-    if not todo:
-        return print(f"{s.out or s.stage or 'both stages'}: in {root} already")
-    reference = model.load(start_folder(root, start, [*STAGES, "rl1"]), **place(s))
-    reference.adapt(s, todo[0])             # before it is copied, so that policy and reference share a base that only carries adapters
-    going_on = todo == ["rl2"] and not s.stage              # --resume, and RL-1 is done
-    # a separate adapter shares the reference's base; merged weights have to be loaded
-    lm = model.load(root / "rl1", **place(s)) if going_on and s.lora_merge else reference.copy()
-    if going_on and not s.lora_merge:
-        lm.resume(root / "rl1")
-    if not estimate.show(lm, s, "rl"):
+def run(settings: RLSettings) -> None:
+    """Train RL-1 and RL-2, or those that the command asks for."""
+    plan = runs.plan_rl(settings)
+    if not plan.todo:
         return
-    clear(s, [s.out] if s.out else todo, "rl1" if going_on else start)
-    if "rl1" in todo:       # the policy is its own search engine
-        grpo(lm, reference, s, s.out or "rl1", s.rl1_steps, task.train(s.rl_questions, "rl1", p_head=0.0),
-             autocoa.IMAGINE, (s.seed, 1), s.rl1_scale)
-    if "rl2" in todo:       # the tool answers
-        grpo(lm, reference, s, s.out or "rl2", s.rl2_steps, task.train(s.rl_questions, "rl2"), task.rl_search, (s.seed, 2))
+    task = open_task(settings)
+    reference, policy = load_reference_and_policy(settings, plan)
+    if not plan.begin(policy, settings, nll_loss):
+        return
+
+    if "rl1" in plan.todo:
+        imagined = RLStage(
+            folder=plan.folder_of("rl1"),
+            steps=settings.rl1_steps,
+            pool=task.questions("rl1", settings.rl_questions, 0.0, skip=settings.coa),
+            search=IMAGINE,  # the policy is its own search engine
+            call_cost=0.0,
+            rate_scale=settings.rl1_scale,
+            number=1,
+        )
+        train_grpo(policy, reference, settings, imagined)
+    if "rl2" in plan.todo:
+        behind_rl1 = settings.coa + settings.rl1_steps * settings.questions
+        real = RLStage(
+            folder=plan.folder_of("rl2"),
+            steps=settings.rl2_steps,
+            pool=task.questions("rl2", settings.rl_questions, skip=behind_rl1),
+            search=task.rl_search,  # the tool answers
+            call_cost=settings.call_cost,
+            rate_scale=1.0,
+            number=2,
+        )
+        train_grpo(policy, reference, settings, real)
         print(task.rl_search.report())
 
 
+def load_reference_and_policy(settings: RLSettings, plan: StagePlan) -> tuple[LM, LM]:
+    """Return the policy that KL is measured to, and the one that is trained.
+
+    They begin as the same, unless RL-1 is done and --resume goes on behind it.
+    """
+    reference = model.load(plan.reference_folder(), settings)
+    # Before the copy, so that policy and reference share a base that only carries adapters.
+    reference.begin_stage(settings, settings.seed, plan.todo[0])
+    if not plan.goes_on_behind_rl1:
+        return reference, reference.copy()
+    if settings.lora_merge:
+        # RL-1's adapter was merged into weights of its own.
+        return reference, model.load(plan.start_folder(), settings)
+    policy = reference.copy()
+    policy.resume(plan.start_folder())
+    return reference, policy
+
+
+def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) -> None:
+    """Train one stage of GRPO.
+
+    reference: the policy to which KL is measured.
+    Raises UserError where the loss is not finite, before the weights change.
+    """
+    policy.begin_stage(settings, settings.seed, stage.folder.name)
+    optimizer = policy.backend.Optimizer(policy.network, False, settings.seed)
+    progress = StageRun(policy, optimizer, stage.folder, settings, stage.steps)
+    for step in progress.steps():
+        rng = np.random.default_rng([settings.seed, stage.number, step])
+        started = time.time()
+
+        # Rollouts: several trajectories of each question, and what they are worth.
+        batch = sample_rollouts(policy, settings, stage, step, rng)
+        sampled = time.time()
+
+        # Update: one policy-gradient step on what the groups can teach.
+        advantages = group_advantages(batch.rewards, settings.advantage_std).ravel()
+        skipped = groups_to_skip(batch)
+        learned = np.flatnonzero(~skipped.repeat(settings.rollouts))
+        warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+        rate = settings.rl_lr * (stage.rate_scale * warmup)
+        figures = {"loss": 0.0, "grad_norm": 0.0}
+        for part in split_minibatches(learned, settings.minibatches, rng):
+            trajectories = [batch.trajectories[row] for row in part]
+            batches = update_batches(trajectories, advantages[part], reference, settings)
+            figures = policy.backend.train_step(
+                policy.network, optimizer, grpo_loss, batches, rate, 0.0, settings.temperature
+            )
+            if not math.isfinite(figures["loss"] + figures["grad_norm"]):
+                raise UserError(
+                    f"{stage.folder.name}: loss is {figures['loss']} at step {step}; the stage "
+                    "before is kept; lower --rl_lr"
+                )
+        updated = time.time()
+
+        # Log: what the step looked like, and its first group to read.
+        row = describe_step(policy.codec, batch)
+        tokens = sum(len(trajectory.ids) for trajectory in batch.trajectories)
+        some = batch.trajectories[:: max(1, len(batch.trajectories) // DRIFT_SAMPLES)]
+        progress.log(
+            f"reward {row['reward']:.3f}, {row['actions']:.2f} actions, {updated - started:.1f} s",
+            step=step,
+            **figures,
+            **row,
+            skipped_groups=int(skipped.sum()),
+            kl=drift(policy, reference, some, settings),
+            tokens=tokens,
+            tokens_per_second=tokens / (updated - started),
+            seconds_rollout=sampled - started,
+            seconds_update=updated - sampled,
+        )
+        progress.keep_rollouts(rows_of_first_group(policy.codec, batch, step))
+    progress.finish()
+
+
+# ---- 3. Rollouts ---------------------------------------------------------------------------------
+@dataclass
+class RolloutBatch:
+    """The experience of one step: rollouts of one question stand together."""
+
+    questions: list[Question]
+    trajectories: list[Trajectory]  # questions x rollouts
+    rewards: np.ndarray  # (questions, rollouts)
+
+    @property
+    def repeated_questions(self) -> list[Question]:
+        """The question of each trajectory."""
+        rollouts = self.rewards.shape[1]
+        return [question for question in self.questions for _ in range(rollouts)]
+
+
+def sample_rollouts(
+    policy: LM, settings: RLSettings, stage: RLStage, step: int, rng: np.random.Generator
+) -> RolloutBatch:
+    """Roll out some questions of the pool, several times each, and reward the trajectories."""
+    first = step * settings.questions
+    questions = [stage.pool[(first + i) % len(stage.pool)] for i in range(settings.questions)]
+    repeated = [question for question in questions for _ in range(settings.rollouts)]
+    texts = [question.question for question in repeated]
+    trajectories = answer_questions(
+        policy, texts, stage.search, settings, temperature=settings.temperature, rng=rng
+    )
+    rewards = [
+        reward(
+            policy.codec,
+            trajectory,
+            question.golden_answers,
+            settings.format_penalty,
+            stage.call_cost,
+        )
+        for trajectory, question in zip(trajectories, repeated, strict=True)
+    ]
+    shape = (settings.questions, settings.rollouts)
+    return RolloutBatch(questions, trajectories, np.array(rewards).reshape(shape))
+
+
+def groups_to_skip(batch: RolloutBatch) -> np.ndarray:
+    """Return for each question whether its rollouts teach nothing: (questions,) of bool.
+
+    Equal rewards have no gradient. And nobody knows what a failed search would have found.
+    """
+    agrees = batch.rewards.max(1) == batch.rewards.min(1)
+    lost = np.array([trajectory.has_lost_observation for trajectory in batch.trajectories])
+    return agrees | lost.reshape(batch.rewards.shape).any(1)
+
+
+# ---- 4. The update -------------------------------------------------------------------------------
+def split_minibatches(
+    rows: np.ndarray, minibatches: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Return the rows in random order, cut into an optimizer step's each."""
+    if not len(rows):
+        return []
+    return np.array_split(rng.permutation(rows), min(minibatches, len(rows)))
+
+
+def update_batches(
+    trajectories: Sequence[Trajectory],
+    advantages: np.ndarray,
+    reference: LM,
+    settings: RLSettings,
+) -> list[Batch]:
+    """Return the micro-batches of one optimizer step of grpo_loss.
+
+    advantages: one for each trajectory.
+    "norm" is the number of the policy's tokens of the whole step.
+    """
+    norm = float(sum(sum(trajectory.mask) for trajectory in trajectories))
+    lengths = [len(trajectory.ids) for trajectory in trajectories]
+    batches = []
+    for group in group_by_tokens(lengths, settings.micro_tokens):
+        batch = pad([trajectories[row] for row in group])
+        batch["advantage"] = np.array([[advantages[row]] for row in group], np.float32)
+        if settings.kl:
+            batch["ref"] = reference.backend.score(reference.network, batch, settings.temperature)
+        batch["clip_low"] = settings.clip_low
+        batch["clip_high"] = settings.clip_high
+        batch["beta"] = settings.kl
+        batch["norm"] = norm
+        batches.append(batch)
+    return batches
+
+
+# ---- 5. What is logged ---------------------------------------------------------------------------
+def drift(
+    policy: LM, reference: LM, trajectories: Sequence[Trajectory], settings: RLSettings
+) -> float:
+    """Return KL to the reference (k3), nats a token of the policy: watched even where --kl is 0."""
+    total = 0.0
+    tokens = 0.0
+    lengths = [len(trajectory.ids) for trajectory in trajectories]
+    for group in group_by_tokens(lengths, settings.micro_tokens):
+        batch = pad([trajectories[row] for row in group])
+        batch["ref"] = reference.backend.score(reference.network, batch, settings.temperature)
+        logprobs = policy.backend.score(policy.network, batch, settings.temperature)
+        total += float((k3(np, logprobs, batch) * batch["mask"]).sum())
+        tokens += float(batch["mask"].sum())
+    return total / tokens
+
+
+def describe_step(codec: Codec, batch: RolloutBatch) -> dict[str, float]:
+    """Return what the rollouts of one step looked like: means over its trajectories."""
+    trajectories = batch.trajectories
+    logprobs = np.concatenate(
+        [
+            np.array(trajectory.logprobs)[np.array(trajectory.mask) > 0]
+            for trajectory in trajectories
+        ]
+    )
+    scores = [
+        exact_match(codec.answer(trajectory), question.golden_answers)
+        for trajectory, question in zip(trajectories, batch.repeated_questions, strict=True)
+    ]
+
+    def mean(values: list[Any]) -> float:
+        return float(np.mean(values))
+
+    return {
+        "reward": float(batch.rewards.mean()),
+        "em": mean(scores),
+        # The log-probs of sampled tokens estimate entropy without bias.
+        "entropy": float(-logprobs.mean()),
+        "length": mean([len(trajectory.ids) for trajectory in trajectories]),
+        "policy_tokens": mean([sum(trajectory.mask) for trajectory in trajectories]),
+        "actions": mean([len(trajectory.queries) for trajectory in trajectories]),
+        "forced": mean([trajectory.forced for trajectory in trajectories]),
+        "malformed": mean([not codec.is_well_formed(trajectory) for trajectory in trajectories]),
+    }
+
+
+def rows_of_first_group(codec: Codec, batch: RolloutBatch, step: int) -> list[dict[str, Any]]:
+    """Return the rollouts of the step's first question for rollouts.jsonl."""
+    rewards = batch.rewards[0]
+    group = batch.trajectories[: len(rewards)]
+    return [
+        trajectory_row(codec, batch.questions[0], trajectory, value, step=step)
+        for trajectory, value in zip(group, rewards, strict=True)
+    ]
+
+
 if __name__ == "__main__":
-    main(run, __doc__)
+    main(run, RLSettings, __doc__)

@@ -1,276 +1,375 @@
-"""Supervised training: the base model (nano path only), then the three SFT stages of AutoCoA (paper 3.2).
+"""Supervised training: the base model (nano only), then the three SFT stages (paper 3.2).
 
-    python train_sft.py                                        # nano, 11 to 20 minutes on two cores
-    python train_sft.py config/smollm2.py --model=.. --train_data=.. --eval_data=.. --corpus=..      # a real checkpoint, real questions
+    python train_sft.py                         # nano, 11 to 20 minutes on two cores
+    python train_sft.py config/smollm2.py --model=.. --train_data=.. --eval_data=.. --corpus=..
 
-base    nano: pretraining from scratch on head articles and single skills, so that there is a reasoning model to start from
-sft1    when to act: pairs that part inside the reasoning, one side acts, the other goes on thinking
+base    nano: pretraining from scratch on head articles and single skills, so that there is a
+        reasoning model to begin with; a checkpoint from elsewhere is the base model as it is
+sft1    when to act: pairs that part inside the reasoning; one side acts, the other thinks on
 sft2    how to act: whole trajectories, observations masked
-sft3    the same without the mask: the policy learns what the tool would say, and becomes its own world model
+sft3    the same without the mask: the policy learns what the tool would say, and becomes its own
+        world model
 
-Without `--stage=` all are trained anew, or with `--resume` from where an interrupted run stands. `--stage=` runs one of
-them on its predecessor; `--start=` and `--out=` name other folders, for ablations.
-Each stage leaves a Hugging Face folder, log.jsonl and rollouts.jsonl in out/<run>/<stage>/.
+Without --stage all are trained anew, or with --resume from where an interrupted run stands.
+--stage trains one of them from the stage before; --start and --out name other folders, for
+ablations. Each stage leaves a Hugging Face folder with log.jsonl and rollouts.jsonl in
+out/<run>/<stage>/.
 """
-import json
+
+import dataclasses
 import math
 import random
-import shutil
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import autocoa
-import data
-import estimate
-import miniwiki
 import model
-import skills
-import tools
-import workflows
-from common import Log, Problem, by_tokens, main, place, start_folder, tqdm, write, write_jsonl
-from formats import read_sft, read_trajectories
+from autocoa import contrastive_loss, nll_loss
+from common import runs
+from common.errors import UserError
+from common.runs import StagePlan, StageRun
+from common.settings import (
+    AboveZero,
+    CommaList,
+    ModelSettings,
+    NanoModelSettings,
+    RolloutSettings,
+    StageSettings,
+    TaskRunSettings,
+    main,
+)
+from data.autocoa_files import read_sft_files
+from data.batches import (
+    Batch,
+    Pair,
+    language_batches,
+    learn_observations,
+    optimizer_steps,
+    pair_batches,
+)
+from data.pairs import contrastive_pairs
+from data.questions import Question, facts_by_id
+from data.scores import exact_match
+from data.sft_data import SFTData, keep_what_fits, read_sft_data, write_sft_data
+from data.teacher import recall_chain, write_chains
+from data.trajectory import Trajectory
+from model import LM
+from tasks import Task, open_task
+from workflows.agent import sample_rows
+from workflows.closed_book import recall
+from workflows.react import react
 
-STAGES = ("base", "sft1", "sft2", "sft3")
-MAKES_DATA = ("seed", "model", "train_data", "corpus", "sft_files", "coa", "cot", "pairs",
-              "train_scale", "top_k", "max_observation", "max_len")
-READING = range(1000, 1040)     # seeds of the encyclopedias that pretraining reads about: not the world of training
+PAIRS_OF_A_STEP = 16  # pairs of an optimizer step of SFT-1, as the authors set it
+REACT_CALLS = 4  # calls of the workflow whose outcomes make the pairs of SFT-1
+HEAD_SHARE = {"coa": 0.05, "cot": 1.0, "think": 1.0}  # nano: questions about head entities
+SAMPLES = 20  # greedy trajectories that a stage leaves to be read
 
-
-def train(lm, s, task, stage, steps, loss_fn, make_batches, scale=1.0):
-    """The loop that all supervised stages share. steps: optimizer steps, each a list of items for make_batches.
-
-    The rate warms up over 5% of the steps and falls linearly to a tenth. A loss that is not finite stops the run before
-    the weights change.
-    """
-    lm.model.recompute = s.checkpointing
-    if stage != "base":
-        lm.adapt(s, stage)
-    folder, optimizer, mean = Path("out", s.run, stage), lm.backend.Optimizer(lm.model, s.muon, s.seed), None
-    checkpoint = Checkpoint(lm, optimizer, folder, s)
-    log = Log(folder, checkpoint.done)
-    bar = tqdm(steps[checkpoint.done:], desc=stage, unit="step", smoothing=0.05, initial=checkpoint.done, total=len(steps))
-    for i, items in enumerate(bar, checkpoint.done):
-        start = time.time()
-        rate = scale * min(1.0, (i + 1) / (0.05 * len(steps) + 1)) * (1 - 0.9 * i / len(steps))
-        batches = make_batches(items)
-        figures = lm.backend.train_step(lm.model, optimizer, loss_fn, batches, s.lr * rate, s.muon_lr * rate)
-        if not math.isfinite(figures["loss"] + figures["grad_norm"]):
-            raise Problem(f"{stage}: loss is {figures['loss']} at step {i}; the stage before is kept; lower --lr and --muon_lr")
-        mean = figures["loss"] if mean is None else 0.95 * mean + 0.05 * figures["loss"]
-        tokens = int(sum((b["ids"] > 0).sum() for b in batches))
-        speed = tokens / (time.time() - start)
-        log.write(step=i, **figures, lr=s.lr * rate, tokens=tokens, tokens_per_second=speed)
-        bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tok/s")
-        estimate.after_two(bar, i)
-        checkpoint.after(i + 1)
-    log.append("rollouts.jsonl", workflows.sampled(lm, task.train(20, "sample")[:s.batch_rows // 4], task.search, s))
-    checkpoint.finish()
-
-
-class Checkpoint:
-    """Weights and optimizer of a stage that is not finished, in <folder>.checkpoint, now and then; `done`: the steps behind the one that
-    --resume found there."""
-
-    def __init__(self, lm, optimizer, folder, s):
-        self.lm, self.optimizer, self.folder, self.seconds, self.merge = lm, optimizer, folder, 60 * s.save_minutes, s.lora_merge
-        self.path, self.time = folder.with_name(folder.name + ".checkpoint"), time.time()
-        self.done = lm.resume(self.path, optimizer) if self.path.is_dir() else 0
-
-    def after(self, steps):
-        """Called after each step, with how many there were."""
-        if time.time() - self.time >= self.seconds:
-            self.lm.save(self.path, self.optimizer, steps)
-            self.time = time.time()
-
-    def finish(self):
-        """The stage is complete: its folder takes the place of the checkpoint."""
-        if self.merge and self.lm.model.lora:
-            self.lm.backend.merge(self.lm.model)
-        self.lm.save(self.folder)
-        shutil.rmtree(self.path, ignore_errors=True)
+# Other values of these would make other SFT data.
+DATA_SETTINGS = (
+    "seed",
+    "model",
+    "train_data",
+    "corpus",
+    "sft_files",
+    "coa",
+    "cot",
+    "pairs",
+    "train_scale",
+    "top_k",
+    "max_observation",
+    "max_len",
+)
 
 
-def to_do(s, stages, start):
-    """The folders of stages that are still to be made, in order: with --resume not those that are complete and younger
-    than what they are made from, `start` first."""
-    root, left = Path("out", s.run), list(stages)
+# ---- 1. Settings ---------------------------------------------------------------------------------
+@dataclass(kw_only=True)
+class SFTSettings(
+    StageSettings, TaskRunSettings, ModelSettings, NanoModelSettings, RolloutSettings
+):
+    """The settings of train_sft.py; the counts are the authors'."""
 
-    def made(stage):
-        config = root / stage / "config.json"
-        return config.stat().st_mtime if config.is_file() else math.inf
-    began = made(start) if start else 0
-    while s.resume and left and not (root / f"{left[0]}.partial").exists() and began <= made(left[0]) < math.inf:
-        began = made(left.pop(0))
-    return left
-
-
-def clear(s, stages, start):
-    """Remove what an interrupted run left of these folders; called when nothing can refuse the run any more. With --resume a
-    checkpoint stays where it is of the first of them and younger than what that is made from, `start`."""
-    root = Path("out", s.run)
-    for i, stage in enumerate(stages):
-        ours, old, begin = (root / name / "config.json" for name in (f"{stage}.checkpoint", f"{stage}.checkpoint.old", start or ""))
-        if s.resume and old.is_file() and not ours.is_file():           # stopped between two renames
-            old.parent.rename(ours.parent)
-        going_on = s.resume and i == 0 and ours.is_file() and (not start or begin.stat().st_mtime <= ours.stat().st_mtime)
-        for leftover in ["checkpoint.partial", "checkpoint.old"] + ["checkpoint"] * (not going_on) + ["partial"] * (not s.resume):
-            shutil.rmtree(root / f"{stage}.{leftover}", ignore_errors=True)
-
-
-def language_batches(trajectories, micro_tokens):
-    """One optimizer step of next-token loss as micro-batches that share one normalizer."""
-    norm = float(sum(sum(t.mask[1:]) for t in trajectories))
-    groups = by_tokens([len(t.ids) for t in trajectories], micro_tokens)
-    return [dict(data.pad([trajectories[i] for i in g]), norm=norm) for g in groups]
-
-
-def pair_batches(pairs, micro_tokens, alpha):
-    """One optimizer step of SFT-1: chosen rows first, rejected rows after."""
-    longest = [max(len(c.ids), len(r.ids)) * 2 for c, r in pairs]
-    groups = [[pairs[i] for i in g] for g in by_tokens(longest, micro_tokens)]
-    return [dict(data.pad([c for c, _ in g] + [r for _, r in g]), alpha=alpha, norm=float(len(pairs))) for g in groups]
+    # SFT files of AutoCoA's form, jsonl and json, to learn from in place of the teacher's chains.
+    sft_files: CommaList = field(default_factory=list)
+    # Pairs of SFT-1 at most. They come from twice as many questions, since only a question that
+    # exactly one of acting and thinking solves makes a pair.
+    pairs: int = 1500
+    # Questions for chains of action; those that the teacher can't solve make none.
+    coa: int = 5000
+    # Questions for chains of thought. On the nano path three fifths practise planning instead.
+    cot: int = 1000
+    # Passes over the chains in SFT-2 and in SFT-3; SFT-1 goes over its pairs once.
+    epochs: AboveZero = 2
+    # Weight of the auxiliary term of SFT-1's loss.
+    alpha: float = 0.2
+    # Train the matrices in base and SFT by Muon; false trains all weights by AdamW, as pretrained
+    # models were.
+    muon: bool = True
+    # Tokens of an optimizer step.
+    batch_tokens: AboveZero = 2000
+    # Learning rate of AdamW in nano's base stage; SFT takes the parts of it below.
+    lr: float = 6e-3
+    # Learning rate of Muon, likewise.
+    muon_lr: float = 1e-2
+    # SFT-1 trains at this part of the rates.
+    sft1_scale: float = 0.1
+    # SFT-2 trains at this part of the rates.
+    sft2_scale: float = 0.6
+    # SFT-3 trains at this part of the rates.
+    sft3_scale: float = 0.5
 
 
-def unmask(trajectories):
-    """SFT-3: the same ids, with loss on observations too."""
-    return [autocoa.Trajectory(t.ids, [int(m or r == autocoa.OBSERVATION) for m, r in zip(t.mask, t.role)], t.role) for t in trajectories]
-
-
-def recall(lm, questions, s):
-    """Ask the model, without a tool, for every fact that the questions need. -> (facts it answered right in every wording,
-    fact -> its answer to the first wording)"""
-    facts = data.facts_of(questions)
-
-    def tell(which, i):
-        asked = [{"question": facts[f][0][i]} for f in which]
-        return [a for a, _ in workflows.closed_book(lm, asked, s, workflows.CLOSED_BOOK,
-                                                    desc=f"what the base model knows, wording {i + 1}")]
-    said = dict(zip(facts, tell(facts, 0)))
-    known = [f for f in facts if autocoa.exact_match(said[f], facts[f][1])]
-    for i in range(1, max(len(w) for w, _ in facts.values())):
-        known = [f for f, answer in zip(known, tell(known, i)) if autocoa.exact_match(answer, facts[f][1])]
-    return set(known), said
-
-
-def make_data(lm, task, s, folder):
-    """The three data sets of SFT, kept as token ids:
-    read from --sft_files, or built by asking the base model and searching with the real tool."""
-    if s.sft_files:
-        coa, cot, pairs, odd = read_sft(lm.codec, s.sft_files)
-        if odd:
-            print(f"{len(odd)} rows are no trajectories and are left out, the first at {odd[0]}")
-        return keep_data(lm, s, folder, coa, cot, pairs, f"from {', '.join(s.sft_files)}: ")
-    rng = random.Random(f"sft {s.seed}")
-    # without these the model forgets the relations that its chains never combine
-    made_up = [skills.made_up(lm.codec, task.world, rng) for _ in range(s.cot * 3 // 5)] if task.world else []
-    chains, thoughts = task.train(s.coa, "coa", p_head=0.05), task.train(s.cot - len(made_up), "cot", p_head=1.0)
-    contrast = list({q["id"]: q for q in task.train(s.pairs, "act") + task.train(s.pairs, "think", p_head=1.0)}.values())
-    known, said = recall(lm, chains + thoughts + contrast, s)
-    coa, counts = data.teach(lm.codec, chains, known, task.search, s.max_observation)
-    cot = made_up + [data.cot(lm.codec, q) for q in thoughts if all(step["fact"] in known for step in q["metadata"]["steps"])]
-    if s.model:         # what the teacher's searches find: a small checkpoint's ReAct hardly solves anything
-        acted = {q["id"] for q, _ in data.teach(lm.codec, contrast, set(), task.search, s.max_observation)[0]}
-    else:
-        found = workflows.react(lm, contrast, task.search, s, max_actions=4, desc="where acting and thinking part")
-        acted = {q["id"] for q, (answer, _) in zip(contrast, found) if autocoa.exact_match(answer, q["golden_answers"])}
-    act, think = data.pairs(lm.codec, contrast, said, acted)
-    half = s.pairs // 2                                 # both directions weigh the same, where there are enough of each
-    pairs = rng.sample(act, min(half, len(act))) + rng.sample(think, min(half, len(think)))
-    rng.shuffle(pairs)
-    facts = data.facts_of(chains)
-    keep_data(lm, s, folder, [t for _, t in coa], cot, pairs,
-              f"base model knows {len(known & set(facts))} of {len(facts)} facts; {counts['searches']} searches, "
-              f"{counts['misses']} missed, {counts['dropped']} chains dropped; "
-              f"of {len(act)} pairs where acting was right and {len(think)} where thinking was: ")
-
-
-def keep_data(lm, s, folder, coa, cot, pairs, said):
-    """Write what is not longer than max_len."""
-    long = [len(t.ids) for t in coa + cot + [t for p in pairs for t in p] if len(t.ids) > s.max_len]
-    if long:
-        print(f"{len(long)} trajectories are longer than max_len {s.max_len} (the longest has {max(long)} tokens) and are left out")
-    coa, cot = ([t for t in rows if len(t.ids) <= s.max_len] for rows in (coa, cot))
-    pairs = [p for p in pairs if max(len(t.ids) for t in p) <= s.max_len]
-    print(f"{said}{len(coa)} chains of action, {len(cot)} chains of thought, {len(pairs)} pairs", flush=True)
-    for split, rows in (("coa", coa), ("cot", cot), ("pairs", [t for p in pairs for t in p])):
-        write_jsonl(folder / f"{split}.jsonl", [{"ids": t.ids, "mask": t.mask, "role": t.role} for t in rows])
-
-
-def untrained(s):
-    """The network to start from: a checkpoint from elsewhere with the tags added, or a new one (nano)."""
-    # a device that is not there is said before anything is made
-    model.backend(s.backend).pick_device(s.device)
-    if s.model:
-        return model.load_pretrained(s.model, s.device, s.backend, s.dtype, frozen=s.lora_rank > 0)
-    tok = skills.nano_tokenizer(s.vocab_size, skills.nano_text(miniwiki.World(READING[0], "train")))
-    return model.new(model.nano_config(len(tok), tok.eos_token_id, tok.bos_token_id, s.width, s.layers), tok,
-                     s.seed, s.device, s.backend, s.dtype)
-
-
-def make_base(lm, s, task):
-    """The base model: pretrained here (nano), or the checkpoint as it is."""
-    if s.model:
-        return lm.save(Path("out", s.run, "base"))
-    seeds = tqdm(READING, desc="encyclopedias to read about", unit="world", leave=False)
-    worlds, searches = zip(*[(world, tools.library(world.passages(), s.top_k))
-                             for world in (miniwiki.World(seed, "train") for seed in seeds)])
-    rng = random.Random(f"base {s.seed}")
-    texts = skills.base_data(lm.codec, worlds, searches, rng, s.base_tokens)
-    train(lm, s, task, "base", data.steps_of(texts, s.batch_tokens, rng), autocoa.nll_loss, lambda b: language_batches(b, s.micro_tokens))
-
-
-def run(s):
-    if s.stage not in ("", *STAGES):
-        raise Problem(f"--stage: {s.stage!r} is not one of {', '.join(STAGES)}")
-    if s.bits < 16 and not s.lora_rank:
-        raise Problem(f"--bits={s.bits}: weights of {s.bits} bits can't be trained; train an adapter on them with --lora_rank=16")
-    if (s.start or s.out) and not s.stage:
-        raise Problem("--start, --out: they go with one stage; say which with --stage")
-    if s.stage == "base" and s.out:
-        raise Problem("--out: a run has one base, which its data is made with; give another one a --run of its own")
-    before = dict(zip(STAGES[1:], STAGES))
-    todo = to_do(s, STAGES, None)
-    if s.stage:
-        todo = [s.stage] if to_do(s, [s.out or s.stage], s.start or before.get(s.stage)) else []
-    root, task = Path("out", s.run), data.load_task(s)
-    if not todo:
-        return print(f"{s.out or s.stage or 'all stages'}: in {root} already")
-    lm = untrained(s) if "base" in todo else model.load(start_folder(root, s.start or before[todo[0]], STAGES), **place(s))
-    made, now = root / "data" / "made_from.json", {name: getattr(s, name) for name in MAKES_DATA}
-    anew = "base" in todo or not (root / "data" / "pairs.jsonl").is_file()
-    there = now if anew or not made.is_file() else json.loads(made.read_text())
-    if odd := [name for name, value in there.items() if value != now.get(name)]:
-        raise Problem(f"--{odd[0]}: {made.parent} was made with another value (see {made.name}); "
-                      "repeat that, or remove the folder to have the data made anew")
-    if "base" not in todo:
-        lm.adapt(s, todo[0])        # here, since it may refuse
-    if not estimate.show(lm, s, "sft"):
+# ---- 2. The stages -------------------------------------------------------------------------------
+def run(settings: SFTSettings) -> None:
+    """Train the stages that the command asks for, in the paper's order."""
+    plan = runs.plan_sft(settings)
+    if not plan.todo:
         return
-    clear(s, [s.out] if s.out else todo, s.start or before.get(todo[0]))
-    if "base" in todo:
-        make_base(lm, s, task)
-        for old in (root / "data").glob("*.jsonl"):     # of another base model
-            old.unlink()
-    if anew:
-        # with --bits=4 too the base is asked as it is: that of an interrupted run says what that of a whole one says
-        base = lm if "base" in todo else model.load(start_folder(root, "base", STAGES), **dict(place(s), bits=16))
-        make_data(base, task, s, root / "data")
-        write(made, json.dumps(now, indent=1))
-    coa, cot, flat = (read_trajectories(root / "data" / f"{split}.jsonl") for split in ("coa", "cot", "pairs"))
-    if "sft1" in todo:      # when to act
-        pairs = list(zip(flat[0::2], flat[1::2]))
-        steps = [pairs[i:i + 16] for i in range(0, len(pairs), 16)]
-        if not pairs:
-            print("no question was solved by exactly one of recalling and acting, so there are no pairs: SFT-1 leaves the model as it is")
-        train(lm, s, task, s.out or "sft1", steps, autocoa.contrastive_loss,
-              lambda b: pair_batches(b, s.micro_tokens, s.alpha), s.sft1_scale)
-    for stage, scale, view in (("sft2", s.sft2_scale, lambda b: b), ("sft3", s.sft3_scale, unmask)):
-        if stage in todo:   # how to act, observations masked; then the world model, observations learned too
-            rng = random.Random(f"{stage} {s.seed}")
-            steps = [step for _ in range(s.epochs) for step in data.steps_of(rng.sample(coa + cot, len(coa + cot)), s.batch_tokens, rng)]
-            train(lm, s, task, s.out or stage, steps, autocoa.nll_loss, lambda b: language_batches(view(b), s.micro_tokens), scale)
+    task = open_task(settings)
+    if "base" in plan.todo:
+        lm = task.new_model(settings)
+    else:
+        lm = model.load(plan.start_folder(), settings)
+    if not plan.begin(lm, settings, nll_loss, DATA_SETTINGS):
+        return
+
+    if "base" in plan.todo:  # a reasoning model to begin with
+        make_base_model(lm, settings, task, plan.folder_of("base"))
+        plan.remove_data()
+
+    if plan.must_make_data:
+        base = lm if "base" in plan.todo else load_base_model(settings, plan)
+        write_sft_data(plan.data_folder, make_data(base, settings, task))
+        runs.record_stage(settings, "data")
+    sft_data = read_sft_data(plan.data_folder, runs.command_line("train_sft.py"))
+    chains = sft_data.chains_of_action + sft_data.chains_of_thought
+
+    if "sft1" in plan.todo:  # when to act
+        folder = plan.folder_of("sft1")
+        train_on_pairs(lm, settings, task, sft_data.pairs, folder)
+    if "sft2" in plan.todo:  # how to act: observations carry no loss
+        folder = plan.folder_of("sft2")
+        train_on_chains(lm, settings, task, chains, "sft2", settings.sft2_scale, folder)
+    if "sft3" in plan.todo:  # a world model: observations are learned too
+        folder = plan.folder_of("sft3")
+        seen = learn_observations(chains)
+        train_on_chains(lm, settings, task, seen, "sft3", settings.sft3_scale, folder)
     print(task.search.report())
 
 
+def load_base_model(settings: SFTSettings, plan: StagePlan) -> LM:
+    """Return the base model, which the data is made with.
+
+    With --bits=4 too it is asked as it is, so that an interrupted run makes the same data.
+    """
+    folder = runs.find_start(plan.root, "base", runs.SFT_STAGES)
+    return model.load(folder, dataclasses.replace(settings, bits=16))
+
+
+def train_on_pairs(
+    lm: LM,
+    settings: SFTSettings,
+    task: Task,
+    pairs: Sequence[Pair],
+    folder: Path,
+) -> None:
+    """Train SFT-1: raise what was right to do against what was wrong, in the same place."""
+    lm.begin_stage(settings, settings.seed, folder.name)
+    if not pairs:
+        print(
+            "no question was solved by exactly one of recalling and acting, so there are no "
+            "pairs: SFT-1 leaves the model as it is"
+        )
+    steps = [
+        pairs[start : start + PAIRS_OF_A_STEP] for start in range(0, len(pairs), PAIRS_OF_A_STEP)
+    ]
+
+    def make_batches(step: Sequence[Pair]) -> list[Batch]:
+        return pair_batches(step, settings.micro_tokens, settings.alpha)
+
+    train(lm, settings, task, folder, steps, contrastive_loss, make_batches, settings.sft1_scale)
+
+
+def train_on_chains(
+    lm: LM,
+    settings: SFTSettings,
+    task: Task,
+    chains: Sequence[Trajectory],
+    stage: str,
+    scale: float,
+    folder: Path,
+) -> None:
+    """Train SFT-2 or SFT-3: next-token loss on the tokens that the chains' masks mark."""
+    lm.begin_stage(settings, settings.seed, folder.name)
+    rng = random.Random(f"{stage} {settings.seed}")
+    steps = []
+    for _ in range(settings.epochs):
+        shuffled = rng.sample(chains, len(chains))
+        steps += optimizer_steps(shuffled, settings.batch_tokens, rng)
+
+    def make_batches(step: Sequence[Trajectory]) -> list[Batch]:
+        return language_batches(step, settings.micro_tokens)
+
+    train(lm, settings, task, folder, steps, nll_loss, make_batches, scale)
+
+
+def make_base_model(lm: LM, settings: SFTSettings, task: Task, folder: Path) -> None:
+    """Pretrain the base model (nano), or take a checkpoint from elsewhere as it is."""
+    rng = random.Random(f"base {settings.seed}")
+    texts = task.pretraining_texts(lm.codec, rng, settings.base_tokens)
+    if not texts:
+        lm.save(folder)
+        return
+    steps = optimizer_steps(texts, settings.batch_tokens, rng)
+
+    def make_batches(step: Sequence[Trajectory]) -> list[Batch]:
+        return language_batches(step, settings.micro_tokens)
+
+    train(lm, settings, task, folder, steps, nll_loss, make_batches)
+
+
+def train(
+    lm: LM,
+    settings: SFTSettings,
+    task: Task,
+    folder: Path,
+    steps: Sequence[Sequence[Any]],
+    loss: Callable[..., Any],
+    make_batches: Callable[[Sequence[Any]], list[Batch]],
+    scale: float = 1.0,
+) -> None:
+    """Train one stage: the loop that all supervised stages share.
+
+    steps: optimizer steps, each a list of items for make_batches.
+    scale: of the learning rates. They warm up over 5% of the steps, then fall to a tenth.
+    Raises UserError where the loss is not finite, before the weights change.
+    """
+    lm.network.recompute = settings.checkpointing
+    optimizer = lm.backend.Optimizer(lm.network, settings.muon, settings.seed)
+    stage = StageRun(lm, optimizer, folder, settings, len(steps))
+    mean_loss: float | None = None
+    for step in stage.steps():
+        started = time.time()
+        warmup = min(1.0, (step + 1) / (0.05 * len(steps) + 1))
+        rate = scale * warmup * (1 - 0.9 * step / len(steps))
+        batches = make_batches(steps[step])
+        figures = lm.backend.train_step(
+            lm.network, optimizer, loss, batches, settings.lr * rate, settings.muon_lr * rate
+        )
+        if not math.isfinite(figures["loss"] + figures["grad_norm"]):
+            raise UserError(
+                f"{folder.name}: loss is {figures['loss']} at step {step}; the stage before is "
+                "kept; lower --lr and --muon_lr"
+            )
+        mean_loss = smooth(mean_loss, figures["loss"])
+        tokens = int(sum((batch["ids"] > 0).sum() for batch in batches))
+        speed = tokens / (time.time() - started)
+        stage.log(
+            f"loss {mean_loss:.3f}, {speed:,.0f} tok/s",
+            step=step,
+            **figures,
+            lr=settings.lr * rate,
+            tokens=tokens,
+            tokens_per_second=speed,
+        )
+    samples = task.questions("sample", SAMPLES)[: settings.batch_rows // 4]
+    stage.keep_rollouts(sample_rows(lm, samples, task.search, settings))
+    stage.finish()
+
+
+def smooth(mean: float | None, value: float) -> float:
+    """Return a moving mean for the eye."""
+    return value if mean is None else 0.95 * mean + 0.05 * value
+
+
+# ---- 3. The data of SFT --------------------------------------------------------------------------
+def make_data(base: LM, settings: SFTSettings, task: Task) -> SFTData:
+    """Make what SFT learns from: a teacher's chains, and pairs from measured outcomes.
+
+    The base model is asked for every fact that the questions need. The teacher recalls what it
+    knows and searches for the rest with the real tool.
+    """
+    if settings.sft_files:
+        sft_data, problems = read_sft_files(base.codec, settings.sft_files)
+        if problems:
+            print(
+                f"{len(problems)} rows are no trajectories and are left out, "
+                f"the first at {problems[0]}"
+            )
+        return keep_what_fits(sft_data, settings.max_len, f"from {', '.join(settings.sft_files)}: ")
+
+    rng = random.Random(f"sft {settings.seed}")
+    # Without these the nano model forgets the relations that its chains never combine.
+    practice = task.practice_chains(base.codec, rng, settings.cot * 3 // 5)
+    action_questions = task.questions("coa", settings.coa, HEAD_SHARE["coa"])
+    thought_count = settings.cot - len(practice)
+    thought_questions = task.questions("cot", thought_count, HEAD_SHARE["cot"])
+    pair_questions = _without_repeats(
+        task.questions("act", settings.pairs)
+        + task.questions("think", settings.pairs, HEAD_SHARE["think"])
+    )
+
+    # What the base model knows decides what the teacher recalls and what it looks up.
+    asked = action_questions + thought_questions + pair_questions
+    known, recalled = recall(base, asked, settings)
+    chains, counts = write_chains(
+        base.codec, action_questions, known, task.search, settings.max_observation
+    )
+    thoughts = [
+        recall_chain(base.codec, question)
+        for question in thought_questions
+        if all(fact.id in known for fact in question.facts)
+    ]
+
+    # A pair comes from a question that exactly one of acting and thinking solves.
+    solved = solved_by_acting(base, pair_questions, settings, task)
+    acting_right, thinking_right = contrastive_pairs(base.codec, pair_questions, recalled, solved)
+    # Both directions weigh the same, where there are enough of each.
+    half = settings.pairs // 2
+    pairs = rng.sample(acting_right, min(half, len(acting_right)))
+    pairs += rng.sample(thinking_right, min(half, len(thinking_right)))
+    rng.shuffle(pairs)
+
+    facts = facts_by_id(action_questions)
+    source = (
+        f"base model knows {len(known & set(facts))} of {len(facts)} facts; "
+        f"{counts.searches} searches, {counts.misses} missed, {counts.dropped} chains dropped; "
+        f"of {len(acting_right)} pairs where acting was right and {len(thinking_right)} where "
+        "thinking was: "
+    )
+    sft_data = SFTData([chain for _, chain in chains], practice + thoughts, pairs)
+    return keep_what_fits(sft_data, settings.max_len, source)
+
+
+def _without_repeats(questions: Sequence[Question]) -> list[Question]:
+    return list({question.id: question for question in questions}.values())
+
+
+def solved_by_acting(
+    base: LM, questions: list[Question], settings: SFTSettings, task: Task
+) -> set[str]:
+    """Return the ids of the questions that acting at every step solves."""
+    if not task.base_model_acts:
+        # A small checkpoint's ReAct hardly solves anything, so the teacher's searches decide.
+        chains, _ = write_chains(
+            base.codec, questions, set(), task.search, settings.max_observation
+        )
+        return {question.id for question, _ in chains}
+    answered = react(
+        base,
+        [question.question for question in questions],
+        task.search,
+        settings,
+        max_actions=REACT_CALLS,
+        description="where acting and thinking part",
+    )
+    return {
+        question.id
+        for question, (answer, _) in zip(questions, answered, strict=True)
+        if exact_match(answer, question.golden_answers)
+    }
+
+
 if __name__ == "__main__":
-    main(run, __doc__)
+    main(run, SFTSettings, __doc__, begins_run=runs.begins_run)

@@ -1,9 +1,13 @@
-"""R1-Distill-Qwen-1.5B, the reasoning model the paper begins with at its smallest: an adapter on a 4-bit base, for a 16 GB Mac or one GPU.
+"""R1-Distill-Qwen-1.5B, the smallest reasoning model that the paper begins with.
 
-    python train_sft.py config/r1-distill-1.5b.py --train_data=.. --eval_data=.. --corpus=.. --dry-run
+An adapter on a base of 4 bits, for a Mac with 16 GB or one GPU:
 
-The other arguments are those of config/smollm2.py. Not yet trained: the estimate is measured, the recipe is the authors'.
+    python train_sft.py config/r1-distill-1.5b.py --train_data=.. --eval_data=.. --corpus=..
+
+The arguments are those of config/smollm2.py, and --dry-run says what it takes. It has not been
+trained yet: memory was measured, and the recipe is the authors'.
 """
+
 run = "r1-distill-1.5b"
 model = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 dtype = "bfloat16"
@@ -11,7 +15,8 @@ bits = 4
 lora_rank = 16
 checkpointing = True
 muon = False
-lr = 1e-4                   # of an adapter: ten times what all weights would take
+# An adapter bears ten times the rate of all weights.
+lr = 1e-4
 sft1_scale = 0.1
 sft2_scale = 1.0
 sft3_scale = 1.0
@@ -28,5 +33,6 @@ max_actions = 4
 max_len = 1024
 max_answer = 24
 max_observation = 400
-max_thought = 512           # a reasoner thinks longer than an instruct model
+# A reasoning model thinks longer than an instruct model.
+max_thought = 512
 batch_rows = 32

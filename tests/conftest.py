@@ -1,4 +1,5 @@
-"""What the tests share: a tokenizer in which each word is one token, small networks with random weights, and a shell."""
+"""What the tests share: a tokenizer of whole words, small random networks, a shell and a server."""
+
 import contextlib
 import io
 import json
@@ -8,103 +9,157 @@ import runpy
 import subprocess
 import sys
 import threading
-from http.server import ThreadingHTTPServer
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
-platform.machine = lambda: "any"        # tests that don't say which backend they mean, mean torch, on Apple silicon too
+# Tests that don't say which backend they mean, mean torch: on Apple silicon too.
+platform.machine = lambda: "any"
 
-import model    # noqa: E402  (after the path is set)
-import skills   # noqa: E402
-from autocoa import Codec   # noqa: E402
+import model
+from backends.config import nano_config
+from common.settings import ModelSettings
+from data.trajectory import Codec
+from model import LM
+from nano.tokenizer import train_tokenizer
 
-WORDS = """ Who directed it starred in director star of Silver River Iron Hill film a the Eva Moss Ada Falk Carl Hart is was
- Hm I recall so It was directed by. Its star is Not found: yes, no? A B C D x y 1950 1999 and search nothing else."""
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a minute; left out of the fast suite")
+WORDS = (
+    " Who directed it starred in director star of Silver River Iron Hill film a the Eva Moss"
+    " Ada Falk Carl Hart is was Hm I recall so It was directed by. Its star is Not found:"
+    " yes, no? A B C D x y 1950 1999 and search nothing else."
+)
+CPU = ModelSettings(device="cpu")
 
 
 @pytest.fixture(scope="session")
-def codec():
-    """A nano tokenizer: byte-level, the tags single tokens, every word of WORDS one token."""
-    return Codec(skills.nano_tokenizer(600, [WORDS] * 50))
+def codec() -> Codec:
+    """Return the codec of a byte-level tokenizer in which every word of WORDS is one token."""
+    return Codec(train_tokenizer(600, [WORDS] * 50))
 
 
-def tiny(codec, seed=0, width=64, arch="LlamaForCausalLM", tie=True, spread=0.0):
-    """A random two-layer network for this tokenizer. spread: noise on every weight, so that gains and biases matter too."""
-    config = model.nano_config(len(codec.tok), codec.eos, codec.tok.bos_token_id, width, 2)
-    config.architectures, config.tie_word_embeddings = [arch], tie
-    lm = model.new(config, codec.tok, seed, "cpu")
+def tiny_lm(
+    codec: Codec,
+    seed: int = 0,
+    width: int = 64,
+    architecture: str = "LlamaForCausalLM",
+    tie_embeddings: bool = True,
+    noise: float = 0.0,
+) -> LM:
+    """Return a random two-layer network for a tokenizer.
+
+    noise: standard deviation of what is added to every weight, so that gains and biases matter.
+    """
+    config = nano_config(
+        len(codec.tokenizer), codec.eos_id, codec.tokenizer.bos_token_id, width, layers=2
+    )
+    config.architectures = [architecture]
+    config.tie_word_embeddings = tie_embeddings
+    lm = model.new(config, codec.tokenizer, seed, CPU)
     torch.manual_seed(seed)
     with torch.no_grad():
-        for p in lm.model.parameters():
-            p.add_(spread * torch.randn_like(p))
+        for parameter in lm.network.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
     return lm
 
 
 @pytest.fixture(scope="session")
-def lm(codec):
-    return tiny(codec, spread=0.1)
+def lm(codec: Codec) -> LM:
+    """Return a tiny network whose weights are all random."""
+    return tiny_lm(codec, noise=0.1)
 
 
-def twin(lm):
-    """The same network in MLX."""
-    import model_mlx
-    network = model_mlx.build(lm.model.config)
-    model_mlx.put(network, {n: p.detach().numpy() for n, p in lm.model.named_parameters()}, "x")
-    return model.LM(network, lm.codec.tok, model_mlx)
+def mlx_twin(lm: LM) -> LM:
+    """Return the same network in MLX."""
+    import backends.mlx as mlx_backend
+
+    network = mlx_backend.build(lm.network.config)
+    state = {name: weight.detach().numpy() for name, weight in lm.network.named_parameters()}
+    mlx_backend.set_weights(network, state, "a test")
+    return LM(network, lm.codec.tokenizer, mlx_backend)
 
 
-def shell(cwd, script, *args, timeout=120, threads="1", **environment):
-    """A script of the project, run as a user runs it, in a folder of its own."""
-    done = subprocess.run([sys.executable, ROOT / script, *args], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": threads, **environment})
+def run_in_shell(
+    cwd: Path, *command: str, timeout: int = 120, threads: str = "1", **environment: str
+) -> SimpleNamespace:
+    """Run `python` with these arguments as a user does, in a folder of its own.
+
+    A script is named by its file in the project, a module by "-m" and its name.
+    """
+    arguments = [str(ROOT / command[0]) if command[0].endswith(".py") else command[0], *command[1:]]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "PYTHONPATH": str(ROOT),
+            **environment,
+        },
+    )
     return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
 
-def run_script(cwd, name, *args):
-    """The same in this process, which has loaded torch already: four seconds less for each."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+def run_here(cwd: Path, script: str, *arguments: str | Path) -> SimpleNamespace:
+    """Run a script in this process, which has loaded torch already: four seconds less for each.
+
+    script: "train_sft.py", or a module such as "data.show".
+    """
+    out = io.StringIO()
+    err = io.StringIO()
+    status: Any = 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         patch.chdir(cwd)
-        patch.setattr(sys, "argv", [name, *map(str, args)])
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
         try:
-            runpy.run_path(str(ROOT / name), run_name="__main__")
-        except SystemExit as e:
-            status = e.code or 0
+            if script.endswith(".py"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
 
 
-def rows(path):
+def read_rows(path: Path) -> list[Any]:
+    """Return the values of a jsonl file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def strict(text):
-    """JSON as every program reads it: NaN and Infinity are not JSON."""
-    def refuse(constant):
+def strict_json(text: str) -> Any:
+    """Return JSON as every program reads it: NaN and Infinity are not JSON."""
+
+    def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
+
     return json.loads(text, parse_constant=refuse)
 
 
 @pytest.fixture
-def serve():
-    """Start an HTTP server on a free loopback port -> its address; all are stopped at the end."""
-    started = []
+def serve() -> Iterator[Callable[[type[BaseHTTPRequestHandler]], str]]:
+    """Return a function that starts an HTTP server for a handler and returns its address."""
+    started: list[ThreadingHTTPServer] = []
 
-    def start(handler_or_server):
-        server = handler_or_server if isinstance(handler_or_server, ThreadingHTTPServer) else ThreadingHTTPServer(("127.0.0.1", 0), handler_or_server)
+    def start(handler: type[BaseHTTPRequestHandler]) -> str:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         started.append(server)
         return f"http://127.0.0.1:{server.server_address[1]}"
+
     yield start
     for server in started:
         server.shutdown()

@@ -1,4 +1,5 @@
-"""The layout: one file names the framework, and imports at the top of files have no circle; and examples in docstrings hold."""
+"""The house: who may name a framework, imports without a circle, and examples that hold."""
+
 import ast
 import doctest
 import importlib
@@ -6,51 +7,119 @@ import importlib
 import pytest
 from conftest import ROOT
 
-FILES = {p.stem: ast.parse(p.read_text()) for p in ROOT.glob("*.py")}
-BACKENDS = {"model_torch": "torch", "model_mlx": "mlx"}
+FOLDERS = ("backends", "common", "data", "evaluation", "nano", "services", "tasks", "workflows")
+PATHS = sorted(ROOT.glob("*.py")) + sorted(
+    path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")
+)
 
 
-def imported(tree, everywhere):
-    """Names of the modules that a file imports, part by part (safetensors.torch needs torch): at its top, or also inside functions."""
-    for node in ast.walk(tree) if everywhere else tree.body:
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[-1] == "__init__":
+        parts = parts[:-1]
+    return ".".join(parts)
+
+
+TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in PATHS}
+
+
+def imported_names(tree):
+    """Return what a file imports, at its top or inside a function, as dotted names."""
+    names = set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (part for a in node.names for part in a.name.split("."))
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            yield from node.module.split(".")
+            assert node.level == 0, "relative imports hide where a name comes from"
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def test_only_the_twins_name_a_framework():
-    """Guards: a script that grows a dependence on torch. bench.py compares with other libraries and may name them."""
-    for name, tree in FILES.items():
-        if name != "bench":
-            assert set(imported(tree, True)) & {"torch", "mlx"} <= {BACKENDS.get(name)}, name
+def without_type_checking(tree):
+    """Return a file without what only a type checker imports: it runs nothing."""
+
+    class Remover(ast.NodeTransformer):
+        def visit_If(self, node):
+            if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+                return ast.Pass()
+            return node
+
+    return Remover().visit(ast.parse(ast.unparse(tree)))
 
 
-def test_only_model_names_a_backend():
-    """The choice is made at one place, model.backend."""
-    for name, tree in FILES.items():
-        assert not set(imported(tree, True)) & set(BACKENDS) or name in ("model", "bench"), name
+def test_only_the_backends_name_a_framework():
+    """Guards: a script that grows a dependence on torch. bench.py compares with other libraries."""
+    for name, tree in TREES.items():
+        frameworks = {part for imported in imported_names(tree) for part in imported.split(".")}
+        if name == "bench" or name == "model":
+            continue
+        allowed = {name.split(".")[1]} if name.startswith("backends.") and "." in name else set()
+        assert frameworks & {"torch", "mlx"} <= allowed, name
+
+
+def test_only_model_chooses_a_backend():
+    """The choice is made at one place, model.choose_backend."""
+    for name, tree in TREES.items():
+        if name == "model" or name.startswith("backends."):
+            continue
+        chosen = {"backends.torch", "backends.mlx"} & imported_names(tree)
+        assert not chosen, name
+    for name in ("torch", "mlx"):
+        other = {"torch": "mlx", "mlx": "torch"}[name]
+        for file, tree in TREES.items():
+            if file.startswith(f"backends.{name}"):
+                assert not any(f"backends.{other}" in found for found in imported_names(tree))
 
 
 def test_imports_have_no_circle():
-    """Follow the imports at the top of each file: none comes back to where it began."""
-    graph = {name: [m for m in imported(tree, False) if m in FILES] for name, tree in FILES.items()}
-    done = set()
+    """Follow all imports, those inside functions too: none comes back to where it began."""
+    imports = {
+        name: imported_names(without_type_checking(tree)) & set(TREES)
+        for name, tree in TREES.items()
+    }
+    finished = set()
 
     def visit(name, path):
         assert name not in path, " -> ".join([*path, name])
-        if name not in done:
-            for other in graph[name]:
-                visit(other, [*path, name])
-            done.add(name)
-    for name in graph:
+        if name in finished:
+            return
+        for other in sorted(imports[name] - {name}):
+            visit(other, [*path, name])
+        finished.add(name)
+
+    for name in imports:
         visit(name, [])
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in ROOT.glob("*.py") if ">>>" in p.read_text()))
+def test_twins_have_the_same_names_in_the_same_order():
+    """Guards: a function of one backend that the other lacks, or has elsewhere."""
+    for path in sorted((ROOT / "backends" / "torch").glob("*.py")):
+        names = {
+            backend: [
+                node.name
+                for node in ast.parse((ROOT / "backends" / backend / path.name).read_text()).body
+                if isinstance(node, ast.FunctionDef | ast.ClassDef)
+                and not node.name.startswith("_")
+            ]
+            for backend in ("torch", "mlx")
+        }
+        shared = set(names["torch"]) & set(names["mlx"])
+        in_torch, in_mlx = (
+            [name for name in names[backend] if name in shared] for backend in ("torch", "mlx")
+        )
+        assert in_torch == in_mlx, path.name
+
+
+@pytest.mark.parametrize(
+    "name", sorted(module_name(path) for path in PATHS if ">>>" in path.read_text())
+)
 def test_examples_in_docstrings(codec, name):
     """They say what the code does."""
-    module, runner = importlib.import_module(name), doctest.DocTestRunner()
-    for example in doctest.DocTestFinder().find(module, globs={**vars(module), "codec": codec}):
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner()
+    variables = {**vars(module), "codec": codec}
+    for example in doctest.DocTestFinder().find(module, globs=variables):
         runner.run(example)
-    assert runner.tries and not runner.failures
+    assert runner.tries
+    assert not runner.failures

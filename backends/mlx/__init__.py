@@ -1,0 +1,88 @@
+"""The network in MLX: all that the rest of the project uses of it.
+
+The twins have the same names, so that either can be the backend.
+"""
+
+from backends.mlx.adapters import (
+    add_adapter,
+    block_linears,
+    embeddings,
+    merge_adapter,
+    quantize,
+    to_arrays,
+    trained_parameters,
+)
+from backends.mlx.decoder import Decoder, draw
+from backends.mlx.network import (
+    MLP,
+    Attention,
+    Block,
+    Embedding,
+    Linear,
+    RMSNorm,
+    Transformer,
+    Trunk,
+    rotate,
+)
+from backends.mlx.optimizer import Optimizer, orthogonalize
+from backends.mlx.training import LossFunction, logprobs, score, train_step
+from backends.mlx.weights import (
+    build,
+    compute_copy,
+    copy_network,
+    extend_rows,
+    load_weights,
+    named_parameters,
+    parameter_shapes,
+    peak_memory,
+    pick_device,
+    read_weights,
+    save_weights,
+    set_weights,
+    to_numpy,
+    workspace,
+)
+
+NAME = "mlx"
+
+__all__ = [
+    "MLP",
+    "NAME",
+    "Attention",
+    "Block",
+    "Decoder",
+    "Embedding",
+    "Linear",
+    "LossFunction",
+    "Optimizer",
+    "RMSNorm",
+    "Transformer",
+    "Trunk",
+    "add_adapter",
+    "block_linears",
+    "build",
+    "compute_copy",
+    "copy_network",
+    "draw",
+    "embeddings",
+    "extend_rows",
+    "load_weights",
+    "logprobs",
+    "merge_adapter",
+    "named_parameters",
+    "orthogonalize",
+    "parameter_shapes",
+    "peak_memory",
+    "pick_device",
+    "quantize",
+    "read_weights",
+    "rotate",
+    "save_weights",
+    "score",
+    "set_weights",
+    "to_arrays",
+    "to_numpy",
+    "train_step",
+    "trained_parameters",
+    "workspace",
+]

@@ -1,0 +1,301 @@
+"""The network: Llama, Qwen2 and Qwen3, for training and for decoding with a KV cache.
+
+The twins of PyTorch and MLX have the same files, classes and functions. Parameter names are
+Hugging Face's, and whatever crosses to files outside `backends` is a list or a NumPy array.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from backends.config import LoRAConfig, ModelConfig
+
+# The cosines and sines of all positions, (1 or B, 1, T, head_dim) each.
+Rope = tuple[Tensor, Tensor]
+# Stores the keys and values of one layer's new tokens, and returns those of all tokens so far.
+LayerCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Linear(nn.Linear):
+    """W x + b, in the type of x.
+
+    An adapter adds scale * B A dropout(x) (LoRA, Hu et al. 2021, section 4.1). `quantize` leaves
+    4 bits of W.
+    """
+
+    scale: float
+    dropout: float
+    quant_state: Any  # what bitsandbytes needs to unpack W
+
+    def __init__(self, columns: int, rows: int, bias: bool) -> None:
+        super().__init__(columns, rows, bias)
+        self.lora_A: nn.Parameter | None = None  # (rank, columns)
+        self.lora_B: nn.Parameter | None = None  # (rows, rank)
+        self.packed: Tensor | None = None  # W in 4 bits
+
+    # pyrefly: ignore[bad-override-param-name]
+    def forward(self, x: Tensor) -> Tensor:
+        """Map vectors, (.., columns) -> (.., rows)."""
+        bias = None
+        if self.bias is not None:
+            bias = self.bias.to(x.dtype)
+        if self.packed is None:
+            y = functional.linear(x, self.weight.to(x.dtype), bias)
+        else:
+            # It takes seconds to load, and only --bits=4 needs it.
+            import bitsandbytes
+
+            y = bitsandbytes.matmul_4bit(
+                x, self.packed.t(), quant_state=self.quant_state, bias=bias
+            )
+        if self.lora_A is not None and self.lora_B is not None:
+            x = functional.dropout(x, self.dropout, self.training)
+            hidden = functional.linear(x, self.lora_A.to(x.dtype))
+            change = functional.linear(hidden, self.lora_B.to(x.dtype))
+            y = y + self.scale * change
+        return y
+
+
+class Embedding(nn.Embedding):
+    """Ids to vectors, and hidden states to logits.
+
+    Under an adapter a few of its rows, those of `tokens`, are trained in place of the frozen ones.
+    """
+
+    rows: nn.Parameter | None  # (tokens, columns)
+    tokens: Tensor  # ids
+    row_of_token: Tensor  # (vocab,): its row in `rows`, -1 for none
+
+    def __init__(self, vocab_size: int, columns: int) -> None:
+        # To draw weights that are replaced anyway would load torch's compiler, for seconds.
+        super().__init__(vocab_size, columns, _weight=torch.empty(vocab_size, columns))
+        self.rows = None
+
+    # pyrefly: ignore[bad-override-param-name]
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look ids up, (..) -> (.., columns)."""
+        x = super().forward(ids)
+        if self.rows is not None:
+            row = self.row_of_token[ids]
+            is_trained = row >= 0
+            trained = self.rows[row].to(x.dtype)
+            x = torch.where(is_trained[..., None], trained, x)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits of hidden states, (.., columns) -> (.., vocab), in float32."""
+        y = functional.linear(x, self.weight.to(x.dtype)).float()
+        if self.rows is not None:
+            trained = functional.linear(x, self.rows.to(x.dtype)).float()
+            y = y.index_copy(-1, self.tokens, trained)
+        return y
+
+    def train_rows(self, tokens: list[int], rows: Any) -> None:
+        """Train new rows in place of those of some tokens.
+
+        tokens: ids.
+        rows: array (tokens, columns), from which they begin.
+        """
+        device = self.weight.device
+        self.tokens = torch.tensor(tokens, device=device)
+        self.rows = nn.Parameter(torch.tensor(rows, dtype=torch.float32, device=device))
+        self.row_of_token = torch.full((self.num_embeddings,), -1, device=device)
+        self.row_of_token[self.tokens] = torch.arange(len(tokens), device=device)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x over its root mean square, times a weight, in the type of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize vectors, (.., columns) -> the same."""
+        return functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Causal attention in which groups of query heads share a key and value head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden_size = config.hidden_size
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = Linear(hidden_size, key_size, bias=config.qkv_bias)
+        self.v_proj = Linear(hidden_size, key_size, bias=config.qkv_bias)
+        self.o_proj = Linear(query_size, hidden_size, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, rope: Rope, cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return what each position reads from those before it, (B, T, hidden) -> the same.
+
+        cache: with it, keys and values of earlier passes are seen too.
+        mask: (B, 1, T, keys), which keys a query sees; None: those up to its own position.
+        """
+        rows, length, _ = x.shape
+        head_dim = self.config.head_dim
+        q = self.q_proj(x).view(rows, length, -1, head_dim)  # (B, T, heads, head_dim)
+        k = self.k_proj(x).view(rows, length, -1, head_dim)
+        v = self.v_proj(x).view(rows, length, -1, head_dim).transpose(1, 2)
+        if self.config.qk_norm:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q = rotate(q.transpose(1, 2), rope)  # (B, heads, T, head_dim)
+        k = rotate(k.transpose(1, 2), rope)
+        if cache is not None:
+            k, v = cache(k, v)  # (B, key and value heads, keys, head_dim)
+        y = _attend(q, k, v, mask)
+        y = y.transpose(1, 2).reshape(rows, length, -1)
+        return self.o_proj(y)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Return scaled dot-product attention, by the layout that is fastest for grouped heads."""
+    rows, heads, length, head_dim = q.shape
+    key_heads = k.shape[1]
+    attend = functional.scaled_dot_product_attention
+    if mask is not None and key_heads < heads:
+        # The query heads of one key head become rows of one query, so that its keys are read once.
+        group = heads // key_heads
+        grouped_q = q.reshape(rows, key_heads, group * length, head_dim)
+        grouped_mask = mask.repeat(1, 1, group, 1)
+        y = attend(grouped_q, k, v, attn_mask=grouped_mask)
+        return y.reshape(q.shape)
+    if key_heads < heads and q.is_cuda and q.dtype == torch.float32:
+        # CUDA's frugal kernel for float32 takes no groups, and the one that does keeps T x T
+        # numbers.
+        k = k.repeat_interleave(heads // key_heads, 1)
+        v = v.repeat_interleave(heads // key_heads, 1)
+    has_groups = k.shape[1] < heads
+    return attend(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=has_groups)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Return x (B, heads, T, head_dim) with rotary position embedding.
+
+    The layout is Hugging Face's: a pair is one dimension of a head's first half and the same one
+    of its second half.
+    """
+    cos, sin = rope
+    first, second = x.chunk(2, -1)
+    crossed = torch.cat((-second, first), -1)
+    return x * cos + crossed * sin
+
+
+class MLP(nn.Module):
+    """The gated feed-forward network of a block (SwiGLU, Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map hidden states, (.., hidden) -> the same."""
+        gate = functional.silu(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer: attention, then the feed-forward network, each with a norm before it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rope: Rope, cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Map hidden states, (B, T, hidden) -> the same; cache and mask as in Attention."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """All that lies below the head; Hugging Face calls it `model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """Ids to hidden states. `logits` is apart, since most positions never need them.
+
+    dtype: of activations. Weights that are trained stay float32 whatever it is: each layer casts
+        them as it uses them, so that gradients, their sum over micro-batches and the optimizer are
+        float32. Frozen weights are kept in it.
+    lora: the adapter that is trained; None where all weights are.
+    bits: of a weight in the blocks' matrices; 4 after `quantize`.
+    recompute: keep each block's input alone, and compute the block again for its gradient.
+    """
+
+    lora: LoRAConfig | None
+    inverse_frequencies: Tensor
+
+    def __init__(self, config: ModelConfig, dtype: str = "float32") -> None:
+        super().__init__()
+        self.config = config
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.lora = None
+        self.bits = 16
+        self.recompute = False
+        self.model = Trunk(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Embedding(config.vocab_size, config.hidden_size)
+        frequencies = torch.as_tensor(config.inverse_frequencies())
+        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
+    def forward(
+        self,
+        ids: Tensor,
+        start: int | Tensor = 0,
+        caches: Sequence[LayerCache] | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the hidden states of ids, (B, T) -> (B, T, hidden).
+
+        start: position of the first column, one for all rows or one for each row.
+        caches, mask: as in Attention, a cache for each layer.
+        """
+        x = self.model.embed_tokens(ids).to(self.dtype)
+        rope = self._rope(ids, start, x.dtype)
+        for i, layer in enumerate(self.model.layers):
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, use_reentrant=False)
+            else:
+                x = layer(x, rope, caches[i] if caches else None, mask)
+        return self.model.norm(x)
+
+    def _rope(self, ids: Tensor, start: int | Tensor, dtype: torch.dtype) -> Rope:
+        first = torch.as_tensor(start, device=ids.device).reshape(-1, 1)
+        positions = first + torch.arange(ids.shape[1], device=ids.device)  # (1 or B, T)
+        angles = positions[..., None].float() * self.inverse_frequencies
+        # Both halves of a head turn alike.
+        angles = angles.repeat(1, 1, 2)[:, None]  # (1 or B, 1, T, head_dim)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits of hidden states, (.., hidden) -> (.., vocab), in float32."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.logits(x)
+        return self.lm_head.logits(x)

@@ -1,0 +1,163 @@
+"""Weights in and out: build a network, fill it, save it and copy it."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from backends.checkpoint import fitting_weights, read_shards
+from backends.config import ModelConfig
+from backends.torch.network import Linear, Transformer
+from common.errors import UserError
+
+
+def pick_device(name: str) -> str:
+    """Return the device that --device names; "auto" is CUDA where there is one, else the CPU.
+
+    Raises UserError for a device that is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device: {name!r} is not one of auto, cpu, cuda, mps")
+    lacks_cuda = name == "cuda" and not torch.cuda.is_available()
+    lacks_mps = name == "mps" and not torch.backends.mps.is_available()
+    if lacks_cuda or lacks_mps:
+        raise UserError(f"--device={name}: there is none here; use --device=cpu")
+    return name
+
+
+def build(
+    config: ModelConfig, device: str = "cpu", dtype: str = "float32", frozen: bool = False
+) -> Transformer:
+    """Return the network of a config, without its weights.
+
+    frozen: whether its weights will be; they are in dtype then, and never held in more.
+    """
+    with torch.device("meta"):
+        network = Transformer(config, dtype)
+    if frozen:
+        network = network.to(network.dtype)
+    network = network.to_empty(device=device)
+    frequencies = config.inverse_frequencies()
+    network.inverse_frequencies = torch.as_tensor(frequencies, device=device)
+    return network.eval()
+
+
+def workspace(network: Transformer) -> int:
+    """Return the bytes that the library of matrix products takes for itself.
+
+    cuBLAS takes 32 MiB on compute capability 9, else 8.1 MiB, by its documentation.
+    """
+    if network.device.type != "cuda":
+        return 0
+    if torch.cuda.get_device_capability()[0] == 9:
+        return 32 << 20
+    return 8_519_680
+
+
+def peak_memory() -> int | None:
+    """Return the most bytes that were in use at once; None where nobody counts them."""
+    # Without a network on a GPU it is 0.
+    peak = torch.cuda.max_memory_allocated()
+    return peak if peak > 0 else None
+
+
+def named_parameters(network: Transformer) -> dict[str, Tensor]:
+    """Return all parameters by name."""
+    return dict(network.named_parameters())
+
+
+def parameter_shapes(network: Transformer) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter by name."""
+    return {name: tuple(weight.shape) for name, weight in named_parameters(network).items()}
+
+
+def load_weights(network: Transformer, folder: str | Path) -> Transformer:
+    """Fill a network with the weights of a Hugging Face folder, and return it.
+
+    Raises UserError by parameter name.
+    """
+    set_weights(network, read_weights(folder), folder)
+    return network
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Return the weights of a Hugging Face folder, in its own precision.
+
+    Raises UserError for a file that is missing or cut short.
+    """
+    return read_shards(folder, load_file)
+
+
+def to_numpy(values: Any) -> np.ndarray:
+    """Return a tensor, or an array, as a float32 array."""
+    return torch.as_tensor(values).detach().float().cpu().numpy()
+
+
+def extend_rows(matrix: Any, new_rows: np.ndarray, replaced: Mapping[int, np.ndarray]) -> Tensor:
+    """Return a matrix with rows behind it, in its own precision.
+
+    replaced: rows that take the place of others, by their index.
+    """
+    matrix = torch.as_tensor(matrix)
+    extended = torch.cat([matrix, torch.as_tensor(new_rows).to(matrix)])
+    for index, row in replaced.items():
+        extended[index] = torch.as_tensor(row)
+    return extended
+
+
+def set_weights(network: Transformer, weights: Mapping[str, Any], source: object) -> None:
+    """Fill a network with tensors or NumPy arrays, by name.
+
+    source: where they come from, for messages.
+    Raises UserError with the parameter that is missing, not known, packed or of another shape.
+    """
+    is_tied = network.config.tie_word_embeddings
+    fitting = fitting_weights(weights, parameter_shapes(network), is_tied, source)
+    for name, parameter in named_parameters(network).items():
+        parameter.data.copy_(torch.as_tensor(fitting[name]))
+
+
+def save_weights(network: Transformer, folder: str | Path) -> None:
+    """Write model.safetensors into a folder."""
+    weights = {}
+    for name, weight in network.state_dict().items():
+        weights[name] = weight.detach().cpu().contiguous()
+    save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+
+def copy_network(network: Transformer) -> Transformer:
+    """Return a network of its own; frozen weights are shared."""
+    shared = _packed_weights(network)
+    shared += [weight for weight in network.parameters() if not weight.requires_grad]
+    return deepcopy(network, {id(value): value for value in shared})
+
+
+def compute_copy(network: Transformer) -> Transformer:
+    """Return the network with all weights in its compute type: itself where they are."""
+    dtype = network.dtype
+    if all(weight.dtype == dtype for weight in network.parameters()):
+        return network
+    copies: dict[int, Any] = {id(value): value for value in _packed_weights(network)}
+    # One by one, so that they are never all in four bytes again.
+    for weight in network.parameters():
+        if weight.dtype == dtype:
+            copies[id(weight)] = weight
+        else:
+            copies[id(weight)] = nn.Parameter(weight.data.to(dtype), requires_grad=False)
+    return deepcopy(network, copies)
+
+
+def _packed_weights(network: Transformer) -> list[Any]:
+    """Return what holds matrices of 4 bits, which are no parameters."""
+    packed = []
+    for module in network.modules():
+        if isinstance(module, Linear) and module.packed is not None:
+            packed += [module.packed, module.quant_state]
+    return packed

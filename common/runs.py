@@ -1,0 +1,454 @@
+"""Run folders: which stages a command trains, and their logs, checkpoints and settings.
+
+out/nano/
+    settings.json           what the run remembers of its settings (run_record.py)
+    base/ sft1/ .. rl2/     a Hugging Face folder for each finished stage, with its logs
+    rl2.partial/            logs of the stage that is being trained
+    rl2.checkpoint/         its weights and optimizer a while ago, for --resume
+    data/                   what SFT learns from
+"""
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from common import memory
+from common.errors import UserError
+from common.files import write_jsonl
+from common.progress import tqdm
+from common.run_record import (
+    RunRecord,
+    StageRecord,
+    read_run_record,
+    record_file,
+    to_remember,
+    write_run_record,
+)
+from common.settings import RunSettings, StageSettings
+
+if TYPE_CHECKING:
+    from model import LM
+
+SFT_STAGES = ("base", "sft1", "sft2", "sft3")
+RL_STAGES = ("rl1", "rl2")
+STAGE_BEFORE = {"base": "", "sft1": "base", "sft2": "sft1", "sft3": "sft2"}
+LOG_FILES = ("log.jsonl", "rollouts.jsonl")
+
+
+def run_folder(settings: RunSettings) -> Path:
+    """Return the folder of a run."""
+    return Path("out", settings.run)
+
+
+# ---- which stages to train -----------------------------------------------------------------------
+@dataclass
+class StagePlan:
+    """The stages that a command trains, and the folders they are trained from and into."""
+
+    kind: Literal["sft", "rl"]
+    root: Path
+    todo: list[str]  # stages in order; empty where all are there already
+    start: str  # folder whose weights the first of them begins with; "" where there are none yet
+    reference: str  # RL: folder of the policy to which KL is measured
+    out: str  # folder of the one stage, instead of its own; "" for its own
+
+    @property
+    def must_make_data(self) -> bool:
+        """Whether there is no SFT data yet, or only that of another base model."""
+        return "base" in self.todo or not (self.data_folder / "pairs.jsonl").is_file()
+
+    @property
+    def data_folder(self) -> Path:
+        """Where SFT's data is."""
+        return self.root / "data"
+
+    @property
+    def goes_on_behind_rl1(self) -> bool:
+        """Whether RL-1 is done, so that its weights are RL-2's and not the reference's."""
+        return self.start != self.reference
+
+    def folder_of(self, stage: str) -> Path:
+        """Return the folder that a stage is written to."""
+        return self.root / (self.out or stage)
+
+    def start_folder(self) -> Path:
+        """Return the folder that the first stage begins with. Raises UserError: see find_start."""
+        return find_start(self.root, self.start, [*SFT_STAGES, "rl1"])
+
+    def reference_folder(self) -> Path:
+        """Return the folder of RL's reference. Raises UserError: see find_start."""
+        return find_start(self.root, self.reference, [*SFT_STAGES, "rl1"])
+
+    def begin(
+        self,
+        lm: "LM",
+        settings: StageSettings,
+        loss: Any,
+        data_settings: Sequence[str] = (),
+    ) -> bool:
+        """Report what training takes, and clear the way. Return False after --dry-run.
+
+        All that can refuse the command does so before anything is removed.
+        loss: a loss function of language modelling, with which --dry-run times a step.
+        data_settings: settings that SFT's data is made with.
+        Raises UserError for settings that contradict the data or the adapter that is there.
+        """
+        if self.kind == "sft" and not self.must_make_data:
+            refuse_changed_data(self.root, settings, data_settings)
+        if self.kind == "sft" and "base" not in self.todo:
+            lm.begin_stage(settings, settings.seed, self.todo[0])
+        if not memory.report(lm, settings, self.kind, loss):
+            return False
+        remove_leftovers(settings, [self.out] if self.out else self.todo, self.start)
+        if self.kind == "sft" and begins_run(settings):
+            begin_run(settings)
+        return True
+
+    def remove_data(self) -> None:
+        """Remove the SFT data of another base model."""
+        for file in self.data_folder.glob("*.jsonl"):
+            file.unlink()
+
+
+def begins_run(settings: StageSettings) -> bool:
+    """Whether a command of train_sft.py trains all stages anew, so that nothing old counts."""
+    return not (settings.stage or settings.start or settings.resume)
+
+
+def plan_sft(settings: StageSettings) -> StagePlan:
+    """Return which SFT stages to train; print it where there is none.
+
+    Raises UserError for settings that do not go together.
+    """
+    if settings.stage not in ("", *SFT_STAGES):
+        raise UserError(f"--stage: {settings.stage!r} is not one of {', '.join(SFT_STAGES)}")
+    if settings.bits < 16 and not settings.lora_rank:
+        raise UserError(
+            f"--bits={settings.bits}: weights of {settings.bits} bits can't be trained; "
+            "train an adapter on them with --lora_rank=16"
+        )
+    if (settings.start or settings.out) and not settings.stage:
+        raise UserError("--start, --out: they go with one stage; say which with --stage")
+    if settings.stage == "base" and settings.out:
+        raise UserError(
+            "--out: a run has one base, which its data is made with; "
+            "give another one a --run of its own"
+        )
+    if settings.stage:
+        start = settings.start or STAGE_BEFORE[settings.stage]
+        todo = _one_stage_to_do(settings, start)
+    else:
+        todo = stages_to_do(settings, SFT_STAGES, "")
+        start = STAGE_BEFORE[todo[0]] if todo else ""
+    if not todo:
+        _print_done(settings, "all stages")
+    return StagePlan("sft", run_folder(settings), todo, start, "", settings.out)
+
+
+def plan_rl(settings: StageSettings) -> StagePlan:
+    """Return which RL stages to train; print it where there is none.
+
+    Raises UserError for settings that do not go together.
+    """
+    if settings.stage not in ("", *RL_STAGES):
+        raise UserError(f"--stage: {settings.stage!r} is not rl1 or rl2")
+    if settings.out and not settings.stage:
+        raise UserError("--out: it goes with one stage; say which with --stage")
+    reference = settings.start or ("rl1" if settings.stage == "rl2" else "sft3")
+    start = reference
+    if settings.stage:
+        todo = _one_stage_to_do(settings, start)
+    else:
+        todo = stages_to_do(settings, RL_STAGES, start)
+        if todo == ["rl2"]:
+            start = "rl1"
+    if not todo:
+        _print_done(settings, "both stages")
+    return StagePlan("rl", run_folder(settings), todo, start, reference, settings.out)
+
+
+def stages_to_do(settings: StageSettings, stages: Sequence[str], start: str) -> list[str]:
+    """Return the folders of stages that are still to be trained, in order.
+
+    With --resume these are not the ones that are complete and younger than what they were trained
+    from, beginning with `start` ("" where the first stage begins with nothing).
+    """
+    root = run_folder(settings)
+    left = list(stages)
+    if not settings.resume:
+        return left
+    before = _saved_at(root / start) if start else 0.0
+    while left:
+        saved = _saved_at(root / left[0])
+        is_begun_again = (root / f"{left[0]}.partial").exists()
+        if is_begun_again or not before <= saved < math.inf:
+            break
+        before = saved
+        left.pop(0)
+    return left
+
+
+def remove_leftovers(settings: StageSettings, stages: Sequence[str], start: str) -> None:
+    """Remove what an interrupted command left of some stages; call it when nothing can refuse.
+
+    With --resume the logs stay, and the checkpoint of the first stage, where it is younger than
+    what that stage is trained from, `start`.
+    """
+    root = run_folder(settings)
+    for index, stage in enumerate(stages):
+        checkpoint = root / f"{stage}.checkpoint"
+        previous = root / f"{stage}.checkpoint.old"
+        is_kept = False
+        if settings.resume:
+            if _is_saved(previous) and not _is_saved(checkpoint):
+                # The command was stopped between the two renames of a save.
+                previous.rename(checkpoint)
+            is_kept = (
+                index == 0
+                and _is_saved(checkpoint)
+                and (not start or _saved_at(root / start) <= _saved_at(checkpoint))
+            )
+        shutil.rmtree(root / f"{stage}.checkpoint.partial", ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
+        if not is_kept:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        if not settings.resume:
+            shutil.rmtree(root / f"{stage}.partial", ignore_errors=True)
+
+
+def find_start(root: Path, start: str, stages: Sequence[str]) -> Path:
+    """Return the folder to begin with.
+
+    stages: folders that a command makes.
+    Raises UserError where it is not there: with that command, or with the folders that there are.
+    """
+    folder = root / start
+    if _is_saved(folder):
+        return folder
+    if start in stages:
+        script = "train_rl.py" if start.startswith("rl") else "train_sft.py"
+        raise UserError(f"{folder} is missing; make it with: {command_line(script)}")
+    found = ", ".join(sorted(path.parent.name for path in root.glob("*/config.json")))
+    raise UserError(f"{folder} is missing; --start can be one of: {found or 'nothing yet'}")
+
+
+def command_line(script: str) -> str:
+    """Return the command that runs a script on the same run: all its stages, the same settings."""
+    one_command = ("--stage", "--start", "--out", "--ask", "--dry_run", "--dry-run")
+    kept = []
+    is_value = False
+    for argument in sys.argv[1:]:
+        if is_value:
+            is_value = False
+            continue
+        option, equals, _ = argument.partition("=")
+        if option not in one_command:
+            kept.append(argument)
+        elif not equals and not option.startswith("--dry"):
+            is_value = True
+    return " ".join(["python", script, *kept])
+
+
+def _one_stage_to_do(settings: StageSettings, start: str) -> list[str]:
+    folders = stages_to_do(settings, [settings.out or settings.stage], start)
+    return [settings.stage] if folders else []
+
+
+def _print_done(settings: StageSettings, all_stages: str) -> None:
+    name = settings.out or settings.stage or all_stages
+    print(f"{name}: in {run_folder(settings)} already")
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _saved_at(folder: Path) -> float:
+    """Return when a network was saved, infinity where there is none."""
+    if not _is_saved(folder):
+        return math.inf
+    return (folder / "config.json").stat().st_mtime
+
+
+# ---- what the run remembers ----------------------------------------------------------------------
+def begin_run(settings: RunSettings) -> None:
+    """Write a new settings.json: what this command was given, and no stages."""
+    write_run_record(settings.run, RunRecord(to_remember(settings.given)))
+
+
+def record_stage(settings: RunSettings, stage: str) -> None:
+    """Write into settings.json with what a stage is trained, as the last one that was begun."""
+    record = read_run_record(settings.run)
+    if not record_file(settings.run).is_file():
+        record.given = to_remember(settings.given)
+    values = asdict(settings)
+    del values["given"]
+    record.stages.pop(stage, None)
+    given = to_remember(settings.given)
+    record.stages[stage] = StageRecord(given, values, type(settings).__name__)
+    write_run_record(settings.run, record)
+
+
+def refuse_changed_data(root: Path, settings: RunSettings, names: Sequence[str]) -> None:
+    """Raise UserError where the SFT data that is there was made with other settings."""
+    record = read_run_record(settings.run)
+    if "data" not in record.stages:
+        return
+    made_with = record.stages["data"].settings
+    for name in names:
+        if name in made_with and made_with[name] != getattr(settings, name):
+            raise UserError(
+                f"--{name}: {root / 'data'} was made with another value (see "
+                f"{record_file(settings.run).name}); repeat that, or remove the folder to have "
+                "the data made anew"
+            )
+
+
+# ---- a stage under way ---------------------------------------------------------------------------
+class StageLog:
+    """JSON lines of a stage: log.jsonl, a line a step, and rollouts.jsonl.
+
+    They are in <folder>.partial until the stage is complete and LM.save takes them along.
+    """
+
+    def __init__(self, folder: Path, steps_done: int = 0) -> None:
+        """Keep the lines of steps that a resumed stage has done, and remove all others."""
+        self.folder = folder.with_name(folder.name + ".partial")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        seconds_before = 0.0
+        for name in LOG_FILES:
+            rows = self._rows_before(name, steps_done)
+            write_jsonl(self.folder / name, rows)
+            if name == "log.jsonl" and rows:
+                seconds_before = rows[-1]["seconds"]
+        self.started = time.time() - seconds_before
+
+    def write(self, **figures: Any) -> None:
+        """Append the figures of one step, and the seconds since the stage began."""
+        figures["seconds"] = time.time() - self.started
+        rounded = {
+            name: round(value, 6) if isinstance(value, float) else value
+            for name, value in figures.items()
+        }
+        self.append("log.jsonl", [rounded])
+
+    def append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows to one of the files."""
+        with open(self.folder / name, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def _rows_before(self, name: str, step: int) -> list[dict[str, Any]]:
+        """Return the rows of the steps before one; a line that was cut short is none."""
+        path = self.folder / name
+        if not step or not path.is_file():
+            return []
+        lines = path.read_text().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [row for row in rows if row.get("step", step) < step]
+
+
+class Checkpoint:
+    """Weights and optimizer of an unfinished stage, saved now and then in <folder>.checkpoint."""
+
+    steps_done: int  # steps behind the checkpoint that --resume goes on from; 0 without one
+
+    def __init__(self, lm: "LM", optimizer: Any, folder: Path, settings: StageSettings) -> None:
+        """Read the checkpoint that is there, into the network and its optimizer."""
+        self.lm = lm
+        self.optimizer = optimizer
+        self.folder = folder
+        self.seconds = 60 * settings.save_minutes
+        self.merges_adapter = settings.lora_merge
+        self.path = folder.with_name(folder.name + ".checkpoint")
+        self.saved_at = time.time()
+        self.steps_done = 0
+        if self.path.is_dir():
+            steps_done = lm.resume(self.path, optimizer)
+            assert steps_done is not None, "resume counts steps where it is given an optimizer"
+            self.steps_done = steps_done
+
+    def save_if_due(self, steps: int) -> None:
+        """Save after a step, if the last time is long enough ago. steps: how many are done."""
+        if time.time() - self.saved_at >= self.seconds:
+            self.lm.save(self.path, self.optimizer, steps)
+            self.saved_at = time.time()
+
+    def finish(self) -> None:
+        """Save the finished stage, and remove its checkpoint."""
+        if self.merges_adapter and self.lm.network.lora:
+            self.lm.backend.merge_adapter(self.lm.network)
+        self.lm.save(self.folder)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class StageRun:
+    """A stage that is being trained: its progress bar, log, checkpoint and settings.
+
+    stage = StageRun(lm, optimizer, folder, settings, total)
+    for step in stage.steps():
+        ..
+        stage.log("loss 0.123", step=step, loss=loss)
+    stage.finish()
+    """
+
+    def __init__(
+        self, lm: "LM", optimizer: Any, folder: Path, settings: StageSettings, total: int
+    ) -> None:
+        """Go on from the checkpoint that is there. total: steps of the whole stage."""
+        record_stage(settings, folder.name)
+        self.total = total
+        self.checkpoint = Checkpoint(lm, optimizer, folder, settings)
+        self.log_files = StageLog(folder, self.checkpoint.steps_done)
+        self.bar = tqdm(
+            desc=folder.name,
+            unit="step",
+            smoothing=0.1,
+            initial=self.checkpoint.steps_done,
+            total=total,
+        )
+
+    def steps(self) -> Iterator[int]:
+        """Yield the steps that are left; when one is done, save a checkpoint if it is due."""
+        with self.bar:
+            for step in range(self.checkpoint.steps_done, self.total):
+                yield step
+                report_pace(self.bar, step)
+                self.checkpoint.save_if_due(step + 1)
+                self.bar.update()
+
+    def log(self, summary: str, **figures: Any) -> None:
+        """Write the figures of a step, and show a summary beside the bar."""
+        self.log_files.write(**figures)
+        self.bar.set_postfix_str(summary)
+
+    def keep_rollouts(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write some trajectories to be read."""
+        self.log_files.append("rollouts.jsonl", rows)
+
+    def finish(self) -> None:
+        """Save the finished stage."""
+        self.checkpoint.finish()
+
+
+def report_pace(bar: tqdm, step: int) -> None:
+    """Print seconds per step and the time left, once, after two steps.
+
+    step: the step that is done.
+    """
+    if step != bar.initial + 1:
+        return
+    assert bar.total is not None
+    seconds = bar.format_dict["elapsed"] / 2
+    left = int(bar.total) - step - 1
+    with bar.external_write_mode():
+        print(
+            f"{bar.desc}: {seconds:.2f} s a step by the first two, "
+            f"{left * seconds / 60:.1f} minutes for the other {left}",
+            flush=True,
+        )

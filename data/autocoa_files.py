@@ -1,0 +1,275 @@
+r"""AutoCoA's SFT files, in and out.
+
+Chains, with or without actions, are jsonl of {"messages": [{"role", "content"} ..]}. Pairs are a
+json list of {"conversation": [{"from", "value"}], "chosen": {"from", "value"}, "rejected": {"from",
+"value"}}. The one turn of their conversation is the question, <think>, and how both sides begin;
+the authors' template cuts it at the last <think>. In these files a trajectory is text:
+
+    <think> .. <begin_search> query </end_search> <search_result> .. </search_result> .. </think>
+    .. \boxed{answer}
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import read_jsonl, write_jsonl, write_text
+from data.batches import Pair
+from data.sft_data import SFTData
+from data.trajectory import TAGS, Codec, Part, Role, Trajectory
+
+EXPECTED = "AutoCoA's SFT rows, messages or conversation"
+# The authors' prompt ends with this; our system prompt takes its place.
+INSTRUCTIONS_END = "answer the user's question below:"
+SEARCH_OR_RESULT = re.compile(
+    f"{re.escape(TAGS['search'])}(?P<search>.*?){re.escape(TAGS['end_search'])}"
+    f"|{re.escape(TAGS['result'])}(?P<result>.*?){re.escape(TAGS['end_result'])}",
+    re.S,
+)
+# Whose turn it is, by the names that conversations use.
+SPEAKERS = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "system": "system",
+}
+
+
+# ---- text to parts -------------------------------------------------------------------------------
+def parse_trajectory(text: str, whole: bool = True) -> list[Part]:
+    """Return the parts of a trajectory in its text form, for Codec.build.
+
+    whole: it must end with an answer; else it is a beginning or a piece.
+    Raises ValueError for text that is no trajectory.
+    """
+    text = text.strip().removeprefix(TAGS["think"])
+    thoughts, closed, conclusion = text.rpartition(TAGS["end_think"])
+    if not closed:
+        thoughts = text
+    parts = _parse_thoughts(thoughts)
+    _refuse_stray_tags(parts)
+    _refuse_unpaired_searches(parts, may_end_with_search=not closed)
+    if closed:
+        return parts + _parse_answer(conclusion)
+    if whole:
+        raise ValueError(f"no {TAGS['end_think']}")
+    return parts
+
+
+def _parse_thoughts(text: str) -> list[Part]:
+    parts: list[Part] = []
+    end = 0
+    for match in SEARCH_OR_RESULT.finditer(text):
+        thought = text[end : match.start()].strip()
+        if thought:
+            parts.append(("think", thought))
+        kind = "result" if match["search"] is None else "search"
+        parts.append((kind, match[kind].strip()))
+        end = match.end()
+    thought = text[end:].strip()
+    if thought:
+        parts.append(("think", thought))
+    return parts
+
+
+def _refuse_stray_tags(parts: list[Part]) -> None:
+    # A thought may speak of the box, which is plain text there.
+    tags = [tag for name, tag in TAGS.items() if name != "boxed"]
+    for kind, text in parts:
+        if kind != "result" and any(tag in text for tag in tags):
+            raise ValueError("a tag that is not closed, or in the wrong place")
+
+
+def _refuse_unpaired_searches(parts: list[Part], may_end_with_search: bool) -> None:
+    """Raise ValueError unless every search has its result behind it, and every result a search."""
+    kinds = [kind for kind, _ in parts]
+    if may_end_with_search and kinds and kinds[-1] == "search":
+        kinds.pop()
+    # An empty kind stands at either end, so that each kind has a neighbour on both sides.
+    for before, kind in zip(["", *kinds], [*kinds, ""], strict=True):
+        if (before == "search") != (kind == "result"):
+            raise ValueError("a search without its result, or a result without a search")
+
+
+def _parse_answer(text: str) -> list[Part]:
+    """Return the parts behind the thoughts: a conclusion, if any, and the answer in its box."""
+    conclusion, boxed, rest = text.rpartition(TAGS["boxed"])
+    answer = _until_closing_brace(rest)
+    if not boxed or not answer.strip():
+        raise ValueError("no \\boxed{answer}")
+    # Reasoning models write \boxed{\text{..}}.
+    answer = re.sub(r"^\\text\{(.*)\}$", r"\1", answer.strip(), flags=re.S)
+    parts: list[Part] = []
+    if conclusion.strip():
+        parts.append(("conclude", conclusion.strip()))
+    parts.append(("answer", answer.strip()))
+    return parts
+
+
+def _until_closing_brace(text: str) -> str:
+    """Return what stands before the brace that closes an opened one, "" where none does."""
+    depth = 1
+    for position, letter in enumerate(text):
+        if letter == "{":
+            depth += 1
+        elif letter == "}":
+            depth -= 1
+        if depth == 0:
+            return text[:position]
+    return ""
+
+
+# ---- files in ------------------------------------------------------------------------------------
+def read_json_rows(path: str | Path, expected: str, setting: str) -> list[tuple[int, Any]]:
+    """Return (number, row) of a jsonl file, or of a json file that holds a list.
+
+    expected: what a row should be, for the message.
+    setting: the setting that named the file, for the message.
+    Raises UserError.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if text.lstrip().startswith("["):
+            return list(enumerate(json.loads(text), 1))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}; expected {expected}") from None
+    return read_jsonl(path, expected, setting)
+
+
+def read_sft_files(codec: Codec, paths: Sequence[str | Path]) -> tuple[SFTData, list[str]]:
+    """Read AutoCoA's SFT files.
+
+    Returns the trajectories, and a message for each row that is no trajectory.
+    Raises UserError for a file of another kind.
+    """
+    # A teacher may have kept no chain of a kind, and left an empty file for it.
+    paths_to_read = [
+        path for path in paths if not Path(path).is_file() or Path(path).stat().st_size
+    ]
+    if not paths_to_read:
+        raise UserError(f"{', '.join(map(str, paths))}: empty; expected {EXPECTED}")
+    data = SFTData()
+    refusals = []
+    for path in paths_to_read:
+        for number, row in read_json_rows(path, EXPECTED, "sft_files"):
+            try:
+                _add_row(codec, row, data, f"{path}:{number}")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                refusals.append(f"{path}:{number}: {error}")
+    return data, refusals
+
+
+def _add_row(codec: Codec, row: Any, data: SFTData, where: str) -> None:
+    if "messages" in row:
+        trajectory = _read_chain(codec, row)
+        if trajectory.queries:
+            data.chains_of_action.append(trajectory)
+        else:
+            data.chains_of_thought.append(trajectory)
+    elif "chosen" in row:
+        data.pairs.append(_read_pair(codec, row))
+    else:
+        raise UserError(
+            f"{where}: neither messages nor chosen and rejected; expected AutoCoA's SFT rows"
+        )
+
+
+def _read_chain(codec: Codec, row: dict[str, Any]) -> Trajectory:
+    (_, user_text), (_, assistant_text) = _turns(row, "messages", "role", "content")[:2]
+    return codec.build(_question_of(user_text), parse_trajectory(assistant_text))
+
+
+def _read_pair(codec: Codec, row: dict[str, Any]) -> Pair:
+    turns = _turns(row, "conversation", "from", "value")
+    if len(turns) != 1:
+        raise ValueError("a conversation of more than one turn")
+    _, user_text = turns[0]
+    question, _, beginning = _question_of(user_text).rpartition(TAGS["think"])
+    if question:
+        question = question.strip()
+    else:
+        # No beginning is shared: all that is there is the question.
+        question = beginning
+        beginning = ""
+    pair = codec.build_pair(
+        question,
+        parse_trajectory(beginning, whole=False),
+        parse_trajectory(row["chosen"]["value"], whole=False),
+        parse_trajectory(row["rejected"]["value"], whole=False),
+    )
+    if any(1 not in side.mask for side in pair):
+        raise ValueError("an empty side")
+    return pair
+
+
+def _turns(row: dict[str, Any], key: str, speaker_key: str, text_key: str) -> list[tuple[str, str]]:
+    """Return (speaker, text) of a conversation's turns, the system's left out."""
+    turns = []
+    try:
+        for turn in row[key]:
+            speaker = SPEAKERS[turn[speaker_key]]
+            if speaker != "system":
+                turns.append((speaker, turn[text_key]))
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{key} is not a list of turns with {speaker_key} and {text_key}"
+        ) from None
+    return turns
+
+
+def _question_of(user_text: str) -> str:
+    """Return the question of a user's turn, without the authors' instructions before it."""
+    return user_text.rpartition(INSTRUCTIONS_END)[2].strip()
+
+
+# ---- files out -----------------------------------------------------------------------------------
+def trajectory_text(codec: Codec, trajectory: Trajectory) -> tuple[str, str]:
+    """Return a trajectory as text: the question, and what the assistant says."""
+    start = next(position for position, role in enumerate(trajectory.role) if role != Role.PROMPT)
+    before, after = codec.prompt_frame()
+    prompt = codec.decode(trajectory.ids[:start])
+    question = prompt.removeprefix(codec.decode(before)).removesuffix(codec.decode(after))
+    return question.strip(), TAGS["think"] + _decode_without_eos(codec, trajectory.ids[start:])
+
+
+def _decode_without_eos(codec: Codec, ids: list[int]) -> str:
+    return codec.decode([token for token in ids if token != codec.eos_id])
+
+
+def write_sft_files(codec: Codec, folder: Path, data: SFTData) -> None:
+    """Write AutoCoA's files into a folder: coa.jsonl, cot.jsonl, pairs.json, the non-empty ones."""
+    _write_chains(codec, folder / "coa.jsonl", data.chains_of_action)
+    _write_chains(codec, folder / "cot.jsonl", data.chains_of_thought)
+    if data.pairs:
+        rows = [_pair_row(codec, pair) for pair in data.pairs]
+        write_text(folder / "pairs.json", json.dumps(rows, indent=1))
+
+
+def _write_chains(codec: Codec, path: Path, chains: Iterable[Trajectory]) -> None:
+    rows = []
+    for trajectory in chains:
+        question, assistant_text = trajectory_text(codec, trajectory)
+        user_turn = {"role": "user", "content": question}
+        assistant_turn = {"role": "assistant", "content": assistant_text}
+        rows.append({"messages": [user_turn, assistant_turn]})
+    if rows:
+        write_jsonl(path, rows)
+
+
+def _pair_row(codec: Codec, pair: Pair) -> dict[str, Any]:
+    # The sides part where the first of them carries loss; an observation behind that has mask 0,
+    # but belongs to its side.
+    part = min(side.mask.index(1) for side in pair)
+    chosen, rejected = (_decode_without_eos(codec, side.ids[part:]) for side in pair)
+    question, assistant_text = trajectory_text(codec, pair[0])
+    beginning = assistant_text.removesuffix(chosen)
+    return {
+        "conversation": [{"from": "human", "value": question + beginning}],
+        "chosen": {"from": "gpt", "value": chosen},
+        "rejected": {"from": "gpt", "value": rejected},
+    }

@@ -1,0 +1,63 @@
+"""A question with its facts: what travels from a question file, or the nano world, to the gradient.
+
+The nano world and question files differ only in what they put here, so nothing that reads a
+question has to ask where it came from.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Lookup:
+    """One look-up of a fact with a tool: what is thought, asked for, and must turn up."""
+
+    ask: str  # the thought before the action: "director of Silver River?"
+    queries: list[str]  # actions to try in order, until one finds what is needed
+    tool: str = "search"  # the tool that the queries call
+    title: str = ""  # the passage that must turn up has this title; empty: any passage will do
+    subject: str = ""  # a query that names this looks the fact up; empty: any query does
+    statement: str = ""  # what a reader says of passage {n}; empty: quote the evidence
+    evidence: list[str] = field(default_factory=list)  # a quoted sentence must hold one of these
+
+
+@dataclass
+class Fact:
+    """One fact that a question needs: how to ask for it, recall it, and look it up."""
+
+    id: str  # the same fact has the same id in every question
+    wordings: list[str]  # questions that ask a model for this fact alone
+    answers: list[str]  # its golden answers
+    recall: str  # what a model that knows it says: "I recall Eva Moss."
+    lookups: list[Lookup]  # all of them are needed; most facts have one
+    note: str = ""  # what is said when it is known, in a comparison
+    head: bool = False  # whether it is about a head entity, which is in the pretraining text
+
+    @property
+    def ask(self) -> str:
+        """The thought that asks for this fact."""
+        return self.lookups[0].ask
+
+
+@dataclass
+class Question:
+    """One question, its golden answers, and the facts that lead to them."""
+
+    id: str
+    question: str
+    golden_answers: list[str]
+    facts: list[Fact] = field(default_factory=list)
+    plan: str = ""  # what a chain of several facts begins with
+    conclusion: str = ""  # what a comparison says before its answer
+    taught_answer: str = ""  # what a taught chain answers; empty: as the evidence spells it
+    gold_titles: list[str] = field(default_factory=list)  # titles of the passages with the answer
+    gold_ids: list[str] = field(default_factory=list)  # ids of these passages in the corpus
+
+    @property
+    def lookups(self) -> list[Lookup]:
+        """The look-ups of all facts, in order."""
+        return [lookup for fact in self.facts for lookup in fact.lookups]
+
+
+def facts_by_id(questions: list[Question]) -> dict[str, Fact]:
+    """Return the facts of some questions, each once, in order of first mention."""
+    return {fact.id: fact for question in questions for fact in question.facts}

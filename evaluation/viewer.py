@@ -1,0 +1,91 @@
+"""The trajectory viewer: one page that shows what the policy wrote, coloured by who wrote it.
+
+All texts in it come from a model or a corpus, so the template escapes everything that it is given.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from data.trajectory import Role
+
+TRAJECTORIES_OF_A_STAGE = 20  # shown of those that a stage kept
+ROLE_NAMES = [role.name.lower() for role in Role]
+
+TEMPLATE = "viewer.html.jinja"
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+@dataclass
+class Span:
+    """Tokens in a row that have one role and one mask."""
+
+    role: str
+    is_policy: bool  # mask 1: the policy wrote them as policy
+    text: str
+
+
+@dataclass
+class ShownTrajectory:
+    """One trajectory as the page shows it."""
+
+    question: str
+    facts: str  # a line below the question
+    spans: list[Span]
+
+
+@dataclass
+class ShownStage:
+    """One stage as the page shows it."""
+
+    title: str
+    kept: int  # trajectories in its rollouts.jsonl
+    trajectories: list[ShownTrajectory]
+
+
+def render_page(rollouts: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """Return the page as HTML.
+
+    rollouts: title of a stage -> rows of its rollouts.jsonl.
+    """
+    stages = [
+        ShownStage(title, len(rows), [_show(row) for row in _spread(rows)])
+        for title, rows in rollouts.items()
+    ]
+    return TEMPLATES.get_template(TEMPLATE).render(roles=ROLE_NAMES, stages=stages)
+
+
+def _spread(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows from the first to the last, at equal distances, so that all steps are seen."""
+    positions = np.linspace(0, len(rows) - 1, TRAJECTORIES_OF_A_STAGE).round().astype(int)
+    return [rows[position] for position in np.unique(positions)]
+
+
+def _show(row: dict[str, Any]) -> ShownTrajectory:
+    facts = [
+        f"gold: {' / '.join(row['golden_answers'])}",
+        f"reward {row['reward']:g}",
+        f"{len(row['tokens'])} tokens",
+    ]
+    if "step" in row:
+        facts.insert(0, f"step {row['step']}")
+    return ShownTrajectory(row["question"], " · ".join(facts), _spans(row))
+
+
+def _spans(row: dict[str, Any]) -> list[Span]:
+    spans = []
+    tokens = zip(row["role"], row["mask"], row["tokens"], strict=True)
+    for (role, mask), group in itertools.groupby(tokens, lambda token: token[:2]):
+        text = "".join(piece for _, _, piece in group)
+        spans.append(Span(ROLE_NAMES[role], bool(mask), text))
+    return spans

@@ -1,0 +1,132 @@
+"""A cache of what tools and language models answered, in one SQLite file.
+
+It is no HTTP cache, for two reasons. What is stored is a query with its observation, or a
+conversation with its reply: this counts how many real calls a run has cost, whatever requests each
+call was made of, and it is the data from which a world model can be distilled. And one query takes
+several requests, so that an HTTP cache would hold several answers of it, some of them perhaps older
+than others.
+"""
+
+import contextlib
+import json
+import os
+import sqlite3
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import file_lock
+
+# The file is fine, but it can't be used just now: locked, read-only, or on a disk that fails.
+UNAVAILABLE_CODES = (
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+)
+
+
+class Cache:
+    """What was asked -> what was answered, both anything that JSON holds.
+
+    Several threads and processes may share one file. A file that can't be read is set aside, a
+    line says so, and an empty one is begun.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open or begin the file; raise UserError where its folder can't be made."""
+        self.path = Path(path)
+        self.lock = threading.Lock()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path.parent}: {error.strerror}; it must be a folder") from None
+        try:
+            self._open()
+        except sqlite3.DatabaseError as error:
+            self._set_aside(error)
+
+    def get(self, *key: Any) -> Any:
+        """Return the answer that is kept for a key, None where there is none."""
+        rows = self._execute("SELECT said FROM answers WHERE asked = ?", json.dumps(key))
+        if not rows:
+            return None
+        try:
+            return json.loads(rows[0][0])
+        except (ValueError, TypeError):
+            # A row that was damaged counts as if it were not there.
+            return None
+
+    def put(self, *key: Any, answer: Any) -> None:
+        """Keep an answer, in place of the one that is kept for this key."""
+        self._execute(
+            "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)",
+            json.dumps(key),
+            json.dumps(answer),
+            time.time(),
+        )
+
+    def _execute(self, sql: str, *values: Any) -> list[tuple]:
+        with self.lock:
+            try:
+                return self.database.execute(sql, values).fetchall()
+            except sqlite3.DatabaseError as error:
+                self._set_aside(error)
+                return self.database.execute(sql, values).fetchall()
+
+    def _open(self) -> None:
+        self.database = sqlite3.connect(
+            self.path, timeout=30, check_same_thread=False, isolation_level=None
+        )
+        self.database.text_factory = lambda raw: raw.decode(errors="replace")
+        # With a write-ahead log, writers do not wait for readers.
+        self.database.execute("PRAGMA journal_mode=WAL")
+        self.database.execute(
+            "CREATE TABLE IF NOT EXISTS answers (asked TEXT PRIMARY KEY, said TEXT, fetched REAL)"
+        )
+        # A table of another program has other columns.
+        self.database.execute("SELECT asked, said, fetched FROM answers LIMIT 1").fetchall()
+
+    def _set_aside(self, error: sqlite3.DatabaseError) -> None:
+        """Rename a file that can't be read, and begin an empty one.
+
+        One process at a time does so; the next one finds the new file and uses it.
+        Raises UserError where nothing is wrong with the file itself.
+        """
+        # The lower eight bits of an extended code are the kind of error.
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in UNAVAILABLE_CODES:
+            raise UserError(
+                f"{self.path}: {error}; make it writable, or wait for the process that holds it"
+            ) from None
+        self.database.close()
+        with file_lock(self.path):
+            if self._opens_undamaged():
+                return
+            self.database.close()
+            self._rename_files(error)
+            self._open()
+
+    def _opens_undamaged(self) -> bool:
+        with contextlib.suppress(sqlite3.DatabaseError):
+            self._open()
+            # What opens may be damaged further in.
+            verdict = self.database.execute("PRAGMA integrity_check(1)").fetchall()
+            return verdict == [("ok",)]
+        return False
+
+    def _rename_files(self, error: sqlite3.DatabaseError) -> None:
+        moment = time.strftime("%Y%m%d-%H%M%S")
+        broken_name = f"{self.path.name}.broken-{moment}-{os.getpid()}"
+        print(
+            f"{self.path} can't be read ({error}): it is now {broken_name}, "
+            "and an empty one is begun"
+        )
+        for suffix in ("", "-wal", "-shm"):
+            part = self.path.with_name(self.path.name + suffix)
+            if part.exists():
+                part.rename(self.path.with_name(broken_name + suffix))

@@ -1,0 +1,61 @@
+"""What a run is about: its questions, the tools that answer them, and the model to begin with."""
+
+import random
+from typing import Protocol
+
+from common.settings import ModelSettings, TaskRunSettings
+from data.questions import Question
+from data.trajectory import Codec, Trajectory
+from model import LM
+from tasks.nano import NanoTask
+from tasks.real import RealTask
+from tools import Library
+
+
+class Task(Protocol):
+    """All that the scripts ask of a task; tasks/nano.py and tasks/real.py are the two there are."""
+
+    evaluation: dict[str, list[Question]]  # questions to be judged on, by the name of their set
+    search: Library  # the tools of SFT
+    rl_search: Library  # the tools of RL-2, the real environment
+    eval_search: Library  # the tools of evaluation
+    # Whether the base model solves questions in a ReAct workflow. If so, the pairs of SFT-1 are
+    # made of what it solves that way; else of what the teacher's searches find.
+    base_model_acts: bool
+
+    def questions(
+        self, pool: str, count: int, head_share: float | None = None, skip: int = 0
+    ) -> list[Question]:
+        """Return training questions.
+
+        pool: what they are for: "sample"; "coa", "cot", "act", "think" in SFT; "rl1", "rl2".
+        count: how many, about; a task may have fewer.
+        head_share: nano: how many of them start at a head entity; None: the task's default.
+        skip: real: how many questions of the task's order go to the pools before this one.
+        """
+        ...
+
+    def practice_chains(self, codec: Codec, rng: random.Random, count: int) -> list[Trajectory]:
+        """Return chains of thought for SFT that practise planning; there may be none."""
+        ...
+
+    def new_model(self, settings: ModelSettings) -> LM:
+        """Return the model that a run begins with."""
+        ...
+
+    def pretraining_texts(self, codec: Codec, rng: random.Random, tokens: int) -> list[Trajectory]:
+        """Return texts to make the base model of; none where the model is the base model already.
+
+        tokens: how many tokens they have in all, about.
+        """
+        ...
+
+
+def open_task(settings: TaskRunSettings, question_files: list[str] | None = None) -> Task:
+    """Return the nano task, or the real one where the settings name a model.
+
+    question_files: real questions to be judged on, in place of eval_data.
+    """
+    if settings.model:
+        return RealTask(settings, question_files)
+    return NanoTask(settings)

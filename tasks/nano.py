@@ -1,0 +1,119 @@
+"""The nano task: questions on encyclopedias that are made from a seed."""
+
+import random
+
+import model
+import tools
+from backends.config import nano_config
+from common.errors import UserError
+from common.progress import tqdm
+from common.settings import ModelSettings, NanoModelSettings, TaskRunSettings
+from data.questions import Question
+from data.trajectory import Codec, Trajectory
+from model import LM
+from nano.pretraining import made_up_chain, pretraining_trajectories
+from nano.questions import SETS, draw_questions
+from nano.tokenizer import tokenizer_texts, train_tokenizer
+from nano.world import World
+
+# Seeds of the encyclopedias that pretraining reads about; none is the world of training.
+PRETRAINING_SEEDS = range(1000, 1040)
+DEFAULT_HEAD_SHARE = 0.10  # of training questions, how many start at a head entity
+# Shares of the sets in a pool of training questions; none is of the set `compose`.
+SHARES = {"single": 0.1, "typed": 0.1, "bridge": 0.3, "compare": 0.2, "chain": 0.3}
+# Pairs in which acting is chosen need questions that the ReAct workflow solves: simpler ones.
+SHARES_TO_ACT = {"single": 0.3, "typed": 0.3, "bridge": 0.2, "compare": 0.1, "chain": 0.1}
+
+
+class NanoTask:
+    """Three encyclopedias: of SFT and RL-1, of RL-2, and of evaluation.
+
+    RL-2 has one of its own, where what SFT learned by heart is of no use, as it will be of none in
+    evaluation. Evaluation's is one that training never sees.
+    """
+
+    # The base model's ReAct workflow solves questions, so its outcomes make the pairs of SFT-1.
+    base_model_acts = True
+
+    def __init__(self, settings: TaskRunSettings) -> None:
+        self.settings = settings
+        self.world = World(settings.seed, "train", settings.train_scale)
+        self.rl_world = World(f"{settings.seed} rl", "train")
+        eval_world = World(settings.seed, "eval")
+        rng = random.Random(f"evaluation {settings.seed}")
+        self.evaluation = {
+            name: draw_questions(eval_world, name, settings.eval_questions, rng) for name in SETS
+        }
+        self.search = tools.library(self.world.passages(), settings.top_k)
+        self.rl_search = tools.library(self.rl_world.passages(), settings.top_k)
+        self.eval_search = tools.library(eval_world.passages(), settings.top_k)
+        self._pools: dict[str, list[Question]] = {}
+        self._seen: set[str] = set()  # texts of the questions of all pools
+
+    def questions(
+        self, pool: str, count: int, head_share: float | None = None, skip: int = 0
+    ) -> list[Question]:
+        """Return the questions of a pool; see tasks.Task.
+
+        No two pools of one script share a question, and a pool that a script asks for again is the
+        same. skip: not needed here.
+        """
+        if pool not in self._pools:
+            if head_share is None:
+                head_share = DEFAULT_HEAD_SHARE
+            self._pools[pool] = self._draw_pool(pool, count, head_share)
+        return self._pools[pool]
+
+    def _draw_pool(self, pool: str, count: int, head_share: float) -> list[Question]:
+        rng = random.Random(f"{pool} {self.settings.seed}")
+        world = self.rl_world if pool == "rl2" else self.world
+        shares = SHARES_TO_ACT if pool == "act" else SHARES
+        questions = []
+        for set_name, share in shares.items():
+            questions += draw_questions(
+                world, set_name, round(count * share), rng, head_share, self._seen
+            )
+        if count and not questions:
+            raise UserError(
+                f"{count} training questions are too few for one of any kind; "
+                "ask for more (--rl_questions, --coa; of bench.py --questions)"
+            )
+        for question in questions:
+            question.id = f"{pool}_{question.id}"
+        rng.shuffle(questions)
+        return questions
+
+    def practice_chains(self, codec: Codec, rng: random.Random, count: int) -> list[Trajectory]:
+        """Return made-up chains of thought.
+
+        Without these the model forgets the relations that its chains never combine.
+        """
+        return [made_up_chain(codec, self.world, rng) for _ in range(count)]
+
+    def new_model(self, settings: ModelSettings) -> LM:
+        """Return a nano model with random weights, and a tokenizer trained on the nano world.
+
+        settings: also NanoModelSettings, which say how large it is.
+        """
+        assert isinstance(settings, NanoModelSettings)
+        # A device that is not there is refused before the tokenizer is trained.
+        model.choose_backend(settings.backend).pick_device(settings.device)
+        world = World(PRETRAINING_SEEDS[0], "train")
+        tokenizer = train_tokenizer(settings.vocab_size, tokenizer_texts(world))
+        config = nano_config(
+            len(tokenizer),
+            tokenizer.eos_token_id,
+            tokenizer.bos_token_id,
+            settings.width,
+            settings.layers,
+        )
+        return model.new(config, tokenizer, self.settings.seed, settings)
+
+    def pretraining_texts(self, codec: Codec, rng: random.Random, tokens: int) -> list[Trajectory]:
+        """Return the texts that the base model is pretrained on, in the order of training."""
+        seeds = tqdm(
+            PRETRAINING_SEEDS, desc="encyclopedias to read about", unit="world", leave=False
+        )
+        worlds = [World(seed, "train") for seed in seeds]
+        searches = [tools.library(world.passages(), self.settings.top_k) for world in worlds]
+        return pretraining_trajectories(codec, worlds, searches, rng, tokens)

@@ -1,0 +1,369 @@
+"""The losses against slow loops over plain floats; their gradients, and what reaches weights."""
+
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import mlx_twin, tiny_lm
+
+import autocoa
+import backends.torch as torch_backend
+from data.batches import language_batches, learn_observations, pad, pair_batches
+from data.trajectory import Role, Trajectory
+from train_rl import RLSettings, update_batches
+
+
+# ---- slow and obviously right: one token at a time -----------------------------------------------
+def slow_nll(logp, batch):
+    total = 0.0
+    for row, mask in zip(logp, batch["mask"], strict=True):
+        for logprob, is_learned in zip(row, mask, strict=True):
+            if is_learned:
+                total += -logprob
+    return total / batch["norm"]
+
+
+def slow_contrastive(logp, batch):
+    def mean_logprob(row):
+        picked = []
+        for logprob, is_learned in zip(logp[row], batch["mask"][row], strict=True):
+            if is_learned:
+                picked.append(logprob)
+        return sum(picked) / len(picked)
+
+    pairs = len(logp) // 2
+    total = 0.0
+    for row in range(pairs):
+        chosen = mean_logprob(row)
+        rejected = mean_logprob(pairs + row)
+        sigmoid = 1 / (1 + math.exp(-(chosen - rejected)))
+        total += -math.log(sigmoid) - batch["alpha"] * chosen
+    return total / batch["norm"]
+
+
+def slow_grpo(logp, batch):
+    low = 1 - batch["clip_low"]
+    high = 1 + batch["clip_high"]
+    total = 0.0
+    for row in range(len(logp)):
+        advantage = batch["advantage"][row][0]
+        for column in range(len(logp[row])):
+            if not batch["mask"][row][column]:
+                continue
+            ratio = math.exp(logp[row][column] - batch["old"][row][column])
+            clipped = min(max(ratio, low), high)
+            total += -min(ratio * advantage, clipped * advantage)
+            if batch["beta"]:
+                reference = math.exp(batch["ref"][row][column])
+                quotient = reference / math.exp(logp[row][column])
+                total += batch["beta"] * (quotient - math.log(quotient) - 1)
+    return total / batch["norm"]
+
+
+def example(name):
+    """Return random log-probs of 4 rows x 7 tokens in float64, and their batch.
+
+    Ratios of new to old go from 0.4 to 2.5, and advantages have both signs.
+    """
+    rng = np.random.default_rng(7)
+    logp = -rng.uniform(0.1, 3.0, (4, 7))
+    mask = (rng.random((4, 7)) < 0.6).astype(float)
+    mask[:, 0] = 0
+    mask[:, -1] = 1
+    batch = {"mask": mask, "norm": 11.0}
+    if name == "contrastive":
+        batch["alpha"] = 0.2
+    if name.startswith("grpo"):
+        batch["old"] = logp + rng.uniform(-0.9, 0.9, logp.shape)
+        batch["advantage"] = np.array([[0.8], [-0.6], [0.0], [-0.2]])
+        batch["clip_low"] = 0.2
+        batch["clip_high"] = 0.28
+        batch["beta"] = 0.5 if name == "grpo with KL" else 0.0
+        batch["ref"] = logp + rng.uniform(-0.5, 0.5, logp.shape)
+    return logp, batch
+
+
+LOSSES = {
+    "nll": (autocoa.nll_loss, slow_nll),
+    "contrastive": (autocoa.contrastive_loss, slow_contrastive),
+    "grpo": (autocoa.grpo_loss, slow_grpo),
+    "grpo with KL": (autocoa.grpo_loss, slow_grpo),
+}
+
+
+def to_torch(batch):
+    """Return a batch whose arrays are tensors."""
+    tensors = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, np.ndarray):
+            tensors[name] = torch.as_tensor(value)
+    return tensors
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_value(name):
+    """NumPy and torch give what the loops give."""
+    loss, slow_loss = LOSSES[name]
+    logp, batch = example(name)
+    expected = slow_loss(logp.tolist(), batch)
+    assert loss(np, logp, batch) == pytest.approx(expected, abs=1e-9)
+    in_torch = loss(torch, torch.as_tensor(logp), to_torch(batch))
+    assert in_torch.item() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient(name):
+    """Torch's gradient, by token, equals central differences of the loops; 0 where the mask is 0.
+
+    Guards: a token of the environment that carries loss, and clipping on the wrong side of an
+    advantage.
+    """
+    loss, slow_loss = LOSSES[name]
+    logp, batch = example(name)
+    tensor = torch.tensor(logp, requires_grad=True)
+    loss(torch, tensor, to_torch(batch)).backward()
+    gradient = tensor.grad
+    assert gradient is not None
+
+    def moved(index, step):
+        other = logp.copy()
+        other[index] += step
+        return slow_loss(other.tolist(), batch)
+
+    for index in np.ndindex(logp.shape):
+        slope = (moved(index, 1e-6) - moved(index, -1e-6)) / 2e-6
+        assert gradient[index].item() == pytest.approx(slope, abs=1e-6)
+    assert not gradient[torch.as_tensor(batch["mask"]) == 0].any()
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, slope",
+    [
+        # More likely already: stop at 1.28; less likely: always pull up.
+        (1.5, 1, 0),
+        (1.27, 1, -1.27),
+        (0.5, 1, -0.5),
+        # Less likely already: stop at 0.8; more likely: always push down.
+        (0.5, -1, 0),
+        (0.81, -1, 0.81),
+        (1.5, -1, 1.5),
+    ],
+)
+def test_clipping_by_hand(ratio, advantage, slope):
+    """For one token d loss / d logp is -ratio x advantage where the policy may still move that way.
+
+    Else it is 0. The high side is wider.
+    """
+    logp = torch.tensor([[math.log(ratio)]], requires_grad=True, dtype=torch.float64)
+    batch = {
+        "mask": np.ones((1, 1)),
+        "old": np.zeros((1, 1)),
+        "advantage": np.array([[float(advantage)]]),
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "beta": 0.0,
+        "norm": 1.0,
+    }
+    autocoa.grpo_loss(torch, logp, to_torch(batch)).backward()
+    assert logp.grad is not None
+    assert logp.grad.item() == pytest.approx(slope)
+
+
+def test_k3_is_an_estimate_of_the_divergence():
+    """Drawn from the policy, k3's mean is KL(policy || reference) of the whole distribution.
+
+    No sample of it is negative.
+    """
+    rng = np.random.default_rng(0)
+    policy = rng.dirichlet(np.ones(5))
+    reference = rng.dirichlet(np.ones(5))
+    tokens = rng.choice(5, 200_000, p=policy)
+    batch = {"ref": np.log(reference)[tokens], "mask": np.ones(len(tokens))}
+    estimate = autocoa.k3(np, np.log(policy)[tokens], batch)
+    divergence = (policy * np.log(policy / reference)).sum()
+    assert estimate.min() >= 0
+    assert estimate.mean() == pytest.approx(divergence, rel=0.02)
+
+
+# ---- what reaches the weights --------------------------------------------------------------------
+class FrozenOptimizer:
+    """In place of an optimizer: it leaves the weights, so that the gradient can be read."""
+
+    def step(self, gradients, lr, muon_lr):
+        pass
+
+
+def loss_and_gradient(network, loss, batches):
+    optimizer: Any = FrozenOptimizer()
+    figures = torch_backend.train_step(network, optimizer, loss, batches, 0, 0, max_norm=math.inf)
+    gradient = {name: weight.grad.clone() for name, weight in network.named_parameters()}
+    return figures["loss"], gradient
+
+
+def sampled_chains(codec):
+    """Return six chains of several lengths, with an observation each, as if they were sampled."""
+    rng = random.Random(3)
+    chains = []
+    for words in (1, 9, 2, 7, 3, 12):
+        parts = [
+            ("think", "Hm"),
+            ("search", "Silver River"),
+            ("result", "a film of " + "Eva Moss " * words),
+            ("answer", "Ada Falk"),
+        ]
+        chain = codec.build("Who directed it?", parts)
+        chain.logprobs = [-rng.uniform(0, 3) * is_learned for is_learned in chain.mask]
+        chains.append(chain)
+    return chains
+
+
+def batches_of(name, chains, micro_tokens):
+    """Return the scripts' own micro-batches for each loss."""
+    if name == "nll":
+        return language_batches(chains, micro_tokens)
+    if name == "contrastive":
+        pairs = list(zip(chains[0::2], chains[1::2], strict=True))
+        return pair_batches(pairs, micro_tokens, alpha=0.2)
+    settings = RLSettings(
+        micro_tokens=micro_tokens, temperature=1.0, kl=0.0, clip_low=5.0, clip_high=5.0
+    )
+    advantages = np.array([0.5, -0.5, 0.25, -0.25, 1.0, -1.0])
+    no_reference: Any = None
+    return update_batches(chains, advantages, no_reference, settings)
+
+
+SCRIPT_LOSSES = {
+    "nll": autocoa.nll_loss,
+    "contrastive": autocoa.contrastive_loss,
+    "grpo": autocoa.grpo_loss,
+}
+
+
+@pytest.mark.parametrize("muon", [True, False])
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+)
+@pytest.mark.parametrize("name", SCRIPT_LOSSES)
+def test_each_loss_moves_each_parameter(codec, name, architecture, muon):
+    """Guards: a loss that does not reach some weight, a weight that the optimizer leaves out."""
+    is_tied = architecture == "LlamaForCausalLM"
+    lm = tiny_lm(codec, architecture=architecture, tie_embeddings=is_tied, noise=0.1)
+    parameters = dict(lm.network.named_parameters())
+    before = {weight_name: weight.clone() for weight_name, weight in parameters.items()}
+    optimizer = torch_backend.Optimizer(lm.network, muon=muon)
+    batches = batches_of(name, sampled_chains(codec), 500)
+    figures = torch_backend.train_step(
+        lm.network, optimizer, SCRIPT_LOSSES[name], batches, 1e-3, 1e-2
+    )
+    assert math.isfinite(figures["loss"])
+    assert figures["grad_norm"] > 0
+    for weight_name, weight in parameters.items():
+        assert weight.grad.any(), weight_name
+        assert not torch.equal(weight, before[weight_name]), weight_name
+
+
+@pytest.mark.parametrize("name", SCRIPT_LOSSES)
+def test_micro_batches_add_up(codec, lm, name):
+    """Loss and gradient of a step do not depend on how it is cut.
+
+    Guards: a normalizer of the micro-batch.
+    """
+    chains = sampled_chains(codec)
+    few = batches_of(name, chains, 10**6)
+    many = batches_of(name, chains, 60)
+    assert len(many) > max(2, len(few))
+    loss, gradient = loss_and_gradient(lm.network, SCRIPT_LOSSES[name], few)
+    other_loss, other_gradient = loss_and_gradient(lm.network, SCRIPT_LOSSES[name], many)
+    assert loss == pytest.approx(other_loss, abs=1e-5)
+    torch.testing.assert_close(gradient, other_gradient, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", SCRIPT_LOSSES)
+def test_gradient_is_the_slope_of_the_loss(codec, name):
+    """Along its own gradient the loss of the whole network rises as fast as the gradient is long.
+
+    Guards: a detached path.
+    """
+    lm = tiny_lm(codec, noise=0.1)
+    loss = SCRIPT_LOSSES[name]
+    batches = batches_of(name, sampled_chains(codec), 500)
+    _, gradient = loss_and_gradient(lm.network, loss, batches)
+    length = math.sqrt(sum(part.square().sum().item() for part in gradient.values()))
+
+    def loss_at(step):
+        moved = torch_backend.copy_network(lm.network)
+        with torch.no_grad():
+            for weight_name, weight in moved.named_parameters():
+                weight.add_(gradient[weight_name], alpha=step / length)
+        value, _ = loss_and_gradient(moved, loss, batches)
+        return value
+
+    slope = (loss_at(0.003) - loss_at(-0.003)) / 0.006
+    assert slope == pytest.approx(length, rel=0.02)
+
+
+def chain_that_ends_in_observation(codec, text):
+    parts = [("think", "Hm"), ("search", "Silver River"), ("result", text)]
+    chain = codec.build("Who directed it?", parts)
+    chain.logprobs = [-0.5 * is_learned for is_learned in chain.mask]
+    return chain
+
+
+@pytest.mark.parametrize("name", SCRIPT_LOSSES)
+def test_observations_carry_no_loss(codec, lm, name):
+    """Other tokens in an observation at the end of a trajectory change nothing.
+
+    Nothing follows that it could be context of. Learned, as in SFT-3, they do.
+    """
+
+    def step(text, learns_observations=False):
+        chains = [chain_that_ends_in_observation(codec, text)] * 6
+        if learns_observations:
+            chains = learn_observations(chains)
+        return loss_and_gradient(lm.network, SCRIPT_LOSSES[name], batches_of(name, chains, 10**6))
+
+    text = "Eva Moss is a star"
+    other_text = "Ada Falk was the director"
+    loss, gradient = step(text)
+    other_loss, other_gradient = step(other_text)
+    assert loss == other_loss
+    torch.testing.assert_close(gradient, other_gradient, atol=0, rtol=0)
+    if name == "nll":
+        learned, _ = step(text, learns_observations=True)
+        other_learned, _ = step(other_text, learns_observations=True)
+        assert learned != pytest.approx(other_learned, abs=1e-3)
+
+
+def test_observations_are_learned_by_role(codec):
+    """SFT-3 learns all but the prompt; SFT-2's own masks stay as they were."""
+    chain = sampled_chains(codec)[0]
+    mask = list(chain.mask)
+    (learned,) = learn_observations([chain])
+    assert chain.mask == mask
+    assert learned.ids == chain.ids
+    assert learned.role == chain.role
+    assert Role.OBSERVATION in chain.role
+    for position, role in enumerate(chain.role):
+        expected = 1 if role == Role.OBSERVATION else mask[position]
+        assert learned.mask[position] == expected
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_padding_carries_no_loss(codec, lm, backend):
+    """A short row beside a long one has the log-probs that it has alone; its padding has none.
+
+    Rows are padded on the right; nothing here needs it on the left.
+    """
+    pytest.importorskip(backend)
+    if backend == "mlx":
+        lm = mlx_twin(lm)
+    short = Trajectory([1, 5, 6, 7], [0, 1, 1, 1], [0, 1, 1, 1])
+    long = sampled_chains(codec)[-1]
+    alone = lm.backend.score(lm.network, pad([short]))
+    beside = lm.backend.score(lm.network, pad([short, long]))
+    np.testing.assert_allclose(beside[0, :4], alone[0], atol=1e-5)
+    assert not beside[0, 4:].any()
+    assert not beside[:, 0].any()

@@ -1,0 +1,421 @@
+"""Run folders: which stages are left, logs, checkpoints, and what settings.json remembers."""
+
+import json
+import os
+import re
+import sys
+
+import pytest
+from conftest import read_rows, tiny_lm
+
+import backends.torch as torch_backend
+from common import memory, runs
+from common.errors import UserError
+from common.progress import tqdm
+from common.run_record import StageRecord, read_run_record
+from common.runs import Checkpoint, StageLog, StageRun
+from common.settings import ModelSettings, StageSettings
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Return out/nano of an empty folder, in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "out" / "nano"
+
+
+def save_at(folder, time):
+    """Leave what a saved network is known by, with a time of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    os.utime(folder / "config.json", (time, time))
+
+
+def names(root, pattern):
+    return [path.name for path in root.glob(pattern)]
+
+
+# ---- which stages to train -----------------------------------------------------------------------
+def test_resume_keeps_one_run_together(root):
+    """What is complete and in order is kept.
+
+    A stage older than the one before it, or one that was begun again, belongs to another run; so
+    does a checkpoint, once all is trained anew without --resume, or where it is older than what
+    its stage is made from. Guards: `--stage=sft1`, made anew, then --resume went on with an SFT-2
+    on the old one.
+    """
+    sft_stages = list(runs.SFT_STAGES)
+    resumed = StageSettings(resume=True)
+    for time, stage in enumerate(sft_stages, 1):
+        save_at(root / stage, time)
+    assert runs.stages_to_do(resumed, sft_stages, "") == []
+    assert runs.stages_to_do(resumed, ["rl1", "rl2"], "sft3") == ["rl1", "rl2"]
+
+    save_at(root / "sft1", 9)
+    assert runs.stages_to_do(resumed, sft_stages, "") == ["sft2", "sft3"]
+
+    (root / "sft1.partial").mkdir()
+    (root / "sft2.checkpoint").mkdir()
+    assert runs.stages_to_do(resumed, sft_stages, "") == ["sft1", "sft2", "sft3"]
+    assert (root / "sft2.checkpoint").is_dir()
+    # What it starts from is not there: that is said later, by name.
+    assert runs.stages_to_do(resumed, ["sft2"], "none") == ["sft2"]
+    assert runs.stages_to_do(StageSettings(), sft_stages, "") == sft_stages
+    assert (root / "sft2.checkpoint").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "time", "left"),
+    [
+        ("sft2.checkpoint", 8, []),  # older than the sft1 that it is made from
+        ("sft2.checkpoint", 10, ["sft2.checkpoint"]),
+        ("sft3.checkpoint", 10, []),  # of a stage that is not the first to train
+    ],
+)
+def test_resume_keeps_the_checkpoint_of_its_first_stage(root, checkpoint, time, left):
+    """Its logs stay too, and those of stages that are not trained."""
+    save_at(root / "sft1", 9)
+    save_at(root / checkpoint, time)
+    (root / "sft1.partial").mkdir()
+    (root / "sft2.partial").mkdir()
+    (root / "sft2.checkpoint.partial").mkdir()
+    runs.remove_leftovers(StageSettings(resume=True), ["sft2", "sft3"], "sft1")
+    assert names(root, "*.checkpoint*") == left
+    assert sorted(names(root, "*.partial")) == ["sft1.partial", "sft2.partial"]
+
+
+def test_resume_finds_the_checkpoint_that_was_about_to_be_replaced(root):
+    """Guards: a stage begun anew, since it was stopped between the two renames of a save."""
+    save_at(root / "sft1", 9)
+    save_at(root / "sft2.checkpoint.old", 10)
+    runs.remove_leftovers(StageSettings(resume=True), ["sft2"], "sft1")
+    assert names(root, "*.checkpoint*") == ["sft2.checkpoint"]
+
+
+def test_without_resume_nothing_is_left_over(root):
+    """The finished stages stay until new ones take their place."""
+    save_at(root / "sft3", 4)
+    for stage in runs.SFT_STAGES:
+        save_at(root / f"{stage}.checkpoint", 5)
+        (root / f"{stage}.partial").mkdir()
+    runs.remove_leftovers(StageSettings(), runs.SFT_STAGES, "")
+    assert names(root, "*") == ["sft3"]
+
+
+def test_plan_of_sft(root):
+    """All stages, one of them, or those that are left; from the stage before, or from --start."""
+    plan = runs.plan_sft(StageSettings())
+    assert (plan.todo, plan.start) == (["base", "sft1", "sft2", "sft3"], "")
+    assert plan.must_make_data
+
+    plan = runs.plan_sft(StageSettings(stage="sft2"))
+    assert (plan.todo, plan.start) == (["sft2"], "sft1")
+    assert plan.folder_of("sft2") == root.relative_to(root.parent.parent) / "sft2"
+
+    plan = runs.plan_sft(StageSettings(stage="sft2", start="base", out="alone"))
+    assert (plan.todo, plan.start) == (["sft2"], "base")
+    assert plan.folder_of("sft2").name == "alone"
+
+    save_at(root / "base", 1)
+    save_at(root / "sft1", 2)
+    plan = runs.plan_sft(StageSettings(resume=True))
+    assert (plan.todo, plan.start) == (["sft2", "sft3"], "sft1")
+    assert plan.start_folder().name == "sft1"
+
+
+def test_plan_of_rl(root):
+    """RL-1 and RL-2 from SFT-3, RL-2 alone from RL-1; KL is measured to what a command starts from.
+
+    Only --resume may find RL-1 done: then RL-2 goes on from it, and the reference is still SFT-3.
+    """
+    plan = runs.plan_rl(StageSettings())
+    assert (plan.todo, plan.start, plan.reference) == (["rl1", "rl2"], "sft3", "sft3")
+    assert not plan.goes_on_behind_rl1
+
+    plan = runs.plan_rl(StageSettings(stage="rl2"))
+    assert (plan.todo, plan.start, plan.reference) == (["rl2"], "rl1", "rl1")
+
+    plan = runs.plan_rl(StageSettings(start="sft2"))
+    assert (plan.todo, plan.start, plan.reference) == (["rl1", "rl2"], "sft2", "sft2")
+
+    save_at(root / "sft3", 1)
+    save_at(root / "rl1", 2)
+    plan = runs.plan_rl(StageSettings(resume=True))
+    assert (plan.todo, plan.start, plan.reference) == (["rl2"], "rl1", "sft3")
+    assert plan.goes_on_behind_rl1
+    assert plan.reference_folder().name == "sft3"
+
+
+@pytest.mark.parametrize(
+    ("plan", "values", "line"),
+    [
+        (runs.plan_sft, {}, "all stages: in out/nano already"),
+        (runs.plan_sft, {"stage": "sft2"}, "sft2: in out/nano already"),
+        (runs.plan_sft, {"stage": "sft2", "out": "sft3"}, "sft3: in out/nano already"),
+        (runs.plan_rl, {}, "both stages: in out/nano already"),
+    ],
+)
+def test_nothing_to_do(root, capsys, plan, values, line):
+    """It is said, by the name of the folder."""
+    for time, stage in enumerate((*runs.SFT_STAGES, *runs.RL_STAGES), 1):
+        save_at(root / stage, time)
+    assert plan(StageSettings(resume=True, **values)).todo == []
+    assert capsys.readouterr().out == line + "\n"
+
+
+@pytest.mark.parametrize(
+    ("plan", "values", "message"),
+    [
+        (runs.plan_sft, {"stage": "rl1"}, "--stage: 'rl1' is not one of base, sft1, sft2, sft3"),
+        (runs.plan_sft, {"bits": 4}, "--bits=4: weights of 4 bits can't be trained"),
+        (runs.plan_sft, {"start": "base"}, "--start, --out: they go with one stage"),
+        (runs.plan_sft, {"out": "x"}, "--start, --out: they go with one stage"),
+        (runs.plan_sft, {"stage": "base", "out": "x"}, "--out: a run has one base"),
+        (runs.plan_rl, {"stage": "sft1"}, "--stage: 'sft1' is not rl1 or rl2"),
+        (runs.plan_rl, {"out": "x"}, "--out: it goes with one stage"),
+    ],
+)
+def test_settings_that_do_not_go_together(root, plan, values, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan(StageSettings(**values))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["--run=a", "--seed", "3"], "python train_sft.py --run=a --seed 3"),
+        (["--stage", "rl2", "--start=x", "a.py"], "python train_sft.py a.py"),
+        (["--dry-run", "a.py", "--out", "x"], "python train_sft.py a.py"),
+        (["--ask=Who?", "--quick"], "python train_sft.py --quick"),
+    ],
+)
+def test_the_command_for_the_same_run(monkeypatch, arguments, command):
+    """It has the settings that were given, without those that pick a stage."""
+    monkeypatch.setattr(sys, "argv", ["x.py", *arguments])
+    assert runs.command_line("train_sft.py") == command
+
+
+@pytest.fixture
+def begin(root, codec, monkeypatch):
+    """Return a function that begins a command on a run whose stages are there, without a report."""
+    monkeypatch.setattr(memory, "report", lambda lm, settings, kind, loss: not settings.dry_run)
+    for time, stage in enumerate(runs.SFT_STAGES, 1):
+        save_at(root / stage, time)
+    (root / "data").mkdir()
+    (root / "data" / "pairs.jsonl").write_text("")
+    (root / "sft2.checkpoint").mkdir()
+
+    def begin_command(**values):
+        settings = StageSettings(**values)
+        settings.given = dict(values)
+        lm = tiny_lm(codec)
+        return runs.plan_sft(settings).begin(lm, settings, None, ["seed", "dtype"])
+
+    return begin_command
+
+
+def test_a_command_clears_its_way(root, begin):
+    """A new run begins with its settings, one stage leaves those of the others."""
+    assert begin(stage="sft1")
+    assert (root / "sft2.checkpoint").is_dir()
+    assert not (root / "settings.json").exists()
+    assert begin(save_minutes=1.0)
+    assert not (root / "sft2.checkpoint").exists()
+    assert read_run_record("nano").given == {"save_minutes": 1.0}
+
+
+def test_a_dry_run_removes_nothing(root, begin):
+    before = sorted(root.rglob("*"))
+    assert not begin(dry_run=True)
+    assert sorted(root.rglob("*")) == before
+
+
+def test_refusals_come_first(root, begin):
+    """What can be refused is refused before anything is removed."""
+    runs.record_stage(StageSettings(), "data")
+    before = sorted(root.rglob("*"))
+    with pytest.raises(UserError, match=r"--dtype: out/nano/data was made with another value"):
+        begin(stage="sft2", dtype="bfloat16")
+    assert sorted(root.rglob("*")) == before
+
+
+# ---- settings.json -------------------------------------------------------------------------------
+def test_the_record_of_a_run(root):
+    """What the first command was given, and each stage with all its settings, the last one last."""
+    settings = StageSettings(seed=3)
+    settings.given = {"seed": 3, "rl_lr": 1.0, "run": "nano"}
+    runs.begin_run(settings)
+    runs.record_stage(settings, "base")
+    runs.record_stage(settings, "sft1")
+    settings = StageSettings(seed=3, lora_rank=4)
+    settings.given = {"seed": 3, "lora_rank": 4, "stage": "base"}
+    runs.record_stage(settings, "base")
+    content = json.loads((root / "settings.json").read_text())
+    assert content["given"] == {"seed": 3, "rl_lr": 1.0}
+    assert list(content["stages"]) == ["sft1", "base"]
+    record = StageRecord(**content["stages"]["base"])
+    assert record.given == {"seed": 3, "lora_rank": 4}
+    assert record.settings["lora_rank"] == 4
+    assert record.settings["save_minutes"] == 10.0
+    assert "given" not in record.settings
+    assert record.settings_class == "StageSettings"
+
+
+def test_a_stage_of_a_run_without_a_record(root):
+    """The first command that trains in a folder is what the run remembers."""
+    settings = StageSettings(stage="base")
+    settings.given = {"stage": "base", "width": 64}
+    runs.record_stage(settings, "base")
+    assert read_run_record("nano").given == {"width": 64}
+
+
+def test_data_of_other_settings(root):
+    """The line names the setting and the way out; data without a record is taken as it is."""
+    folder = root.relative_to(root.parent.parent)
+    runs.refuse_changed_data(folder, StageSettings(seed=1), ["seed"])
+    runs.record_stage(StageSettings(), "data")
+    runs.refuse_changed_data(folder, StageSettings(), ["seed"])
+    runs.refuse_changed_data(folder, StageSettings(dtype="bfloat16"), ["seed"])
+    with pytest.raises(UserError) as error:
+        runs.refuse_changed_data(folder, StageSettings(seed=1), ["dtype", "seed"])
+    assert str(error.value) == (
+        "--seed: out/nano/data was made with another value (see settings.json); repeat that, or "
+        "remove the folder to have the data made anew"
+    )
+
+
+# ---- a stage under way ---------------------------------------------------------------------------
+def test_the_log_of_a_resumed_stage(tmp_path):
+    """It keeps the lines of the steps that are done, and goes on with their seconds.
+
+    Guards: steps that are logged twice, and a line that was cut short.
+    """
+    log = StageLog(tmp_path / "sft1")
+    for step in range(3):
+        log.write(step=step, loss=1 / 3, tokens=5)
+        log.append("rollouts.jsonl", [{"step": step, "text": "x"}])
+    log.append("rollouts.jsonl", [{"text": "a sample of the end"}])
+    path = tmp_path / "sft1.partial" / "log.jsonl"
+    first, second, third = read_rows(path)
+    assert (first["step"], first["loss"], first["tokens"]) == (0, 0.333333, 5)
+    second["seconds"] = 100.0
+    lines = [json.dumps(row) for row in (first, second, third)]
+    path.write_text("\n".join(lines) + '\n{"step": 3, "lo')
+
+    log = StageLog(tmp_path / "sft1", steps_done=2)
+    log.write(step=2, loss=2.0)
+    rows = read_rows(path)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[2]["loss"] == 2.0
+    assert 100 <= rows[2]["seconds"] < 101
+    rollouts = tmp_path / "sft1.partial" / "rollouts.jsonl"
+    assert [row["step"] for row in read_rows(rollouts)] == [0, 1]
+
+    StageLog(tmp_path / "sft1")
+    assert read_rows(path) == []
+
+
+@pytest.mark.parametrize("steps", [4, 1])
+def test_steps_are_not_optimizer_steps(codec, tmp_path, steps):
+    """A checkpoint counts the steps of its stage.
+
+    RL's make several optimizer steps, or none where all groups agree. Guards: steps that --resume
+    left out or made again.
+    """
+    settings = StageSettings(resume=True, save_minutes=0.0)
+    lm = tiny_lm(codec)
+    optimizer = lm.backend.Optimizer(lm.network, False)
+    optimizer.step_count = 2
+    Checkpoint(lm, optimizer, tmp_path / "rl1", settings).save_if_due(steps)
+    again = lm.backend.Optimizer(lm.network, False)
+    assert Checkpoint(lm, again, tmp_path / "rl1", settings).steps_done == steps
+    assert again.step_count == 2
+
+
+def test_a_checkpoint_is_saved_when_it_is_due(codec, tmp_path):
+    """And it leaves when the stage is finished."""
+    lm = tiny_lm(codec)
+    optimizer = lm.backend.Optimizer(lm.network, False)
+    checkpoint = Checkpoint(lm, optimizer, tmp_path / "sft1", StageSettings(save_minutes=10.0))
+    checkpoint.save_if_due(1)
+    assert names(tmp_path, "*") == []
+    checkpoint.saved_at -= 601
+    checkpoint.save_if_due(2)
+    checkpoint.save_if_due(3)
+    assert names(tmp_path, "*") == ["sft1.checkpoint"]
+    checkpoint.finish()
+    assert names(tmp_path, "*") == ["sft1"]
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_a_finished_stage_merges_its_adapter(codec, tmp_path, merges):
+    """Where it is asked to; else the folder is an adapter's."""
+    tiny_lm(codec).save(tmp_path / "base")
+    settings = StageSettings(lora_rank=2, lora_merge=merges)
+    lm = tiny_lm(codec)
+    lm.folder = tmp_path / "base"
+    lm.begin_stage(settings, 0)
+    optimizer = lm.backend.Optimizer(lm.network, False)
+    Checkpoint(lm, optimizer, tmp_path / "sft1", settings).finish()
+    assert (tmp_path / "sft1" / "model.safetensors").is_file() == merges
+    assert (tmp_path / "sft1" / "adapter_config.json").is_file() != merges
+
+
+def test_a_checkpoint_of_other_settings(codec, tmp_path):
+    """Another optimizer or another network: the line has the way out, and the checkpoint stays."""
+    lm = tiny_lm(codec)
+    lm.save(tmp_path / "x", torch_backend.Optimizer(lm.network, muon=True))
+    with pytest.raises(UserError, match=r"not this optimizer's state.*or remove"):
+        lm.resume(tmp_path / "x", torch_backend.Optimizer(lm.network, muon=False))
+    other = tiny_lm(codec, width=96)
+    with pytest.raises(UserError, match=r"another network.*or remove"):
+        other.resume(tmp_path / "x", torch_backend.Optimizer(other.network))
+    assert (tmp_path / "x" / "config.json").is_file()
+
+
+def train(lm, folder, settings, stop_behind=None):
+    """Train six steps that change nothing. Return the steps that were made."""
+    optimizer = lm.backend.Optimizer(lm.network, False)
+    stage = StageRun(lm, optimizer, folder, settings, 6)
+    steps = []
+    for step in stage.steps():
+        steps.append(step)
+        stage.log(f"step {step}", step=step)
+        stage.keep_rollouts([{"step": step}])
+        if step == stop_behind:
+            raise KeyboardInterrupt
+    stage.finish()
+    return steps
+
+
+def test_a_stage_goes_on_from_its_checkpoint(root, codec, capsys):
+    """A step behind the last checkpoint is made again, and is in the log once."""
+    settings = StageSettings(resume=True, save_minutes=0.0)
+    lm = tiny_lm(codec)
+    with pytest.raises(KeyboardInterrupt):
+        train(lm, root / "sft1", settings, stop_behind=3)
+    assert len(read_rows(root / "sft1.partial" / "log.jsonl")) == 4
+    assert list(read_run_record("nano").stages) == ["sft1"]
+    assert train(lm, root / "sft1", settings) == [3, 4, 5]
+    assert names(root, "sft1*") == ["sft1"]
+    for name in ("log.jsonl", "rollouts.jsonl"):
+        assert [row["step"] for row in read_rows(root / "sft1" / name)] == list(range(6))
+    pace = r"sft1: [\d.]+ s a step by the first two, [\d.]+ minutes for the other (\d)\n"
+    assert re.findall(pace, capsys.readouterr().out) == ["4", "1"]
+
+
+def test_pace_is_said_once(capsys):
+    """Behind the second step that this command makes, by the bar's own clock."""
+    bar = tqdm(desc="rl1", total=12, initial=3)
+    bar.start_t -= 8
+    for step in range(3, 12):
+        runs.report_pace(bar, step)
+    assert re.fullmatch(
+        r"rl1: 4\.0\d s a step by the first two, 0\.\d minutes for the other 7\n",
+        capsys.readouterr().out,
+    )
+
+
+def test_a_checkpoint_takes_the_group_it_needs():
+    """Guards: a stage's settings that do not say how its network is trained."""
+    assert isinstance(StageSettings(), ModelSettings)

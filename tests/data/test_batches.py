@@ -1,0 +1,135 @@
+"""Padding, micro-batches and optimizer steps (data/batches.py, common/batching.py)."""
+
+import random
+
+import numpy as np
+import pytest
+
+from common.batching import group_by_tokens
+from data.batches import (
+    language_batches,
+    learn_observations,
+    optimizer_steps,
+    pad,
+    pair_batches,
+)
+from data.trajectory import Role, Trajectory
+
+
+def learned_row(ids):
+    """Return a trajectory whose first token is a prompt, and whose others are learned."""
+    trajectory = Trajectory()
+    trajectory.add(ids[:1], Role.PROMPT, 0)
+    trajectory.add(ids[1:], Role.THINK, 1)
+    return trajectory
+
+
+def test_pad():
+    """Short rows end in zeros, which the mask leaves out."""
+    long = Trajectory([5, 6, 7], [0, 1, 1], [0, 1, 1])
+    short = Trajectory([8], [1], [1])
+    batch = pad([long, short])
+    assert batch["ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["mask"].tolist() == [[0, 1, 1], [1, 0, 0]]
+    assert batch["ids"].dtype == np.int64
+    assert batch["mask"].dtype == np.float32
+
+
+def test_pad_keeps_the_logprobs_of_sampling():
+    """They are in the row's own columns, padded like the mask."""
+    short = Trajectory([5], [1], [1], [-0.5])
+    long = Trajectory([5, 6], [1, 1], [1, 1], [-1.0, -2.0])
+    assert pad([short, long])["old"].tolist() == [[-0.5, 0], [-1, -2]]
+
+
+@pytest.mark.parametrize("limit", [1, 50, 400, 10**6])
+def test_group_by_tokens(limit):
+    """Each row once; rows x longest is within the limit, unless one row alone is longer."""
+    rng = random.Random(1)
+    lengths = [rng.randrange(1, 90) for _ in range(100)]
+    lengths += [1, 90, 45]
+    groups = group_by_tokens(lengths, limit)
+    rows = []
+    for group in groups:
+        rows += group
+    assert sorted(rows) == list(range(len(lengths)))
+    for group in groups:
+        longest = max(lengths[row] for row in group)
+        assert len(group) == 1 or len(group) * longest <= limit
+    assert group_by_tokens([], limit) == []
+
+
+def test_optimizer_steps():
+    """One epoch: each trajectory once, windows in their order, and steps of batch_tokens.
+
+    Only the last step may hold fewer tokens.
+    """
+    trajectories = []
+    for number in range(300):
+        length = 1 + number % 7
+        trajectories.append(learned_row([number] * length))
+    steps = optimizer_steps(
+        trajectories,
+        40,
+        random.Random(0),
+        window=100,
+    )
+    order = []
+    sizes = []
+    for step in steps:
+        order += [trajectory.ids[0] for trajectory in step]
+        sizes.append(sum(len(trajectory.ids) for trajectory in step))
+    assert order != sorted(order)
+    for start in (0, 100, 200):
+        end = start + 100
+        window = order[start:end]
+        assert sorted(window) == list(range(start, end))
+    assert all(40 <= size < 47 for size in sizes[:-1])
+    assert 0 < sizes[-1] < 47
+    assert len(order) == 300
+
+
+def test_micro_batches_share_one_normalizer():
+    """It counts the learned tokens of the whole step, without first tokens."""
+    rows = [
+        learned_row([1, 2, 3]),
+        learned_row([1, 2]),
+        Trajectory([1, 2], [1, 1], [1, 1]),
+    ]
+    batches = language_batches(rows, micro_tokens=4)
+    assert len(batches) > 1
+    assert [batch["norm"] for batch in batches] == [4.0] * len(batches)
+    assert sum(batch["ids"].shape[0] for batch in batches) == 3
+
+
+def test_pairs_are_chosen_rows_then_rejected_rows():
+    """The n-th chosen and the n-th rejected row are of one pair, also where pairs are regrouped."""
+    pairs = []
+    for length in (6, 2, 4, 2):
+        chosen = learned_row([length] * length)
+        rejected = learned_row([10 + length] * (length + 1))
+        pairs.append((chosen, rejected))
+    batches = pair_batches(pairs, micro_tokens=24, alpha=0.2)
+    assert len(batches) > 1
+    for batch in batches:
+        first_ids = batch["ids"][:, 0]
+        chosen_ids, rejected_ids = np.split(first_ids, 2)
+        assert (rejected_ids == chosen_ids + 10).all()
+        assert (batch["alpha"], batch["norm"]) == (0.2, 4.0)
+    assert sum(len(batch["ids"]) for batch in batches) == 8
+
+
+def test_observations_are_learned_by_role(codec):
+    """SFT-3 learns observations and what SFT-2 learns, whose own masks stay as they were."""
+    parts = [("search", "A"), ("result", "B"), ("given", "Hm"), ("answer", "Eva")]
+    trajectory = codec.build("Who?", parts)
+    mask = list(trajectory.mask)
+    (learned,) = learn_observations([trajectory])
+    assert trajectory.mask == mask
+    assert learned.ids == trajectory.ids
+    assert learned.role == trajectory.role
+    expected = []
+    for old, role in zip(mask, trajectory.role, strict=True):
+        expected.append(1 if role == Role.OBSERVATION else old)
+    assert learned.mask == expected
+    assert expected != mask

@@ -1,0 +1,204 @@
+"""FlashRAG's question files: what is read, what is refused, and the plan for a real question."""
+
+import json
+import re
+
+import pytest
+
+from common.errors import UserError
+from data.flashrag import name_sets, plan_lookups, read_questions
+from data.questions import Question
+from tools import library
+
+GOOD = {"id": "dev_0", "question": "Who?", "golden_answers": ["Eva"]}
+
+
+def write(path, *rows):
+    """Write rows as JSON lines; a text is written as it is."""
+    lines = [
+        row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) + "\n" for row in rows
+    ]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+# ---- files ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{not json}\n", "not JSON"),
+        ("\n", "not JSON"),
+        ('["a list"]\n', "not a question"),
+        ({"id": "1", "golden_answers": ["x"]}, "not a question"),
+        ({"question": "Who?", "golden_answers": ["x"]}, "not a question"),
+        ({**GOOD, "golden_answers": []}, "'dev_0' has no answers"),
+        ({"id": "dev_0", "question": "Who?"}, "has no answers"),
+        ({**GOOD, "golden_answers": "Eva"}, "has no answers"),
+        ({**GOOD, "golden_answers": [" "]}, "has no answers"),
+        ({**GOOD, "golden_answers": [1]}, "has no answers"),
+        ({**GOOD, "golden_answers": ["Eva", 1]}, "has no answers"),
+        ({**GOOD, "metadata": "text"}, "metadata"),
+        ({**GOOD, "metadata": {"gold_titles": [3]}}, "gold_titles"),
+        ({**GOOD, "metadata": {"gold_titles": "A"}}, "gold_titles"),
+        ({**GOOD, "metadata": {"supporting_facts": {"title": "A"}}}, "supporting_facts"),
+        ({**GOOD, "metadata": {"gold_ids": [3]}}, "gold_ids"),
+        ({**GOOD, "question": "What?"}, "question 'dev_0' is in line 1 too"),
+        ({**GOOD, "question": " "}, "not a question"),
+        (json.dumps({**GOOD, "question": "half \ud83d"}) + "\n", "half a character"),
+    ],
+)
+def test_a_malformed_question_names_its_line(tmp_path, bad, message):
+    """One line of text, with the file and the line of the row."""
+    path = write(tmp_path / "q.jsonl", GOOD, bad, GOOD)
+    with pytest.raises(UserError, match=message) as error:
+        read_questions(path)
+    assert f"{path}:2:" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_empty_question_files(tmp_path):
+    """A missing file is named with its setting; an empty one and one in another encoding too."""
+    with pytest.raises(UserError, match=r"train_data.*no such file.*none\.jsonl"):
+        read_questions(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match=r"q\.jsonl: empty"):
+        read_questions(write(tmp_path / "q.jsonl"))
+    (tmp_path / "latin.jsonl").write_bytes('{"id": "1", "question": "\u00c9va"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.jsonl: not UTF-8"):
+        read_questions(tmp_path / "latin.jsonl")
+
+
+def test_good_questions(tmp_path):
+    """Unicode as it is, with separators that only look like line ends; metadata may be missing."""
+    unicode_question = "Wer ist \u00c9va?\u2028 (\u0085)"
+    second = {**GOOD, "id": "dev_1", "question": unicode_question, "metadata": None}
+    questions = read_questions(write(tmp_path / "q.jsonl", GOOD, second))
+    assert [question.question for question in questions] == ["Who?", unicode_question]
+    assert [question.id for question in questions] == ["q:dev_0", "q:dev_1"]
+    for question in questions:
+        (fact,) = question.facts
+        assert fact.id == question.id
+        assert fact.wordings == [question.question]
+        assert fact.answers == ["Eva"]
+        assert fact.recall == "I recall Eva."
+        assert not fact.head
+        assert question.lookups
+
+
+def test_a_question_that_looks_like_a_call(tmp_path):
+    """A word and a colon at its beginning are no tool's name: the query carries the tool's own.
+
+    Guards: "Unknown tool thor", taught as a miss.
+    """
+    row = {**GOOD, "question": "thor: ragnarok release date"}
+    (question,) = read_questions(write(tmp_path / "nq.jsonl", row))
+    queries = question.lookups[0].queries
+    assert queries == ["search: thor: ragnarok release date"]
+    tools = library([{"id": "0", "contents": '"Thor: Ragnarok"\nReleased in 2017.'}], 1)
+    (observation,) = tools(queries)
+    assert observation.text == "Thor: Ragnarok 1: Released in 2017."
+
+
+def test_two_hops_whatever_the_id(tmp_path):
+    """FlashRAG's HotpotQA rows are called train_0, train_1 ..; two gold passages, two searches."""
+    row = {
+        "id": "train_0",
+        "question": "Where did the author of The Clay Hour grow up?",
+        "golden_answers": ["Tallow"],
+        "metadata": {"gold_titles": ["Orla Venn", "The Clay Hour"]},
+    }
+    (question,) = read_questions(write(tmp_path / "hotpotqa_train.jsonl", row))
+    assert [lookup.title for lookup in question.lookups] == ["The Clay Hour", "Orla Venn"]
+    (question,) = read_questions(write(tmp_path / "train_0.jsonl", row), "2wiki")
+    assert len(question.lookups) == 2
+    (question,) = read_questions(tmp_path / "hotpotqa_train.jsonl", "nq")
+    assert len(question.lookups) == 1
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"title": ["Orla Venn", "The Clay Hour", "Orla Venn"], "sent_id": [0, 1, 2]},
+        [["Orla Venn", 0], ["The Clay Hour", 1]],
+    ],
+)
+def test_supporting_facts_are_gold_titles(tmp_path, facts):
+    """In both of FlashRAG's forms, each title once."""
+    path = write(tmp_path / "q.jsonl", {**GOOD, "metadata": {"supporting_facts": facts}})
+    (question,) = read_questions(path)
+    assert question.gold_titles == ["Orla Venn", "The Clay Hour"]
+
+
+def test_answers_that_say_nothing(tmp_path):
+    """They are left out: one of them in a large file must not make the file unusable.
+
+    So is what the scores take for no answer, since it would make an empty answer right. Where
+    there is no other answer it stays.
+    """
+    rows = [
+        {**GOOD, "golden_answers": ["The", "Eva", " ", "!!"]},
+        {**GOOD, "id": "dev_1", "golden_answers": ["The", " "]},
+    ]
+    first, second = read_questions(write(tmp_path / "q.jsonl", *rows))
+    assert first.golden_answers == ["Eva"]
+    assert second.golden_answers == ["The"]
+
+
+def test_names_of_sets():
+    """The folder's name only where it is needed; the same file twice is refused."""
+    paths = ["x/nq_dev.jsonl", "y/train.jsonl", "a/pop.jsonl", "b/pop.jsonl"]
+    names = name_sets(paths, "--data")
+    assert list(names) == ["nq_dev", "y_train", "a_pop", "b_pop"]
+    assert list(names.values()) == paths
+    message = "--data: a/dev.jsonl and a/dev.jsonl are both the set 'a_dev'"
+    with pytest.raises(UserError, match=re.escape(message)):
+        name_sets(["a/dev.jsonl", "a/dev.jsonl"], "--data")
+
+
+# ---- the plan ------------------------------------------------------------------------------------
+def plan(text, golden, titles, question_id="hotpotqa_1"):
+    """Return the look-ups that are planned for a question."""
+    return plan_lookups(Question(question_id, text, golden, gold_titles=titles))
+
+
+def test_the_named_title_comes_first():
+    """Of two gold passages the one that the question names leads to the other."""
+    first, second = plan(
+        "Where did the author of The Clay Hour grow up?",
+        ["Tallow"],
+        ["Orla Venn", "The Clay Hour"],
+    )
+    assert [first.queries[0], second.queries[0]] == ["The Clay Hour", "Orla Venn"]
+    assert first.evidence == ["Orla Venn", "Orla Venn"]
+    assert second.evidence == ["Tallow"]
+
+
+def test_a_query_that_the_policy_can_derive():
+    """Where neither title is in the question, it is asked itself and the title is the rewording.
+
+    Guards: 53 of 600 questions of HotpotQA, whose first query was a name from the gold titles.
+    """
+    question = "Which county has the town of the potter of 1931?"
+    first, second = plan(question, ["Marrow County"], ["Orla Venn", "Tallow (town)"])
+    assert first.queries == [question, "Orla Venn"]
+    assert "Orla" not in first.ask + first.subject
+    # The first passage names it.
+    assert second.queries[0] == "Tallow (town)"
+
+
+def test_a_shared_of_names_nothing():
+    """A title is not named by one of its small words."""
+    question = "Who is the mother of the director of a film?"
+    lookups = plan(question, ["Eva"], ["House of Clay", "Son of Hart"])
+    assert lookups[0].queries[0] == question
+
+
+def test_one_hop():
+    """The title is searched for where the question names it; further titles are alternatives."""
+    question = "Who wrote The Clay Hour?"
+    titles = ["The Clay Hour", "Orla Venn"]
+    (named,) = plan(question, ["Orla Venn"], titles, "nq_1")
+    assert (named.title, named.queries) == ("The Clay Hour", ["The Clay Hour", question])
+    (unnamed,) = plan(question, ["Orla Venn"], ["Orla Venn"], "nq_1")
+    assert (unnamed.title, unnamed.queries) == ("Orla Venn", [question, "Orla Venn"])
+    (untitled,) = plan(question, ["Orla Venn"], [], "nq_1")
+    assert (untitled.title, untitled.queries) == ("", [question])

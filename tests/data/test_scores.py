@@ -1,0 +1,138 @@
+"""Scores, rewards and advantages against values worked out by hand or by the official scripts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import autocoa
+from data.scores import cover_match, exact_match, f1, normalize, overlap_match
+
+OFFICIAL_SCORES = Path(__file__).with_name("official_scores.json")
+TWO_ACTIONS = [
+    ("search", "A"),
+    ("result", "B"),
+    ("search", "C"),
+    ("result", "D"),
+    ("answer", "Eva Moss"),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("The  Eva-Moss!", "evamoss"),
+        ("An A.B. of a the", "ab of"),
+        ("", ""),
+        ("  Iron\nHill ", "iron hill"),
+        ("Theatre", "theatre"),
+        ("\u00c9va", "\u00e9va"),
+    ],
+)
+def test_normalize(text, plain):
+    """SQuAD's order: lower case, punctuation away, articles as whole words, single spaces.
+
+    Punctuation is taken away, not replaced by a space.
+    """
+    assert normalize(text) == plain
+
+
+def test_scores_of_the_official_scripts():
+    """200 pairs written by hand, with what HotpotQA's and SQuAD 2.0's scripts give for them.
+
+    They hold articles, punctuation, unicode, numbers, aliases, yes and no, and empty answers. The
+    two scripts differ on 21: HotpotQA's counts for yes and no, SQuAD's for what is empty.
+    """
+    rows = json.loads(OFFICIAL_SCORES.read_text())
+    differences = 0
+    for answer, golden, em, hotpot_f1, squad_f1 in rows:
+        assert exact_match(answer, golden) == em, (answer, golden)
+        has_empty_text = any(not normalize(text) for text in (answer, *golden))
+        expected = squad_f1 if has_empty_text else hotpot_f1
+        assert f1(answer, golden) == pytest.approx(expected, abs=1e-6), (answer, golden)
+        if hotpot_f1 != squad_f1:
+            differences += 1
+    assert len(rows) == 200
+    assert differences == 21
+
+
+@pytest.mark.parametrize(
+    ("answer", "golden", "expected_em", "expected_f1"),
+    [
+        ("the Eva Moss.", ["Eva Moss"], 1, 1),
+        ("Eva", ["Eva Moss"], 0, 2 / 3),
+        ("Eva Moss", ["Ada", "Moss"], 0, 2 / 3),
+        ("Moss", ["Ada", "Moss"], 1, 1),
+        ("", ["Eva"], 0, 0),
+        ("Ada Falk", ["Eva Moss"], 0, 0),
+        ("yes yes no", ["yes"], 0, 0),
+        ("No.", ["no"], 1, 1),
+        ("Eva Moss", ["yes", "Eva"], 0, 2 / 3),
+        ("Eva Eva", ["Eva Moss Eva"], 0, 0.8),
+    ],
+)
+def test_exact_match_and_f1(answer, golden, expected_em, expected_f1):
+    """Precision and recall of the words, each counted as often as it stands in both texts.
+
+    The best golden answer counts.
+    """
+    assert exact_match(answer, golden) == expected_em
+    assert f1(answer, golden) == pytest.approx(expected_f1)
+
+
+TEN_WORDS = "one two three four five six seven eight nine ten"
+
+
+@pytest.mark.parametrize(
+    ("answer", "golden", "cover", "overlap"),
+    [
+        ("the Eva Moss.", ["Eva Moss"], 1, 1),
+        ("It was Eva Moss who did", ["Eva Moss"], 1, 0),
+        ("Evan Moss", ["Eva"], 0, 0),
+        ("Moss", ["Eva Moss"], 0, 0),
+        ("", ["Eva"], 0, 0),
+        ("Moss Eva", ["Eva Moss"], 0, 1),
+        ("one two x three four five six seven", [TEN_WORDS], 0, 1),
+        ("one two x three four five six", [TEN_WORDS], 0, 0),
+        ("Ada", ["Eva", "Ada"], 1, 1),
+        ("just two albums", ["2 albums"], 0, 1),
+    ],
+)
+def test_cover_and_overlap(answer, golden, cover, overlap):
+    """Cover: the golden words one for one inside the answer. Overlap: 70% of the golden words.
+
+    Overlap gives nothing for one text inside the other, as in the authors' code.
+    """
+    assert cover_match(answer, golden) == cover
+    assert overlap_match(answer, golden) == overlap
+
+
+def test_reward(codec):
+    """Exact match, less the penalty for a malformed trajectory, less the cost of each call."""
+    good = codec.build("Who?", TWO_ACTIONS)
+    malformed = codec.build("Who?", TWO_ACTIONS)
+    for column in (malformed.ids, malformed.mask, malformed.role, malformed.logprobs):
+        # The end-of-text token is missing.
+        column.pop()
+    assert autocoa.reward(codec, good, ["Eva Moss"]) == 1
+    assert autocoa.reward(codec, good, ["Ada"]) == 0
+    penalized = autocoa.reward(codec, malformed, ["Eva Moss"], format_penalty=0.3)
+    assert penalized == pytest.approx(0.7)
+    assert autocoa.reward(codec, malformed, ["Ada"]) == -0.5
+    two_calls = autocoa.reward(codec, good, ["Eva Moss"], call_cost=0.1)
+    assert two_calls == pytest.approx(0.8)
+
+
+def test_group_advantages():
+    """The reward less the mean of its question's group; or also over the population deviation."""
+    rewards = np.array([[1.0, 0.0, 0.0, -0.5], [1.0, 1.0, 1.0, 1.0]])
+    by_hand = np.array([0.875, -0.125, -0.125, -0.625])
+    nothing = np.zeros(4)
+    np.testing.assert_allclose(autocoa.group_advantages(rewards), [by_hand, nothing])
+    deviation = ((0.875**2 + 2 * 0.125**2 + 0.625**2) / 4) ** 0.5
+    np.testing.assert_allclose(
+        autocoa.group_advantages(rewards, divide_by_std=True),
+        [by_hand / deviation, nothing],
+        atol=1e-5,
+    )

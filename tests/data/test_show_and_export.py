@@ -1,0 +1,211 @@
+"""The commands of data/: a trajectory to look at, question sets to fetch, SFT data to export."""
+
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import read_rows, run_here
+
+from common.errors import UserError
+from data.autocoa_files import read_sft_files, write_sft_files
+from data.flashrag import read_questions
+from data.get import get
+from data.sft_data import SFTData, write_sft_data
+from data.show import COLORS, PLAIN, colored, show
+from data.trajectory import Role
+
+CHAIN = [("think", "Hm"), ("search", "Eva"), ("result", "Eva 1: x"), ("answer", "Eva")]
+
+# run_here runs the module, which is imported here too, once more as a script.
+pytestmark = pytest.mark.filterwarnings("ignore:'data.* found in sys.modules")
+
+
+def green_texts(capsys):
+    """Return what was printed in green."""
+    return re.findall(r"\x1b\[1;32m(.*?)\x1b\[", capsys.readouterr().out)
+
+
+# ---- show ----------------------------------------------------------------------------------------
+def test_show_a_rollout(codec, tmp_path, capsys):
+    """What carries loss is green, all else grey."""
+    trajectory = codec.build("Who?", CHAIN)
+    row = {
+        "ids": trajectory.ids,
+        "mask": trajectory.mask,
+        "role": trajectory.role,
+        "tokens": [codec.decode([token]) for token in trajectory.ids],
+    }
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    show(tmp_path / "a.jsonl", 1)
+    expected = [" Hm<begin_search> Eva</end_search>", "</think>\\boxed{ Eva}<eos>"]
+    assert green_texts(capsys) == expected
+    with pytest.raises(UserError, match="no trajectory 2; it holds 1"):
+        show(tmp_path / "a.jsonl", 2)
+
+
+def test_show_the_sft_data_of_a_run(codec, tmp_path, capsys):
+    """Its rows hold ids alone, which the run's tokenizer reads."""
+    codec.tokenizer.save_pretrained(tmp_path / "base")
+    trajectory = codec.build("Who?", CHAIN)
+    write_sft_data(tmp_path / "data", SFTData(chains_of_action=[trajectory]))
+    show(tmp_path / "data" / "coa.jsonl", 1)
+    expected = [" Hm<begin_search> Eva</end_search>", "</think>\\boxed{ Eva}<eos>"]
+    assert green_texts(capsys) == expected
+
+
+def test_show_a_row_of_the_authors(codec, tmp_path, capsys):
+    """The assistant's turn is green but for its observations."""
+    trajectory = codec.build("Who?", CHAIN)
+    write_sft_files(codec, tmp_path, SFTData(chains_of_action=[trajectory]))
+    show(tmp_path / "coa.jsonl", 1)
+    expected = ["<think> Hm<begin_search> Eva</end_search>", "</think>\\boxed{ Eva}"]
+    assert green_texts(capsys) == expected
+
+
+def test_show_half_a_character(tmp_path, capsys):
+    """A lone surrogate is left out, since a terminal can't show it."""
+    (tmp_path / "half.jsonl").write_text('{"messages": [{"content": "half \\ud83d a character"}]}')
+    show(tmp_path / "half.jsonl", 1)
+    text = capsys.readouterr().out
+    assert "half  a character" in text
+    text.encode()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"[1", "x: not JSON"),
+        (b"\xff\xfe[", "x: not JSON"),
+        (b'{"ids": [1]', "x:1: not JSON"),
+        (b"[3]", "x:1: not a trajectory"),
+        (b'{"ids": [1], "tokens": ["a"]}', "x:1: not"),
+        (b'{"a": 1}\n', "x:1: not a trajectory"),
+        (b'{"messages": []}', "x:1: not"),
+        (b'{"messages": [{"content": null}]}', "x:1: not"),
+        (b'{"conversation": [], "chosen": 1}', "x:1: not"),
+        (b'[{"ids": [1], "tokens": [2], "mask": [1]}]', "x:1: not"),
+    ],
+)
+def test_show_a_file_without_trajectories(tmp_path, content, message):
+    """Guards: a traceback for broken, binary and other files."""
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        show(tmp_path / "x", 1)
+    assert "\n" not in str(error.value)
+
+
+def test_roles_in_colours(codec):
+    """A step of a trajectory is a line in the colour of its role; the text is all there."""
+    text = colored(codec, codec.build("Who?", CHAIN))
+    lines = text.split("\n")
+    assert lines[0].removeprefix(PLAIN).startswith(COLORS[Role.PROMPT])
+    for role in (Role.ACTION, Role.OBSERVATION, Role.ANSWER):
+        assert sum(line.startswith(COLORS[role]) for line in lines) == 1
+    assert text.endswith(PLAIN)
+    without_colours = re.sub(r"\x1b\[[\d;]*m", "", text).replace("\n", "")
+    assert without_colours == codec.decode(codec.build("Who?", CHAIN).ids)
+
+
+# ---- get -----------------------------------------------------------------------------------------
+def fake_datasets(rows):
+    """Return a package `datasets` that holds one set, and is offline for others."""
+
+    def load_dataset(name, part):
+        if part == "nq":
+            raise ConnectionError("offline\nand more")
+        assert (name, part) == ("RUC-NLPIR/FlashRAG_datasets", "2wikimultihopqa")
+        return {"dev": rows}
+
+    return SimpleNamespace(load_dataset=load_dataset)
+
+
+def test_get(tmp_path, monkeypatch):
+    """FlashRAG's rows are written with the titles of their supporting facts as gold titles."""
+    supporting_facts = {"title": ["A", "B", "A"], "sent_id": [0, 1, 2]}
+    rows = [
+        {
+            "id": "dev_0",
+            "question": "Who?",
+            "golden_answers": ["Eva"],
+            "metadata": {"supporting_facts": supporting_facts, "type": "bridge"},
+        },
+        {
+            "id": "dev_1",
+            "question": "Where?",
+            "golden_answers": ["Iron Hill"],
+            "metadata": None,
+        },
+    ]
+    monkeypatch.setitem(sys.modules, "datasets", fake_datasets(rows))
+    get("2wiki", tmp_path)
+    first, second = read_questions(tmp_path / "2wiki_dev.jsonl")
+    assert first.gold_titles == ["A", "B"]
+    assert second.gold_titles == []
+    assert second.golden_answers == ["Iron Hill"]
+    # What else the set says stays.
+    assert read_rows(tmp_path / "2wiki_dev.jsonl")[0]["metadata"]["type"] == "bridge"
+
+
+def test_get_offline(tmp_path, monkeypatch):
+    """One line says why, and what to do."""
+    monkeypatch.setitem(sys.modules, "datasets", fake_datasets([]))
+    with pytest.raises(UserError, match=r"nq can't be fetched \(ConnectionError: offline\)"):
+        get("nq", tmp_path)
+
+
+def test_get_without_the_package(tmp_path, monkeypatch):
+    """The message names the package."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        get("nq", tmp_path)
+
+
+# ---- export --------------------------------------------------------------------------------------
+def test_export(codec, tmp_path):
+    """The SFT data of a run as AutoCoA's files is read again as the same trajectories."""
+    chain_of_action = codec.build("Who?", CHAIN)
+    chain_of_thought = codec.build("Who?", [("think", "Hm"), ("answer", "Eva")])
+    pair = codec.build_pair("Who?", [("think", "Hm")], [("search", "Eva")], [("think", "I recall")])
+    data = SFTData([chain_of_action], [chain_of_thought], [pair])
+    write_sft_data(tmp_path / "out/real/data", data)
+    codec.tokenizer.save_pretrained(tmp_path / "out/real/base")
+
+    done = run_here(tmp_path, "data.export", "out/real/data", "theirs")
+    assert done.status == 0, done.err
+    assert done.out == "theirs: 1 chains of action, 1 chains of thought, 1 pairs\n"
+
+    names = ("coa.jsonl", "cot.jsonl", "pairs.json")
+    paths = [tmp_path / "theirs" / name for name in names]
+    again, odd_rows = read_sft_files(codec, paths)
+    assert odd_rows == []
+    assert again.chains_of_action[0].ids == chain_of_action.ids
+    assert again.chains_of_action[0].mask == chain_of_action.mask
+    assert again.chains_of_thought[0].ids == chain_of_thought.ids
+    assert [side.ids for side in again.pairs[0]] == [side.ids for side in pair]
+    assert [side.mask for side in again.pairs[0]] == [side.mask for side in pair]
+
+
+# ---- command lines -------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "module, arguments",
+    [
+        ("data.show", []),
+        ("data.show", ["nothing.jsonl"]),
+        ("data.show", ["x", "y"]),
+        ("data.show", ["x", "1", "2"]),
+        ("data.get", []),
+        ("data.get", ["squad"]),
+        ("data.get", ["nq", "x", "y"]),
+        ("data.export", []),
+        ("data.export", ["x"]),
+        ("data.export", ["x", "y"]),
+    ],
+)
+def test_bad_commands(tmp_path, module, arguments):
+    """One line on stderr and status 2."""
+    done = run_here(tmp_path, module, *arguments)
+    assert done.status == 2
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1

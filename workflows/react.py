@@ -1,0 +1,266 @@
+"""The ReAct workflow (Yao et al. 2022): a script outside the model makes it think, act, observe.
+
+It runs in the loop of Algorithm 1 (autocoa.follow_script) with a script of its own, so an agent
+and a workflow differ in this file alone: here every pause and every call is the script's decision.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from autocoa import TAG_ROOM, Row, Search, follow_script
+from common.progress import progress_bar
+from common.settings import RolloutSettings
+from data.trajectory import Codec, Observation, Role, Trajectory
+from model import LM
+from nano.pretraining import TO_QUERY, TO_READ
+from workflows.agent import Answered
+
+TOO_LONG = "The result is too long to show."
+SHORTEST_OBSERVATION = 64  # tokens that must be free for an observation, or no action is begun
+
+
+@dataclass
+class Phrases:
+    """How a workflow speaks to a model: ids that it puts in, and ids at which a turn ends."""
+
+    prompt: Callable[[str], list[int]]  # of a question
+    thought_ends: list[int]
+    action: list[int]  # opens a query
+    action_ends: list[int]
+    before_observation: list[int]
+    after_observation: list[int]
+    ask_answer: list[int]  # asks for the final answer
+    answer_ends: list[int]
+    answer_pattern: re.Pattern[str]  # finds an answer that the model gives in a thought
+    newline: list[int] = field(default_factory=list)  # ends a line that did not come to its end
+
+
+def phrases_of(codec: Codec, examples: str) -> Phrases:
+    """Return the phrases for a model: lines of text, or tags where it was never asked in words.
+
+    examples: stand before the question of an instruct model, as in ReAct's own prompts.
+    """
+    if codec.has_chat_template:
+        return _phrases_in_words(codec, examples)
+    return _phrases_in_tags(codec)
+
+
+def _phrases_in_tags(codec: Codec) -> Phrases:
+    """Prompt the nano base model by the tags of the single skills that it has."""
+    question_mark = codec.tokenizer.convert_tokens_to_ids("?")
+    assert isinstance(question_mark, int), "a byte-level vocabulary has every character"
+    return Phrases(
+        prompt=lambda question: codec.prompt(f"{TO_QUERY} {TO_READ} {question}"),
+        thought_ends=[question_mark, codec.eos_id],
+        action=[codec.search_id],
+        action_ends=[codec.end_search_id, codec.eos_id],
+        before_observation=[codec.result_id],
+        after_observation=[codec.end_result_id],
+        ask_answer=[codec.end_think_id, codec.boxed_id],
+        answer_ends=[codec.brace_id, codec.eos_id],
+        answer_pattern=re.compile(r"\\boxed\{([^}]*)"),
+    )
+
+
+def _phrases_in_words(codec: Codec, examples: str) -> Phrases:
+    """Prompt an instruct model by lines of text, without the turns of a chat."""
+    line_ends = line_end_ids(codec)
+    return Phrases(
+        prompt=lambda question: encode_text(codec, f"{examples}Question: {question}\nThought:"),
+        thought_ends=line_ends,
+        action=encode_words(codec, "Search:"),
+        action_ends=line_ends,
+        before_observation=encode_words(codec, "Observation:"),
+        after_observation=encode_words(codec, "\nThought:"),
+        ask_answer=encode_words(codec, "Answer:"),
+        answer_ends=line_ends,
+        answer_pattern=re.compile(r"Answer:\s*(.+)"),
+        newline=encode_words(codec, "\n"),
+    )
+
+
+def line_end_ids(codec: Codec) -> list[int]:
+    """Return every token that holds a line break, and the end of the text.
+
+    A line break is spelled "Ċ" in byte-level vocabularies and <0x0A> in SentencePiece's.
+    """
+    vocabulary = codec.tokenizer.get_vocab().items()
+    line_breaks = [
+        token_id
+        for token, token_id in vocabulary
+        if "Ċ" in token or "\n" in token or token == "<0x0A>"
+    ]
+    return [*line_breaks, codec.eos_id]
+
+
+def encode_words(codec: Codec, text: str) -> list[int]:
+    """Return the ids of a text in which tags are plain text."""
+    return codec.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def beginning_of_text(codec: Codec) -> list[int]:
+    """Return the token that begins a text, for models that were trained with one (Llama 3)."""
+    bos = codec.tokenizer.bos_token_id
+    return [token for token in codec.tokenizer.encode("") if token == bos]
+
+
+def encode_text(codec: Codec, text: str) -> list[int]:
+    """Return the ids of a whole text for an instruct model to go on with, no chat around it."""
+    return beginning_of_text(codec) + encode_words(codec, text)
+
+
+class ReAct:
+    """A script for autocoa.follow_script: thought, action, observation, again and again.
+
+    It ends when the model gives an answer in a thought. When its calls or its tokens are spent,
+    the model is asked for one. A row that is given an observation reads it instead of acting.
+    """
+
+    writing_share = 0.0  # all rows finish their line before the script goes on
+
+    def __init__(
+        self,
+        codec: Codec,
+        settings: RolloutSettings,
+        max_actions: int,
+        examples: str,
+    ) -> None:
+        self.codec = codec
+        self.settings = settings
+        self.max_actions = max_actions
+        self.phrases = phrases_of(codec, examples)
+        # The examples do not count as the model's own tokens.
+        example_ids = codec.tokenizer.encode(examples, add_special_tokens=False)
+        self.max_len = settings.max_len + len(example_ids)
+        # An answer may always have to be asked for.
+        self.answer_room = len(self.phrases.ask_answer) + settings.max_answer
+        # A thought and an answer must still find room behind an observation.
+        self.room_behind_observation = settings.max_thought + self.answer_room + TAG_ROOM
+
+    def start_row(self, question: str, number: int, given: str | None) -> Row:
+        """Return the row of a question before anything is written."""
+        row = Row(Trajectory(), decoder_row=number, given=given)
+        row.trajectory.add(self.phrases.prompt(question), Role.PROMPT, 0)
+        return row
+
+    def _reads_to_the_end(self, row: Row) -> bool:
+        """Whether this row has seen all that it is given, and reads on to its answer."""
+        return row.given is not None and row.turns == self.max_actions
+
+    def stops(self, row: Row) -> list[int]:
+        """Return the ids that end a thought, an action or an answer."""
+        if row.state == Role.ACTION:
+            return self.phrases.action_ends
+        # What ends a thought elsewhere only ends one fact of several here.
+        if row.state == Role.ANSWER or self._reads_to_the_end(row):
+            return self.phrases.answer_ends
+        return self.phrases.thought_ends
+
+    def budget(self, row: Row) -> int:
+        """Return how many tokens a thought, an action or an answer may take."""
+        room = self.max_len - len(row.trajectory.ids) - 1
+        if row.state == Role.ANSWER:
+            return min(self.settings.max_answer, room)
+        budget = self.settings.max_thought
+        if row.state == Role.THINK and self._reads_to_the_end(row):
+            budget = self.settings.max_actions * self.settings.max_thought
+        return min(budget, room - self.answer_room)
+
+    def continue_row(self, row: Row, ids: list[int], logprobs: list[float], spent: bool) -> None:
+        """Add what the model wrote, and put in what the script says next."""
+        row.trajectory.add(ids, row.state, 1)
+        ends = (self.codec.eos_id, self.codec.end_search_id)
+        text = self.codec.decode([token for token in ids if token not in ends]).strip()
+        if row.state == Role.THINK:
+            self._continue_thought(row, text)
+        elif row.state == Role.ACTION:
+            row.query = text
+            row.trajectory.queries.append(text)
+        else:
+            row.answer = text.replace("}", "").strip()
+            row.finished = True
+
+    def _continue_thought(self, row: Row, thought: str) -> None:
+        """End with the answer that a thought gives, or ask for one, or act."""
+        answer = self.phrases.answer_pattern.search(thought)
+        if answer:
+            row.answer = answer.group(1).strip()
+            row.finished = True
+        elif self._must_answer(row):
+            self._put(row, self.phrases.ask_answer, Role.ANSWER)
+        elif row.given is not None:
+            self._put_observation(row, Observation(row.given))
+        else:
+            self._put(row, self.phrases.action, Role.ACTION)
+
+    def _must_answer(self, row: Row) -> bool:
+        """Whether no call is left, or no room for one more."""
+        one_more_turn = (
+            len(self.phrases.action)
+            + self.settings.max_thought
+            + SHORTEST_OBSERVATION
+            + self.room_behind_observation
+        )
+        no_room = len(row.trajectory.ids) + one_more_turn > self.max_len
+        return row.turns == self.max_actions or no_room
+
+    def read_observation(self, row: Row, observation: Observation) -> None:
+        """Show the model what the tool said."""
+        text = self.codec.fit(observation.text, self.settings.max_observation)
+        self._put_observation(row, Observation(text, observation.provenance))
+
+    def _put_observation(self, row: Row, observation: Observation) -> None:
+        row.trajectory.observations.append(observation)
+        ids = self._wrap(observation.text)
+        if len(row.trajectory.ids) + len(ids) + self.room_behind_observation > self.max_len:
+            ids = self._wrap(TOO_LONG)
+        self._put(row, ids, Role.OBSERVATION)
+        row.state = Role.THINK
+        row.turns += 1
+
+    def _wrap(self, text: str) -> list[int]:
+        observation = self.codec.encode(text)
+        return self.phrases.before_observation + observation + self.phrases.after_observation
+
+    def _put(self, row: Row, ids: list[int], role: Role) -> None:
+        """Add what the script says, on a new line where the model's line did not end."""
+        line_ends = self.phrases.thought_ends[:-1]
+        if row.trajectory.ids[-1] not in line_ends:
+            ids = self.phrases.newline + ids
+        row.append(ids, role)
+        row.state = role
+
+
+def react(
+    lm: LM,
+    questions: Sequence[str],
+    search: Search | None,
+    settings: RolloutSettings,
+    max_actions: int | None = None,
+    examples: str = "",
+    description: str | None = None,
+    given: Sequence[str] | None = None,
+) -> list[Answered]:
+    """Answer questions by the ReAct workflow, greedily.
+
+    max_actions: calls of the tool; as many as an agent has where it is not said.
+    examples: for an instruct model, before each question.
+    given: an observation for each question, which the model reads instead of searching.
+    """
+    if max_actions is None:
+        max_actions = settings.max_actions
+    script = ReAct(lm.codec, settings, max_actions, examples)
+    answered = []
+    with progress_bar(len(questions), description, "question") as bar:
+        for start in range(0, len(questions), settings.batch_rows):
+            batch = questions[start : start + settings.batch_rows]
+            rows = [
+                script.start_row(question, number, given[start + number] if given else None)
+                for number, question in enumerate(batch)
+            ]
+            decoder = lm.decoder([row.trajectory.ids for row in rows])
+            follow_script(script, decoder, rows, search)
+            answered += [Answered(row.answer or "", row.trajectory) for row in rows]
+            bar.update(len(batch))
+    return answered
