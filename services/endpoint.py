@@ -2,10 +2,11 @@
 
 The client does the HTTP, the waiting and the trying again (408, 409, 429, 5xx and broken
 connections; it obeys a Retry-After of up to two minutes, and gives up at once for a longer one).
-Two things stay ours. Its waits end at eight seconds, so a number of tries that is right for an
-endpoint that is not there at all is too small for one that is busy: that one gets more. And its
-typed answers are not validated, so what came back is read here as plain JSON, where each fault of
-an endpoint can be named.
+Three things stay ours. Its waits end at eight seconds, so a number of tries that is right for an
+endpoint that is not there at all is too small for one that is busy: that one gets more. A success
+whose body was cut, or is no JSON, is asked for again, which the client does not do. And its typed
+answers are not validated, so what came back is read here as plain JSON, where each fault of an
+endpoint can be named.
 
 This file is a part of services/chat.py that is imported for an endpoint alone, since importing
 `openai` takes a second.
@@ -13,6 +14,7 @@ This file is a part of services/chat.py that is imported for an endpoint alone, 
 
 import json
 import os
+import time
 from typing import Any, NamedTuple
 
 import openai
@@ -20,6 +22,8 @@ import openai
 TIMEOUT = 300.0  # seconds without a byte of the reply
 RETRIES = 3  # 4 seconds in all
 BUSY_RETRIES = 12  # 70 seconds in all: limits of hosted endpoints pass in a minute or two
+BODY_RETRIES = 3  # of an answer that is no JSON
+FIRST_WAIT = 0.5  # seconds before the first of them; each further wait is twice as long
 REFUSALS = (400, 413, 422)  # HTTP status: this conversation is refused, the endpoint is fine
 
 
@@ -78,7 +82,7 @@ class Endpoint:
         if stop:
             request["stop"] = stop
         try:
-            return _read_reply(self._send(request))
+            return _read_reply(self._fetch_json(request))
         except openai.APIStatusError as error:
             # Reasoning models of OpenAI know the budget by another name alone.
             if limit_name == "max_tokens" and "max_completion_tokens" in error.response.text:
@@ -94,6 +98,15 @@ class Endpoint:
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise EndpointError(f"{type(error).__name__}: {error}") from None
 
+    def _fetch_json(self, request: dict[str, Any]) -> Any:
+        """Return the answer; raise ValueError where its body is no JSON time after time."""
+        for retry in range(BODY_RETRIES):
+            try:
+                return json.loads(self._send(request))
+            except ValueError:
+                time.sleep(FIRST_WAIT * 2**retry)
+        return json.loads(self._send(request))
+
     def _send(self, request: dict[str, Any]) -> str:
         """Return the body of the answer."""
         try:
@@ -103,9 +116,8 @@ class Endpoint:
             return self._patient_client.chat.completions.with_raw_response.create(**request).text
 
 
-def _read_reply(body: str) -> Reply:
-    """Read the body of an answer; raise ValueError, KeyError, IndexError or TypeError."""
-    answer = json.loads(body)
+def _read_reply(answer: Any) -> Reply:
+    """Read an answer; raise ValueError, KeyError, IndexError or TypeError."""
     text = answer["choices"][0]["message"]["content"]
     if text is None:
         # A reasoning model thought to the end of its budget, or would not speak.

@@ -156,7 +156,9 @@ def serve() -> Iterator[Callable[[type[BaseHTTPRequestHandler]], str]]:
 
     def start(handler: type[BaseHTTPRequestHandler]) -> str:
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # A short poll, or each test would wait half a second for its end.
+        run = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        run.start()
         started.append(server)
         return f"http://127.0.0.1:{server.server_address[1]}"
 

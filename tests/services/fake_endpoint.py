@@ -14,6 +14,13 @@ class Failure:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass
+class Garbage:
+    """A success whose body is no JSON, as a proxy's page is."""
+
+    body: str = "<html>"
+
+
 class FakeEndpoint:
     """Answers each request by a rule, and keeps what came in."""
 
@@ -21,7 +28,7 @@ class FakeEndpoint:
         """Start the endpoint.
 
         serve: the fixture of conftest.py.
-        rule: request -> the text of a reply, a whole answer as it is sent, or a Failure.
+        rule: request -> the text of a reply, a whole answer as it is sent, a Failure or Garbage.
         """
         self.requests = []  # bodies of the requests
         self.paths = []
@@ -39,7 +46,7 @@ class FakeEndpoint:
             def answer(self, reply):
                 status = 200
                 headers = {}
-                answer = reply
+                answer = None if isinstance(reply, Garbage) else reply
                 if isinstance(reply, Failure):
                     status = reply.status
                     headers = reply.headers
@@ -50,6 +57,8 @@ class FakeEndpoint:
                         "usage": {"prompt_tokens": 10, "completion_tokens": 3},
                     }
                 body = json.dumps(answer).encode()
+                if isinstance(reply, Garbage):
+                    body = reply.body.encode()
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)

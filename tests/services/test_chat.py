@@ -6,7 +6,7 @@ import time
 
 import pytest
 from conftest import CPU
-from fake_endpoint import Failure, FakeEndpoint, user
+from fake_endpoint import Failure, FakeEndpoint, Garbage, user
 from safetensors.numpy import load_file, save_file
 from small_checkpoint import BOOKS, save_checkpoint
 
@@ -90,6 +90,19 @@ def test_an_endpoint_that_answers_nonsense(serve, tmp_path, answer):
     again = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
     assert again([user("good")], 5) == ["fine"]
     assert len(endpoint.requests) == 2
+
+
+def test_a_body_that_is_no_json_is_asked_for_again(serve, tmp_path, monkeypatch):
+    """A page of a proxy, or a cut body, costs a try and not the run; time after time it ends it."""
+    monkeypatch.setattr("services.endpoint.FIRST_WAIT", 0.0)
+    replies = iter([Garbage(), Garbage('{"choices": [{'), "fine"])
+    endpoint = FakeEndpoint(serve, lambda request: next(replies, Garbage()))
+    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite", threads=1)
+    assert chat([user("a")], 5) == ["fine"]
+    assert len(endpoint.requests) == 3
+    with pytest.raises(UserError, match="not an endpoint that answers"):
+        chat([user("b")], 5)
+    assert len(endpoint.requests) == 3 + 4
 
 
 @pytest.mark.parametrize(
