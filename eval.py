@@ -514,4 +514,5 @@ def compare_rows(settings: EvalSettings) -> None:
 
 
 if __name__ == "__main__":
-    main(run, EvalSettings, __doc__)
+    # With --data a checkpoint is judged as it is: nothing that a run remembers is about it.
+    main(run, EvalSettings, __doc__, begins_run=lambda settings: bool(settings.data))

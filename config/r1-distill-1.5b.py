@@ -5,7 +5,7 @@ An adapter on a base of 4 bits, for a Mac with 16 GB or one GPU:
     python train_sft.py config/r1-distill-1.5b.py --train_data=.. --eval_data=.. --corpus=..
 
 The arguments are those of config/smollm2.py, and --dry-run says what it takes. It has not been
-trained yet: memory was measured, and the recipe is the authors'.
+trained yet: loading it was measured, and the recipe is the authors'.
 """
 
 run = "r1-distill-1.5b"

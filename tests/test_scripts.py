@@ -65,9 +65,9 @@ def whole_run(tmp_path_factory):
     Only the first script is told the settings; the run remembers them for the others.
     """
     cwd = tmp_path_factory.mktemp("user")
-    scripts = {"train_sft": run_in_shell(cwd, "train_sft.py", *TINY)}
+    scripts = {"train_sft": run_in_shell(cwd, "train_sft.py", *TINY, timeout=600)}
     for name in ("train_rl", "eval", "plot"):
-        scripts[name] = run_in_shell(cwd, f"{name}.py", "--run=tiny")
+        scripts[name] = run_in_shell(cwd, f"{name}.py", "--run=tiny", timeout=600)
     failures = [(name, done.err[-2000:]) for name, done in scripts.items() if done.status]
     assert failures == []
     return SimpleNamespace(cwd=cwd, root=cwd / "out" / "tiny", **scripts)

@@ -206,7 +206,7 @@ def test_a_released_pair_with_a_shared_beginning(chat, tmp_path):
     """
     beginning, _, _ = RELEASED_TEXT.partition("So it is")
     action = "<begin_search>Orla</end_search>"
-    row = pair_row(RELEASED_PROMPT + beginning, "So it is Orla.", action)
+    row = pair_row(f"{RELEASED_PROMPT}\n{beginning}", "So it is Orla.", action)
     (tmp_path / "x.json").write_text(json.dumps([row]))
     data, refusals = read_sft_files(chat, [tmp_path / "x.json"])
     assert refusals == []
@@ -281,6 +281,7 @@ def test_text_in_a_box():
             "without its result",
         ),
         ("<think>a <begin_search> b</think>\\boxed{Eva}", "not closed"),
+        ("<think>a</think> b</think>\\boxed{Eva}", "in the wrong place"),
         (
             "<think>I may <begin_search> it. <begin_search>x</end_search>"
             "<search_result>y</search_result> so</think>\\boxed{Eva}",

@@ -116,6 +116,8 @@ def test_pairs_are_chosen_rows_then_rejected_rows():
         chosen_ids, rejected_ids = np.split(first_ids, 2)
         assert (rejected_ids == chosen_ids + 10).all()
         assert (batch["alpha"], batch["norm"]) == (0.2, 4.0)
+        # Both rows of a pair count towards the limit.
+        assert batch["ids"].size <= 24
     assert sum(len(batch["ids"]) for batch in batches) == 8
 
 
