@@ -220,6 +220,7 @@ def make_base_model(lm: LM, settings: SFTSettings, task: Task, folder: Path) -> 
     texts = task.pretraining_texts(lm.codec, rng, settings.base_tokens)
     if not texts:
         lm.save(folder)
+        runs.record_stage(settings, folder.name)
         return
     steps = optimizer_steps(texts, settings.batch_tokens, rng)
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from common.errors import UserError
+from common.settings import MatrixName
 
 # Architectures that the networks of both backends compute, with their model_type.
 SUPPORTED = {
@@ -16,7 +17,7 @@ SUPPORTED = {
 }
 
 # The matrices of a block; each of them can have an adapter.
-MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MATRICES: tuple[str, ...] = get_args(MatrixName)
 
 # The numbers by which Llama 3.1 and later slow some of their rotary frequencies down.
 LLAMA3_ROPE = (

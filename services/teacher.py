@@ -64,7 +64,7 @@ class TeacherSettings(ModelSettings, TaskRunSettings, RolloutSettings):
     # Chains of action that a question gets at most, until one is right.
     tries: AboveZero = 4
     # Questions to write chains for, drawn from all of --train_data.
-    coa: AboveZero = 5000
+    coa: int = 5000
     # Folder to write to.
     out: str = ""
 
