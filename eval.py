@@ -257,12 +257,14 @@ def open_run(settings: EvalSettings) -> Table:
         if config.parent.suffix not in (".partial", ".checkpoint", ".old")
         and config.parent.name not in ["base", *stage_folders]
     ]
+    # A folder of --out that is called like a row takes its place.
+    rows_by_name = {row.name: row for row in WORKFLOWS + STAGES + own_rows}
     rows = [
-        row
-        for row in WORKFLOWS + STAGES + own_rows
+        _row_in(root, row)
+        for row in rows_by_name.values()
         if (root / row.folder / "config.json").is_file()
     ]
-    return Table(root, base, base_folder, [_row_in(root, row) for row in rows])
+    return Table(root, base, base_folder, rows)
 
 
 def _row_in(root: Path, row: Row) -> Row:

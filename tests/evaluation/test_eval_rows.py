@@ -66,6 +66,14 @@ def test_a_run_has_the_rows_of_its_folders(save):
     assert [row.is_agent for row in table.rows] == [False] * len(WORKFLOWS) + [True] * 3
 
 
+def test_a_folder_that_is_called_like_a_row_takes_its_place(save):
+    """Two rows of one name would mix their answers."""
+    save("sft1", "SFT-1")
+    table = benchmark.open_run(EvalSettings(device="cpu"))
+    agents = [str(row.folder) for row in table.rows if row.is_agent]
+    assert agents == ["out/nano/SFT-1"]
+
+
 def test_a_run_without_its_base(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"out/nano/base is missing; make it with: .*train_sft\.py"):
