@@ -16,7 +16,7 @@ with trajectories:
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -34,9 +34,10 @@ from tasks import open_task
 Array = Any
 Search = Callable[[list[str]], list[Observation]]
 
-IMAGINE = "imagine"  # in place of a search: the policy writes the observation itself (RL-1)
+# In place of a search: the policy writes the observation itself (RL-1).
+Imagine = Literal["imagine"]
+IMAGINE: Imagine = "imagine"
 TAG_ROOM = 8  # tokens kept free for the tags around a forced answer
-WRITING_SHARE = 0.6  # a turn ends when no more than this share of the rows is still writing
 
 
 # ---- 1. Reward and advantage ---------------------------------------------------------------------
@@ -73,6 +74,7 @@ def group_advantages(rewards: np.ndarray, divide_by_std: bool = False) -> np.nda
 # ---- 2. Losses -----------------------------------------------------------------------------------
 # xp is numpy, torch or mlx.core. logp (B, T) is the log-probability of each token; the batch holds
 # `mask` (B, T) and `norm`, which makes micro-batches add up to the mean of a whole optimizer step.
+# All losses are called alike, so nll_loss has xp too.
 def nll_loss(xp: Any, logp: Array, batch: Batch) -> Array:
     """Return the next-token loss of SFT-2 and SFT-3, a mean over the tokens that are learned."""
     return -(logp * batch["mask"]).sum() / batch["norm"]
@@ -124,16 +126,21 @@ class Row:
     trajectory: Trajectory
     decoder_row: int  # its row in the decoder
     state: Role = Role.THINK  # the role of what it writes now
-    new_ids: list[int] = field(default_factory=list)  # not yet read by the network
-    query: str | None = None  # it waits for what the tool says to this
+    # What was appended and the network must still read. What it sampled itself is not in here: the
+    # decoder reads that by itself, together with what comes next.
+    new_ids: list[int] = field(default_factory=list)
+    query: str | None = None  # the action whose observation it waits for
     finished: bool = False
-    turns: int = 0  # observations that it has read
-    answer: str | None = None  # what a workflow took for its answer
-    given: str | None = None  # an observation that a workflow shows it instead of a search
     answer_end: int = 0  # length of the trajectory at which a forced answer must end
     observation_start: int = 0  # where the observation that it imagines begins
-    observation_event: str = ""  # "opened" or "closed", where its imagination did so this turn
     followers: list["Row"] = field(default_factory=list)  # the same text: they wait for this one
+    workflow: Any = None  # what a workflow remembers of it (workflows/react.py)
+
+    @property
+    def has_just_opened_observation(self) -> bool:
+        """Whether it is about to imagine an observation, and has written none of it."""
+        is_at_start = self.observation_start == len(self.trajectory.ids)
+        return self.state == Role.OBSERVATION and is_at_start
 
     def append(self, ids: list[int], role: Role) -> None:
         """Add tokens that the policy did not write; the network still has to read them."""
@@ -144,7 +151,7 @@ class Row:
 class Script(Protocol):
     """What happens around the model's own writing: `Agent` here, `ReAct` in workflows/react.py."""
 
-    writing_share: float  # a turn ends when no more than this share of rows is still writing
+    writing_share: float  # a turn ends when no more than this share of the rows is still writing
 
     def stops(self, row: Row) -> list[int]:
         """Return the ids at which this row pauses."""
@@ -153,7 +160,10 @@ class Script(Protocol):
         """Return how many tokens this row may write before it pauses."""
 
     def continue_row(self, row: Row, ids: list[int], logprobs: list[float], spent: bool) -> None:
-        """Take in what a row wrote, and decide what it does next. spent: it met its budget."""
+        """Take in what a row wrote, and decide what it does next.
+
+        spent: whether it has used up its budget.
+        """
 
     def read_observation(self, row: Row, observation: Observation) -> None:
         """Take in what the tool said."""
@@ -163,7 +173,7 @@ def rollout(
     decoder: Callable[[list[list[int]]], Any],
     codec: Codec,
     prompts: Sequence[list[int]],
-    search: Search | str | None,
+    search: Search | Imagine | None,
     settings: RolloutSettings,
     temperature: float = 0.0,
     rng: np.random.Generator | None = None,
@@ -197,7 +207,7 @@ def follow_script(
     script: Script,
     decoder: Any,
     rows: list[Row],
-    search: Search | str | None,
+    search: Search | Imagine | None,
     temperature: float = 0.0,
     rng: np.random.Generator | None = None,
 ) -> None:
@@ -222,7 +232,9 @@ def write_until_pause(
     stops = [script.stops(row) for row in rows]
     # An imagined observation is greedy: one text gets one observation, as from a tool.
     temperatures = [0.0 if row.state == Role.OBSERVATION else temperature for row in rows]
-    ids, logprobs = decoder.decode(stops, budgets, temperatures, rng, leave=script.writing_share)
+    ids, logprobs = decoder.decode(
+        stops, budgets, temperatures, rng, writing_share=script.writing_share
+    )
     for number, row in enumerate(rows):
         spent = len(ids[number]) == budgets[number]
         script.continue_row(row, ids[number], logprobs[number], spent)
@@ -231,24 +243,24 @@ def write_until_pause(
 def share_imagination(rows: list[Row]) -> list[Row]:
     """Let one of several equal texts imagine the observation for all of them.
 
-    Rows that follow another leave the decoder, and come back behind it with what it imagined.
+    Of the rows that have just opened an observation after the same text, the first goes on. The
+    others follow it: they leave the decoder, and when that observation is closed they come back,
+    each with a copy of it.
     """
     going_on = []
     first_with_text: dict[tuple[int, ...], Row] = {}
     for row in rows:
-        if row.observation_event == "opened":
+        if row.has_just_opened_observation:
             first = first_with_text.setdefault(tuple(row.trajectory.ids), row)
             if first is not row:
                 first.followers.append(row)
                 continue
         going_on.append(row)
-        if row.observation_event == "closed":
+        if row.state != Role.OBSERVATION:
             for follower in row.followers:
                 _copy_imagination(row, follower)
                 going_on.append(follower)
             row.followers = []
-    for row in rows:
-        row.observation_event = ""
     return going_on
 
 
@@ -261,7 +273,7 @@ def _copy_imagination(row: Row, follower: Row) -> None:
     follower.new_ids = list(row.new_ids)
 
 
-def call_tool(script: Script, rows: list[Row], search: Search | str | None) -> None:
+def call_tool(script: Script, rows: list[Row], search: Search | Imagine | None) -> None:
     """Run the actions of all rows that wait for the tool, as one batch."""
     calling = [row for row in rows if row.query is not None]
     if not calling:
@@ -275,20 +287,25 @@ def call_tool(script: Script, rows: list[Row], search: Search | str | None) -> N
 
 def feed_new_tokens(decoder: Any, rows: list[Row]) -> None:
     """Let the network read what was appended; rows that are one text read it as one row."""
-    readers: list[Row] = []
-    number_of: dict[Any, int] = {}
-    order = []
-    for row in rows:
-        text = tuple(row.trajectory.ids) if row.new_ids else id(row)
-        number = number_of.setdefault(text, len(readers))
-        if number == len(readers):
-            readers.append(row)
-        order.append(number)
     if not rows:
         return
+    readers: list[Row] = []
+    reader_of_text: dict[tuple[int, ...], int] = {}
+    reader_of_row = []
+    for row in rows:
+        text = tuple(row.trajectory.ids)
+        # A row that has nothing to read goes on by itself, whatever its text.
+        reader = reader_of_text.get(text) if row.new_ids else None
+        if reader is None:
+            reader = len(readers)
+            readers.append(row)
+            if row.new_ids:
+                reader_of_text[text] = reader
+        reader_of_row.append(reader)
+    # Drop the other rows of the decoder, read, and copy each reader for the rows that share it.
     decoder.keep([row.decoder_row for row in readers])
     decoder.feed([row.new_ids for row in readers])
-    decoder.keep(order)
+    decoder.keep(reader_of_row)
     for number, row in enumerate(rows):
         row.decoder_row = number
         row.new_ids = []
@@ -301,7 +318,7 @@ class Agent:
     model answers: a forced answer.
     """
 
-    writing_share = WRITING_SHARE
+    writing_share = 0.6  # what the others have begun to write, they go on with in the next turn
 
     def __init__(self, codec: Codec, settings: RolloutSettings, imagines: bool) -> None:
         self.codec = codec
@@ -346,7 +363,7 @@ class Agent:
         ):
             self._act(row)
         elif last in (self.codec.eos_id, self.codec.end_search_id):
-            # It has answered, or closed an action that it never opened: beyond repair.
+            # It has answered, or closed an action that it never opened, which ends it too.
             row.finished = True
         elif spent and (row.trajectory.forced or row.state == Role.ANSWER):
             row.finished = True
@@ -374,7 +391,6 @@ class Agent:
             row.append([self.codec.result_id], Role.OBSERVATION)
             row.state = Role.OBSERVATION
             row.observation_start = len(row.trajectory.ids)
-            row.observation_event = "opened"
         else:
             row.query = query
 
@@ -388,10 +404,12 @@ class Agent:
             text = self.codec.decode(trajectory.ids[row.observation_start : -1]).strip()
             trajectory.observations.append(Observation(text, Provenance.IMAGINED))
             row.state = Role.THINK
-            row.observation_event = "closed"
 
     def read_observation(self, row: Row, observation: Observation) -> None:
-        """Add what the tool said; where it does not fit, force an answer instead of cutting it."""
+        """Add what the tool said; where it does not fit, force an answer instead of cutting it.
+
+        What the tool said stays in the trajectory's observations, also where no token shows it.
+        """
         text = self.codec.fit(observation.text, self.settings.max_observation)
         row.trajectory.observations.append(Observation(text, observation.provenance))
         ids = self.codec.wrap_observation(text)

@@ -30,8 +30,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
 
 import model
 from autocoa import TAG_ROOM, nll_loss, rollout
@@ -134,7 +132,7 @@ class MlxLm:
         self.settings = settings
 
     def answer(self, prompt: list[int], count: int) -> list[int]:
-        """Write so many tokens behind one prompt."""
+        """Write so many tokens after one prompt."""
         from mlx import core as mx
         from mlx_lm.generate import generate_step
 
@@ -234,13 +232,19 @@ class Transformers:
     def __init__(
         self, folder: Path, base_folder: Path, codec: Codec, settings: BenchSettings
     ) -> None:
+        # torch, and transformers' models, which need it, are imported where they are compared with:
+        # MLX and the index do without, and not every machine has torch.
+        from transformers import AutoModelForCausalLM
+
         self.device = model.choose_backend("torch").pick_device(settings.device)
         self.network: Any = AutoModelForCausalLM.from_pretrained(folder).eval().to(self.device)
         self.base_folder = base_folder
         self.stops = [codec.eos_id, codec.end_search_id]
 
     def answer(self, prompt: list[int], count: int) -> list[int]:
-        """Write so many tokens behind one prompt."""
+        """Write so many tokens after one prompt."""
+        import torch
+
         self.network.generation_config.eos_token_id = None
         ids = torch.tensor([prompt], device=self.device)
         output = self._generate(ids, torch.ones_like(ids), count, stops=None)
@@ -249,6 +253,8 @@ class Transformers:
     def _generate(
         self, ids: Any, mask: Any, count: int, stops: list[int] | None, cache: Any = None
     ) -> Any:
+        import torch
+
         with torch.no_grad():
             return self.network.generate(
                 input_ids=ids,
@@ -263,6 +269,8 @@ class Transformers:
 
     def generation(self) -> Generate:
         """Return a generation of rows that keeps the cache of the turn before."""
+        import torch
+
         last_turn: dict[str, Any] = {}
 
         def generate(
@@ -295,7 +303,10 @@ class Transformers:
         return generate
 
     def train(self, rows: list[list[int]], steps: int) -> float:
-        """Return the seconds of so many optimizer steps of all weights, behind a first one."""
+        """Return the seconds of so many optimizer steps of all weights, after a first one."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
         student: Any = AutoModelForCausalLM.from_pretrained(self.base_folder)
         student = student.to(self.device).train()
         optimizer = torch.optim.AdamW(student.parameters(), LEARNING_RATE)
@@ -319,11 +330,13 @@ class Transformers:
             # A trainer logs the loss; and so a GPU is waited for, as on our side.
             loss.item()
 
-        return _seconds_behind_the_first(train_step, steps)
+        return _seconds_after_the_first(train_step, steps)
 
 
 def _pad_left(rows: list[list[int]], device: Any) -> tuple[Any, Any]:
     """Return ids and attention mask of some rows: tensors of (rows, tokens)."""
+    import torch
+
     longest = max(len(row) for row in rows)
     padding = [[0] * (longest - len(row)) for row in rows]
     ids = [zeros + row for row, zeros in zip(rows, padding, strict=True)]
@@ -345,7 +358,7 @@ def _timed(write: Callable[[], list[list[int]]]) -> Result:
     return Result(time.perf_counter() - start, texts)
 
 
-def _seconds_behind_the_first(train_step: Callable[[], None], steps: int) -> float:
+def _seconds_after_the_first(train_step: Callable[[], None], steps: int) -> float:
     """Return the seconds of so many steps; one more comes first, in which memory is got."""
     train_step()
     start = time.perf_counter()
@@ -364,7 +377,7 @@ class Ours:
     trains_adapter: bool
 
     def answer(self, prompt: list[int], count: int) -> list[int]:
-        """Write so many tokens behind one prompt."""
+        """Write so many tokens after one prompt."""
         ids, _ = self.lm.decoder([prompt]).decode([], [count], 0.0)
         return ids[0]
 
@@ -374,7 +387,7 @@ class Ours:
         return [trajectory.ids for trajectory in trajectories]
 
     def train(self, rows: list[Trajectory], steps: int) -> float:
-        """Return the seconds of so many optimizer steps, behind a first one."""
+        """Return the seconds of so many optimizer steps, after a first one."""
         settings = self.settings
         if not self.trains_adapter:
             settings = dataclasses.replace(settings, lora_rank=0)
@@ -391,7 +404,7 @@ class Ours:
                 student.network, optimizer, nll_loss, batches, LEARNING_RATE, muon_lr=0.0
             )
 
-        return _seconds_behind_the_first(train_step, steps)
+        return _seconds_after_the_first(train_step, steps)
 
 
 def compare(

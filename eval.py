@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import model
 from common import memory
@@ -40,26 +39,28 @@ from common.settings import CommaList, main
 from data.questions import Question
 from data.scores import cover_match, exact_match, f1, overlap_match
 from data.trajectory import Observation, Provenance
+from evaluation.figures import RowFigures, gain_to_json, row_to_json
 from evaluation.predictions import (
     AnswerSettings,
     Prediction,
     Predictions,
+    ScoredAnswer,
     provenance_hash,
     read_predictions,
     recall_known_facts,
 )
-from evaluation.statistics import mean, paired_gain, percent, summarize
-from evaluation.table import format_table
+from evaluation.statistics import paired_gain, summarize, summarize_verdicts
+from evaluation.table import WorkflowName, format_table
 from model import LM
 from services.chat import Chat
 from services.judge import judge
 from tasks import Task, open_task
 from workflows.agent import Answered, answer_questions
-from workflows.closed_book import answer_directly, closed_book
-from workflows.prompts import CLOSED_BOOK_EXAMPLES, REACT_EXAMPLES
+from workflows.gold import gold_observation
+from workflows.prompts import REACT_EXAMPLES
 from workflows.react import react
-from workflows.reading import answer_from_passages, gold_observation
 from workflows.reflexion import reflexion
+from workflows.style import is_asked_in_words, style_of
 
 
 @dataclass(kw_only=True)
@@ -101,12 +102,12 @@ def think_and_act(lm: LM, questions: list[Question], exam: Exam, name: str) -> l
 
 def answer_at_once(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
     """Ask for the answer without a thought before it."""
-    return answer_directly(lm, texts_of(questions), exam.settings, name)
+    return style_of(lm.codec).answer_directly(lm, texts_of(questions), exam.settings, name)
 
 
 def answer_from_memory(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
     """Ask for a thought and the answer, without a tool."""
-    return closed_book(lm, texts_of(questions), exam.settings, CLOSED_BOOK_EXAMPLES, name)
+    return style_of(lm.codec).answer_from_memory(lm, texts_of(questions), exam.settings, name)
 
 
 def retrieve_then_read(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
@@ -114,7 +115,8 @@ def retrieve_then_read(lm: LM, questions: list[Question], exam: Exam, name: str)
     budget = exam.settings.max_observation
     found = exam.task.eval_search([f"search: {text}" for text in texts_of(questions)])
     passages = [lm.codec.fit(observation.text, budget) for observation in found]
-    answers = answer_from_passages(lm, texts_of(questions), passages, exam.settings, name)
+    style = style_of(lm.codec)
+    answers = style.answer_from_passages(lm, texts_of(questions), passages, exam.settings, name)
     for answer, text, observation in zip(answers, passages, found, strict=True):
         # The workflow was given texts, and does not know of a search that failed.
         answer.trajectory.observations = [Observation(text, observation.provenance)]
@@ -126,14 +128,16 @@ def read_gold_passages(lm: LM, questions: list[Question], exam: Exam, name: str)
     budget = exam.settings.max_len // 2
     search = exam.task.eval_search
     passages = [lm.codec.fit(gold_observation(question, search), budget) for question in questions]
-    return answer_from_passages(lm, texts_of(questions), passages, exam.settings, name)
+    style = style_of(lm.codec)
+    return style.answer_from_passages(lm, texts_of(questions), passages, exam.settings, name)
 
 
 def think_act_observe(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
     """Have a script outside the model make it think, then search, then read."""
     search = exam.task.eval_search
     texts = texts_of(questions)
-    answers = react(lm, texts, search, exam.settings, examples=REACT_EXAMPLES, description=name)
+    phrases = style_of(lm.codec).react_phrases(lm.codec, REACT_EXAMPLES)
+    answers = react(lm, texts, search, exam.settings, phrases, description=name)
     for question, answer in zip(questions, answers, strict=True):
         exam.react_answers[question.id] = answer
     return answers
@@ -175,14 +179,14 @@ def questions_with_gold_passages(base: LM, task: Task) -> QuestionSets:
 
 def questions_for_instruct_models(base: LM, task: Task) -> QuestionSets:
     """Return all questions where the base model can speak of itself, else none."""
-    if base.codec.has_chat_template:
+    if is_asked_in_words(base.codec):
         return task.evaluation
     return {}
 
 
 # ---- 3. The rows ---------------------------------------------------------------------------------
 @dataclass
-class Row:
+class TableRow:
     """One row of the table: whose weights answer, by which workflow."""
 
     name: str
@@ -207,28 +211,37 @@ SFT2_ALONE = Path("sft2_alone")
 RL2_ALONE = Path("rl2_alone")
 RL2_FROM_SFT2 = Path("rl2_from_sft2")
 
-REACT_ROW = "ReAct workflow"
-
-# Rows in which a script asks the base model. A new workflow is a function above and a line here.
+# Rows in which a script asks the base model. A new workflow is a function above, a line here and a
+# name in evaluation/table.py.
 WORKFLOWS = [
-    Row("model only (at once)", BASE, answer_at_once),
-    Row("model only", BASE, answer_from_memory),
-    Row("retrieve-then-read", BASE, retrieve_then_read),
-    Row("oracle passages", BASE, read_gold_passages, question_sets=questions_with_gold_passages),
-    Row(REACT_ROW, BASE, think_act_observe),
-    Row("Reflexion workflow", BASE, try_and_reflect, question_sets=questions_for_instruct_models),
+    TableRow(WorkflowName.AT_ONCE, BASE, answer_at_once),
+    TableRow(WorkflowName.FROM_MEMORY, BASE, answer_from_memory),
+    TableRow(WorkflowName.RETRIEVE_THEN_READ, BASE, retrieve_then_read),
+    TableRow(
+        WorkflowName.ORACLE,
+        BASE,
+        read_gold_passages,
+        question_sets=questions_with_gold_passages,
+    ),
+    TableRow(WorkflowName.REACT, BASE, think_act_observe),
+    TableRow(
+        WorkflowName.REFLEXION,
+        BASE,
+        try_and_reflect,
+        question_sets=questions_for_instruct_models,
+    ),
 ]
 
 # Rows of trained stages, which act by themselves. Those whose folder is missing are left out.
 STAGES = [
-    Row("SFT-1", SFT1, think_and_act, trained_from=BASE),
-    Row("SFT-2", SFT2_ALONE, think_and_act, trained_from=BASE),
-    Row("SFT-1&2", SFT2, think_and_act, trained_from=SFT1),
-    Row("SFT-1&2&3", SFT3, think_and_act, trained_from=SFT2),
-    Row("RL-2 alone", RL2_ALONE, think_and_act, trained_from=BASE),
-    Row("SFT-1&2&3+RL-1", RL1, think_and_act, trained_from=SFT3),
-    Row("SFT-1&2&3+RL-1&2", RL2, think_and_act, trained_from=RL1),
-    Row("SFT-1&2+RL-2", RL2_FROM_SFT2, think_and_act, trained_from=SFT2),
+    TableRow("SFT-1", SFT1, think_and_act, trained_from=BASE),
+    TableRow("SFT-2", SFT2_ALONE, think_and_act, trained_from=BASE),
+    TableRow("SFT-1&2", SFT2, think_and_act, trained_from=SFT1),
+    TableRow("SFT-1&2&3", SFT3, think_and_act, trained_from=SFT2),
+    TableRow("RL-2 alone", RL2_ALONE, think_and_act, trained_from=BASE),
+    TableRow("SFT-1&2&3+RL-1", RL1, think_and_act, trained_from=SFT3),
+    TableRow("SFT-1&2&3+RL-1&2", RL2, think_and_act, trained_from=RL1),
+    TableRow("SFT-1&2+RL-2", RL2_FROM_SFT2, think_and_act, trained_from=SFT2),
 ]
 
 
@@ -239,7 +252,7 @@ class Table:
     root: Path
     base: LM
     base_folder: Path
-    rows: list[Row]
+    rows: list[TableRow]
 
 
 def open_run(settings: EvalSettings) -> Table:
@@ -252,7 +265,7 @@ def open_run(settings: EvalSettings) -> Table:
     base_folder = find_start(root, "base", ["base", *stage_folders])
     base = model.load(base_folder, settings)
     own_rows = [
-        Row(config.parent.name, Path(config.parent.name), think_and_act)
+        TableRow(config.parent.name, Path(config.parent.name), think_and_act)
         for config in sorted(root.glob("*/config.json"))
         if config.parent.suffix not in (".partial", ".checkpoint", ".old")
         and config.parent.name not in ["base", *stage_folders]
@@ -267,7 +280,7 @@ def open_run(settings: EvalSettings) -> Table:
     return Table(root, base, base_folder, rows)
 
 
-def _row_in(root: Path, row: Row) -> Row:
+def _row_in(root: Path, row: TableRow) -> TableRow:
     trained_from = None
     if row.trained_from is not None:
         trained_from = root / row.trained_from
@@ -282,7 +295,7 @@ def open_checkpoint(settings: EvalSettings) -> Table:
     if not settings.model:
         raise UserError("--data: it needs --model, the checkpoint to judge")
     base, has_tags = model.load_any(settings.model, settings)
-    if not has_tags and not base.codec.has_chat_template:
+    if not has_tags and not is_asked_in_words(base.codec):
         raise UserError(
             f"--model={settings.model}: no chat template, so no workflow can ask it in words; "
             "take an instruct model, or one that train_sft.py made"
@@ -290,7 +303,7 @@ def open_checkpoint(settings: EvalSettings) -> Table:
     folder = Path(settings.model)
     rows = [dataclasses.replace(row, folder=folder) for row in WORKFLOWS]
     if has_tags:
-        rows.append(Row("agent", folder, think_and_act))
+        rows.append(TableRow("agent", folder, think_and_act))
     # Two runs may have folders of one name.
     path = folder.resolve()
     path_hash = hashlib.sha256(str(path).encode()).hexdigest()[:8]
@@ -317,8 +330,8 @@ def run(settings: EvalSettings) -> None:
     known_facts = recall_facts(table, exam)
     predictions = open_predictions(table, exam)
 
-    answers = {}
-    figures = {}
+    answers: Answers = {}
+    figures: Figures = {}
     for row in table.rows:
         sets = row.question_sets(table.base, task)
         is_chosen = not settings.rows or row.name in settings.rows
@@ -343,7 +356,7 @@ def run(settings: EvalSettings) -> None:
     print(format_table(figures, task.evaluation))
     print(task.eval_search.report())
     result = {
-        "rows": figures,
+        "rows": {name: row_to_json(row) for name, row in figures.items()},
         "model": str(table.root),
         "seed": settings.seed,
         "seconds": round(time.time() - start, 1),
@@ -354,7 +367,7 @@ def run(settings: EvalSettings) -> None:
         raise judge_error
 
 
-def refuse_unknown_rows(names: Sequence[str], rows: Sequence[Row]) -> None:
+def refuse_unknown_rows(names: Sequence[str], rows: Sequence[TableRow]) -> None:
     """Raise UserError for a name in --rows that no row has."""
     row_names = [row.name for row in rows]
     for name in names:
@@ -386,7 +399,7 @@ def open_predictions(table: Table, exam: Exam) -> Predictions:
     )
 
 
-def warn_of_older_stage(row: Row) -> None:
+def warn_of_older_stage(row: TableRow) -> None:
     """Print that a stage is older than the folder from which it should come."""
     if row.trained_from is None or not (row.trained_from / "config.json").is_file():
         return
@@ -399,7 +412,7 @@ def warn_of_older_stage(row: Row) -> None:
 
 
 def ask_what_is_missing(
-    row: Row, sets: QuestionSets, table: Table, exam: Exam, predictions: Predictions
+    row: TableRow, sets: QuestionSets, table: Table, exam: Exam, predictions: Predictions
 ) -> None:
     """Have a row answer the questions of some sets that it has not answered yet."""
     lm = None
@@ -418,9 +431,9 @@ def ask_what_is_missing(
 
 
 def score_answer(
-    row: Row, lm: LM, question: Question, answered: Answered, cache: str
-) -> dict[str, Any]:
-    """Return an answer with its scores: a Prediction without its row, its set and its hashes."""
+    row: TableRow, lm: LM, question: Question, answered: Answered, cache: str
+) -> ScoredAnswer:
+    """Return an answer with its scores."""
     answer, trajectory = answered
     golden = question.golden_answers
     is_malformed = row.is_agent and not lm.codec.is_well_formed(trajectory)
@@ -455,16 +468,16 @@ def count_lost(observations: Sequence[Observation], cache: str) -> int:
 
 
 # ---- 5. Further figures --------------------------------------------------------------------------
-Figures = dict[str, dict[str, dict[str, Any]]]  # row -> set, or "avg" -> figure -> value
+Figures = dict[str, RowFigures]  # row -> its figures
 Answers = dict[str, dict[str, list[Prediction]]]  # row -> set -> predictions
 
 
 def add_gains(figures: Figures, answers: Answers) -> None:
     """Add to each row how much more EM it has than the ReAct workflow."""
-    if REACT_ROW not in answers:
+    if WorkflowName.REACT not in answers:
         return
-    for row in figures:
-        figures[row]["avg"] |= paired_gain([(answers[row], answers[REACT_ROW])])
+    for name, row in figures.items():
+        row.gain = paired_gain([(answers[name], answers[WorkflowName.REACT])])
 
 
 def add_verdicts(chat: Chat, figures: Figures, answers: Answers) -> None:
@@ -483,14 +496,7 @@ def add_verdicts(chat: Chat, figures: Figures, answers: Answers) -> None:
         for name, predictions in sets.items():
             for prediction, verdict in zip(predictions, verdicts[row][name], strict=True):
                 prediction["judge"] = verdict
-            readable = [verdict for verdict in verdicts[row][name] if verdict is not None]
-            figures[row][name]["judge"] = percent(readable)
-        judged = [figures[row][name]["judge"] for name in sets]
-        average = figures[row]["avg"]
-        average["judge"] = mean([value for value in judged if value is not None])
-        average["judge_unread"] = sum(
-            verdict is None for values in verdicts[row].values() for verdict in values
-        )
+        figures[row].judge = summarize_verdicts(verdicts[row])
     print(chat.report())
 
 
@@ -511,8 +517,9 @@ def compare_rows(settings: EvalSettings) -> None:
         path = Path("out", run_name, "predictions.jsonl")
         predictions = read_predictions(path, settings.compare, "--runs")
         runs.append((predictions[first], predictions[second]))
-    gains = {name: round(value, 2) for name, value in paired_gain(runs).items()}
-    print(json.dumps({"rows": settings.compare, "runs": run_names, **gains}))
+    gain = gain_to_json(paired_gain(runs))
+    rounded = {name: round(value, 2) for name, value in gain.items()}
+    print(json.dumps({"rows": settings.compare, "runs": run_names, **rounded}))
 
 
 if __name__ == "__main__":

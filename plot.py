@@ -16,7 +16,6 @@ trajectories.html    what the policy wrote, token by token, coloured by who wrot
 Stages that are not there are left out, and so is a stage that is still training.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,9 @@ from common.errors import UserError
 from common.files import read_jsonl
 from common.runs import run_folder
 from common.settings import RunSettings, main
-from eval import WORKFLOWS
+from data.trajectory_rows import TrajectoryRow
+from evaluation.figures import RowFigures, read_figures
+from evaluation.table import WorkflowName
 from evaluation.viewer import render_page
 
 Rows = list[dict[str, Any]]
@@ -61,7 +62,7 @@ RL_PANELS = {
     "length": "Tokens of a trajectory",
 }
 SHARES = ("em", "malformed")  # panels whose figures are shares, shown in percent
-WORKFLOW_NAMES = [row.name for row in WORKFLOWS]
+WORKFLOW_NAMES = list(WorkflowName)
 
 SFT_SMOOTHING = 11  # steps of the moving mean
 RL_SMOOTHING = 5
@@ -97,7 +98,7 @@ ACTION_BOX = 0.94  # width of a box in the right part of actions.png
 THIN = 0.8  # widths of lines, in points
 MEDIUM = 1.2
 THICK = 1.8
-LABEL_GAP = (5, 0)  # of a number behind its bar, in points
+LABEL_GAP = (5, 0)  # of a number after its bar, in points
 SMALL_FONT = 8
 TINY_FONT = 6.5
 ROOM_FOR_LABELS = 1.1  # the x axis ends at so many times its largest value
@@ -130,7 +131,7 @@ def _set_title(figure: Figure | SubFigure, text: str) -> None:
 
 
 def _label_bar(axes: Axes, text: str, end: float, y: float, **style: Any) -> None:
-    """Write a number behind a bar."""
+    """Write a number after a bar."""
     axes.annotate(text, (end, y), LABEL_GAP, textcoords="offset points", va="center", **style)
 
 
@@ -249,17 +250,17 @@ def _draw_curve(
 
 
 # ---- table.png -----------------------------------------------------------------------------------
-def draw_table(rows: Mapping[str, dict[str, Any]]) -> Figure:
+def draw_table(rows: Mapping[str, RowFigures]) -> Figure:
     """Draw the exact match of each row of eval.json, with its interval."""
     figure, axes = plt.subplots(figsize=(TABLE_WIDTH, 0.9 + 0.36 * len(rows)))
     for y, (name, row) in enumerate(rows.items()):
-        average = row["avg"]
-        axes.barh(y, average["em"], TABLE_BAR, color=_row_color(name), alpha=0.75)
-        axes.hlines(y, average["em_low"], average["em_high"], color=DARK, linewidth=MEDIUM)
-        _label_bar(axes, f"{average['em']:.1f}", average["em_high"], y)
+        em = row.average.em
+        axes.barh(y, em, TABLE_BAR, color=_row_color(name), alpha=0.75)
+        axes.hlines(y, row.em_low, row.em_high, color=DARK, linewidth=MEDIUM)
+        _label_bar(axes, f"{em:.1f}", row.em_high, y)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
-    highest = max(row["avg"]["em_high"] for row in rows.values())
+    highest = max(row.em_high for row in rows.values())
     axes.set_xlim(0, ROOM_FOR_LABELS * highest or 1)
     axes.set_xlabel(
         "exact match, %: average over the question sets; "
@@ -283,12 +284,21 @@ def _row_color(name: str) -> str:
 
 
 # ---- search.png ----------------------------------------------------------------------------------
-def draw_search(rows: Mapping[str, dict[str, Any]]) -> Figure:
+def draw_search(rows: Mapping[str, RowFigures]) -> Figure:
     """Draw when each row of eval.json acts, and what comes of it (appendix A)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 1.2 + 0.45 * len(rows)), sharey=True)
-    averages = [row["avg"] for row in rows.values()]
-    _draw_known_and_unknown(left, averages, "search", scale=100, unit="% of")
-    _draw_known_and_unknown(right, averages, "em", scale=1, unit=" EM,")
+    acting = [row.acting for row in rows.values()]
+    searched_known = [figures.search_known for figures in acting]
+    searched_unknown = [figures.search_unknown for figures in acting]
+    _draw_bars(left, searched_known, GREEN, -PAIR_OFFSET, scale=100, label="% of known")
+    _draw_bars(left, searched_unknown, PURPLE, PAIR_OFFSET, scale=100, label="% of unknown")
+    em_known = [figures.em_known for figures in acting]
+    em_unknown = [figures.em_unknown for figures in acting]
+    _draw_bars(right, em_known, GREEN, -PAIR_OFFSET, scale=1, label=" EM, known")
+    _draw_bars(right, em_unknown, PURPLE, PAIR_OFFSET, scale=1, label=" EM, unknown")
+    for axes in (left, right):
+        axes.set(xlim=(0, 125), xticks=range(0, 101, 20))
+        _remove_frame(axes)
     left.set_yticks(range(len(rows)), list(rows))
     left.invert_yaxis()
     left.set_xlabel("facts that a question needs, searched for, %")
@@ -301,20 +311,20 @@ def draw_search(rows: Mapping[str, dict[str, Any]]) -> Figure:
     return figure
 
 
-def _draw_known_and_unknown(
-    axes: Axes, averages: Sequence[dict[str, Any]], figure: str, scale: float, unit: str
+def _draw_bars(
+    axes: Axes, values: Sequence[float | None], color: str, offset: float, scale: float, label: str
 ) -> None:
-    """Draw two bars for each row: what the base model knows, and what it does not."""
-    for word, color, offset in (("known", GREEN, -PAIR_OFFSET), ("unknown", PURPLE, PAIR_OFFSET)):
-        for y, average in enumerate(averages):
-            value = average[f"{figure}_{word}"]
-            if value is None:
-                continue
-            axes.barh(y + offset, scale * value, PAIR_BAR, color=color, alpha=0.8)
-            text = f"{scale * value:.0f}{unit} {word}"
-            _label_bar(axes, text, scale * value, y + offset, fontsize=SMALL_FONT)
-    axes.set(xlim=(0, 125), xticks=range(0, 101, 20))
-    _remove_frame(axes)
+    """Draw a bar for each row that has a value, with the value in front of a label.
+
+    offset: of the bars from the middle of their rows, up or down.
+    scale: 100 for shares, which are drawn in percent.
+    """
+    for y, value in enumerate(values):
+        if value is None:
+            continue
+        axes.barh(y + offset, scale * value, PAIR_BAR, color=color, alpha=0.8)
+        text = f"{scale * value:.0f}{label}"
+        _label_bar(axes, text, scale * value, y + offset, fontsize=SMALL_FONT)
 
 
 # ---- actions.png ---------------------------------------------------------------------------------
@@ -412,8 +422,8 @@ class RunLogs:
     """What a run has left; each part may be empty."""
 
     training: dict[str, Rows]  # stage -> rows of its log.jsonl
-    rollouts: dict[str, Rows]  # title of a stage -> rows of its rollouts.jsonl
-    table: dict[str, dict[str, Any]]  # row of eval.json -> its figures
+    rollouts: dict[str, list[TrajectoryRow]]  # title of a stage -> its rollouts.jsonl
+    table: dict[str, RowFigures]  # rows of eval.json
     agents: dict[str, Rows]  # row of an agent -> its predictions
 
 
@@ -428,11 +438,12 @@ def read_run(root: Path) -> RunLogs:
         if steps:
             logs.training[stage] = steps
         rollouts = read_rows(root / stage / "rollouts.jsonl")
-        rollouts_with_tokens = [row for row in rollouts if "tokens" in row]
-        if rollouts_with_tokens:
-            logs.rollouts[title] = rollouts_with_tokens
+        # Only those of older versions lack the text of their tokens.
+        shown = [TrajectoryRow.from_json(row) for row in rollouts if "tokens" in row]
+        if shown:
+            logs.rollouts[title] = shown
     if (root / "eval.json").is_file():
-        logs.table = json.loads((root / "eval.json").read_text())["rows"]
+        logs.table = read_figures(root / "eval.json")
     for row in read_rows(root / "predictions.jsonl"):
         # In a workflow a script acts, not the model.
         if row["row"] not in WORKFLOW_NAMES:
@@ -462,7 +473,7 @@ def run(settings: PlotSettings) -> None:
         _save(draw_training(logs.training), folder / "training.png")
     if logs.table:
         _save(draw_table(logs.table), folder / "table.png")
-    rows_with_facts = {name: row for name, row in logs.table.items() if _needs_facts(row["avg"])}
+    rows_with_facts = {name: row for name, row in logs.table.items() if _needs_facts(row)}
     if rows_with_facts:
         _save(draw_search(rows_with_facts), folder / "search.png")
     if logs.agents:
@@ -472,9 +483,9 @@ def run(settings: PlotSettings) -> None:
         print(folder / "trajectories.html")
 
 
-def _needs_facts(average: dict[str, Any]) -> bool:
+def _needs_facts(row: RowFigures) -> bool:
     """Whether a row was asked for facts that could be searched for."""
-    return average["search_known"] is not None or average["search_unknown"] is not None
+    return row.acting.search_known is not None or row.acting.search_unknown is not None
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 
 import model
-from autocoa import IMAGINE, Search, group_advantages, grpo_loss, k3, nll_loss, reward
-from common import runs
+from autocoa import IMAGINE, Imagine, Search, group_advantages, grpo_loss, k3, nll_loss, reward
+from common import memory, runs
 from common.batching import group_by_tokens
 from common.errors import UserError
 from common.runs import StagePlan, StageRun
@@ -62,7 +62,7 @@ DRIFT_SAMPLES = 10  # trajectories of a step on which KL is watched
 class RLSettings(StageSettings, TaskRunSettings, ModelSettings, RolloutSettings):
     """The settings of train_rl.py; the counts are the authors'."""
 
-    # Questions that SFT's chains took; those of RL begin behind them (question files only).
+    # With question files: RL begins after this many of them, which are those of SFT's chains.
     coa: int = 5000
     # Steps in the imagined environment.
     rl1_steps: int = 80
@@ -106,7 +106,7 @@ class RLStage:
     folder: Path
     steps: int
     pool: list[Question]  # questions, taken in turn
-    search: Search | str  # the environment: a tool, or IMAGINE
+    search: Search | Imagine  # the environment: a tool, or the policy itself
     call_cost: float  # taken off the reward for each call
     rate_scale: float  # of the learning rate
     number: int  # with the run's seed and the step, the seed of what is random
@@ -119,27 +119,29 @@ def run(settings: RLSettings) -> None:
         return
     task = open_task(settings)
     reference, policy = load_reference_and_policy(settings, plan)
-    if not plan.begin(policy, settings, nll_loss):
+    # --dry-run times a step by the simplest loss.
+    if not memory.report(policy, settings, "rl", nll_loss):
         return
+    plan.prepare_folders(settings)
 
     if "rl1" in plan.todo:
         imagined = RLStage(
             folder=plan.folder_of("rl1"),
             steps=settings.rl1_steps,
-            pool=task.questions("rl1", settings.rl_questions, 0.0, skip=settings.coa),
-            search=IMAGINE,  # the policy is its own search engine
+            pool=task.questions("rl1", settings.rl_questions, skip=settings.coa),
+            search=IMAGINE,
             call_cost=0.0,
             rate_scale=settings.rl1_scale,
             number=1,
         )
         train_grpo(policy, reference, settings, imagined)
     if "rl2" in plan.todo:
-        behind_rl1 = settings.coa + settings.rl1_steps * settings.questions
+        used_before = settings.coa + settings.rl1_steps * settings.questions
         real = RLStage(
             folder=plan.folder_of("rl2"),
             steps=settings.rl2_steps,
-            pool=task.questions("rl2", settings.rl_questions, skip=behind_rl1),
-            search=task.rl_search,  # the tool answers
+            pool=task.questions("rl2", settings.rl_questions, skip=used_before),
+            search=task.rl_search,
             call_cost=settings.call_cost,
             rate_scale=1.0,
             number=2,
@@ -151,12 +153,12 @@ def run(settings: RLSettings) -> None:
 def load_reference_and_policy(settings: RLSettings, plan: StagePlan) -> tuple[LM, LM]:
     """Return the policy that KL is measured to, and the one that is trained.
 
-    They begin as the same, unless RL-1 is done and --resume goes on behind it.
+    They begin as the same, unless RL-1 is done and --resume goes on after it.
     """
     reference = model.load(plan.reference_folder(), settings)
     # Before the copy, so that policy and reference share a base that only carries adapters.
     reference.begin_stage(settings, settings.seed, plan.todo[0])
-    if not plan.goes_on_behind_rl1:
+    if not plan.goes_on_after_rl1:
         return reference, reference.copy()
     if settings.lora_merge:
         # RL-1's adapter was merged into weights of its own.
@@ -173,7 +175,7 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
     Raises UserError where the loss is not finite, before the weights change.
     """
     policy.begin_stage(settings, settings.seed, stage.folder.name)
-    optimizer = policy.backend.Optimizer(policy.network, False, settings.seed)
+    optimizer = policy.backend.Optimizer(policy.network, muon=False, seed=settings.seed)
     progress = StageRun(policy, optimizer, stage.folder, settings, stage.steps)
     for step in progress.steps():
         rng = np.random.default_rng([settings.seed, stage.number, step])
@@ -183,7 +185,8 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
         batch = sample_rollouts(policy, settings, stage, step, rng)
         sampled = time.time()
 
-        # Update: one policy-gradient step on what the groups can teach.
+        # Update: a policy-gradient step for each minibatch, on what the groups can teach. The log
+        # has the figures of the last one; they are 0 where all groups are skipped.
         advantages = group_advantages(batch.rewards, settings.advantage_std).ravel()
         skipped = groups_to_skip(batch)
         learned = np.flatnonzero(~skipped.repeat(settings.rollouts))
@@ -194,7 +197,13 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
             trajectories = [batch.trajectories[row] for row in part]
             batches = update_batches(trajectories, advantages[part], reference, settings)
             figures = policy.backend.train_step(
-                policy.network, optimizer, grpo_loss, batches, rate, 0.0, settings.temperature
+                policy.network,
+                optimizer,
+                grpo_loss,
+                batches,
+                lr=rate,
+                muon_lr=0.0,
+                temperature=settings.temperature,
             )
             if not math.isfinite(figures["loss"] + figures["grad_norm"]):
                 raise UserError(
@@ -293,7 +302,8 @@ def update_batches(
     """Return the micro-batches of one optimizer step of grpo_loss.
 
     advantages: one for each trajectory.
-    "norm" is the number of the policy's tokens of the whole step.
+    "norm" is the number of the policy's tokens of the whole step: a prompt's first token, for which
+    there is no log-prob, is never one of them.
     """
     norm = float(sum(sum(trajectory.mask) for trajectory in trajectories))
     lengths = [len(trajectory.ids) for trajectory in trajectories]

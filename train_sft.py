@@ -27,14 +27,13 @@ from typing import Any
 
 import model
 from autocoa import contrastive_loss, nll_loss
-from common import runs
+from common import memory, runs
 from common.errors import UserError
 from common.runs import StagePlan, StageRun
 from common.settings import (
     AboveZero,
     CommaList,
-    ModelSettings,
-    NanoModelSettings,
+    NewModelSettings,
     RolloutSettings,
     StageSettings,
     TaskRunSettings,
@@ -58,12 +57,12 @@ from data.trajectory import Trajectory
 from model import LM
 from tasks import Task, open_task
 from workflows.agent import sample_rows
-from workflows.closed_book import recall
 from workflows.react import react
+from workflows.recall import recall
+from workflows.style import style_of
 
 PAIRS_OF_A_STEP = 16  # pairs of an optimizer step of SFT-1, as the authors set it
 REACT_CALLS = 4  # calls of the workflow whose outcomes make the pairs of SFT-1
-HEAD_SHARE = {"coa": 0.05, "cot": 1.0, "think": 1.0}  # nano: questions about head entities
 SAMPLES = 20  # greedy trajectories that a stage leaves to be read
 
 # Other values of these would make other SFT data.
@@ -85,9 +84,7 @@ DATA_SETTINGS = (
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
 @dataclass(kw_only=True)
-class SFTSettings(
-    StageSettings, TaskRunSettings, ModelSettings, NanoModelSettings, RolloutSettings
-):
+class SFTSettings(StageSettings, TaskRunSettings, NewModelSettings, RolloutSettings):
     """The settings of train_sft.py; the counts are the authors'."""
 
     # SFT files of AutoCoA's form, jsonl and json, to learn from in place of the teacher's chains.
@@ -131,8 +128,10 @@ def run(settings: SFTSettings) -> None:
         lm = task.new_model(settings)
     else:
         lm = model.load(plan.start_folder(), settings)
-    if not plan.begin(lm, settings, nll_loss, DATA_SETTINGS):
+    plan.refuse_contradictions(lm, settings, DATA_SETTINGS)
+    if not memory.report(lm, settings, "sft", nll_loss):
         return
+    plan.prepare_folders(settings)
 
     if "base" in plan.todo:  # a reasoning model to begin with
         make_base_model(lm, settings, task, plan.folder_of("base"))
@@ -247,7 +246,7 @@ def train(
     Raises UserError where the loss is not finite, before the weights change.
     """
     lm.network.recompute = settings.checkpointing
-    optimizer = lm.backend.Optimizer(lm.network, settings.muon, settings.seed)
+    optimizer = lm.backend.Optimizer(lm.network, muon=settings.muon, seed=settings.seed)
     stage = StageRun(lm, optimizer, folder, settings, len(steps))
     mean_loss: float | None = None
     for step in stage.steps():
@@ -256,7 +255,12 @@ def train(
         rate = scale * warmup * (1 - 0.9 * step / len(steps))
         batches = make_batches(steps[step])
         figures = lm.backend.train_step(
-            lm.network, optimizer, loss, batches, settings.lr * rate, settings.muon_lr * rate
+            lm.network,
+            optimizer,
+            loss,
+            batches,
+            lr=settings.lr * rate,
+            muon_lr=settings.muon_lr * rate,
         )
         if not math.isfinite(figures["loss"] + figures["grad_norm"]):
             raise UserError(
@@ -302,13 +306,12 @@ def make_data(base: LM, settings: SFTSettings, task: Task) -> SFTData:
 
     rng = random.Random(f"sft {settings.seed}")
     # Without these the nano model forgets the relations that its chains never combine.
-    practice = task.practice_chains(base.codec, rng, settings.cot * 3 // 5)
-    action_questions = task.questions("coa", settings.coa, HEAD_SHARE["coa"])
+    practice = task.practice_chains(base.codec, rng, settings.cot)
+    action_questions = task.questions("coa", settings.coa)
     thought_count = settings.cot - len(practice)
-    thought_questions = task.questions("cot", thought_count, HEAD_SHARE["cot"])
+    thought_questions = task.questions("cot", thought_count)
     pair_questions = _without_repeats(
-        task.questions("act", settings.pairs)
-        + task.questions("think", settings.pairs, HEAD_SHARE["think"])
+        task.questions("act", settings.pairs) + task.questions("think", settings.pairs)
     )
 
     # What the base model knows decides what the teacher recalls and what it looks up.
@@ -362,6 +365,7 @@ def solved_by_acting(
         [question.question for question in questions],
         task.search,
         settings,
+        style_of(base.codec).react_phrases(base.codec, examples=""),
         max_actions=REACT_CALLS,
         description="where acting and thinking part",
     )

@@ -86,7 +86,7 @@ def _searches_of(
 
 
 def _imagine(lm: LM, contexts: Sequence[list[int]], settings: FidelitySettings) -> list[list[int]]:
-    """Return what the model writes behind each opened observation, greedily."""
+    """Return what the model writes after each opened observation, greedily."""
     imagined: list[list[int]] = []
     stops = [lm.codec.end_result_id, lm.codec.eos_id]
     for start in range(0, len(contexts), settings.batch_rows):

@@ -10,9 +10,9 @@ the rows of one cache:
     row 1        A    film .    .    .    .      length 2
     row 2        Who  is   that man  now  ?      length 6
 
-Row 1 has room behind its 2 tokens, and what lies there is never seen: a query at position p sees
+Row 1 has room after its 2 tokens, and what lies there is never seen: a query at position p sees
 the keys at positions 0 to p of its own row. So no row needs padding on its left, and a short row
-takes its next token right behind its last one while a long row does the same elsewhere.
+takes its next token right after its last one while a long row does the same elsewhere.
 
 A turn of an agent has three parts: `decode` lets each row write until a stop, `keep` drops the
 rows that are done, and `feed` appends what a tool has answered to the others.
@@ -96,7 +96,7 @@ class Decoder(ABC):
         limits: Sequence[int],
         temperature: float | Sequence[float],
         rng: np.random.Generator | None = None,
-        leave: float = 0.0,
+        writing_share: float = 0.0,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Sample each row until it has written a stop or reached its limit.
 
@@ -106,8 +106,8 @@ class Decoder(ABC):
             its log-probabilities are those at temperature 1.
         rng: where a row samples, one uniform number is drawn for each row and step, so that every
             backend draws the same tokens.
-        leave: return as soon as no more than this share of the rows is still writing. They can go
-            on in the next call.
+        writing_share: return as soon as no more than this share of the rows is still writing. They
+            can go on in the next call.
 
         Return (ids, log-probabilities), a list each for each row. The last token of a row is
         pending: call `feed` before the next `decode`, with empty lists where nothing is to be read.
@@ -149,7 +149,7 @@ class Decoder(ABC):
                 for token, row_stops in zip(ids.tolist(), stops_of_row, strict=True)
             ]
             running = running & ~np.array(stopped) & (step < row_limits)
-            if running.sum() <= leave * row_count:
+            if running.sum() <= writing_share * row_count:
                 break
 
             # 4. Rows that run have one token more. The others wrote theirs beyond their length.
@@ -180,7 +180,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def _read(self, ids: np.ndarray, rows: np.ndarray, last: np.ndarray) -> None:
-        """Read ids (B, T) behind some rows (B,), and take the logits at column `last` (B,)."""
+        """Read ids (B, T) after some rows (B,), and take the logits at column `last` (B,)."""
 
     @abstractmethod
     def _choose(self, greedy: Any, divisors: Any, uniforms: Any | None) -> tuple[Any, Any]:
@@ -193,7 +193,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def _advance(self, tokens: Any) -> Any:
-        """Read one token (rows,) behind each row, and return the logits (rows, vocab)."""
+        """Read one token (rows,) after each row, and return the logits (rows, vocab)."""
 
     @abstractmethod
     def _replace_logits(self, running: np.ndarray, next_logits: Any) -> None:

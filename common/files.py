@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def read_jsonl(path: str | Path, expected: str, setting: str) -> list[tuple[int,
 
 
 @contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Generator[None]:
     """Let one process at a time in, of those that ask for the same path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(path.name + ".lock"), "w") as lock:

@@ -11,16 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from backends.config import MATRICES, ModelConfig
 from common.settings import ModelSettings
 from data.trajectory import TAGS
-
-if TYPE_CHECKING:
-    from model import LM
+from model import LM
 
 DECODED_TOKENS = 8  # tokens of each rollout that --dry-run writes, twice
 
@@ -148,7 +146,7 @@ class Workload:
         return self.kind != "eval"
 
 
-def report(lm: "LM", settings: Any, kind: Kind, loss: Callable[..., Any] | None) -> bool:
+def report(lm: LM, settings: Any, kind: Kind, loss: Callable[..., Any] | None) -> bool:
     """Print what a script takes; return whether it should go on, which --dry-run denies.
 
     settings: those of the script.
@@ -196,7 +194,7 @@ def _tokens_at_once(settings: Any, kind: Kind) -> int:
     return max(settings.micro_tokens, longest)
 
 
-def _counted_memory(lm: "LM", settings: Any, workload: Workload) -> dict[str, int]:
+def _counted_memory(lm: LM, settings: Any, workload: Workload) -> dict[str, int]:
     """Return the bytes of all that is counted, by name."""
     config = lm.network.config
     counts = count_parameters(config, settings)
@@ -229,7 +227,7 @@ def _counted_memory(lm: "LM", settings: Any, workload: Workload) -> dict[str, in
 
 
 # ---- measured by --dry-run -----------------------------------------------------------------------
-def _measure(lm: "LM", settings: Any, workload: Workload, loss: Callable[..., Any] | None) -> None:
+def _measure(lm: LM, settings: Any, workload: Workload, loss: Callable[..., Any] | None) -> None:
     """Time a training step and the writing of a token, and print the most memory held."""
     resident_before = _resident_memory()
     step_seconds = 0.0
@@ -266,7 +264,7 @@ def _print_rl_step(
     )
 
 
-def measure_step(lm: "LM", settings: Any, workload: Workload, loss: Callable[..., Any]) -> float:
+def measure_step(lm: LM, settings: Any, workload: Workload, loss: Callable[..., Any]) -> float:
     """Return the seconds of an optimizer step on random tokens: the second of two.
 
     The learning rates are 0, so that the weights stay as they are.
@@ -290,7 +288,7 @@ def measure_step(lm: "LM", settings: Any, workload: Workload, loss: Callable[...
     return seconds
 
 
-def measure_decoding(lm: "LM", settings: Any, rows: int) -> float:
+def measure_decoding(lm: LM, settings: Any, rows: int) -> float:
     """Return the seconds of one token of all rollouts, at half of their length."""
     prompt = [1] * (settings.max_len // 2)
     decoder = lm.decoder([prompt] * rows)

@@ -17,15 +17,31 @@ from common.errors import UserError
 from common.files import write_text
 
 # What belongs to one command: later commands of the run do not repeat it.
-ONE_COMMAND = ("run", "stage", "start", "out", "resume", "dry_run", "ask")
+ONE_COMMAND = (
+    "run",
+    "stage",
+    "start",
+    "out",
+    "resume",
+    "dry_run",
+    "ask",
+    "cache",
+    "data",
+    "rows",
+    "compare",
+    "runs",
+    "judge",
+    "teacher",
+    "tries",
+)
 
-# What makes a run this run: a network or data of another value are another run's.
-RUN_IDENTITY = ("seed", "model", "vocab_size", "width", "layers")
+# What makes the network of a run: with another value it is another run's.
+RUN_IDENTITY = ("model", "vocab_size", "width", "layers")
 
 
 @dataclass
 class StageRecord:
-    """With what a stage was trained."""
+    """The settings that a stage was trained with."""
 
     given: dict[str, Any]
     settings: dict[str, Any]
@@ -82,7 +98,7 @@ def to_remember(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_another_identity(run: str, record: RunRecord, given: dict[str, Any]) -> None:
-    """Raise UserError where a command contradicts what a run's network and data were made with."""
+    """Raise UserError for a setting that would make this run's network another one."""
     made_with = record.made_with()
     for name in RUN_IDENTITY:
         if name not in given or name not in made_with:

@@ -16,9 +16,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from common import memory
 from common.errors import UserError
 from common.files import write_jsonl
 from common.progress import tqdm
@@ -31,14 +30,17 @@ from common.run_record import (
     write_run_record,
 )
 from common.settings import RunSettings, StageSettings
-
-if TYPE_CHECKING:
-    from model import LM
+from model import LM
 
 SFT_STAGES = ("base", "sft1", "sft2", "sft3")
 RL_STAGES = ("rl1", "rl2")
 STAGE_BEFORE = {"base": "", "sft1": "base", "sft2": "sft1", "sft3": "sft2"}
 LOG_FILES = ("log.jsonl", "rollouts.jsonl")
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """Return where the checkpoint of an unfinished stage is."""
+    return folder.with_name(folder.name + ".checkpoint")
 
 
 def run_folder(settings: RunSettings) -> Path:
@@ -51,7 +53,6 @@ def run_folder(settings: RunSettings) -> Path:
 class StagePlan:
     """The stages that a command trains, and the folders they are trained from and into."""
 
-    kind: Literal["sft", "rl"]
     root: Path
     todo: list[str]  # stages in order; empty where all are there already
     start: str  # folder whose weights the first of them begins with; "" where there are none yet
@@ -69,7 +70,7 @@ class StagePlan:
         return self.root / "data"
 
     @property
-    def goes_on_behind_rl1(self) -> bool:
+    def goes_on_after_rl1(self) -> bool:
         """Whether RL-1 is done, so that its weights are RL-2's and not the reference's."""
         return self.start != self.reference
 
@@ -85,30 +86,27 @@ class StagePlan:
         """Return the folder of RL's reference. Raises UserError: see find_start."""
         return find_start(self.root, self.reference, [*SFT_STAGES, "rl1"])
 
-    def begin(
-        self,
-        lm: "LM",
-        settings: StageSettings,
-        loss: Any,
-        data_settings: Sequence[str] = (),
-    ) -> bool:
-        """Report what training takes, and clear the way. Return False after --dry-run.
+    def refuse_contradictions(
+        self, lm: LM, settings: StageSettings, data_settings: Sequence[str]
+    ) -> None:
+        """Raise UserError for settings that contradict the data or the adapter that is there.
 
-        All that can refuse the command does so before anything is removed.
-        loss: a loss function of language modelling, with which --dry-run times a step.
+        The network gets its adapter here, since that is where it may refuse.
         data_settings: settings that SFT's data is made with.
-        Raises UserError for settings that contradict the data or the adapter that is there.
         """
-        if self.kind == "sft" and not self.must_make_data:
+        if not self.must_make_data:
             refuse_changed_data(self.root, settings, data_settings)
-        if self.kind == "sft" and "base" not in self.todo:
+        if "base" not in self.todo:
             lm.begin_stage(settings, settings.seed, self.todo[0])
-        if not memory.report(lm, settings, self.kind, loss):
-            return False
-        remove_leftovers(settings, [self.out] if self.out else self.todo, self.start)
-        if self.kind == "sft" and begins_run(settings):
+
+    def prepare_folders(self, settings: StageSettings) -> None:
+        """Clear what an interrupted command left of the stages, and begin the run's record.
+
+        Call it when nothing can refuse the command any more.
+        """
+        prepare_stage_folders(settings, [self.out] if self.out else self.todo, self.start)
+        if "base" in self.todo and begins_run(settings):
             begin_run(settings)
-        return True
 
     def remove_data(self) -> None:
         """Remove the SFT data of another base model."""
@@ -117,7 +115,7 @@ class StagePlan:
 
 
 def begins_run(settings: StageSettings) -> bool:
-    """Whether a command of train_sft.py trains all stages anew, so that nothing old counts."""
+    """Whether a command of train_sft.py begins the run anew: nothing that it remembers counts."""
     return not (settings.stage or settings.start or settings.resume)
 
 
@@ -148,7 +146,7 @@ def plan_sft(settings: StageSettings) -> StagePlan:
         start = STAGE_BEFORE[todo[0]] if todo else ""
     if not todo:
         _print_done(settings, "all stages")
-    return StagePlan("sft", run_folder(settings), todo, start, "", settings.out)
+    return _checked(StagePlan(run_folder(settings), todo, start, "", settings.out), settings)
 
 
 def plan_rl(settings: StageSettings) -> StagePlan:
@@ -170,14 +168,32 @@ def plan_rl(settings: StageSettings) -> StagePlan:
             start = "rl1"
     if not todo:
         _print_done(settings, "both stages")
-    return StagePlan("rl", run_folder(settings), todo, start, reference, settings.out)
+    return _checked(StagePlan(run_folder(settings), todo, start, reference, settings.out), settings)
+
+
+def _checked(plan: StagePlan, settings: StageSettings) -> StagePlan:
+    """Return the plan; raise UserError where --resume meets a checkpoint of another seed."""
+    if not plan.todo or not settings.resume:
+        return plan
+    folder = plan.folder_of(plan.todo[0])
+    record = read_run_record(settings.run).stages.get(folder.name)
+    if record is None or not _is_saved(checkpoint_of(folder)):
+        return plan
+    begun_with = record.settings["seed"]
+    if begun_with != settings.seed:
+        raise UserError(
+            f"--seed: {checkpoint_of(folder)} was begun with {begun_with}, not {settings.seed}; "
+            "repeat that, or leave --resume out to train the stage anew"
+        )
+    return plan
 
 
 def stages_to_do(settings: StageSettings, stages: Sequence[str], start: str) -> list[str]:
     """Return the folders of stages that are still to be trained, in order.
 
-    With --resume these are not the ones that are complete and younger than what they were trained
-    from, beginning with `start` ("" where the first stage begins with nothing).
+    With --resume, the first stages are left out as long as each is complete, and newer than the
+    folder that it was trained from.
+    start: the folder that the first stage is trained from; "" for none.
     """
     root = run_folder(settings)
     left = list(stages)
@@ -194,15 +210,16 @@ def stages_to_do(settings: StageSettings, stages: Sequence[str], start: str) -> 
     return left
 
 
-def remove_leftovers(settings: StageSettings, stages: Sequence[str], start: str) -> None:
-    """Remove what an interrupted command left of some stages; call it when nothing can refuse.
+def prepare_stage_folders(settings: StageSettings, stages: Sequence[str], start: str) -> None:
+    """Remove what an interrupted command left of some stages.
 
-    With --resume the logs stay, and the checkpoint of the first stage, where it is younger than
-    what that stage is trained from, `start`.
+    With --resume, logs stay. So does the checkpoint of the first stage, where it is newer than the
+    folder that the stage is trained from, `start`; if its last save was interrupted, the one before
+    is put back.
     """
     root = run_folder(settings)
     for index, stage in enumerate(stages):
-        checkpoint = root / f"{stage}.checkpoint"
+        checkpoint = checkpoint_of(root / stage)
         previous = root / f"{stage}.checkpoint.old"
         is_kept = False
         if settings.resume:
@@ -283,7 +300,7 @@ def begin_run(settings: RunSettings) -> None:
 
 
 def record_stage(settings: RunSettings, stage: str) -> None:
-    """Write into settings.json with what a stage is trained, as the last one that was begun."""
+    """Record the settings that a stage is trained with, and make it the newest of the run."""
     record = read_run_record(settings.run)
     if not record_file(settings.run).is_file():
         record.given = to_remember(settings.given)
@@ -356,16 +373,16 @@ class StageLog:
 class Checkpoint:
     """Weights and optimizer of an unfinished stage, saved now and then in <folder>.checkpoint."""
 
-    steps_done: int  # steps behind the checkpoint that --resume goes on from; 0 without one
+    steps_done: int  # steps up to the checkpoint that --resume goes on from; 0 without one
 
-    def __init__(self, lm: "LM", optimizer: Any, folder: Path, settings: StageSettings) -> None:
+    def __init__(self, lm: LM, optimizer: Any, folder: Path, settings: StageSettings) -> None:
         """Read the checkpoint that is there, into the network and its optimizer."""
         self.lm = lm
         self.optimizer = optimizer
         self.folder = folder
         self.seconds = 60 * settings.save_minutes
         self.merges_adapter = settings.lora_merge
-        self.path = folder.with_name(folder.name + ".checkpoint")
+        self.path = checkpoint_of(folder)
         self.saved_at = time.time()
         self.steps_done = 0
         if self.path.is_dir():
@@ -398,7 +415,7 @@ class StageRun:
     """
 
     def __init__(
-        self, lm: "LM", optimizer: Any, folder: Path, settings: StageSettings, total: int
+        self, lm: LM, optimizer: Any, folder: Path, settings: StageSettings, total: int
     ) -> None:
         """Go on from the checkpoint that is there. total: steps of the whole stage."""
         record_stage(settings, folder.name)

@@ -24,7 +24,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from common.errors import UserError, run_guarded
-from common.run_record import RunRecord, read_run_record, record_file, refuse_another_identity
+from common.run_record import (
+    RUN_IDENTITY,
+    RunRecord,
+    read_run_record,
+    record_file,
+    refuse_another_identity,
+)
 from common.setting_values import (
     AboveZero,
     AboveZeroFloat,
@@ -157,6 +163,11 @@ class NanoModelSettings:
 
 
 @dataclass(kw_only=True)
+class NewModelSettings(ModelSettings, NanoModelSettings):
+    """How the model that a run begins with is held, and how large it is where it is new."""
+
+
+@dataclass(kw_only=True)
 class RolloutSettings:
     """Budgets of a rollout, in training and in evaluation."""
 
@@ -207,6 +218,18 @@ SCRIPTS = (
     "services/teacher.py",
 )
 
+# The types that a script's own settings may have, by their names in its source.
+TYPES_OF_SCRIPTS: dict[str, Any] = {
+    "AboveZero": AboveZero,
+    "AboveZeroFloat": AboveZeroFloat,
+    "CommaList": CommaList,
+    "Share": Share,
+    "bool": bool,
+    "float": float,
+    "int": int,
+    "str": str,
+}
+
 AnySettings = TypeVar("AnySettings", bound=RunSettings)
 
 
@@ -232,7 +255,7 @@ def read_settings(
 
     doc: what --help prints above the settings.
     begins_run: whether a command with these settings begins a run, or does not read its folder;
-        then it takes nothing that is remembered. None: no command of this script does.
+        then it takes nothing that is remembered. None: every command goes on with a run.
     Raises UserError for a setting that is unknown, of another type or out of range, and for one
     that contradicts what the run was made with.
     """
@@ -247,7 +270,7 @@ def read_settings(
     settings = _build(settings_class, given)
     if begins_run is None or not begins_run(settings):
         record = read_run_record(run)
-        refuse_another_identity(run, record, given if paths else command_line)
+        refuse_another_identity(run, record, command_line)
         remembered = _check_values(
             record.given | _given_to_stage(record, settings), types, str(record_file(run))
         )
@@ -265,16 +288,18 @@ def _with_remembered(
     names_config: bool,
     remembered: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return what is given, with what the run remembers below the config files that are named."""
+    """Return what is given; a named config file wins over what the run remembers."""
     if names_config:
-        return remembered | config.with_quick(command_line, remembered) | command_line
-    if not remembered.get("model"):
-        return config.with_quick(command_line, remembered) | remembered | command_line
-    # A run of a real model: nothing in config/nano.py is about it.
+        # A config file names a model to begin with, but this run has its own.
+        identity = {name: remembered[name] for name in RUN_IDENTITY if name in remembered}
+        from_config = config.with_quick(command_line, remembered)
+        return remembered | from_config | identity | command_line
+    if not remembered:
+        return config.with_quick(command_line, remembered) | command_line
     if command_line.get("quick") and not remembered.get("quick"):
         raise UserError(
             "--quick: this run was not begun with it; name the config file whose short form is "
-            "meant, such as config/smollm2.py"
+            "meant, such as config/nano.py"
         )
     return remembered | command_line
 
@@ -323,11 +348,14 @@ def all_setting_types() -> dict[str, Any]:
 
 
 def _annotations(class_definition: ast.ClassDef) -> dict[str, Any]:
-    """Return the type of each field in the source of a dataclass; they are types of this file."""
+    """Return the type of each field in the source of a dataclass.
+
+    Raises KeyError for a type that is not in TYPES_OF_SCRIPTS.
+    """
     types = {}
     for statement in class_definition.body:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            types[statement.target.id] = eval(ast.unparse(statement.annotation), globals())
+            types[statement.target.id] = TYPES_OF_SCRIPTS[ast.unparse(statement.annotation)]
     return types
 
 
@@ -442,7 +470,7 @@ def _option(name: str, annotation: Any) -> Any:
 
 
 def _complete_flags(arguments: list[str], types: dict[str, Any]) -> list[str]:
-    """Write a bare flag with its value, so that a config file behind it is not read as one."""
+    """Write a bare flag with its value, so that a config file after it is not read as one."""
     complete = []
     for argument in arguments:
         name = argument.removeprefix("--").replace("-", "_")

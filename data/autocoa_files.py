@@ -85,7 +85,7 @@ def _refuse_stray_tags(parts: list[Part]) -> None:
 
 
 def _refuse_unpaired_searches(parts: list[Part], may_end_with_search: bool) -> None:
-    """Raise ValueError unless every search has its result behind it, and every result a search."""
+    """Raise ValueError unless every search has its result after it, and every result a search."""
     kinds = [kind for kind, _ in parts]
     if may_end_with_search and kinds and kinds[-1] == "search":
         kinds.pop()
@@ -96,7 +96,7 @@ def _refuse_unpaired_searches(parts: list[Part], may_end_with_search: bool) -> N
 
 
 def _parse_answer(text: str) -> list[Part]:
-    """Return the parts behind the thoughts: a conclusion, if any, and the answer in its box."""
+    """Return the parts after the thoughts: a conclusion, if any, and the answer in its box."""
     conclusion, boxed, rest = text.rpartition(TAGS["boxed"])
     answer = _until_closing_brace(rest)
     if not boxed or not answer.strip():
@@ -262,7 +262,7 @@ def _write_chains(codec: Codec, path: Path, chains: Iterable[Trajectory]) -> Non
 
 
 def _pair_row(codec: Codec, pair: Pair) -> dict[str, Any]:
-    # The sides part where the first of them carries loss; an observation behind that has mask 0,
+    # The sides part where the first of them carries loss; an observation after that has mask 0,
     # but belongs to its side.
     part = min(side.mask.index(1) for side in pair)
     chosen, rejected = (_decode_without_eos(codec, side.ids[part:]) for side in pair)

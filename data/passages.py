@@ -13,7 +13,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.errors import UserError
 
@@ -58,7 +58,7 @@ def split_passage(contents: str) -> Passage:
     return Passage(title, " ".join(text.split()))
 
 
-def read_passages(path: str | Path) -> list[dict[str, str]]:
+def read_passages(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a FlashRAG passage file, plain or gzip: [{"id", "contents"}].
 
     Raises UserError with file:line, also for two passages of one id.
@@ -90,7 +90,7 @@ def read_passages(path: str | Path) -> list[dict[str, str]]:
     return passages
 
 
-def _parse_passage(line: str, where: str) -> dict[str, str]:
+def _parse_passage(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
         # A lone surrogate is no text: encoding it fails.

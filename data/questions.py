@@ -6,6 +6,8 @@ question has to ask where it came from.
 
 from dataclasses import dataclass, field
 
+SEARCH = "search"  # the tool that facts are looked up with; other tools compute
+
 
 @dataclass
 class Lookup:
@@ -13,11 +15,16 @@ class Lookup:
 
     ask: str  # the thought before the action: "director of Silver River?"
     queries: list[str]  # actions to try in order, until one finds what is needed
-    tool: str = "search"  # the tool that the queries call
+    tool: str = SEARCH  # the tool that the queries call
     title: str = ""  # the passage that must turn up has this title; empty: any passage will do
     subject: str = ""  # a query that names this looks the fact up; empty: any query does
     statement: str = ""  # what a reader says of passage {n}; empty: quote the evidence
     evidence: list[str] = field(default_factory=list)  # a quoted sentence must hold one of these
+
+    @property
+    def is_search(self) -> bool:
+        """Whether a fact of the world is looked up, and nothing computed."""
+        return self.tool == SEARCH
 
 
 @dataclass

@@ -5,9 +5,19 @@ import string
 from collections import Counter
 
 DIGITS = {
-    word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine".split())
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
 }
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+YES_OR_NO = ("yes", "no", "noanswer")
 FILLERS = re.compile(r"\b(well|so|basically|actually|literally|simply|just|um|uh)\b")
 
 
@@ -16,8 +26,9 @@ def normalize(text: str) -> str:
 
     Lower case, without punctuation and articles, with single spaces.
     """
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    letters = [letter for letter in text.lower() if letter not in string.punctuation]
+    words = ARTICLES.sub(" ", "".join(letters)).split()
+    return " ".join(words)
 
 
 def exact_match(answer: str, golden: list[str]) -> float:
@@ -38,13 +49,16 @@ def overlap_match(answer: str, golden: list[str]) -> float:
     ten are digits to it, and words that say nothing are left out.
     """
     plain_answer = _without_fillers(answer)
-    for gold in map(_without_fillers, golden):
+    answer_words = set(plain_answer.split())
+    for text in golden:
+        gold = _without_fillers(text)
         if plain_answer == gold:
             return 1.0
-        words = set(gold.split())
-        shared = len(words & set(plain_answer.split()))
-        is_part = gold in plain_answer or plain_answer in gold
-        if not is_part and shared >= 0.7 * len(words):
+        if gold in plain_answer or plain_answer in gold:
+            continue
+        gold_words = set(gold.split())
+        shared = len(gold_words & answer_words)
+        if shared >= 0.7 * len(gold_words):
             return 1.0
     return 0.0
 
@@ -60,12 +74,16 @@ def f1(answer: str, golden: list[str]) -> float:
 
 
 def _f1_of_one(answer: str, gold: str) -> float:
-    words = normalize(answer).split()
-    gold_words = normalize(gold).split()
-    if words != gold_words and {"yes", "no", "noanswer"} & {" ".join(words), " ".join(gold_words)}:
-        # Yes and no are right or wrong, as in HotpotQA's script.
+    answer = normalize(answer)
+    gold = normalize(gold)
+    if answer == gold:
+        return 1.0
+    # Yes and no are right or wrong, as in HotpotQA's script.
+    if answer in YES_OR_NO or gold in YES_OR_NO:
         return 0.0
+    words = answer.split()
+    gold_words = gold.split()
     shared = sum((Counter(words) & Counter(gold_words)).values())
-    if not shared:
-        return float(words == gold_words)
+    if shared == 0:
+        return 0.0
     return 2 * shared / (len(words) + len(gold_words))

@@ -16,6 +16,7 @@ from common.errors import UserError, run_guarded
 from data.autocoa_files import read_json_rows
 from data.sft_data import read_codec
 from data.trajectory import TAGS, Codec, Role, Trajectory
+from data.trajectory_rows import TrajectoryRow
 
 USAGE = "usage: python -m data.show FILE [NUMBER]"
 
@@ -69,9 +70,12 @@ def show(path: str | Path, number: int) -> None:
 
 
 def _pieces_of_row(row: Any, path: Path) -> list[Piece]:
+    if "tokens" in row:
+        rollout = TrajectoryRow.from_json(row)
+        return list(zip(rollout.tokens, rollout.mask, strict=False))
     if "ids" in row:
-        # Rollouts carry the text of their tokens; SFT data is read with the run's tokenizer.
-        tokens = row.get("tokens") or read_codec(path.parent.parent / "base").pieces(row["ids"])
+        # SFT data holds ids alone, which the run's tokenizer reads.
+        tokens = read_codec(path.parent.parent / "base").pieces(row["ids"])
         return list(zip(tokens, row["mask"], strict=False))
     if "messages" in row:
         return _pieces_of_messages(row["messages"])

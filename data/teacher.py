@@ -17,7 +17,7 @@ from common.progress import tqdm
 from data.passages import split_observation, title_on_line
 from data.questions import Fact, Lookup, Question
 from data.scores import normalize
-from data.trajectory import Codec, Observation, Part, Trajectory
+from data.trajectory import Codec, Observation, Part, PartKind, Trajectory
 
 NOT_FOUND = "Not found."  # what a reader says of passages that do not hold it
 
@@ -42,7 +42,7 @@ def opening_parts(question: Question) -> list[Part]:
     return [("think", question.plan)]
 
 
-def recall_parts(fact: Fact, recalled: str = "think") -> list[Part]:
+def recall_parts(fact: Fact, recalled: PartKind = "think") -> list[Part]:
     """Return a fact from memory: what is asked, what is recalled, and what follows from it.
 
     recalled: the kind of part that the memory is; "given" where it is not to be learned.
@@ -105,7 +105,7 @@ def _find_spelling(words: list[str], answer: str) -> str:
 
 
 # ---- chains of thought ---------------------------------------------------------------------------
-def recall_chain(codec: Codec, question: Question, recalled: str = "think") -> Trajectory:
+def recall_chain(codec: Codec, question: Question, recalled: PartKind = "think") -> Trajectory:
     """Return a chain of thought from memory: every fact is asked for and recalled.
 
     recalled: "think", or "given" where what is recalled is not to be learned. What a calculator

@@ -21,7 +21,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -44,9 +44,11 @@ SYSTEM_PROMPT = (
     "and read the <search_result>. Then give the answer as \\boxed{answer}."
 )
 
-# A part of a trajectory as text: (kind, text). Kinds: "think"; "given", a thought that is not
-# learned; "search"; "result"; "conclude", said between the thoughts and the answer; "answer".
-Part = tuple[str, str]
+# The kinds of a part: "given" is a thought that is not learned, "conclude" is said between the
+# thoughts and the answer.
+PartKind = Literal["think", "given", "search", "result", "conclude", "answer"]
+# A part of a trajectory as text.
+Part = tuple[PartKind, str]
 
 
 class Role(IntEnum):
@@ -86,7 +88,7 @@ class Trajectory:
     """One rollout or taught chain; the first four lists have one entry a token."""
 
     ids: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)  # 1: the policy wrote this token as policy
+    mask: list[int] = field(default_factory=list)  # 1: learned; in a rollout, the policy's own
     role: list[int] = field(default_factory=list)  # a Role each
     logprobs: list[float] = field(default_factory=list)  # of sampled tokens; 0.0 for all others
     queries: list[str] = field(default_factory=list)  # text of each action that was run
@@ -210,6 +212,8 @@ class Codec:
     def build(self, question: str, parts: list[Part]) -> Trajectory:
         """Return the trajectory of a question and parts, as a teacher writes it.
 
+        Raises ValueError for a part of no known kind.
+
         >>> codec.build("Who?", [("think", "Hm."), ("answer", "Eva")]).mask  # 1: the policy's own
         [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
         """
@@ -235,6 +239,8 @@ class Codec:
                     trajectory.add([self.end_think_id], Role.THINK, 1)
                 answer = [self.boxed_id, *self.encode(text), self.brace_id, self.eos_id]
                 trajectory.add(answer, Role.ANSWER, 1)
+            else:
+                raise ValueError(f"no kind of part: {kind!r}")
         return trajectory
 
     def wrap_observation(self, text: str) -> list[int]:
@@ -290,7 +296,7 @@ class Codec:
         return ordered and trajectory.ids[-2] == self.brace_id
 
     def _shape_letters(self, trajectory: Trajectory) -> list[str]:
-        """Return a letter for each token behind the prompt: tags by name, o inside observations."""
+        """Return a letter for each token after the prompt: tags by name, o inside observations."""
         letters = {
             self.end_think_id: "K",
             self.think_id: "!",

@@ -18,7 +18,7 @@ from common.files import hash_file_ends, read_jsonl, write_jsonl, write_text
 from common.settings import ModelSettings, RolloutSettings, TaskRunSettings
 from data.questions import Question
 from model import LM
-from workflows.closed_book import recall
+from workflows.recall import recall
 
 QuestionSets = Mapping[str, Sequence[Question]]  # name of a question set -> its questions
 
@@ -28,11 +28,9 @@ class AnswerSettings(ModelSettings, TaskRunSettings, RolloutSettings):
     """The settings of evaluation that an answer may depend on."""
 
 
-class Prediction(TypedDict):
-    """One answer of one row, as it stands in predictions.jsonl."""
+class ScoredAnswer(TypedDict):
+    """One answer to a question, with its scores."""
 
-    row: str
-    set: str
     id: str  # of the question
     question: str
     golden_answers: list[str]
@@ -47,6 +45,13 @@ class Prediction(TypedDict):
     forced: float  # of agents: 1.0 where a budget ran out before an answer
     lost: int  # searches that failed, so that the question is asked again with --resume
     text: str  # of the whole trajectory, tags included
+
+
+class Prediction(ScoredAnswer):
+    """One answer of one row, as it stands in predictions.jsonl."""
+
+    row: str
+    set: str
     asked: str  # question_hash
     made: str  # provenance_hash
     # What a language model says: 1.0 right, 0.0 wrong, None where its verdict can't be read.
@@ -184,7 +189,7 @@ class Predictions:
         lines = _read_lines(self.partial_path)
         lines_left = self._take_over(self.partial_path, lines)
         if lines_left != lines:
-            # Its last line was cut, and what is written next must not go on behind it; or its
+            # Its last line was cut, and what is written next must not go on after it; or its
             # questions are asked again.
             write_text(self.partial_path, b"".join(lines_left).decode())
 
@@ -237,24 +242,18 @@ class Predictions:
         missing = self.missing(row, sets)
         return [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
 
-    def add(
-        self, row: str, batch: Sequence[SetQuestion], results: Iterable[Mapping[str, Any]]
-    ) -> None:
-        """Keep what a row answered, here and in the file.
-
-        results: for each question of the batch a Prediction without its row, set and hashes.
-        """
+    def add(self, row: str, batch: Sequence[SetQuestion], answers: Iterable[ScoredAnswer]) -> None:
+        """Keep what a row answered to the questions of a batch, here and in the file."""
         with open(self.partial_path, "a", encoding="utf-8") as file:
-            for (set_name, question), result in zip(batch, results, strict=True):
-                key = self._key(row, set_name, question)
-                prediction: Any = {
+            for (set_name, question), answer in zip(batch, answers, strict=True):
+                prediction: Prediction = {
                     "row": row,
                     "set": set_name,
-                    **result,
-                    "asked": key.question_hash,
-                    "made": key.provenance,
+                    **answer,
+                    "asked": question_hash(question),
+                    "made": self._provenance[row],
                 }
-                self._answers[key] = prediction
+                self._answers[self._key(row, set_name, question)] = prediction
                 file.write(json.dumps(prediction) + "\n")
 
     def of_row(self, row: str, sets: QuestionSets) -> dict[str, list[Prediction]]:

@@ -1,20 +1,22 @@
-"""Figures of the table: averages, their bootstrap intervals, and the analyses of the paper.
-
-EM, F1 and the other scores are in percent; search rates are shares between 0 and 1. A mean over no
-values is None, since NaN is not JSON.
-"""
+"""How the figures of a row are counted: means over sets, intervals, the analyses of the paper."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from common.errors import UserError
 from data.questions import Question
+from evaluation.figures import (
+    ActingFigures,
+    Gain,
+    JudgeFigures,
+    RowFigures,
+    SetFigures,
+    SuccessFigures,
+)
 from evaluation.predictions import Prediction
 
-# Figures of a prediction whose mean is shown in percent.
-PERCENT = ("em", "f1", "cover", "overlap", "malformed", "forced")
 BOOTSTRAP_DRAWS = 2000
 INTERVAL_PERCENTILES = (2.5, 97.5)  # 95% of the draws lie between them
 
@@ -30,48 +32,75 @@ class FactUse(NamedTuple):
     searched: bool  # a query named its subject
 
 
-def mean(values: Sequence[float]) -> float | None:
-    """Return the mean, None for no values."""
-    if not len(values):
-        return None
+def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
 
 
-def percent(values: Sequence[float]) -> float | None:
-    """Return the mean of shares in percent, None for no values."""
-    if not len(values):
+def _percent(values: Sequence[float]) -> float:
+    return 100 * _mean(values)
+
+
+def _mean_if_any(values: Sequence[float]) -> float | None:
+    if not values:
         return None
-    return 100 * float(np.mean(values))
+    return _mean(values)
+
+
+def _percent_if_any(values: Sequence[float]) -> float | None:
+    if not values:
+        return None
+    return _percent(values)
 
 
 # ---- one row of the table ------------------------------------------------------------------------
 def summarize(
     predictions: SetPredictions, questions: Mapping[str, Sequence[Question]], known_facts: set[str]
-) -> dict[str, dict[str, Any]]:
-    """Return the figures of one row: {set: {figure: value}, "avg": {figure: value}}.
+) -> RowFigures:
+    """Return the figures of one row.
 
     predictions: of each set, in the order of its questions.
     known_facts: ids of the facts that the base model knows.
     """
-    by_set: dict[str, dict[str, Any]] = {}
-    for name, rows in predictions.items():
-        by_set[name] = {key: percent([row[key] for row in rows]) for key in PERCENT}
-        by_set[name]["actions"] = mean([row["actions"] for row in rows])
-    average: dict[str, Any] = {
-        key: mean([figures[key] for figures in by_set.values()]) for key in (*PERCENT, "actions")
-    }
-    average |= _when_it_acts(predictions, questions, known_facts)
+    sets = {name: _set_figures(rows) for name, rows in predictions.items()}
     scores = [[100 * row["em"] for row in rows] for rows in predictions.values()]
     low, high = bootstrap_interval(scores)
-    average["em_low"] = low
-    average["em_high"] = high
-    average["by_actions"] = by_actions([row for rows in predictions.values() for row in rows])
-    return {**by_set, "avg": average}
+    return RowFigures(
+        sets=sets,
+        average=_average(list(sets.values())),
+        acting=_when_it_acts(predictions, questions, known_facts),
+        em_low=low,
+        em_high=high,
+        by_actions=by_actions([row for rows in predictions.values() for row in rows]),
+    )
+
+
+def _set_figures(rows: Sequence[Prediction]) -> SetFigures:
+    return SetFigures(
+        em=_percent([row["em"] for row in rows]),
+        f1=_percent([row["f1"] for row in rows]),
+        cover=_percent([row["cover"] for row in rows]),
+        overlap=_percent([row["overlap"] for row in rows]),
+        malformed=_percent([row["malformed"] for row in rows]),
+        forced=_percent([row["forced"] for row in rows]),
+        actions=_mean([row["actions"] for row in rows]),
+    )
+
+
+def _average(sets: Sequence[SetFigures]) -> SetFigures:
+    return SetFigures(
+        em=_mean([figures.em for figures in sets]),
+        f1=_mean([figures.f1 for figures in sets]),
+        cover=_mean([figures.cover for figures in sets]),
+        overlap=_mean([figures.overlap for figures in sets]),
+        malformed=_mean([figures.malformed for figures in sets]),
+        forced=_mean([figures.forced for figures in sets]),
+        actions=_mean([figures.actions for figures in sets]),
+    )
 
 
 def _when_it_acts(
     predictions: SetPredictions, questions: Mapping[str, Sequence[Question]], known_facts: set[str]
-) -> dict[str, float | None]:
+) -> ActingFigures:
     """Return search rates and EM, apart for what the base model knows and does not (appendix A)."""
     facts: list[FactUse] = []
     calculations: list[bool] = []
@@ -85,13 +114,13 @@ def _when_it_acts(
                 em_known.append(row["em"])
             else:
                 em_unknown.append(row["em"])
-    return {
-        "search_known": mean([fact.searched for fact in facts if fact.known]),
-        "search_unknown": mean([fact.searched for fact in facts if not fact.known]),
-        "em_known": percent(em_known),
-        "em_unknown": percent(em_unknown),
-        "calculated": mean(calculations),
-    }
+    return ActingFigures(
+        search_known=_mean_if_any([fact.searched for fact in facts if fact.known]),
+        search_unknown=_mean_if_any([fact.searched for fact in facts if not fact.known]),
+        em_known=_percent_if_any(em_known),
+        em_unknown=_percent_if_any(em_unknown),
+        calculated=_mean_if_any(calculations),
+    )
 
 
 def fact_uses(question: Question, queries: Sequence[str], known_facts: set[str]) -> list[FactUse]:
@@ -119,24 +148,35 @@ def calculation_uses(question: Question, queries: Sequence[str]) -> list[bool]:
     ]
 
 
-def by_actions(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
-    """Return how questions were answered, by the number of actions (paper Fig. 3).
-
-    For each number: questions, how many of them are right, the success rate in percent, and the
-    share of all right answers in percent.
-    """
+def by_actions(predictions: Sequence[Prediction]) -> dict[int, SuccessFigures]:
+    """Return how questions were answered, by the number of actions (paper Fig. 3)."""
     correct = sum(row["em"] for row in predictions)
     figures = {}
     for count in sorted({row["actions"] for row in predictions}):
         scores = [row["em"] for row in predictions if row["actions"] == count]
         share = 100 * sum(scores) / correct if correct else 0.0
-        figures[str(count)] = {
-            "questions": len(scores),
-            "correct": int(sum(scores)),
-            "success": percent(scores),
-            "share": share,
-        }
+        figures[count] = SuccessFigures(
+            questions=len(scores),
+            correct=int(sum(scores)),
+            success=_percent(scores),
+            share=share,
+        )
     return figures
+
+
+def summarize_verdicts(verdicts: Mapping[str, Sequence[float | None]]) -> JudgeFigures:
+    """Return what a judge says of a row.
+
+    verdicts: of each set one for each answer; None where it can't be read, which counts in no mean.
+    """
+    by_set = {}
+    unread = 0
+    for name, values in verdicts.items():
+        readable = [verdict for verdict in values if verdict is not None]
+        by_set[name] = _percent_if_any(readable)
+        unread += len(values) - len(readable)
+    judged_sets = [value for value in by_set.values() if value is not None]
+    return JudgeFigures(by_set, _mean_if_any(judged_sets), unread)
 
 
 # ---- intervals -----------------------------------------------------------------------------------
@@ -160,12 +200,12 @@ def bootstrap_interval(
 
 def paired_gain(
     runs: Sequence[tuple[SetPredictions, SetPredictions]], draws: int = BOOTSTRAP_DRAWS
-) -> dict[str, float]:
+) -> Gain:
     """Return how much more EM one row has than another, with a paired 95% bootstrap interval.
 
-    Only questions that both rows answered count: {"gain", "gain_low", "gain_high",
-    "gain_questions"}. A question that several runs share is drawn as one: more seeds on the same
-    questions say more of chance in training, and nothing of other questions.
+    Only questions that both rows answered count. A question that several runs share is drawn as
+    one: more seeds on the same questions say more of chance in training, and nothing of other
+    questions.
 
     runs: of each run the predictions of the two rows.
     Raises UserError where the rows share no question.
@@ -187,12 +227,8 @@ def paired_gain(
         )
     sets = [[float(np.mean(values)) for values in by_id.values()] for by_id in gains.values()]
     low, high = bootstrap_interval(sets, draws)
-    return {
-        "gain": float(np.mean([np.mean(values) for values in sets])),
-        "gain_low": low,
-        "gain_high": high,
-        "gain_questions": sum(map(len, sets)),
-    }
+    points = _mean([_mean(values) for values in sets])
+    return Gain(points, low, high, questions=sum(map(len, sets)))
 
 
 def _question_id(row: Prediction) -> QuestionId:

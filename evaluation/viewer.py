@@ -7,12 +7,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
 
 from data.trajectory import Role
+from data.trajectory_rows import TrajectoryRow
 
 TRAJECTORIES_OF_A_STAGE = 20  # shown of those that a stage kept
 ROLE_NAMES = [role.name.lower() for role in Role]
@@ -53,7 +53,7 @@ class ShownStage:
     trajectories: list[ShownTrajectory]
 
 
-def render_page(rollouts: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+def render_page(rollouts: Mapping[str, Sequence[TrajectoryRow]]) -> str:
     """Return the page as HTML.
 
     rollouts: title of a stage -> rows of its rollouts.jsonl.
@@ -65,26 +65,26 @@ def render_page(rollouts: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     return TEMPLATES.get_template(TEMPLATE).render(roles=ROLE_NAMES, stages=stages)
 
 
-def _spread(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _spread(rows: Sequence[TrajectoryRow]) -> list[TrajectoryRow]:
     """Return rows from the first to the last, at equal distances, so that all steps are seen."""
     positions = np.linspace(0, len(rows) - 1, TRAJECTORIES_OF_A_STAGE).round().astype(int)
     return [rows[position] for position in np.unique(positions)]
 
 
-def _show(row: dict[str, Any]) -> ShownTrajectory:
+def _show(row: TrajectoryRow) -> ShownTrajectory:
     facts = [
-        f"gold: {' / '.join(row['golden_answers'])}",
-        f"reward {row['reward']:g}",
-        f"{len(row['tokens'])} tokens",
+        f"gold: {' / '.join(row.golden_answers)}",
+        f"reward {row.reward:g}",
+        f"{len(row.tokens)} tokens",
     ]
-    if "step" in row:
-        facts.insert(0, f"step {row['step']}")
-    return ShownTrajectory(row["question"], " · ".join(facts), _spans(row))
+    if row.step is not None:
+        facts.insert(0, f"step {row.step}")
+    return ShownTrajectory(row.question, " · ".join(facts), _spans(row))
 
 
-def _spans(row: dict[str, Any]) -> list[Span]:
+def _spans(row: TrajectoryRow) -> list[Span]:
     spans = []
-    tokens = zip(row["role"], row["mask"], row["tokens"], strict=True)
+    tokens = zip(row.role, row.mask, row.tokens, strict=True)
     for (role, mask), group in itertools.groupby(tokens, lambda token: token[:2]):
         text = "".join(piece for _, _, piece in group)
         spans.append(Span(ROLE_NAMES[role], bool(mask), text))

@@ -2,10 +2,13 @@
 
 The base model stands for a reasoning model that has never used a tool. So no text here is a chain
 of thought with an action inside it: a workflow has to put the single skills together.
+
+The table SKILLS, at the end, says when each skill is trained, and how often.
 """
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from common.progress import tqdm
 from data.passages import LINE_BREAK
@@ -37,82 +40,37 @@ Search = Callable[[list[str]], list[Observation]]
 TO_QUERY = "Write a query."
 TO_READ = "Read the passages."
 
-
-def pretraining_trajectories(
-    codec: Codec,
-    worlds: Sequence[World],
-    searches: Sequence[Search],
-    rng: random.Random,
-    tokens: int,
-) -> list[Trajectory]:
-    """Return the pretraining texts of the nano base model, in the order of training.
-
-    First come copying, then reading and the order of years, each from the easy to the hard: a
-    network of this size learns neither when both come at once with the rest. Then come all kinds
-    of text (see _mixed_text).
-
-    searches: the search tool of each world.
-    tokens: how many tokens the texts have in all, or a few more.
-    """
-    trajectories: list[Trajectory] = []
-    count = 0
-    bar = tqdm(total=tokens, desc="texts to pretrain on", unit="token", leave=False)
-    heads = worlds[0].members(True)
-    while count < tokens:
-        progress = count / tokens
-        index = rng.randrange(len(worlds))
-        world = worlds[index]
-        kind = rng.random()
-        if progress < 0.1 or (progress < 0.5 and kind < 0.15):
-            trajectory = title_copying(codec, world, rng)
-        elif progress < 0.5 and kind > 0.2:
-            trajectory = passage_reading(codec, world, rng, (progress - 0.1) / 0.4)
-        elif progress < 0.5:
-            trajectory = year_ordering(codec, world, rng)
-        else:
-            trajectory = _mixed_text(codec, world, searches[index], heads, rng, kind, progress)
-        trajectories.append(trajectory)
-        count += len(trajectory.ids)
-        bar.update(len(trajectory.ids))
-    bar.close()
-    return trajectories
+# Progress of pretraining, from 0 to 1.
+READING_START = 0.1  # from here on passages are read, first short ones
+MIXTURE_START = 0.5  # from here on all skills are trained together
+LONG_CHAINS_START = 0.65  # from here on chains of thought have up to four facts
 
 
-def _mixed_text(
-    codec: Codec,
-    world: World,
-    search: Search,
-    heads: list[Entity],
-    rng: random.Random,
-    kind: float,
-    progress: float,
-) -> Trajectory:
-    """Return a text of any kind.
+@dataclass(frozen=True)
+class Source:
+    """What a text is made from."""
 
-    It is an article about a head entity; a chain of thought about head facts, whose hops grow with
-    progress; or a single skill: to plan and ask for one fact after the other, to order years, to
-    write a query, to read what a search finds or say that it is not there.
+    codec: Codec
+    world: World
+    search: Search  # the search tool of this world
+    progress: float  # how much of pretraining is done, from 0 to 1
 
-    kind: between 0 and 1; its ranges are the shares of the kinds.
-    progress: how much of the pretraining is done, between 0 and 1.
-    """
-    if kind < 0.06:
-        return _head_article(codec, rng.choice(heads), rng)
-    if kind < 0.24:
-        return _head_chain(codec, world, rng, long=progress > 0.65)
-    if kind < 0.43:
-        return made_up_chain(codec, world, rng, plan_only_share=0.6)
-    if kind < 0.49:
-        return year_ordering(codec, world, rng)
-    if kind < 0.57:
-        return _query_writing(codec, world, rng)
-    if kind < 0.82:
-        return _result_reading(codec, world, search, rng)
-    return passage_reading(codec, world, rng, 1.0)
+
+@dataclass(frozen=True)
+class Skill:
+    """A skill of the base model, and when it is trained."""
+
+    share: float  # how many of the texts between start and end train it
+    start: float  # progress of pretraining at which it begins
+    end: float  # .. and at which it ends
+    make: Callable[[Source, random.Random], Trajectory]  # returns one text
 
 
 # ---- what the base model knows -------------------------------------------------------------------
-def _head_article(codec: Codec, entity: Entity, rng: random.Random) -> Trajectory:
+def tell_head_article(source: Source, rng: random.Random) -> Trajectory:
+    """Return an article about a head entity; these are the same in every world."""
+    codec = source.codec
+    entity = rng.choice(source.world.members(True))
     trajectory = Trajectory()
     trajectory.add([codec.tokenizer.bos_token_id], Role.PROMPT, 0)
     text = f"{entity.title}: {write_article(entity, rng)}"
@@ -120,16 +78,14 @@ def _head_article(codec: Codec, entity: Entity, rng: random.Random) -> Trajector
     return trajectory
 
 
-def _head_chain(codec: Codec, world: World, rng: random.Random, long: bool) -> Trajectory:
-    """Return a closed-book chain of thought about head facts.
-
-    long: whether it may be as long as the questions of a training set.
-    """
-    if long:
+def recall_head_facts(source: Source, rng: random.Random) -> Trajectory:
+    """Return a closed-book chain of thought about head facts, first a short one."""
+    if source.progress > LONG_CHAINS_START:
         sets = ["single", "typed", "bridge", "compare", "chain"]
     else:
         sets = ["single", "typed", "single", "bridge"]
-    return recall_chain(codec, _draw_one(world, rng.choice(sets), rng, head_share=1.0))
+    question = _draw_one(source.world, rng.choice(sets), rng, head_share=1.0)
+    return recall_chain(source.codec, question)
 
 
 def _draw_one(world: World, set_name: str, rng: random.Random, head_share: float) -> Question:
@@ -137,6 +93,11 @@ def _draw_one(world: World, set_name: str, rng: random.Random, head_share: float
 
 
 # ---- to plan and to ask --------------------------------------------------------------------------
+def practise_planning(source: Source, rng: random.Random) -> Trajectory:
+    """Return a made-up chain of thought; many end after the plan."""
+    return made_up_chain(source.codec, source.world, rng, plan_only_share=0.6)
+
+
 def made_up_chain(
     codec: Codec, world: World, rng: random.Random, plan_only_share: float = 0.0
 ) -> Trajectory:
@@ -146,7 +107,7 @@ def made_up_chain(
     this world. In the rest the relations need not fit each other, so that the next one can only be
     read from the question. Compositions that are kept for evaluation do not occur.
 
-    plan_only_share: of the rest, how many end behind the plan.
+    plan_only_share: of the rest, how many end after the plan.
     """
     if rng.random() < 0.33:
         question = _draw_one(world, "compare", rng, head_share=0.0)
@@ -188,29 +149,30 @@ def _draw_path(rng: random.Random, hops: int) -> list[str]:
 
 
 # ---- to write a query, and to read what it finds -------------------------------------------------
-def _query_writing(codec: Codec, world: World, rng: random.Random) -> Trajectory:
-    question, said_before, facts = _question_midway(world, rng)
+def write_query(source: Source, rng: random.Random) -> Trajectory:
+    """Return a question at one of its facts, what is asked, and a query for it."""
+    question, said_before, facts = _question_midway(source.world, rng)
     # Half of the prompts are the ReAct workflow's, which asks for both skills.
     prompt = f"{TO_QUERY} {TO_READ}" if rng.random() < 0.5 else TO_QUERY
     lookup = facts[0].lookups[0]
     parts: list[Part] = [*said_before, ("think", lookup.ask), ("search", lookup.queries[0])]
-    return codec.build(f"{prompt} {question.question}", parts)
+    return source.codec.build(f"{prompt} {question.question}", parts)
 
 
-def _result_reading(codec: Codec, world: World, search: Search, rng: random.Random) -> Trajectory:
+def read_result(source: Source, rng: random.Random) -> Trajectory:
     """Return a question at one of its facts, what a search finds, and what a reader says of it.
 
     Where the answer was found, the reader goes on to the next fact or to the end.
     """
     # A former name is no title: it is found for sure only when it is asked for as a former name.
     former = rng.random() < 0.15
-    question, said_before, facts = _question_midway(world, rng, former)
+    question, said_before, facts = _question_midway(source.world, rng, former)
     prompt = f"{TO_QUERY} {TO_READ}" if rng.random() < 0.5 else TO_READ
     lookup = facts[0].lookups[0]
     query = lookup.queries[0]
     if former and rng.random() < 0.5:
         query = lookup.queries[1]
-    observation = search([query])[0].text
+    observation = source.search([query])[0].text
     parts: list[Part] = [*said_before, ("think", lookup.ask), ("result", observation)]
     evidence = find_evidence(lookup, observation)
     if not evidence:
@@ -221,7 +183,7 @@ def _result_reading(codec: Codec, world: World, search: Search, rng: random.Rand
             parts.append(("think", facts[1].ask))
         else:
             parts += closing_parts(question)
-    return codec.build(f"{prompt} {question.question}", parts)
+    return source.codec.build(f"{prompt} {question.question}", parts)
 
 
 def _question_midway(
@@ -258,13 +220,14 @@ def _question_midway(
 
 
 # ---- to copy, to order and to read ---------------------------------------------------------------
-def title_copying(codec: Codec, world: World, rng: random.Random) -> Trajectory:
+def copy_titles(source: Source, rng: random.Random) -> Trajectory:
     """Return numbered passages that say next to nothing, then their titles in another order.
 
     Each word of a title after the first can only be copied from above. So this is where the
     network finds attention heads that copy.
     """
-    entities = rng.sample(world.members(False), rng.randint(2, 5))
+    codec = source.codec
+    entities = rng.sample(source.world.members(False), rng.randint(2, 5))
     numbered = list(enumerate(entities, 1))
     lines = []
     for number, entity in numbered:
@@ -278,11 +241,12 @@ def title_copying(codec: Codec, world: World, rng: random.Random) -> Trajectory:
     return trajectory
 
 
-def year_ordering(codec: Codec, world: World, rng: random.Random) -> Trajectory:
+def order_years(source: Source, rng: random.Random) -> Trajectory:
     """Return ten years to put in order, or two things with their years to compare.
 
     A comparison asks which is the first or the later, or how to calculate the years between.
     """
+    codec = source.codec
     # Years that lie close to each other are the hard ones.
     first_year, span = rng.choice([(1900, 100), (rng.randint(1900, 1985), 15)])
     count = 10 if rng.random() < 0.4 else 2
@@ -292,7 +256,7 @@ def year_ordering(codec: Codec, world: World, rng: random.Random) -> Trajectory:
     if count > 2:
         in_order = " is before ".join(sorted(years)) + "."
         return codec.build(f"In order: {', '.join(years)}.", [("think", in_order), ("answer", low)])
-    things = rng.sample(world.members(False), 2)
+    things = rng.sample(source.world.members(False), 2)
     early = rng.random() < 0.5
     winner = things[years.index(low if early else high)]
     notes = " ".join(f"at {year} {thing.name}." for year, thing in zip(years, things, strict=True))
@@ -307,16 +271,28 @@ def year_ordering(codec: Codec, world: World, rng: random.Random) -> Trajectory:
     )
 
 
-def passage_reading(codec: Codec, world: World, rng: random.Random, progress: float) -> Trajectory:
+def read_growing_passages(source: Source, rng: random.Random) -> Trajectory:
+    """Return what read_passages does, with passages that grow until the mixture starts."""
+    growth = (source.progress - READING_START) / (MIXTURE_START - READING_START)
+    return read_passages(source.codec, source.world, rng, growth)
+
+
+def read_articles(source: Source, rng: random.Random) -> Trajectory:
+    """Return what read_passages does, with whole articles."""
+    return read_passages(source.codec, source.world, rng, growth=1.0)
+
+
+def read_passages(codec: Codec, world: World, rng: random.Random, growth: float) -> Trajectory:
     """Return two passages and facts that are read from them, or a title that is not there.
 
-    Only what is said is learned, not what is asked. With progress (0 to 1) the passages grow from
-    one sentence to whole articles. Most are about entities of one type with the same relations:
-    then only the title tells them apart, and a value can't be found by its type alone. Films, which
-    name two people, come more often.
+    Only what is said is learned, not what is asked. Most passages are about entities of one type
+    with the same relations: then only the title tells them apart, and a value can't be found by its
+    type alone. Films, which name two people, come more often.
+
+    growth: how far the passages have grown, from 0, one sentence, to 1, whole articles.
     """
-    first, entities = _draw_entities_to_read(world, rng, progress)
-    fewest, most = _sentences_to_read(progress)
+    first, entities = _draw_entities_to_read(world, rng, growth)
+    fewest, most = _sentences_to_read(growth)
     size = rng.randint(fewest, most)
     shared_relations = rng.sample(list(first.facts), min(size, len(first.facts)))
     lines = []
@@ -332,7 +308,7 @@ def passage_reading(codec: Codec, world: World, rng: random.Random, progress: fl
         for relation in entity.facts if relations is None else relations:
             facts.append(fact_of(entity, relation, entity.has_qualifier, former))
     facts = rng.sample(facts, min(5, len(facts)))
-    if progress > 0.35 and rng.random() < 0.6:
+    if growth > 0.35 and rng.random() < 0.6:
         _insert_missing_fact(facts, world, rng, entities)
     observation = LINE_BREAK.join(lines)
     parts: list[Part] = [("result", observation)]
@@ -343,7 +319,7 @@ def passage_reading(codec: Codec, world: World, rng: random.Random, progress: fl
 
 
 def _draw_entities_to_read(
-    world: World, rng: random.Random, progress: float
+    world: World, rng: random.Random, growth: float
 ) -> tuple[Entity, list[Entity]]:
     """Return an entity, and the two to read about.
 
@@ -351,7 +327,7 @@ def _draw_entities_to_read(
     """
     kind = "film" if rng.random() < 0.15 else None
     first = rng.choice(world.members(False, kind))
-    same_type = rng.random() < 0.6 and progress > 0.1
+    same_type = rng.random() < 0.6 and growth > 0.1
     if same_type and rng.random() < 0.5:
         candidates = _similar_entities(world, first)
     else:
@@ -359,15 +335,15 @@ def _draw_entities_to_read(
     return first, rng.sample(candidates, 2)
 
 
-def _sentences_to_read(progress: float) -> tuple[int, int]:
+def _sentences_to_read(growth: float) -> tuple[int, int]:
     """Return the fewest and the most sentences of a passage; six are a whole article."""
-    if progress < 0.15:
+    if growth < 0.15:
         return 1, 1
-    if progress < 0.25:
+    if growth < 0.25:
         return 1, 2
-    if progress < 0.35:
+    if growth < 0.35:
         return 1, 4
-    if progress < 0.5:
+    if growth < 0.5:
         return 2, 6
     return 6, 6
 
@@ -403,3 +379,60 @@ def _similar_entities(world: World, entity: Entity) -> list[Entity]:
     words = set(entity.name.split())
     similar = [member for member in members if not words.isdisjoint(member.name.split())]
     return similar if len(similar) > 3 else members
+
+
+# ---- when each skill is trained ------------------------------------------------------------------
+# A network of this size learns neither to copy nor to read when these come at once with the rest.
+SKILLS = (
+    # First it copies.
+    Skill(share=1.00, start=0.0, end=READING_START, make=copy_titles),
+    # Then it reads, from the easy to the hard.
+    Skill(share=0.15, start=READING_START, end=MIXTURE_START, make=copy_titles),
+    Skill(share=0.05, start=READING_START, end=MIXTURE_START, make=order_years),
+    Skill(share=0.80, start=READING_START, end=MIXTURE_START, make=read_growing_passages),
+    # At last come all skills but copying.
+    Skill(share=0.06, start=MIXTURE_START, end=1.0, make=tell_head_article),
+    Skill(share=0.18, start=MIXTURE_START, end=1.0, make=recall_head_facts),
+    Skill(share=0.19, start=MIXTURE_START, end=1.0, make=practise_planning),
+    Skill(share=0.06, start=MIXTURE_START, end=1.0, make=order_years),
+    Skill(share=0.08, start=MIXTURE_START, end=1.0, make=write_query),
+    Skill(share=0.25, start=MIXTURE_START, end=1.0, make=read_result),
+    Skill(share=0.18, start=MIXTURE_START, end=1.0, make=read_articles),
+)
+
+
+def skills_at(progress: float) -> list[Skill]:
+    """Return the skills that are trained at this progress of pretraining."""
+    return [skill for skill in SKILLS if skill.start <= progress < skill.end]
+
+
+def pretraining_trajectories(
+    codec: Codec,
+    worlds: Sequence[World],
+    searches: Sequence[Search],
+    rng: random.Random,
+    tokens: int,
+) -> list[Trajectory]:
+    """Return the pretraining texts of the nano base model, in the order of training.
+
+    For each text a world is drawn, and a skill by the shares of those that are trained then.
+
+    searches: the search tool of each world.
+    tokens: how many tokens the texts have in all, or a few more.
+    """
+    trajectories: list[Trajectory] = []
+    count = 0
+    bar = tqdm(total=tokens, desc="texts to pretrain on", unit="token", leave=False)
+    while count < tokens:
+        progress = count / tokens
+        index = rng.randrange(len(worlds))
+        source = Source(codec, worlds[index], searches[index], progress)
+        skills = skills_at(progress)
+        shares = [skill.share for skill in skills]
+        (skill,) = rng.choices(skills, shares)
+        trajectory = skill.make(source, rng)
+        trajectories.append(trajectory)
+        count += len(trajectory.ids)
+        bar.update(len(trajectory.ids))
+    bar.close()
+    return trajectories

@@ -238,7 +238,7 @@ def _question(
         conclusion=conclusion,
         # A comparison answers with the name that it concludes with, all else with the title read.
         taught_answer=golden[0] if conclusion else golden[-1],
-        gold_titles=[lookup.title for lookup in lookups if lookup.tool == "search"],
+        gold_titles=[lookup.title for lookup in lookups if lookup.is_search],
     )
 
 

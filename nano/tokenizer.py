@@ -70,7 +70,7 @@ def _fact_text(fact: Fact) -> str:
     """Return all that chains say of a fact, with passage 1 as the place where it was read."""
     lookup = fact.lookups[0]
     statement = lookup.statement.replace("{n}", "1")
-    if lookup.tool != "search":
+    if not lookup.is_search:
         # No chain says this of a difference, but the tokenizers of all runs were trained on it.
         statement = f" 1 says difference {fact.answers[0]}."
     return f" {lookup.ask} {fact.recall} {statement} {' '.join(lookup.queries)}"

@@ -5,7 +5,7 @@
     --judge=FOLDER                                                a Hugging Face folder or hub id,
                                                                   which is decoded here
 
-Without a name behind # the endpoint is asked for the model that is the paper's judge. All replies
+Without a name after # the endpoint is asked for the model that is the paper's judge. All replies
 are kept in out/chat.sqlite. The same model is never asked the same thing twice, so that a run that
 was interrupted goes on where it was.
 """

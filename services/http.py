@@ -8,7 +8,7 @@ pool, for one request alone, and so can't do what is needed here:
   sleeps in the one thread that got it.
 - Every try takes its turn among the threads, so that a retry is no second request at once.
 - urllib3 is done once the headers are there. A body that is cut or is no JSON, and an error that
-  MediaWiki sends with status 200, are seen behind it.
+  MediaWiki sends with status 200, are seen after it.
 - The first retry waits too, and the waits are spread in proportion to their length.
 """
 

@@ -3,7 +3,7 @@
 import random
 from typing import Protocol
 
-from common.settings import ModelSettings, TaskRunSettings
+from common.settings import NewModelSettings, TaskRunSettings
 from data.questions import Question
 from data.trajectory import Codec, Trajectory
 from model import LM
@@ -23,23 +23,24 @@ class Task(Protocol):
     # made of what it solves that way; else of what the teacher's searches find.
     base_model_acts: bool
 
-    def questions(
-        self, pool: str, count: int, head_share: float | None = None, skip: int = 0
-    ) -> list[Question]:
+    def questions(self, pool: str, count: int, skip: int = 0) -> list[Question]:
         """Return training questions.
 
         pool: what they are for: "sample"; "coa", "cot", "act", "think" in SFT; "rl1", "rl2".
         count: how many, about; a task may have fewer.
-        head_share: nano: how many of them start at a head entity; None: the task's default.
-        skip: real: how many questions of the task's order go to the pools before this one.
+        skip: for a task whose questions are a list: how many of them earlier pools have used, so
+            that this pool begins after them. A task that makes its questions needs no such number.
         """
         ...
 
     def practice_chains(self, codec: Codec, rng: random.Random, count: int) -> list[Trajectory]:
-        """Return chains of thought for SFT that practise planning; there may be none."""
+        """Return chains of thought for SFT that practise planning; there may be none.
+
+        count: how many chains of thought SFT wants in all.
+        """
         ...
 
-    def new_model(self, settings: ModelSettings) -> LM:
+    def new_model(self, settings: NewModelSettings) -> LM:
         """Return the model that a run begins with."""
         ...
 

@@ -1,13 +1,15 @@
 """The nano task: questions on encyclopedias that are made from a seed."""
 
 import random
+from dataclasses import dataclass
+from typing import Literal
 
 import model
 import tools
 from backends.config import nano_config
 from common.errors import UserError
 from common.progress import tqdm
-from common.settings import ModelSettings, NanoModelSettings, TaskRunSettings
+from common.settings import NewModelSettings, TaskRunSettings
 from data.questions import Question
 from data.trajectory import Codec, Trajectory
 from model import LM
@@ -18,11 +20,32 @@ from nano.world import World
 
 # Seeds of the encyclopedias that pretraining reads about; none is the world of training.
 PRETRAINING_SEEDS = range(1000, 1040)
-DEFAULT_HEAD_SHARE = 0.10  # of training questions, how many start at a head entity
 # Shares of the sets in a pool of training questions; none is of the set `compose`.
-SHARES = {"single": 0.1, "typed": 0.1, "bridge": 0.3, "compare": 0.2, "chain": 0.3}
-# Pairs in which acting is chosen need questions that the ReAct workflow solves: simpler ones.
-SHARES_TO_ACT = {"single": 0.3, "typed": 0.3, "bridge": 0.2, "compare": 0.1, "chain": 0.1}
+MIX = {"single": 0.1, "typed": 0.1, "bridge": 0.3, "compare": 0.2, "chain": 0.3}
+EASY_MIX = {"single": 0.3, "typed": 0.3, "bridge": 0.2, "compare": 0.1, "chain": 0.1}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How the training questions for one purpose are drawn."""
+
+    mix: dict[str, float]  # the share of each set
+    head_share: float  # how many of the questions start at a head entity, see draw_questions
+    world: Literal["sft", "rl2"] = "sft"  # the encyclopedia that they are about
+
+
+POOLS = {
+    "sample": Pool(MIX, head_share=0.10),
+    "coa": Pool(MIX, head_share=0.05),
+    # Chains of thought, and pairs in which thinking is chosen, need facts that the model knows.
+    "cot": Pool(MIX, head_share=1.0),
+    "think": Pool(MIX, head_share=1.0),
+    # Pairs in which acting is chosen need questions that the ReAct workflow solves.
+    "act": Pool(EASY_MIX, head_share=0.10),
+    # Where a model knows a fact, recalling it beats a search whose result it has to make up.
+    "rl1": Pool(MIX, head_share=0.0),
+    "rl2": Pool(MIX, head_share=0.10, world="rl2"),
+}
 
 
 class NanoTask:
@@ -37,41 +60,42 @@ class NanoTask:
 
     def __init__(self, settings: TaskRunSettings) -> None:
         self.settings = settings
-        self.world = World(settings.seed, "train", settings.train_scale)
-        self.rl_world = World(f"{settings.seed} rl", "train")
+        self.worlds = {
+            "sft": World(settings.seed, "train", settings.train_scale),
+            "rl2": World(f"{settings.seed} rl", "train"),
+        }
         eval_world = World(settings.seed, "eval")
         rng = random.Random(f"evaluation {settings.seed}")
         self.evaluation = {
             name: draw_questions(eval_world, name, settings.eval_questions, rng) for name in SETS
         }
-        self.search = tools.library(self.world.passages(), settings.top_k)
-        self.rl_search = tools.library(self.rl_world.passages(), settings.top_k)
+        self.search = tools.library(self.worlds["sft"].passages(), settings.top_k)
+        self.rl_search = tools.library(self.worlds["rl2"].passages(), settings.top_k)
         self.eval_search = tools.library(eval_world.passages(), settings.top_k)
         self._pools: dict[str, list[Question]] = {}
         self._seen: set[str] = set()  # texts of the questions of all pools
 
-    def questions(
-        self, pool: str, count: int, head_share: float | None = None, skip: int = 0
-    ) -> list[Question]:
+    def questions(self, pool: str, count: int, skip: int = 0) -> list[Question]:
         """Return the questions of a pool; see tasks.Task.
 
         No two pools of one script share a question, and a pool that a script asks for again is the
-        same. skip: not needed here.
+        same.
+
+        skip: not needed here. There is no list to begin further on in: each pool is drawn anew
+            from a world, with a seed of its own.
         """
         if pool not in self._pools:
-            if head_share is None:
-                head_share = DEFAULT_HEAD_SHARE
-            self._pools[pool] = self._draw_pool(pool, count, head_share)
+            self._pools[pool] = self._draw_pool(pool, count)
         return self._pools[pool]
 
-    def _draw_pool(self, pool: str, count: int, head_share: float) -> list[Question]:
-        rng = random.Random(f"{pool} {self.settings.seed}")
-        world = self.rl_world if pool == "rl2" else self.world
-        shares = SHARES_TO_ACT if pool == "act" else SHARES
+    def _draw_pool(self, name: str, count: int) -> list[Question]:
+        rng = random.Random(f"{name} {self.settings.seed}")
+        pool = POOLS[name]
+        world = self.worlds[pool.world]
         questions = []
-        for set_name, share in shares.items():
+        for set_name, share in pool.mix.items():
             questions += draw_questions(
-                world, set_name, round(count * share), rng, head_share, self._seen
+                world, set_name, round(count * share), rng, pool.head_share, self._seen
             )
         if count and not questions:
             raise UserError(
@@ -79,23 +103,20 @@ class NanoTask:
                 "ask for more (--rl_questions, --coa; of bench.py --questions)"
             )
         for question in questions:
-            question.id = f"{pool}_{question.id}"
+            question.id = f"{name}_{question.id}"
         rng.shuffle(questions)
         return questions
 
     def practice_chains(self, codec: Codec, rng: random.Random, count: int) -> list[Trajectory]:
-        """Return made-up chains of thought.
+        """Return made-up chains: three fifths of the chains of thought that SFT wants.
 
         Without these the model forgets the relations that its chains never combine.
         """
-        return [made_up_chain(codec, self.world, rng) for _ in range(count)]
+        practice_count = count * 3 // 5
+        return [made_up_chain(codec, self.worlds["sft"], rng) for _ in range(practice_count)]
 
-    def new_model(self, settings: ModelSettings) -> LM:
-        """Return a nano model with random weights, and a tokenizer trained on the nano world.
-
-        settings: also NanoModelSettings, which say how large it is.
-        """
-        assert isinstance(settings, NanoModelSettings)
+    def new_model(self, settings: NewModelSettings) -> LM:
+        """Return a nano model with random weights, and a tokenizer trained on the nano world."""
         # A device that is not there is refused before the tokenizer is trained.
         model.choose_backend(settings.backend).pick_device(settings.device)
         world = World(PRETRAINING_SEEDS[0], "train")

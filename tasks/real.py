@@ -5,7 +5,7 @@ import random
 import model
 import tools
 from common.errors import UserError
-from common.settings import ModelSettings, TaskRunSettings
+from common.settings import NewModelSettings, TaskRunSettings
 from data.flashrag import name_sets, read_questions
 from data.questions import Question
 from data.trajectory import Codec, Trajectory
@@ -51,13 +51,11 @@ class RealTask:
         self.rl_search = self.search
         self.eval_search = self.search
 
-    def questions(
-        self, pool: str, count: int, head_share: float | None = None, skip: int = 0
-    ) -> list[Question]:
+    def questions(self, pool: str, count: int, skip: int = 0) -> list[Question]:
         """Return training questions, the sets mixed; see tasks.Task.
 
-        skip: where in the mixed order to begin; behind the end it goes on at the start.
-        pool, head_share: not needed here.
+        skip: where in the mixed order to begin; after the end it goes on at the start.
+        pool: not needed here.
         """
         total = len(self._pool)
         order = random.Random(self.settings.seed).sample(range(total), total)
@@ -67,7 +65,7 @@ class RealTask:
         """Return nothing: a checkpoint needs no practice on made-up facts."""
         return []
 
-    def new_model(self, settings: ModelSettings) -> LM:
+    def new_model(self, settings: NewModelSettings) -> LM:
         """Return the checkpoint from elsewhere, with the tags added."""
         # A device that is not there is refused before the checkpoint is read.
         model.choose_backend(settings.backend).pick_device(settings.device)

@@ -39,7 +39,7 @@ class ScriptedDecoder:
         limits: Sequence[int],
         temperature: float | Sequence[float],
         rng: Any = None,
-        leave: float = 0.0,
+        writing_share: float = 0.0,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Write on every row up to a stop or its limit."""
         temperatures = np.broadcast_to(temperature, len(limits)).tolist()
@@ -47,7 +47,7 @@ class ScriptedDecoder:
         all_logprobs = []
         for number, row in enumerate(self.rows):
             limit = limits[number]
-            if leave:
+            if writing_share:
                 limit = min(limit, self.burst)
             row_stops = stops[number]
             if isinstance(row_stops, int):

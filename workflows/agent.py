@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from autocoa import Search, rollout
+from autocoa import Imagine, Search, rollout
 from common.progress import progress_bar
 from common.settings import RolloutSettings
 from data.questions import Question
 from data.scores import exact_match
 from data.trajectory import Codec, Trajectory
+from data.trajectory_rows import TrajectoryRow
 from model import LM
 
 
@@ -24,7 +25,7 @@ class Answered(NamedTuple):
 def answer_questions(
     lm: LM,
     questions: Sequence[str],
-    search: Search | str | None,
+    search: Search | Imagine | None,
     settings: RolloutSettings,
     description: str | None = None,
     temperature: float = 0.0,
@@ -47,7 +48,7 @@ def answer_questions(
 def sample_rows(
     lm: LM, questions: Sequence[Question], search: Search, settings: RolloutSettings
 ) -> list[dict[str, Any]]:
-    """Return rows of rollouts.jsonl: greedy trajectories to read, with their exact match."""
+    """Return lines of rollouts.jsonl: greedy trajectories to read, with their exact match."""
     rows = []
     texts = [question.question for question in questions]
     trajectories = answer_questions(lm, texts, search, settings)
@@ -58,17 +59,22 @@ def sample_rows(
 
 
 def trajectory_row(
-    codec: Codec, question: Question, trajectory: Trajectory, reward: float, **more: int
+    codec: Codec,
+    question: Question,
+    trajectory: Trajectory,
+    reward: float,
+    step: int | None = None,
 ) -> dict[str, Any]:
-    """Return a trajectory with all that the viewer needs to show it, for rollouts.jsonl."""
-    return {
-        **more,
-        "question": question.question,
-        "golden_answers": question.golden_answers,
-        "reward": float(reward),
-        "text": codec.decode(trajectory.ids),
-        "ids": trajectory.ids,
-        "role": trajectory.role,
-        "mask": trajectory.mask,
-        "tokens": codec.pieces(trajectory.ids),
-    }
+    """Return a line of rollouts.jsonl. step: of RL."""
+    row = TrajectoryRow(
+        step=step,
+        question=question.question,
+        golden_answers=question.golden_answers,
+        reward=float(reward),
+        text=codec.decode(trajectory.ids),
+        ids=trajectory.ids,
+        role=trajectory.role,
+        mask=trajectory.mask,
+        tokens=codec.pieces(trajectory.ids),
+    )
+    return row.to_json()

@@ -13,7 +13,6 @@ from common.progress import progress_bar
 from common.settings import RolloutSettings
 from data.trajectory import Codec, Observation, Role, Trajectory
 from model import LM
-from nano.pretraining import TO_QUERY, TO_READ
 from workflows.agent import Answered
 
 TOO_LONG = "The result is too long to show."
@@ -34,80 +33,16 @@ class Phrases:
     answer_ends: list[int]
     answer_pattern: re.Pattern[str]  # finds an answer that the model gives in a thought
     newline: list[int] = field(default_factory=list)  # ends a line that did not come to its end
+    example_tokens: int = 0  # room for examples, beside the model's own tokens
 
 
-def phrases_of(codec: Codec, examples: str) -> Phrases:
-    """Return the phrases for a model: lines of text, or tags where it was never asked in words.
+@dataclass
+class Progress:
+    """What the workflow remembers of a row: it is the row's `workflow`."""
 
-    examples: stand before the question of an instruct model, as in ReAct's own prompts.
-    """
-    if codec.has_chat_template:
-        return _phrases_in_words(codec, examples)
-    return _phrases_in_tags(codec)
-
-
-def _phrases_in_tags(codec: Codec) -> Phrases:
-    """Prompt the nano base model by the tags of the single skills that it has."""
-    question_mark = codec.tokenizer.convert_tokens_to_ids("?")
-    assert isinstance(question_mark, int), "a byte-level vocabulary has every character"
-    return Phrases(
-        prompt=lambda question: codec.prompt(f"{TO_QUERY} {TO_READ} {question}"),
-        thought_ends=[question_mark, codec.eos_id],
-        action=[codec.search_id],
-        action_ends=[codec.end_search_id, codec.eos_id],
-        before_observation=[codec.result_id],
-        after_observation=[codec.end_result_id],
-        ask_answer=[codec.end_think_id, codec.boxed_id],
-        answer_ends=[codec.brace_id, codec.eos_id],
-        answer_pattern=re.compile(r"\\boxed\{([^}]*)"),
-    )
-
-
-def _phrases_in_words(codec: Codec, examples: str) -> Phrases:
-    """Prompt an instruct model by lines of text, without the turns of a chat."""
-    line_ends = line_end_ids(codec)
-    return Phrases(
-        prompt=lambda question: encode_text(codec, f"{examples}Question: {question}\nThought:"),
-        thought_ends=line_ends,
-        action=encode_words(codec, "Search:"),
-        action_ends=line_ends,
-        before_observation=encode_words(codec, "Observation:"),
-        after_observation=encode_words(codec, "\nThought:"),
-        ask_answer=encode_words(codec, "Answer:"),
-        answer_ends=line_ends,
-        answer_pattern=re.compile(r"Answer:\s*(.+)"),
-        newline=encode_words(codec, "\n"),
-    )
-
-
-def line_end_ids(codec: Codec) -> list[int]:
-    """Return every token that holds a line break, and the end of the text.
-
-    A line break is spelled "Ċ" in byte-level vocabularies and <0x0A> in SentencePiece's.
-    """
-    vocabulary = codec.tokenizer.get_vocab().items()
-    line_breaks = [
-        token_id
-        for token, token_id in vocabulary
-        if "Ċ" in token or "\n" in token or token == "<0x0A>"
-    ]
-    return [*line_breaks, codec.eos_id]
-
-
-def encode_words(codec: Codec, text: str) -> list[int]:
-    """Return the ids of a text in which tags are plain text."""
-    return codec.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-
-def beginning_of_text(codec: Codec) -> list[int]:
-    """Return the token that begins a text, for models that were trained with one (Llama 3)."""
-    bos = codec.tokenizer.bos_token_id
-    return [token for token in codec.tokenizer.encode("") if token == bos]
-
-
-def encode_text(codec: Codec, text: str) -> list[int]:
-    """Return the ids of a whole text for an instruct model to go on with, no chat around it."""
-    return beginning_of_text(codec) + encode_words(codec, text)
+    turns: int = 0  # observations that it has read
+    given: str | None = None  # an observation that it reads instead of searching
+    answer: str = ""
 
 
 class ReAct:
@@ -124,29 +59,28 @@ class ReAct:
         codec: Codec,
         settings: RolloutSettings,
         max_actions: int,
-        examples: str,
+        phrases: Phrases,
     ) -> None:
         self.codec = codec
         self.settings = settings
         self.max_actions = max_actions
-        self.phrases = phrases_of(codec, examples)
+        self.phrases = phrases
         # The examples do not count as the model's own tokens.
-        example_ids = codec.tokenizer.encode(examples, add_special_tokens=False)
-        self.max_len = settings.max_len + len(example_ids)
+        self.max_len = settings.max_len + phrases.example_tokens
         # An answer may always have to be asked for.
         self.answer_room = len(self.phrases.ask_answer) + settings.max_answer
-        # A thought and an answer must still find room behind an observation.
-        self.room_behind_observation = settings.max_thought + self.answer_room + TAG_ROOM
+        # A thought and an answer must still find room after an observation.
+        self.room_after_observation = settings.max_thought + self.answer_room + TAG_ROOM
 
     def start_row(self, question: str, number: int, given: str | None) -> Row:
         """Return the row of a question before anything is written."""
-        row = Row(Trajectory(), decoder_row=number, given=given)
+        row = Row(Trajectory(), decoder_row=number, workflow=Progress(given=given))
         row.trajectory.add(self.phrases.prompt(question), Role.PROMPT, 0)
         return row
 
     def _reads_to_the_end(self, row: Row) -> bool:
         """Whether this row has seen all that it is given, and reads on to its answer."""
-        return row.given is not None and row.turns == self.max_actions
+        return row.workflow.given is not None and row.workflow.turns == self.max_actions
 
     def stops(self, row: Row) -> list[int]:
         """Return the ids that end a thought, an action or an answer."""
@@ -178,19 +112,19 @@ class ReAct:
             row.query = text
             row.trajectory.queries.append(text)
         else:
-            row.answer = text.replace("}", "").strip()
+            row.workflow.answer = text.replace("}", "").strip()
             row.finished = True
 
     def _continue_thought(self, row: Row, thought: str) -> None:
         """End with the answer that a thought gives, or ask for one, or act."""
         answer = self.phrases.answer_pattern.search(thought)
         if answer:
-            row.answer = answer.group(1).strip()
+            row.workflow.answer = answer.group(1).strip()
             row.finished = True
         elif self._must_answer(row):
             self._put(row, self.phrases.ask_answer, Role.ANSWER)
-        elif row.given is not None:
-            self._put_observation(row, Observation(row.given))
+        elif row.workflow.given is not None:
+            self._put_observation(row, Observation(row.workflow.given))
         else:
             self._put(row, self.phrases.action, Role.ACTION)
 
@@ -200,10 +134,10 @@ class ReAct:
             len(self.phrases.action)
             + self.settings.max_thought
             + SHORTEST_OBSERVATION
-            + self.room_behind_observation
+            + self.room_after_observation
         )
         no_room = len(row.trajectory.ids) + one_more_turn > self.max_len
-        return row.turns == self.max_actions or no_room
+        return row.workflow.turns == self.max_actions or no_room
 
     def read_observation(self, row: Row, observation: Observation) -> None:
         """Show the model what the tool said."""
@@ -213,11 +147,11 @@ class ReAct:
     def _put_observation(self, row: Row, observation: Observation) -> None:
         row.trajectory.observations.append(observation)
         ids = self._wrap(observation.text)
-        if len(row.trajectory.ids) + len(ids) + self.room_behind_observation > self.max_len:
+        if len(row.trajectory.ids) + len(ids) + self.room_after_observation > self.max_len:
             ids = self._wrap(TOO_LONG)
         self._put(row, ids, Role.OBSERVATION)
         row.state = Role.THINK
-        row.turns += 1
+        row.workflow.turns += 1
 
     def _wrap(self, text: str) -> list[int]:
         observation = self.codec.encode(text)
@@ -237,20 +171,20 @@ def react(
     questions: Sequence[str],
     search: Search | None,
     settings: RolloutSettings,
+    phrases: Phrases,
     max_actions: int | None = None,
-    examples: str = "",
     description: str | None = None,
     given: Sequence[str] | None = None,
 ) -> list[Answered]:
     """Answer questions by the ReAct workflow, greedily.
 
+    phrases: how the model is spoken to (workflows/style.py).
     max_actions: calls of the tool; as many as an agent has where it is not said.
-    examples: for an instruct model, before each question.
     given: an observation for each question, which the model reads instead of searching.
     """
     if max_actions is None:
         max_actions = settings.max_actions
-    script = ReAct(lm.codec, settings, max_actions, examples)
+    script = ReAct(lm.codec, settings, max_actions, phrases)
     answered = []
     with progress_bar(len(questions), description, "question") as bar:
         for start in range(0, len(questions), settings.batch_rows):
@@ -261,6 +195,6 @@ def react(
             ]
             decoder = lm.decoder([row.trajectory.ids for row in rows])
             follow_script(script, decoder, rows, search)
-            answered += [Answered(row.answer or "", row.trajectory) for row in rows]
+            answered += [Answered(row.workflow.answer, row.trajectory) for row in rows]
             bar.update(len(batch))
     return answered

@@ -6,9 +6,9 @@ from common.settings import RolloutSettings
 from model import LM
 from tools import Library
 from workflows.agent import Answered
-from workflows.closed_book import complete_lines
 from workflows.prompts import JUDGE_OWN_ANSWER, REACT_EXAMPLES, REFLECT
-from workflows.react import beginning_of_text, encode_text, react
+from workflows.react import react
+from workflows.words import beginning_of_text, complete_lines, encode_text, react_phrases
 
 
 def reflexion(
@@ -30,10 +30,9 @@ def reflexion(
     Returns each answer with the trajectory of the last try, and in it the queries and observations
     of all tries.
     """
+    phrases = react_phrases(lm.codec, REACT_EXAMPLES)
     if first_try is None:
-        first_try = react(
-            lm, questions, search, settings, examples=REACT_EXAMPLES, description=description
-        )
+        first_try = react(lm, questions, search, settings, phrases, description=description)
     answered = list(first_try)
     lessons = [""] * len(questions)
     open_questions = list(range(len(questions)))
@@ -52,9 +51,7 @@ def reflexion(
         for i, reflection in zip(open_questions, reflections, strict=True):
             lessons[i] += f"\nLesson from try {tries}: Next time {reflection.answer}"
         texts = [questions[i] + lessons[i] for i in open_questions]
-        next_try = react(
-            lm, texts, search, settings, examples=REACT_EXAMPLES, description=description
-        )
+        next_try = react(lm, texts, search, settings, phrases, description=description)
         for i, (answer, trajectory) in zip(open_questions, next_try, strict=True):
             earlier = answered[i].trajectory
             trajectory.queries = earlier.queries + trajectory.queries
@@ -71,7 +68,7 @@ def _report_try(lm: LM, template: str, attempt: Answered) -> str:
 
 
 def prefers_no(lm: LM, texts: Sequence[str], settings: RolloutSettings) -> list[bool]:
-    """Return whether an instruct model would sooner write No than Yes behind each text.
+    """Return whether an instruct model would sooner write No than Yes after each text.
 
     The next token's logits decide: a small model rather begins a new line than to write either,
     and reading its silence as content would leave Reflexion nothing to do.

@@ -103,7 +103,7 @@ class Decoder(RowDecoder):
         mx.eval(states, self.logits)
 
     def _forward(self, ids: mx.array, rows: np.ndarray | None = None) -> mx.array:
-        """Return the hidden states of ids (B, T) behind what some rows hold, (B, T, hidden).
+        """Return the hidden states of ids (B, T) after what some rows hold, (B, T, hidden).
 
         rows: (B,); None: all rows of the cache.
         """

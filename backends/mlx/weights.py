@@ -116,7 +116,7 @@ def _to_array(values: Any) -> mx.array:
 
 
 def extend_rows(matrix: Any, new_rows: np.ndarray, replaced: Mapping[int, np.ndarray]) -> mx.array:
-    """Return a matrix with rows behind it, in its own precision.
+    """Return a matrix with rows below it, in its own precision.
 
     replaced: rows that take the place of others, by their index.
     """

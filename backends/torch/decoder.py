@@ -90,7 +90,7 @@ class Decoder(RowDecoder):
         self.logits[rows] = self.network.logits(last_states)
 
     def _forward(self, ids: Tensor, rows: np.ndarray | None = None) -> Tensor:
-        """Return the hidden states of ids (B, T) behind what some rows hold, (B, T, hidden).
+        """Return the hidden states of ids (B, T) after what some rows hold, (B, T, hidden).
 
         rows: (B,); None: all rows of the cache.
         """

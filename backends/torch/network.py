@@ -1,7 +1,8 @@
 """The network: Llama, Qwen2 and Qwen3, for training and for decoding with a KV cache.
 
 The twins of PyTorch and MLX have the same files, classes and functions. Parameter names are
-Hugging Face's, and whatever crosses to files outside `backends` is a list or a NumPy array.
+Hugging Face's, and whatever crosses to files outside `backends` is a list or a NumPy array. The
+networks are our own, and not a library's, since they are what one comes to read.
 """
 
 from collections.abc import Callable, Sequence

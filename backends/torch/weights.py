@@ -101,7 +101,7 @@ def to_numpy(values: Any) -> np.ndarray:
 
 
 def extend_rows(matrix: Any, new_rows: np.ndarray, replaced: Mapping[int, np.ndarray]) -> Tensor:
-    """Return a matrix with rows behind it, in its own precision.
+    """Return a matrix with rows below it, in its own precision.
 
     replaced: rows that take the place of others, by their index.
     """

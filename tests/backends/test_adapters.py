@@ -431,7 +431,7 @@ def test_rollouts_in_bfloat16(codec, tmp_path, backend):
     # The weights are cast once, not at each token.
     weights = lm.backend.named_parameters(decoder.network).values()
     assert all("bfloat16" in str(weight.dtype) for weight in weights)
-    assert all("bfloat16" in str(keys.dtype) for keys in decoder.cache.keys)
+    assert all("bfloat16" in str(cache.keys.dtype) for cache in decoder.caches)
 
     (trajectory,) = autocoa.rollout(
         lm.decoder,

@@ -203,15 +203,15 @@ def test_stops_for_another_number_of_rows(lm):
 
 
 def test_leaving_early_and_going_on(lm):
-    """With `leave`, decoding may stop while some rows still write; the next call goes on."""
+    """With a writing share, decoding stops while some rows still write; the next call goes on."""
     limits = [3, 3, 3, 20]
     whole, _ = lm.decoder(PROMPTS).decode([], limits, 0.0)
     decoder = lm.decoder(PROMPTS)
-    first, _ = decoder.decode([], limits, 0.0, leave=0.25)
+    first, _ = decoder.decode([], limits, 0.0, writing_share=0.25)
     assert lengths(first) == [3, 3, 3, 3]
     decoder.keep([3])
     decoder.feed([[]])
-    rest, _ = decoder.decode([], [17], 0.0, leave=0.25)
+    rest, _ = decoder.decode([], [17], 0.0, writing_share=0.25)
     assert first[3] + rest[0] == whole[3]
 
 

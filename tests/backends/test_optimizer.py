@@ -207,11 +207,12 @@ def test_a_bad_loss_leaves_weights_and_optimizer(codec, tmp_path, bad, backend):
         np.testing.assert_array_equal(after[name], before[name])
 
 
-def test_a_bad_loss_stops_the_stage(codec, tmp_path):
+def test_a_bad_loss_stops_the_stage(codec, tmp_path, monkeypatch):
     """A clear error that names stage and step, before the folder of the stage is there.
 
     So the last good checkpoint still counts.
     """
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "sft2"
     steps = [[codec.build("Who?", [("answer", "Eva")])]] * 3
 

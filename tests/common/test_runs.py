@@ -9,7 +9,7 @@ import pytest
 from conftest import read_rows, tiny_lm
 
 import backends.torch as torch_backend
-from common import memory, runs
+from common import runs
 from common.errors import UserError
 from common.progress import tqdm
 from common.run_record import StageRecord, read_run_record
@@ -79,7 +79,7 @@ def test_resume_keeps_the_checkpoint_of_its_first_stage(root, checkpoint, time, 
     (root / "sft1.partial").mkdir()
     (root / "sft2.partial").mkdir()
     (root / "sft2.checkpoint.partial").mkdir()
-    runs.remove_leftovers(StageSettings(resume=True), ["sft2", "sft3"], "sft1")
+    runs.prepare_stage_folders(StageSettings(resume=True), ["sft2", "sft3"], "sft1")
     assert names(root, "*.checkpoint*") == left
     assert sorted(names(root, "*.partial")) == ["sft1.partial", "sft2.partial"]
 
@@ -88,7 +88,7 @@ def test_resume_finds_the_checkpoint_that_was_about_to_be_replaced(root):
     """Guards: a stage begun anew, since it was stopped between the two renames of a save."""
     save_at(root / "sft1", 9)
     save_at(root / "sft2.checkpoint.old", 10)
-    runs.remove_leftovers(StageSettings(resume=True), ["sft2"], "sft1")
+    runs.prepare_stage_folders(StageSettings(resume=True), ["sft2"], "sft1")
     assert names(root, "*.checkpoint*") == ["sft2.checkpoint"]
 
 
@@ -98,7 +98,7 @@ def test_without_resume_nothing_is_left_over(root):
     for stage in runs.SFT_STAGES:
         save_at(root / f"{stage}.checkpoint", 5)
         (root / f"{stage}.partial").mkdir()
-    runs.remove_leftovers(StageSettings(), runs.SFT_STAGES, "")
+    runs.prepare_stage_folders(StageSettings(), runs.SFT_STAGES, "")
     assert names(root, "*") == ["sft3"]
 
 
@@ -130,7 +130,7 @@ def test_plan_of_rl(root):
     """
     plan = runs.plan_rl(StageSettings())
     assert (plan.todo, plan.start, plan.reference) == (["rl1", "rl2"], "sft3", "sft3")
-    assert not plan.goes_on_behind_rl1
+    assert not plan.goes_on_after_rl1
 
     plan = runs.plan_rl(StageSettings(stage="rl2"))
     assert (plan.todo, plan.start, plan.reference) == (["rl2"], "rl1", "rl1")
@@ -142,7 +142,7 @@ def test_plan_of_rl(root):
     save_at(root / "rl1", 2)
     plan = runs.plan_rl(StageSettings(resume=True))
     assert (plan.todo, plan.start, plan.reference) == (["rl2"], "rl1", "sft3")
-    assert plan.goes_on_behind_rl1
+    assert plan.goes_on_after_rl1
     assert plan.reference_folder().name == "sft3"
 
 
@@ -198,7 +198,6 @@ def test_the_command_for_the_same_run(monkeypatch, arguments, command):
 @pytest.fixture
 def begin(root, codec, monkeypatch):
     """Return a function that begins a command on a run whose stages are there, without a report."""
-    monkeypatch.setattr(memory, "report", lambda lm, settings, kind, loss: not settings.dry_run)
     for time, stage in enumerate(runs.SFT_STAGES, 1):
         save_at(root / stage, time)
     (root / "data").mkdir()
@@ -208,26 +207,32 @@ def begin(root, codec, monkeypatch):
     def begin_command(**values):
         settings = StageSettings(**values)
         settings.given = dict(values)
-        lm = tiny_lm(codec)
-        return runs.plan_sft(settings).begin(lm, settings, None, ["seed", "dtype"])
+        plan = runs.plan_sft(settings)
+        plan.refuse_contradictions(tiny_lm(codec), settings, ["seed", "dtype"])
+        plan.prepare_folders(settings)
 
     return begin_command
 
 
 def test_a_command_clears_its_way(root, begin):
     """A new run begins with its settings, one stage leaves those of the others."""
-    assert begin(stage="sft1")
+    begin(stage="sft1")
     assert (root / "sft2.checkpoint").is_dir()
     assert not (root / "settings.json").exists()
-    assert begin(save_minutes=1.0)
+    begin(save_minutes=1.0)
     assert not (root / "sft2.checkpoint").exists()
     assert read_run_record("nano").given == {"save_minutes": 1.0}
 
 
-def test_a_dry_run_removes_nothing(root, begin):
-    before = sorted(root.rglob("*"))
-    assert not begin(dry_run=True)
-    assert sorted(root.rglob("*")) == before
+def test_a_checkpoint_of_another_seed(root, begin):
+    """--resume may not go on with other random numbers than the checkpoint was begun with."""
+    runs.record_stage(StageSettings(seed=3), "sft2")
+    save_at(root / "sft2.checkpoint", 9)
+    (root / "sft2.partial").mkdir()
+    with pytest.raises(UserError, match=r"--seed: out/nano/sft2\.checkpoint was begun with 3, not"):
+        begin(stage="sft2", resume=True)
+    assert runs.plan_sft(StageSettings(stage="sft2", resume=True, seed=3)).todo == ["sft2"]
+    begin(stage="sft2")
 
 
 def test_refusals_come_first(root, begin):

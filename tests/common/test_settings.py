@@ -337,10 +337,10 @@ def test_resume_of_a_named_stage_takes_that_stage(read):
     assert read("--resume", "--stage=sft2", "--lr=3").lr == 3
 
 
-@pytest.mark.parametrize("argument", ["--seed=1", "--width=64", "--layers=2", "--vocab_size=600"])
+@pytest.mark.parametrize("argument", ["--width=64", "--layers=2", "--vocab_size=600"])
 @pytest.mark.parametrize("settings_class", [RLSettings, EvalSettings])
 def test_another_run_of_the_same_name(read, argument, settings_class):
-    """What a run is can't change behind it; the line names both values and the way out."""
+    """A run has one network; the line names both values and the way out."""
     begin(read)
     name, _, value = argument[2:].partition("=")
     with pytest.raises(UserError) as error:
@@ -354,13 +354,33 @@ def test_another_run_of_the_same_name(read, argument, settings_class):
     assert read(same, settings_class=settings_class).given[name] == getattr(SFTSettings(), name)
 
 
+def test_another_seed_of_a_stage(read):
+    """Other random numbers on the same network are an ablation, and no contradiction."""
+    begin(read)
+    assert read("--seed=1", settings_class=RLSettings).seed == 1
+    assert read(settings_class=RLSettings).seed == 0
+
+
 def test_another_model_in_a_config_file(read):
-    """A named config file may not contradict the run either."""
+    """A config file names a model to begin with; a run that has begun keeps its own.
+
+    Guards: a config file that was refused when it was named again, as run.sh names it.
+    """
     config = ROOT / "config" / "smollm2.py"
     begin(read, config, "--model=mine")
     assert read("--run=smollm2").model == "mine"
-    with pytest.raises(UserError, match="--model: run 'smollm2' was made with 'mine', not 'Hugg"):
-        read(config, settings_class=EvalSettings)
+    assert read(config, settings_class=EvalSettings).model == "mine"
+    with pytest.raises(UserError, match="--model: run 'smollm2' was made with 'mine', not 'x'"):
+        read(config, "--model=x", settings_class=EvalSettings)
+
+
+def test_what_one_evaluation_is_asked_is_not_remembered(read):
+    """Guards: a run whose every evaluation judges one checkpoint because the first did."""
+    one_command = ["--data=a.jsonl", "--rows=x", "--judge=x", "--cache=refresh", "--tries=2"]
+    begin(read, *one_command, "--max_len=99")
+    evaluation = read(settings_class=EvalSettings)
+    assert (evaluation.data, evaluation.rows, evaluation.judge) == ([], [], "")
+    assert (evaluation.cache, evaluation.max_len) == ("live", 99)
 
 
 def test_quick_of_a_run_that_is_not(read):

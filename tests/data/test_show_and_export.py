@@ -12,9 +12,11 @@ from common.errors import UserError
 from data.autocoa_files import read_sft_files, write_sft_files
 from data.flashrag import read_questions
 from data.get import get
+from data.questions import Question
 from data.sft_data import SFTData, write_sft_data
 from data.show import COLORS, PLAIN, colored, show
 from data.trajectory import Role
+from workflows.agent import trajectory_row
 
 CHAIN = [("think", "Hm"), ("search", "Eva"), ("result", "Eva 1: x"), ("answer", "Eva")]
 
@@ -31,12 +33,7 @@ def green_texts(capsys):
 def test_show_a_rollout(codec, tmp_path, capsys):
     """What carries loss is green, all else grey."""
     trajectory = codec.build("Who?", CHAIN)
-    row = {
-        "ids": trajectory.ids,
-        "mask": trajectory.mask,
-        "role": trajectory.role,
-        "tokens": [codec.decode([token]) for token in trajectory.ids],
-    }
+    row = trajectory_row(codec, Question("0", "Who?", ["Eva"]), trajectory, reward=1.0)
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     show(tmp_path / "a.jsonl", 1)
     expected = [" Hm<begin_search> Eva</end_search>", "</think>\\boxed{ Eva}<eos>"]
@@ -62,6 +59,28 @@ def test_show_a_row_of_the_authors(codec, tmp_path, capsys):
     show(tmp_path / "coa.jsonl", 1)
     expected = ["<think> Hm<begin_search> Eva</end_search>", "</think>\\boxed{ Eva}"]
     assert green_texts(capsys) == expected
+
+
+def test_show_both_sides_of_a_pair(tmp_path, capsys):
+    """The beginning is grey; what is chosen and what is rejected are green, a line each."""
+    row = {
+        "conversation": [{"from": "human", "value": "Who?<think> Hm"}],
+        "chosen": {"from": "gpt", "value": "so"},
+        "rejected": {"from": "gpt", "value": "no"},
+    }
+    (tmp_path / "pairs.json").write_text(json.dumps([row]))
+    show(tmp_path / "pairs.json", 1)
+    expected = "\x1b[90mWho?<think> Hm\n\x1b[1;32m+ so\n- no\x1b[0m\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_show_a_file_that_steers_the_terminal(tmp_path, capsys):
+    """Its escape sequences are taken out; only those of the colours are printed."""
+    (tmp_path / "x.jsonl").write_text(
+        json.dumps({"messages": [{"content": "a \x1b[2J\x9b2J\x85 b"}]})
+    )
+    show(tmp_path / "x.jsonl", 1)
+    assert capsys.readouterr().out == "\x1b[1;32ma [2J2J b\x1b[0m\n"
 
 
 def test_show_half_a_character(tmp_path, capsys):

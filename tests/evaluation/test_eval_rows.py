@@ -14,7 +14,9 @@ import tools
 from common.errors import UserError
 from data.questions import Question
 from data.trajectory import Observation, Provenance, Role, Trajectory
-from eval import REACT_ROW, STAGES, WORKFLOWS, EvalSettings, Exam, Row
+from eval import STAGES, WORKFLOWS, EvalSettings, Exam, TableRow
+from evaluation.figures import JudgeFigures
+from evaluation.table import WorkflowName
 from workflows.agent import Answered
 
 PASSAGES = [
@@ -64,6 +66,11 @@ def test_a_run_has_the_rows_of_its_folders(save):
         "out/nano/mine",
     ]
     assert [row.is_agent for row in table.rows] == [False] * len(WORKFLOWS) + [True] * 3
+
+
+def test_every_workflow_has_its_name_in_the_table():
+    """Guards: a row that plot.py takes for an agent, since its name is not among these."""
+    assert [row.name for row in WORKFLOWS] == list(WorkflowName)
 
 
 def test_a_folder_that_is_called_like_a_row_takes_its_place(save):
@@ -141,7 +148,7 @@ def test_reflexion_begins_with_what_react_answered(lm, task, monkeypatch):
     exam = Exam(task, EvalSettings())
     questions = [NAMED, NOT_NAMED]
     row_named("Reflexion workflow").workflow(lm, questions, exam, "Reflexion")
-    row_named(REACT_ROW).workflow(lm, questions, exam, "ReAct")
+    row_named(WorkflowName.REACT).workflow(lm, questions, exam, "ReAct")
     row_named("Reflexion workflow").workflow(lm, questions[1:], exam, "Reflexion")
     assert first_tries == [None, answers[1:]]
 
@@ -185,10 +192,13 @@ def test_a_workflow_is_never_malformed(lm):
     trajectory.add(lm.codec.prompt("Who?"), Role.PROMPT, 0)
     trajectory.queries = ["Iron Hill"]
     found = {}
-    for name in (REACT_ROW, "SFT-1"):
+    for name in (WorkflowName.REACT, "SFT-1"):
         answered = Answered("The town", trajectory)
         found[name] = benchmark.score_answer(row_named(name), lm, NAMED, answered, "live")
-    assert (found[REACT_ROW]["malformed"], found[REACT_ROW]["forced"]) == (0.0, 0.0)
+    assert (found[WorkflowName.REACT]["malformed"], found[WorkflowName.REACT]["forced"]) == (
+        0.0,
+        0.0,
+    )
     assert (found["SFT-1"]["malformed"], found["SFT-1"]["forced"]) == (1.0, 1.0)
     record = found["SFT-1"]
     assert (record["em"], record["f1"], record["cover"]) == (1.0, 1.0, 1.0)
@@ -204,7 +214,7 @@ def test_only_what_is_missing_is_asked(lm, task, tmp_path):
         batches.append([question.id for question in questions])
         return [Answered("a town", Trajectory()) for _ in questions]
 
-    row = Row("mine", Path("base"), workflow)
+    row = TableRow("mine", Path("base"), workflow)
     table = benchmark.Table(tmp_path, lm, Path("base"), [row])
     exam = Exam(task, EvalSettings(batch_rows=2))
     for resume in (False, True):
@@ -240,12 +250,12 @@ def test_verdicts_of_a_judge(monkeypatch, capsys):
     """Averages are over the sets, and over the verdicts that can be read."""
     monkeypatch.setattr(benchmark, "judge", judge)
     answers: Any = {"A": {"a": [{"answer": "yes"}, {"answer": "hm"}], "b": [{"answer": "no"}]}}
-    figures = {"A": {"a": {}, "b": {}, "avg": {}}}
+    figures: Any = {"A": SimpleNamespace(judge=None)}
     chat: Any = Judge()
     benchmark.add_verdicts(chat, figures, answers)
     assert [answer["judge"] for answer in answers["A"]["a"]] == [1.0, None]
-    assert figures["A"]["a"]["judge"] == 100
-    assert figures["A"]["avg"] == {"judge": 50, "judge_unread": 1}
+    by_set = {"a": 100, "b": 0}
+    assert figures["A"].judge == JudgeFigures(by_set, average=50, unread=1)
     assert capsys.readouterr().out == "the judge was asked\n"
 
 
@@ -253,12 +263,12 @@ def test_a_judge_that_fails_leaves_nothing_behind(monkeypatch):
     """Not half of the rows with verdicts, half without."""
     monkeypatch.setattr(benchmark, "judge", judge)
     answers: Any = {"A": {"a": [{"answer": "yes"}]}, "B": {"a": [{"answer": "fail"}]}}
-    figures = {"A": {"a": {}, "avg": {}}, "B": {"a": {}, "avg": {}}}
+    figures: Any = {"A": SimpleNamespace(judge=None), "B": SimpleNamespace(judge=None)}
     chat: Any = Judge()
     with pytest.raises(UserError, match="out of reach"):
         benchmark.add_verdicts(chat, figures, answers)
     assert answers["A"]["a"] == [{"answer": "yes"}]
-    assert figures["A"] == {"a": {}, "avg": {}}
+    assert figures["A"].judge is None
 
 
 def test_runs_are_pooled(tmp_path, monkeypatch, capsys):

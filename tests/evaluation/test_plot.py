@@ -1,18 +1,23 @@
 """The figures and the trajectory viewer, from the logs of a run that the tests make up."""
 
+import dataclasses
 import html
 import json
 import random
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from conftest import run_here
+from conftest import ROOT, run_here
 
 import plot
 from common.errors import UserError
 from data.trajectory import Role
+from data.trajectory_rows import TrajectoryRow
+from evaluation.figures import ActingFigures, RowFigures, SetFigures, row_to_json
 from evaluation.viewer import ROLE_NAMES, TRAJECTORIES_OF_A_STAGE, render_page
 from plot import PlotSettings
 
@@ -26,27 +31,35 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def average(**changes):
+def row_of(em=50.0, em_high=55.0, **acting):
+    """Return the figures of a row; acting: those of its ActingFigures that differ."""
+    means = SetFigures(em, f1=60, cover=60, overlap=60, malformed=0, forced=0, actions=1)
     figures = {
-        "em": 50.0,
-        "em_low": 45.0,
-        "em_high": 55.0,
         "search_known": 0.2,
         "search_unknown": 0.9,
         "em_known": 80.0,
         "em_unknown": 30.0,
+        "calculated": None,
     }
-    return {"avg": figures | changes}
+    return RowFigures(
+        sets={"nq": means},
+        average=means,
+        acting=ActingFigures(**(figures | acting)),
+        em_low=45.0,
+        em_high=em_high,
+        by_actions={},
+    )
 
 
 def trajectory_row(**changes):
     """Return a row of rollouts.jsonl with every role in it."""
-    row = {
-        "question": "Who directed it?",
-        "golden_answers": ["Eva Moss", "E. Moss"],
-        "reward": 0.5,
-        "tokens": ["Who?", "<think>", " hm", "<begin_search>", " Iron", " Hill", " 1950", "}"],
-        "role": [
+    row = TrajectoryRow(
+        question="Who directed it?",
+        golden_answers=["Eva Moss", "E. Moss"],
+        reward=0.5,
+        text="Who?<think> hm<begin_search> Iron Hill 1950}",
+        ids=list(range(8)),
+        role=[
             Role.PROMPT,
             Role.PROMPT,
             Role.THINK,
@@ -56,9 +69,10 @@ def trajectory_row(**changes):
             Role.ANSWER,
             Role.ANSWER,
         ],
-        "mask": [0, 0, 1, 1, 1, 0, 1, 0],
-    }
-    return row | changes
+        mask=[0, 0, 1, 1, 1, 0, 1, 0],
+        tokens=["Who?", "<think>", " hm", "<begin_search>", " Iron", " Hill", " 1950", "}"],
+    )
+    return dataclasses.replace(row, **changes)
 
 
 def write_logs(root):
@@ -73,17 +87,22 @@ def write_logs(root):
             for step in range(8)
         ]
         write_rows(root / stage / "log.jsonl", log)
-    write_rows(root / "sft2" / "rollouts.jsonl", [trajectory_row()] * 3)
+    write_rows(root / "sft2" / "rollouts.jsonl", [trajectory_row().to_json()] * 3)
+
+
+def write_table(root, table):
+    rows = {name: row_to_json(row) for name, row in table.items()}
+    (root / "eval.json").write_text(json.dumps({"rows": rows}))
 
 
 def write_evaluation(root):
     """Write eval.json and predictions.jsonl of a workflow and two agents."""
     table = {
-        "model only": average(search_known=None, em_known=None),
-        "SFT-1&2": average(),
-        "SFT-1&2&3+RL-1&2": average(em=60.0, em_high=66.0),
+        "model only": row_of(search_known=None, em_known=None),
+        "SFT-1&2": row_of(),
+        "SFT-1&2&3+RL-1&2": row_of(em=60.0, em_high=66.0),
     }
-    (root / "eval.json").write_text(json.dumps({"rows": table}))
+    write_table(root, table)
     rng = random.Random(0)
     predictions = [
         {"row": row, "actions": rng.randrange(4), "em": float(rng.random() < 0.5)}
@@ -131,8 +150,7 @@ def test_what_is_not_there_is_left_out(root):
 
 def test_an_evaluation_alone(root):
     """Without facts to search for there is nothing to say of when a row acts."""
-    table = {"model only": average(search_known=None, search_unknown=None)}
-    (root / "eval.json").write_text(json.dumps({"rows": table}))
+    write_table(root, {"model only": row_of(search_known=None, search_unknown=None)})
     plot.run(PlotSettings())
     assert drawn(root) == ["table.png"]
 
@@ -158,6 +176,15 @@ def test_nothing_to_draw_as_a_user_sees_it(tmp_path):
     assert done.status == 2
     assert "python train_sft.py" in done.err
     assert "Traceback" not in done.err
+
+
+def test_plot_does_not_load_what_answers_questions(tmp_path):
+    """It needs the names of the workflows alone. Guards: seconds before the first figure."""
+    code = "import sys, plot; print({'eval', 'autocoa', 'workflows.react'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"
 
 
 # ---- the figures ---------------------------------------------------------------------------------
@@ -199,7 +226,7 @@ def test_the_colors_of_the_table():
 
 def test_bars_of_what_is_known_and_unknown():
     """Rates are in percent, as EM is; a row without known facts has no bar for them."""
-    rows = {"A": average(), "B": average(search_known=None)}
+    rows = {"A": row_of(), "B": row_of(search_known=None)}
     figure: Any = plot.draw_search(rows)
     left, right = figure.axes
     assert [bar.get_width() for bar in left.patches] == [20.0, 90.0, 90.0]
@@ -271,7 +298,7 @@ def test_white_space_is_kept():
     trajectory = re.search(r"<pre>(.*)</pre>", page, re.S)
     assert trajectory is not None
     text = html.unescape(re.sub(r"<[^>]*>", "", trajectory[1]))
-    assert text == "".join(row["tokens"])
+    assert text == "".join(row.tokens)
 
 
 def test_everything_is_escaped():

@@ -1,6 +1,7 @@
 """The figures of the table, by hand."""
 
 import json
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,13 @@ import pytest
 
 from common.errors import UserError
 from data.questions import Fact, Lookup, Question
-from evaluation.statistics import bootstrap_interval, paired_gain, summarize
+from evaluation.figures import Gain, JudgeFigures, SuccessFigures, row_to_json
+from evaluation.statistics import (
+    bootstrap_interval,
+    paired_gain,
+    summarize,
+    summarize_verdicts,
+)
 from evaluation.table import format_table
 
 
@@ -63,17 +70,17 @@ def test_the_average_is_over_sets():
         "forced": (0, 100, 50),
     }
     for figure, values in expected.items():
-        found = (row["single"][figure], row["chain"][figure], row["avg"][figure])
-        assert found == values, figure
+        columns = (row.sets["single"], row.sets["chain"], row.average)
+        assert tuple(getattr(figures, figure) for figures in columns) == values, figure
 
 
 def test_search_rates_are_over_facts():
     """A fact was searched for where a query names its subject."""
-    average = summarize(PREDICTIONS, QUESTIONS, {"Iron Hill|mayor", "Ada Falk|job"})["avg"]
+    acting = summarize(PREDICTIONS, QUESTIONS, {"Iron Hill|mayor", "Ada Falk|job"}).acting
     # Of the known facts Ada Falk was searched for, and Iron Hill was not.
-    assert average["search_known"] == 0.5
+    assert acting.search_known == 0.5
     # Of the others Silver River was, and Eva Moss was not.
-    assert average["search_unknown"] == 0.5
+    assert acting.search_unknown == 0.5
 
 
 def test_any_query_counts_where_a_look_up_has_no_subject():
@@ -82,27 +89,27 @@ def test_any_query_counts_where_a_look_up_has_no_subject():
     fact = Fact("q", wordings=[], answers=[], recall="", lookups=lookups)
     questions = {"real": [question_of("a", fact), question_of("b", fact)]}
     predictions = {"real": [prediction(1.0, "anything"), prediction(0.0)]}
-    average = summarize(predictions, questions, known_facts=set())["avg"]
-    assert average["search_unknown"] == 0.5
-    assert average["calculated"] is None
+    acting = summarize(predictions, questions, known_facts=set()).acting
+    assert acting.search_unknown == 0.5
+    assert acting.calculated is None
 
 
 def test_answers_by_number_of_actions():
     """Questions, right answers, success rate and share of the right answers (paper Fig. 3)."""
-    average = summarize(PREDICTIONS, QUESTIONS, known_facts=set())["avg"]
-    assert average["by_actions"] == {
-        "0": {"questions": 1, "correct": 0, "success": 0.0, "share": 0.0},
-        "1": {"questions": 1, "correct": 1, "success": 100.0, "share": 50.0},
-        "2": {"questions": 1, "correct": 1, "success": 100.0, "share": 50.0},
+    row = summarize(PREDICTIONS, QUESTIONS, known_facts=set())
+    assert row.by_actions == {
+        0: SuccessFigures(questions=1, correct=0, success=0.0, share=0.0),
+        1: SuccessFigures(questions=1, correct=1, success=100.0, share=50.0),
+        2: SuccessFigures(questions=1, correct=1, success=100.0, share=50.0),
     }
 
 
 def test_em_where_all_facts_are_known():
     """EM apart for questions whose facts the base model all knows, and for others (appendix A)."""
-    average = summarize(PREDICTIONS, QUESTIONS, {"Silver River|director"})["avg"]
-    assert average["em_known"] == 100
-    assert average["em_unknown"] == 50
-    assert average["calculated"] is None
+    acting = summarize(PREDICTIONS, QUESTIONS, {"Silver River|director"}).acting
+    assert acting.em_known == 100
+    assert acting.em_unknown == 50
+    assert acting.calculated is None
 
 
 def test_a_calculation_is_no_fact_to_search_for():
@@ -114,23 +121,29 @@ def test_a_calculation_is_no_fact_to_search_for():
         prediction(0.0, "Eva Moss"),
     ]
     row = summarize({"compare": predictions}, {"compare": [question] * 2}, known_facts=set())
-    assert row["avg"]["calculated"] == 0.5
-    assert row["avg"]["search_unknown"] == 1.0
+    assert row.acting.calculated == 0.5
+    assert row.acting.search_unknown == 1.0
 
 
 @pytest.mark.parametrize("known", [set(), ALL_FACTS])
 def test_nothing_known_is_still_json(known):
     """The rate over no facts is null. Guards: NaN, which is not JSON."""
     row = summarize(PREDICTIONS, QUESTIONS, known)
-    json.dumps(row, allow_nan=False)
+    json.dumps(row_to_json(row), allow_nan=False)
     assert "SFT-1" in format_table({"SFT-1": row}, list(QUESTIONS))
+
+
+def test_verdicts_that_cannot_be_read():
+    """They count in no mean; a set without one that can be read has none."""
+    figures = summarize_verdicts({"a": [1.0, None, 0.0], "b": [None], "c": [1.0]})
+    assert figures == JudgeFigures({"a": 50, "b": None, "c": 100}, average=75, unread=2)
 
 
 # ---- the table -----------------------------------------------------------------------------------
 def test_the_printed_table():
     """A set that a row is not asked, and a judge who judged another row, leave a dash."""
     whole = summarize(PREDICTIONS, QUESTIONS, known_facts=set())
-    whole["avg"]["judge"] = 66.67
+    whole.judge = JudgeFigures({"single": 100, "chain": 33.34}, average=66.67, unread=0)
     part = summarize({"chain": PREDICTIONS["chain"]}, QUESTIONS, known_facts=ALL_FACTS)
     heading, first, second = format_table({"A": whole, "B": part}, QUESTIONS).splitlines()
     assert heading.split() == (
@@ -180,15 +193,14 @@ def test_a_paired_interval(two_rows):
     """A gain of ten points on the same questions, whatever the spread between questions."""
     worse_row, better_row = two_rows
     found = paired_gain([(better_row, worse_row)])
-    assert found["gain"] == pytest.approx(10)
-    assert 6.5 < found["gain_low"] < 8.5
-    assert 11.5 < found["gain_high"] < 13.5
+    assert found.points == pytest.approx(10)
+    assert 6.5 < found.low < 8.5
+    assert 11.5 < found.high < 13.5
 
 
 def test_a_row_gains_nothing_over_itself(two_rows):
     row, _ = two_rows
-    expected = {"gain": 0, "gain_low": 0, "gain_high": 0, "gain_questions": 400}
-    assert paired_gain([(row, row)]) == expected
+    assert paired_gain([(row, row)]) == Gain(points=0, low=0, high=0, questions=400)
 
 
 def test_a_gain_over_what_both_answered(two_rows):
@@ -197,8 +209,8 @@ def test_a_gain_over_what_both_answered(two_rows):
     longer_row = {**better_row, "c": [prediction(1.0, id="0")]}
     shorter_row = {"a": worse_row["a"], "b": worse_row["b"][:150]}
     found = paired_gain([(longer_row, shorter_row)])
-    assert found["gain"] > 0
-    assert found["gain_questions"] == 350
+    assert found.points > 0
+    assert found.questions == 350
 
 
 def test_rows_without_a_question_in_common(two_rows):
@@ -223,7 +235,6 @@ def test_runs_on_the_same_questions_are_no_new_questions():
 
     runs = [run_of(seed) for seed in range(3)]
     single = paired_gain(runs[:1])
-    assert paired_gain(runs[:1] * 10) == pytest.approx(single)
+    assert astuple(paired_gain(runs[:1] * 10)) == pytest.approx(astuple(single))
     pooled = paired_gain(runs)
-    pooled_width = pooled["gain_high"] - pooled["gain_low"]
-    assert pooled_width < 0.7 * (single["gain_high"] - single["gain_low"])
+    assert pooled.high - pooled.low < 0.7 * (single.high - single.low)

@@ -137,7 +137,7 @@ def test_the_two_environments(monkeypatch, tmp_path, given, stages, loaded):
     folders = []
     tool = Library({})
     task = types.SimpleNamespace(
-        questions=lambda pool, count, head_share=None, skip=0: (pool, count, head_share),
+        questions=lambda pool, count, skip=0: (pool, count, skip),
         rl_search=tool,
     )
     policy = types.SimpleNamespace(resume=lambda folder: folders.append(folder.name))
@@ -167,12 +167,12 @@ def test_the_two_environments(monkeypatch, tmp_path, given, stages, loaded):
     for _, _, stage in trained:
         if stage.folder.name == "rl1":
             assert (stage.steps, stage.search, stage.call_cost) == (3, IMAGINE, 0.0)
-            assert stage.pool == ("rl1", 10, 0.0)
+            assert stage.pool == ("rl1", 10, settings.coa)
             assert stage.rate_scale == settings.rl1_scale
         else:
             assert (stage.steps, stage.search) == (2, tool)
             assert stage.call_cost == settings.call_cost
-            assert stage.pool == ("rl2", 10, None)
+            assert stage.pool == ("rl2", 10, settings.coa + 3 * 4)
             assert stage.rate_scale == 1.0
 
 

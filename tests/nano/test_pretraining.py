@@ -13,10 +13,12 @@ from data.trajectory import Codec, Role
 from nano.pretraining import (
     TO_QUERY,
     TO_READ,
+    Source,
+    copy_titles,
     made_up_chain,
-    passage_reading,
     pretraining_trajectories,
-    title_copying,
+    read_passages,
+    skills_at,
 )
 from nano.questions import draw_former_name_question, draw_questions
 from nano.tokenizer import tokenizer_texts, train_tokenizer
@@ -59,6 +61,31 @@ def test_a_word_is_one_token_wherever_it_stands(nano):
 
 
 # ---- all texts -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("progress", [0.0, 0.09, 0.1, 0.3, 0.49, 0.5, 0.65, 0.99])
+def test_the_shares_of_the_skills(progress):
+    """At any time the shares of what is trained add up to one.
+
+    Guards: a row whose start or end leaves a gap, or overlaps with the time after.
+    """
+    assert sum(skill.share for skill in skills_at(progress)) == pytest.approx(1)
+
+
+def test_copying_comes_first_and_then_reading(nano):
+    """No text of the first tenth holds a question, and no head article comes in the first half."""
+    trajectories = pretraining_trajectories(nano, [WORLD], [SEARCH], random.Random(0), 60_000)
+    start = 0
+    articles = 0
+    for trajectory in trajectories:
+        is_article = Role.THINK not in trajectory.role
+        if start < 6_000:
+            assert "?" not in nano.decode(trajectory.ids)
+        if start < 30_000:
+            assert not is_article
+        articles += is_article
+        start += len(trajectory.ids)
+    assert articles > 5
+
+
 def test_no_chain_of_action(nano):
     """Of the single skills, none both searches and reads or answers after it.
 
@@ -137,8 +164,8 @@ def check_fact(skill, learned):
 
 
 # ---- reading -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("progress", [0.0, 0.2, 0.3, 0.45, 1.0])
-def test_reading_says_what_the_passages_say(nano, progress):
+@pytest.mark.parametrize("growth", [0.0, 0.2, 0.3, 0.45, 1.0])
+def test_reading_says_what_the_passages_say(nano, growth):
     """Each thought answers what was asked just before, by a passage that it names.
 
     It names the passage by its number and its title, or by the former name that it tells, and then
@@ -149,7 +176,7 @@ def test_reading_says_what_the_passages_say(nano, progress):
     missing = 0
     former = 0
     for _ in range(40):
-        trajectory = passage_reading(nano, WORLD, rng, progress)
+        trajectory = read_passages(nano, WORLD, rng, growth)
         passages = trajectory.observations[0].text.split(LINE_BREAK)
         assert len(passages) == 2
         sizes += [len(passage.split(".")) for passage in passages]
@@ -167,12 +194,12 @@ def test_reading_says_what_the_passages_say(nano, progress):
             has_title = passage.startswith(f"{name}:")
             assert has_title or f"once called {name[:-2]}." in passage
             former += not has_title
-    assert (max(sizes) <= 3) == (progress == 0.0)
-    if progress > 0.35:
+    assert (max(sizes) <= 3) == (growth == 0.0)
+    if growth > 0.35:
         assert 10 < missing < 38
     else:
         assert missing == 0
-    assert (former > 3) == (progress > 0.25)
+    assert (former > 3) == (growth > 0.25)
 
 
 def read_statement(statement, text_before):
@@ -204,7 +231,8 @@ def test_a_former_name_is_found_when_asked_as_one():
 
 def test_titles_can_only_be_copied(nano):
     """The first word of each title is given; the others and its number carry loss."""
-    trajectory = title_copying(nano, WORLD, random.Random(1))
+    source = Source(nano, WORLD, SEARCH, progress=0.0)
+    trajectory = copy_titles(source, random.Random(1))
     lines = trajectory.observations[0].text.split(LINE_BREAK)
     numbered_titles = [line.split(":")[0] for line in lines]
     behind = trajectory.ids.index(nano.end_result_id) + 1

@@ -2,13 +2,11 @@
 
 import json
 import random
-from dataclasses import dataclass
 
 import pytest
-from conftest import CPU
 
 from common.errors import UserError
-from common.settings import ModelSettings, NanoModelSettings, TaskRunSettings
+from common.settings import NewModelSettings, TaskRunSettings
 from data.questions import facts_by_id
 from data.teacher import find_evidence
 from nano.questions import SETS
@@ -23,11 +21,6 @@ PASSAGES = [
 QUESTION = {"id": "dev_0", "question": "Who?", "golden_answers": ["Eva"]}
 
 
-@dataclass(kw_only=True)
-class NanoSettings(ModelSettings, NanoModelSettings):
-    """The settings that the nano task makes a model with."""
-
-
 def write_rows(path, rows):
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -40,7 +33,7 @@ def test_pools_are_apart():
     task = open_task(TaskRunSettings(eval_questions=20))
     assert isinstance(task, NanoTask)
     chains = task.questions("coa", 100)
-    thoughts = task.questions("cot", 100, head_share=1.0)
+    thoughts = task.questions("cot", 100)
     pairs = task.questions("act", 100)
     questions = chains + thoughts + pairs
     assert len(questions) == 300
@@ -60,6 +53,29 @@ def test_a_pool_that_is_too_small():
     with pytest.raises(UserError, match=r"1 training questions are too few.*--rl_questions"):
         task.questions("rl1", 1)
     assert task.questions("rl2", 0) == []
+
+
+def head_share(questions):
+    """Return how many questions begin with a fact about a head entity."""
+    return sum(question.facts[0].head for question in questions) / len(questions)
+
+
+def test_pools_begin_at_entities_that_the_model_knows_or_not():
+    """Thoughts are about known entities alone, RL-1 asks about none, and the rest about a few.
+
+    Guards: RL-1 that is rewarded for imagining a search for what it knows.
+    """
+    task = NanoTask(TaskRunSettings(eval_questions=2))
+    shares = {
+        pool: head_share(task.questions(pool, 400))
+        for pool in ("sample", "coa", "cot", "act", "think", "rl1", "rl2")
+    }
+    assert shares["cot"] == shares["think"] == 1
+    assert shares["rl1"] == 0
+    # Of single facts twice as many are; see draw_questions.
+    assert 0.02 < shares["coa"] < 0.10
+    for pool in ("sample", "act", "rl2"):
+        assert 0.08 < shares[pool] < 0.22
 
 
 def share_found(search, lookups):
@@ -91,18 +107,19 @@ def test_rl_with_the_tool_has_a_world_of_its_own():
 def test_a_new_nano_model():
     """It has the size that the settings say, and a tokenizer of the nano world."""
     task = NanoTask(TaskRunSettings(train_scale=1, eval_questions=2))
-    settings = NanoSettings(device="cpu", vocab_size=600, width=64, layers=1)
+    settings = NewModelSettings(device="cpu", vocab_size=600, width=64, layers=1)
     lm = task.new_model(settings)
     config = lm.network.config
     assert (config.hidden_size, config.num_hidden_layers) == (64, 1)
     assert config.vocab_size == len(lm.codec.tokenizer) == 600
     with pytest.raises(UserError, match="auto, cpu, cuda, mps"):
-        task.new_model(NanoSettings(device="gpu"))
+        task.new_model(NewModelSettings(device="gpu"))
 
 
 def test_practice_is_made_up(codec):
+    """Three fifths of the chains of thought practise planning, and none of these searches."""
     task = NanoTask(TaskRunSettings(train_scale=1, eval_questions=2))
-    chains = task.practice_chains(codec, random.Random(0), 5)
+    chains = task.practice_chains(codec, random.Random(0), 9)
     assert len(chains) == 5
     assert all(codec.search_id not in chain.ids for chain in chains)
 
@@ -176,7 +193,7 @@ def test_real_pools_follow_one_another(tmp_path, corpus):
     """A pool begins where it is told to in one shuffled order, and goes round at its end."""
     task = real_task(tmp_path, corpus)
     first = task.questions("coa", 6)
-    second = task.questions("rl1", 6, head_share=0.0, skip=6)
+    second = task.questions("rl1", 6, skip=6)
     assert len({question.id for question in first + second}) == 10
     assert second[4:] == first[:2]
     assert len(task.questions("rl2", 99, skip=3)) == 10
@@ -210,9 +227,9 @@ def test_a_real_model_on_a_device_that_is_not_there(tmp_path, corpus):
     """It is refused before the checkpoint is looked for."""
     task = real_task(tmp_path, corpus)
     with pytest.raises(UserError, match="auto, cpu, cuda, mps"):
-        task.new_model(ModelSettings(device="gpu"))
+        task.new_model(NewModelSettings(device="gpu"))
     with pytest.raises(UserError, match="x"):
-        task.new_model(CPU)
+        task.new_model(NewModelSettings(device="cpu"))
 
 
 @pytest.mark.parametrize("missing", ["train_data", "eval_data", "corpus"])

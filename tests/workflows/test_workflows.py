@@ -17,12 +17,14 @@ from common.settings import RolloutSettings
 from data.questions import Question
 from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
 from workflows import reflexion as reflexion_module
+from workflows import tags, words
 from workflows.agent import Answered, answer_questions
-from workflows.closed_book import answer_directly
+from workflows.gold import gold_observation
 from workflows.prompts import REACT_EXAMPLES
-from workflows.react import beginning_of_text, phrases_of, react
-from workflows.reading import answer_from_passages, gold_observation
+from workflows.react import react
 from workflows.reflexion import prefers_no, reflexion
+from workflows.style import style_of
+from workflows.words import beginning_of_text
 
 
 def says(text):
@@ -44,7 +46,7 @@ def replace_decoder(monkeypatch, lm, write):
             for row, ids in zip(self.rows, sequences, strict=True):
                 row += ids
 
-        def decode(self, stops, limits, temperature, rng=None, leave=0.0):
+        def decode(self, stops, limits, temperature, rng=None, writing_share=0.0):
             written = []
             for row, limit in zip(self.rows, limits, strict=True):
                 ids = write(lm.codec.decode(row))[:limit]
@@ -76,7 +78,9 @@ def test_a_workflow_sees_what_fits(lm):
     """ReAct's observations have at most max_observation tokens, like those of agents."""
     long = "Silver River 1: A film. It was directed by Eva Moss.\n Iron Hill 2: A film."
     settings = RolloutSettings(max_len=400, max_observation=10, max_thought=8)
-    ((_, trajectory),) = react(lm, ["Who?"], says(long), settings, max_actions=2)
+    ((_, trajectory),) = react(
+        lm, ["Who?"], says(long), settings, tags.react_phrases(lm.codec), max_actions=2
+    )
     fitted = lm.codec.fit(long, 10)
     assert fitted != long
     assert trajectory.observations
@@ -107,7 +111,8 @@ def test_a_workflow_calls_as_often_as_an_agent(lm, monkeypatch, calls):
 
     settings = RolloutSettings(max_actions=calls or 3)
     max_actions = 0 if calls == 0 else None
-    ((answer, trajectory),) = react(lm, ["Who?"], tool, settings, max_actions=max_actions)
+    phrases = tags.react_phrases(codec)
+    ((answer, trajectory),) = react(lm, ["Who?"], tool, settings, phrases, max_actions=max_actions)
     assert answer == "Eva Moss"
     assert trajectory.queries == queries == ["Silver River"] * calls
     assert trajectory.ids.count(codec.boxed_id) == 1
@@ -138,7 +143,7 @@ def test_the_lines_of_an_instruct_models_workflow(tmp_path, monkeypatch):
         ["Who wrote The Clay Hour?"],
         says("The Clay Hour 1: A novel."),
         RolloutSettings(max_len=2000),
-        examples=REACT_EXAMPLES,
+        words.react_phrases(lm.codec, REACT_EXAMPLES),
     )
     text = lm.codec.decode(trajectory.ids).removeprefix(REACT_EXAMPLES).replace("</s>", "")
     assert text == (
@@ -155,7 +160,14 @@ def test_the_lines_of_an_instruct_models_workflow(tmp_path, monkeypatch):
     begins_texts = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     lm.codec.tokenizer.backend_tokenizer.post_processor = begins_texts
     assert beginning_of_text(lm.codec) == [1]
-    assert phrases_of(lm.codec, "").prompt("Who?")[:1] == [1]
+    assert words.react_phrases(lm.codec, "").prompt("Who?")[:1] == [1]
+
+
+def test_the_style_of_a_model(lm, tmp_path):
+    """A model with a chat template is asked in words, any other by tags."""
+    assert style_of(lm.codec) is tags
+    save_checkpoint(tmp_path / "x")
+    assert style_of(model.load_pretrained(str(tmp_path / "x"), CPU).codec) is words
 
 
 def test_a_workflow_answers_each_row_for_itself(lm):
@@ -164,6 +176,7 @@ def test_a_workflow_answers_each_row_for_itself(lm):
     Guards: the longest row of a batch ended the loop for all.
     """
     questions = ["Who?", "Who directed it? " * 70, "A"]
+    phrases = tags.react_phrases(lm.codec)
     found = {}
     for batch_rows in (1, 3):
         settings = RolloutSettings(
@@ -172,7 +185,7 @@ def test_a_workflow_answers_each_row_for_itself(lm):
         tool = says("Silver River 1: A film.")
         found[batch_rows] = [
             (answer, trajectory.ids, trajectory.queries)
-            for answer, trajectory in react(lm, questions, tool, settings)
+            for answer, trajectory in react(lm, questions, tool, settings, phrases)
         ]
     assert found[1] == found[3]
     calls = [len(queries) for _, _, queries in found[3]]
@@ -207,7 +220,7 @@ class ScriptedReflexion:
         self.wrong = wrong  # by answer: whether the model calls it wrong
         self.calls = []  # (question, lessons so far) of each try
 
-    def react(self, lm, questions, search, settings, examples="", description=None):
+    def react(self, lm, questions, search, settings, phrases, description=None):
         answered = []
         for question in questions:
             name, _, lessons = question.partition("?")
@@ -357,7 +370,7 @@ def test_reading_several_facts(codec):
     lm = SimpleNamespace(codec=codec, decoder=ScriptedDecoder(codec, line))
     question = "When was the star of Silver River born?"
     settings = RolloutSettings(max_len=300)
-    ((answer, trajectory),) = answer_from_passages(lm, [question], [given], settings)
+    ((answer, trajectory),) = tags.answer_from_passages(lm, [question], [given], settings)
     assert answer == "1950"
     assert observed_text(codec, trajectory) == f"<search_result> {given}</search_result>"
 
@@ -368,7 +381,7 @@ def test_a_reader_that_never_ends(codec):
     lm = SimpleNamespace(codec=codec, decoder=ScriptedDecoder(codec, line))
     settings = RolloutSettings(max_len=200)
     given = ["Silver River 1: A film. Eva Moss starred in it."]
-    ((_, trajectory),) = answer_from_passages(lm, ["Who?"], given, settings)
+    ((_, trajectory),) = tags.answer_from_passages(lm, ["Who?"], given, settings)
     assert len(trajectory.ids) <= 200
     # Two tags ask for the answer, which has the 12 tokens of max_answer.
     assert trajectory.role.count(Role.ANSWER) == 2 + 12
@@ -379,7 +392,7 @@ def test_reading_what_is_given(lm):
     given = ["Silver River 1: A film.", "Iron Hill 1: A film. It was directed by Ada Falk."]
     questions = ["Who directed Silver River?", "Who?"]
     settings = RolloutSettings(max_len=300, max_thought=8)
-    answered = answer_from_passages(lm, questions, given, settings)
+    answered = tags.answer_from_passages(lm, questions, given, settings)
     for (_, trajectory), passages in zip(answered, given, strict=True):
         assert trajectory.queries == []
         assert trajectory.observations == [Observation(passages, Provenance.REAL)]
@@ -392,7 +405,7 @@ def test_an_answer_at_once(lm):
     questions = ["Who?", "Who directed Silver River?", "A"]
     codec = lm.codec
     settings = RolloutSettings(batch_rows=2, max_answer=5)
-    answered = answer_directly(lm, questions, settings)
+    answered = tags.answer_directly(lm, questions, settings)
     for question, (answer, trajectory) in zip(questions, answered, strict=True):
         prompt = codec.prompt(question)
         assert trajectory.ids[: len(prompt)] == prompt
