@@ -5,6 +5,8 @@ sentences are invented.
 """
 
 import json
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -61,7 +63,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_checkpoint(folder):
+def save_checkpoint(folder: Path) -> None:
     """Save a random Llama and its tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -98,7 +100,7 @@ def save_checkpoint(folder):
     fast_tokenizer.save_pretrained(folder)
 
 
-def save_task(folder):
+def save_task(folder: Path) -> None:
     """Save the checkpoint, two question files and the passages, as a user has them."""
     save_checkpoint(folder / "checkpoint")
     _save_jsonl(folder / "hotpotqa_dev.jsonl", TWO_HOPS)
@@ -109,5 +111,5 @@ def save_task(folder):
     _save_jsonl(folder / "passages.jsonl", passages)
 
 
-def _save_jsonl(path, rows):
+def _save_jsonl(path: Path, rows: Any) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

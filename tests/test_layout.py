@@ -3,9 +3,13 @@
 import ast
 import doctest
 import importlib
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
+
+from data.trajectory import Codec
 
 FOLDERS = ("backends", "common", "data", "evaluation", "nano", "services", "tasks", "workflows")
 PATHS = sorted(ROOT.glob("*.py")) + sorted(
@@ -13,7 +17,7 @@ PATHS = sorted(ROOT.glob("*.py")) + sorted(
 )
 
 
-def module_name(path):
+def module_name(path: Path) -> Any:
     parts = path.relative_to(ROOT).with_suffix("").parts
     if parts[-1] == "__init__":
         parts = parts[:-1]
@@ -23,7 +27,7 @@ def module_name(path):
 TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in PATHS}
 
 
-def imported_names(tree):
+def imported_names(tree: Any) -> Any:
     """Return what a file imports, at its top or inside a function, as dotted names."""
     names = set()
     for node in ast.walk(tree):
@@ -36,7 +40,7 @@ def imported_names(tree):
     return names
 
 
-def test_only_the_backends_name_a_framework():
+def test_only_the_backends_name_a_framework() -> None:
     """Guards: a script that grows a dependence on torch. bench.py compares with other libraries."""
     for name, tree in TREES.items():
         frameworks = {part for imported in imported_names(tree) for part in imported.split(".")}
@@ -46,7 +50,7 @@ def test_only_the_backends_name_a_framework():
         assert frameworks & {"torch", "mlx"} <= allowed, name
 
 
-def test_only_model_chooses_a_backend():
+def test_only_model_chooses_a_backend() -> None:
     """The choice is made at one place, model.choose_backend."""
     for name, tree in TREES.items():
         if name == "model" or name.startswith("backends."):
@@ -60,12 +64,12 @@ def test_only_model_chooses_a_backend():
                 assert not any(f"backends.{other}" in found for found in imported_names(tree))
 
 
-def test_imports_have_no_circle():
+def test_imports_have_no_circle() -> None:
     """Follow all imports, those inside functions too: none comes back to where it began."""
     imports = {name: imported_names(tree) & set(TREES) for name, tree in TREES.items()}
     finished = set()
 
-    def visit(name, path):
+    def visit(name: str, path: Path) -> None:
         assert name not in path, " -> ".join([*path, name])
         if name in finished:
             return
@@ -77,7 +81,7 @@ def test_imports_have_no_circle():
         visit(name, [])
 
 
-def test_twins_have_the_same_names_in_the_same_order():
+def test_twins_have_the_same_names_in_the_same_order() -> None:
     """Guards: a function of one backend that the other lacks, or has elsewhere."""
     for path in sorted((ROOT / "backends" / "torch").glob("*.py")):
         names = {
@@ -97,7 +101,7 @@ def test_twins_have_the_same_names_in_the_same_order():
 @pytest.mark.parametrize(
     "name", sorted(module_name(path) for path in PATHS if ">>>" in path.read_text())
 )
-def test_examples_in_docstrings(codec, name):
+def test_examples_in_docstrings(codec: Codec, name: Any) -> None:
     """They say what the code does."""
     module = importlib.import_module(name)
     runner = doctest.DocTestRunner()

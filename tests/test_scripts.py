@@ -8,7 +8,9 @@ import re
 import shutil
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +61,7 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return one run of everything: its folder, and what each script printed.
 
     Only the first script is told the settings; the run remembers them for the others.
@@ -74,13 +76,13 @@ def whole_run(tmp_path_factory):
 
 
 @pytest.fixture
-def copied_run(whole_run, tmp_path):
+def copied_run(whole_run: Any, tmp_path: Path) -> Any:
     """Return a folder with a copy of the run, to change."""
     shutil.copytree(whole_run.root, tmp_path / "out" / "tiny")
     return SimpleNamespace(cwd=tmp_path, root=tmp_path / "out" / "tiny")
 
 
-def succeed(cwd, script, *arguments):
+def succeed(cwd: Path, script: str, *arguments: Any) -> Any:
     """Run a script that must succeed, and return what it printed."""
     done = run_here(cwd, script, *arguments)
     assert done.status == 0, done.err
@@ -88,7 +90,7 @@ def succeed(cwd, script, *arguments):
 
 
 # ---- folders and files ---------------------------------------------------------------------------
-def test_nothing_is_left_over(whole_run):
+def test_nothing_is_left_over(whole_run: Any) -> None:
     """All stages and files, nothing partial, and nothing written elsewhere."""
     assert [path.name for path in whole_run.cwd.iterdir()] == ["out"]
     expected = {
@@ -108,7 +110,7 @@ def test_nothing_is_left_over(whole_run):
         assert script.err.count("\r") < 60
 
 
-def test_a_run_remembers_its_settings(whole_run):
+def test_a_run_remembers_its_settings(whole_run: Any) -> None:
     """Each stage was trained with what the first command was given, and that is recorded."""
     record = strict_json((whole_run.root / "settings.json").read_text())
     assert record["given"]["coa"] == 500
@@ -119,7 +121,7 @@ def test_a_run_remembers_its_settings(whole_run):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_loads_in_transformers(whole_run, stage):
+def test_a_stage_loads_in_transformers(whole_run: Any, stage: Any) -> None:
     """With the same logits and the same tokens as in this project."""
     folder = whole_run.root / stage
     lm = model.load(folder, CPU)
@@ -132,7 +134,7 @@ def test_a_stage_loads_in_transformers(whole_run, stage):
         torch.testing.assert_close(logits, theirs(ids).logits, atol=1e-4, rtol=0)
 
 
-def test_each_stage_moves_the_weights(whole_run):
+def test_each_stage_moves_the_weights(whole_run: Any) -> None:
     """Guards: a stage that saves what it was given.
 
     So small a base model may leave SFT-1 without a pair to learn from.
@@ -147,7 +149,7 @@ def test_each_stage_moves_the_weights(whole_run):
 
 # ---- logs and samples ----------------------------------------------------------------------------
 @pytest.mark.parametrize("stage", ["base", "sft2", "sft3"])
-def test_logs_of_supervised_stages(whole_run, stage):
+def test_logs_of_supervised_stages(whole_run: Any, stage: str) -> None:
     """A line a step, finite figures, and a loss that falls."""
     log = read_rows(whole_run.root / stage / "log.jsonl")
     assert [row["step"] for row in log] == list(range(len(log)))
@@ -161,7 +163,7 @@ def test_logs_of_supervised_stages(whole_run, stage):
 
 
 @pytest.mark.parametrize("stage", ["rl1", "rl2"])
-def test_logs_of_rl(whole_run, stage):
+def test_logs_of_rl(whole_run: Any, stage: str) -> None:
     """What RL is watched by: reward, KL, entropy, lengths, actions, skipped groups, speed."""
     keys = {
         "step",
@@ -192,7 +194,7 @@ def test_logs_of_rl(whole_run, stage):
         assert row["entropy"] > 0
 
 
-def test_a_stage_says_what_a_step_takes(whole_run):
+def test_a_stage_says_what_a_step_takes(whole_run: Any) -> None:
     """By its first two steps, as they were logged."""
     printed = whole_run.train_sft.out + whole_run.train_rl.out
     for stage in STAGES:
@@ -206,7 +208,7 @@ def test_a_stage_says_what_a_step_takes(whole_run):
             assert float(seconds) == pytest.approx(log[1]["seconds"] / 2, rel=0.2, abs=0.03)
 
 
-def test_rollouts_are_whole(whole_run):
+def test_rollouts_are_whole(whole_run: Any) -> None:
     """Samples have ids, roles, masks and tokens of one length; the tokens are the text."""
     acted = 0
     for stage in STAGES:
@@ -227,7 +229,7 @@ def test_rollouts_are_whole(whole_run):
     assert steps == [0, 0, 0, 1, 1, 1]
 
 
-def test_sft_data_is_what_it_says(whole_run):
+def test_sft_data_is_what_it_says(whole_run: Any) -> None:
     """The kept ids build the teacher's chains: chains of action act, chains of thought do not."""
     codec = model.load(whole_run.root / "base", CPU).codec
     data = read_sft_data(whole_run.root / "data")
@@ -241,7 +243,7 @@ def test_sft_data_is_what_it_says(whole_run):
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
-def test_eval_ends_with_one_json_line(whole_run):
+def test_eval_ends_with_one_json_line(whole_run: Any) -> None:
     """Rows named as in the paper's table, six sets and their average; the file holds the same."""
     result = strict_json(whole_run.eval.out.splitlines()[-1])
     assert set(result) >= {"rows", "model", "seed", "seconds"}
@@ -261,7 +263,7 @@ def test_eval_ends_with_one_json_line(whole_run):
     assert all(name in whole_run.eval.out for name in ROWS)
 
 
-def test_figures_of_the_table_are_its_predictions(whole_run):
+def test_figures_of_the_table_are_its_predictions(whole_run: Any) -> None:
     """EM and actions again from predictions.jsonl; every row answers the same questions."""
     result = json.loads(whole_run.eval.out.splitlines()[-1])["rows"]
     predictions = read_rows(whole_run.root / "predictions.jsonl")
@@ -281,7 +283,7 @@ def test_figures_of_the_table_are_its_predictions(whole_run):
             assert result[row][name]["actions"] == pytest.approx(np.mean(calls))
 
 
-def test_no_composition_of_evaluation_is_learned(whole_run):
+def test_no_composition_of_evaluation_is_learned(whole_run: Any) -> None:
     """The questions of the set `compose` are in none of the chains."""
     codec = model.load(whole_run.root / "base", CPU).codec
     chains = read_sft_data(whole_run.root / "data").chains_of_action
@@ -292,7 +294,7 @@ def test_no_composition_of_evaluation_is_learned(whole_run):
     assert not any(question in learned for question in composed)
 
 
-def test_seeds_are_pooled(copied_run):
+def test_seeds_are_pooled(copied_run: Any) -> None:
     """--compare over two runs gives the mean of their gains; a row that is not there is named."""
     out = copied_run.cwd / "out"
     for run in ("a", "b"):
@@ -320,14 +322,14 @@ def test_seeds_are_pooled(copied_run):
         ("SFT-1&2,SFT-1&2", "two rows are needed"),
     ],
 )
-def test_rows_that_cannot_be_compared(whole_run, rows, message):
+def test_rows_that_cannot_be_compared(whole_run: Any, rows: str, message: str) -> None:
     """One line says why."""
     done = run_here(whole_run.cwd, "eval.py", f"--compare={rows}", "--runs=tiny")
     assert done.status == 2
     assert message in done.err
 
 
-def test_predictions_that_are_none(copied_run):
+def test_predictions_that_are_none(copied_run: Any) -> None:
     """The line is named."""
     (copied_run.root / "predictions.jsonl").write_text('{"set": "single"}\n')
     done = run_here(copied_run.cwd, "eval.py", "--compare=SFT-1&2,model only", "--runs=tiny")
@@ -335,7 +337,7 @@ def test_predictions_that_are_none(copied_run):
     assert "out/tiny/predictions.jsonl:1: not a prediction" in done.err
 
 
-def test_a_stage_older_than_its_start_is_said(copied_run):
+def test_a_stage_older_than_its_start_is_said(copied_run: Any) -> None:
     """SFT-3 trained again, RL not: the table would compare two runs, and says so of rl1 alone."""
     later = time.time() + 9
     os.utime(copied_run.root / "sft3" / "config.json", (later, later))
@@ -347,7 +349,7 @@ def test_a_stage_older_than_its_start_is_said(copied_run):
     succeed(copied_run.cwd, "eval.py", "--run=tiny", "--eval_questions=1")
 
 
-def test_pictures(whole_run):
+def test_pictures(whole_run: Any) -> None:
     """Every picture is drawn and printed by its path; the viewer escapes what a model wrote."""
     figures = {path.name: path for path in (whole_run.root / "figures").iterdir()}
     needed = {"training.png", "table.png", "trajectories.html"}
@@ -362,7 +364,7 @@ def test_pictures(whole_run):
     assert 'class="observation' in page
 
 
-def test_ask_one_question(whole_run):
+def test_ask_one_question(whole_run: Any) -> None:
     """`--ask` answers with the last stage that is there."""
     printed = succeed(whole_run.cwd, "autocoa.py", "--run=tiny", "--ask=Who directed Silver River?")
     assert "Who directed Silver River?<think>" in printed
@@ -370,7 +372,7 @@ def test_ask_one_question(whole_run):
     assert "rl2" in printed
 
 
-def test_fidelity_of_the_world_model(copied_run):
+def test_fidelity_of_the_world_model(copied_run: Any) -> None:
     """world_model.py measures each stage from SFT-2 on, and writes what it prints."""
     printed = succeed(copied_run.cwd, "world_model.py", "--run=tiny", "--eval_questions=2")
     result = strict_json((copied_run.root / "world_model.json").read_text())
@@ -386,7 +388,7 @@ def test_fidelity_of_the_world_model(copied_run):
 
 
 # ---- again, and on from where it stopped ---------------------------------------------------------
-def test_a_stage_again_is_the_same(copied_run):
+def test_a_stage_again_is_the_same(copied_run: Any) -> None:
     """The same start and seed: the same losses and weights, in another folder."""
     succeed(copied_run.cwd, "train_rl.py", "--run=tiny", "--stage=rl1", "--out=again")
     logs = [read_rows(copied_run.root / stage / "log.jsonl") for stage in ("rl1", "again")]
@@ -398,7 +400,7 @@ def test_a_stage_again_is_the_same(copied_run):
     assert weights[0] == weights[1]
 
 
-def test_an_interrupted_run_goes_on(whole_run, tmp_path):
+def test_an_interrupted_run_goes_on(whole_run: Any, tmp_path: Path) -> None:
     """Only base was finished: SFT-1 makes the same data from it, and the same weights."""
     root = tmp_path / "out" / "tiny"
     shutil.copytree(whole_run.root / "base", root / "base")
@@ -417,8 +419,14 @@ def test_an_interrupted_run_goes_on(whole_run, tmp_path):
     ],
 )
 def test_a_stage_goes_on_from_its_checkpoint(
-    whole_run, tmp_path, monkeypatch, script, settings_class, stage, stop_behind
-):
+    whole_run: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    script: Any,
+    settings_class: Any,
+    stage: str,
+    stop_behind: int,
+) -> None:
     """Stopped inside a stage, --resume ends with the weights, log and rollouts of a whole run."""
     root = tmp_path / "out" / "tiny"
     shutil.copytree(whole_run.root / "data", root / "data")
@@ -429,7 +437,7 @@ def test_a_stage_goes_on_from_its_checkpoint(
     monkeypatch.setattr(sys, "argv", ["x", "--run=tiny", "--save_minutes=0", "--resume"])
     save_if_due = runs.Checkpoint.save_if_due
 
-    def stop(self, steps):
+    def stop(self: Any, steps: int) -> None:
         # One more step is trained and logged, and not kept.
         if steps > stop_behind:
             raise KeyboardInterrupt
@@ -460,7 +468,7 @@ def test_a_stage_goes_on_from_its_checkpoint(
         ("train_sft.py", ["--stage=sft2", "--start=base", "--out=sft1"], "sft1"),
     ],
 )
-def test_resume_of_one_stage(copied_run, script, arguments, name):
+def test_resume_of_one_stage(copied_run: Any, script: str, arguments: list[str], name: str) -> None:
     """With --resume a stage that is complete is not trained again."""
     config = copied_run.root / "rl1" / "config.json"
     saved_at = config.stat().st_mtime_ns
@@ -481,7 +489,7 @@ def test_resume_of_one_stage(copied_run, script, arguments, name):
         (["--stage=sft2", "--seed=5"], "--seed: .*made with another value"),
     ],
 )
-def test_refusals_come_first(copied_run, arguments, message):
+def test_refusals_come_first(copied_run: Any, arguments: list[str], message: str) -> None:
     """What can be refused is refused before anything is removed."""
     lm = model.load(copied_run.root / "base", CPU)
     lm.begin_stage(train_sft.SFTSettings(device="cpu", lora_rank=4), seed=0)
@@ -494,7 +502,7 @@ def test_refusals_come_first(copied_run, arguments, message):
     assert sorted(copied_run.cwd.rglob("*")) == before
 
 
-def test_a_checkpoint_of_other_settings(whole_run, tmp_path):
+def test_a_checkpoint_of_other_settings(whole_run: Any, tmp_path: Path) -> None:
     """Another optimizer or another network is named, with the way out; the checkpoint stays."""
     lm = model.load(whole_run.root / "base", CPU)
     lm.save(tmp_path / "x", torch_backend.Optimizer(lm.network, muon=True))
@@ -506,7 +514,9 @@ def test_a_checkpoint_of_other_settings(whole_run, tmp_path):
     assert (tmp_path / "x" / "optimizer.safetensors").is_file()
 
 
-def test_too_long_trajectories_are_reported(whole_run, capsys):
+def test_too_long_trajectories_are_reported(
+    whole_run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Chains over max_len: none is cut, and their number is printed with the setting's name."""
     lm = model.load(whole_run.root / "base", CPU)
     settings = train_sft.SFTSettings(device="cpu", coa=200, cot=10, pairs=10, max_len=90)
@@ -520,7 +530,9 @@ def test_too_long_trajectories_are_reported(whole_run, capsys):
     assert all(len(trajectory.ids) <= 90 for trajectory in kept + sides)
 
 
-def test_bench(whole_run, monkeypatch, capsys):
+def test_bench(
+    whole_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Both sides run, and greedy decoding gives the same text on both; speed is no matter here."""
     monkeypatch.chdir(whole_run.cwd)
     monkeypatch.setattr(bench, "ROUNDS", 1)
@@ -535,7 +547,7 @@ def test_bench(whole_run, monkeypatch, capsys):
         bench.run(read_settings(bench.BenchSettings, "doc"))
 
 
-def test_defaults_are_the_paper_counts():
+def test_defaults_are_the_paper_counts() -> None:
     """1,500 pairs; 5,000 + 1,000 trajectories, 2 epochs; 80 + 16 steps of 48 x 5 over 4,608."""
     sft = train_sft.SFTSettings()
     assert (sft.pairs, sft.coa, sft.cot, sft.epochs, sft.alpha) == (1500, 5000, 1000, 2, 0.2)
@@ -546,7 +558,7 @@ def test_defaults_are_the_paper_counts():
 
 # ---- slow ----------------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_the_scripts_on_mlx(tmp_path):
+def test_the_scripts_on_mlx(tmp_path: Path) -> None:
     """All scripts on MLX; what one backend trained the other evaluates to the same answers."""
     pytest.importorskip("mlx.core")
     arguments = [*TINY, "--base_tokens=60000", "--coa=100", "--epochs=1", "--eval_questions=3"]
@@ -572,7 +584,7 @@ def test_the_scripts_on_mlx(tmp_path):
 
 
 @pytest.mark.slow
-def test_both_backends_learn_the_same(tmp_path):
+def test_both_backends_learn_the_same(tmp_path: Path) -> None:
     """The whole pipeline on each backend, eleven minutes for both with MLX on OpenBLAS.
 
     Losses fall, the reward of RL-2 rises, and the EM of each row lies within the other's interval
@@ -619,7 +631,7 @@ def test_both_backends_learn_the_same(tmp_path):
 
 
 @pytest.mark.slow
-def test_quick_tells_the_story(tmp_path):
+def test_quick_tells_the_story(tmp_path: Path) -> None:
     """`--quick` end to end, about three minutes on two cores: the method shows, weakly.
 
     What RL gains is less than the noise of 120 questions.

@@ -7,6 +7,7 @@ import functools
 import json
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ import train_sft
 from common.errors import UserError
 from common.settings import ModelSettings, RolloutSettings, read_settings
 from data.batches import language_batches
-from data.trajectory import Observation
+from data.trajectory import Codec, Observation
+from model import LM
 
 mx = pytest.importorskip("mlx.core")
 mlx_backend = model.choose_backend("mlx")
@@ -38,34 +40,36 @@ LORA = {"lora_rank": 8, "lora_alpha": 16.0}
 ALL_MATRICES = ModelSettings().lora_targets
 
 
-def model_settings(backend="torch", **changes):
+def model_settings(backend: str = "torch", **changes: Any) -> Any:
     return ModelSettings(device="cpu", backend=backend, **changes)
 
 
-def load(folder, backend="torch", **changes):
+def load(folder: Path, backend: str = "torch", **changes: Any) -> Any:
     return model.load(folder, model_settings(backend, **changes))
 
 
-def logits_of(lm, ids):
+def logits_of(lm: LM, ids: Any) -> Any:
     if lm.backend is torch_backend:
         return torch_logits(lm.network, ids)
     return np.array(lm.network.logits(lm.network(mx.array(ids))))
 
 
-def weights_of(lm):
+def weights_of(lm: LM) -> dict[Any, Any]:
     """Return all parameters as arrays of their own."""
     names = lm.backend.parameter_shapes(lm.network)
     arrays = lm.backend.to_arrays(lm.network, names)
     return {name: weight.copy() for name, weight in arrays.items()}
 
 
-def trained_of(lm):
+def trained_of(lm: LM) -> Any:
     """Return the parameters that are trained, as arrays."""
     names = sorted(lm.backend.trained_parameters(lm.network))
     return lm.backend.to_arrays(lm.network, names)
 
 
-def adapted_lm(codec, folder, backend="torch", tie=True, **changes):
+def adapted_lm(
+    codec: Codec, folder: Path, backend: str = "torch", tie: bool = True, **changes: Any
+) -> Any:
     """Save a network in a folder, and return it loaded with an adapter that is not zero."""
     tiny_lm(codec, noise=0.1, tie_embeddings=tie).save(folder)
     lm = load(folder, backend)
@@ -83,17 +87,17 @@ class GradientKeeper:
 
     step_count = 3
 
-    def __init__(self, backend, seed):
+    def __init__(self, backend: str, seed: int) -> None:
         self.backend = backend
         self.seed = seed
         self.gradients = {}
 
-    def step(self, gradients, lr, muon_lr):
+    def step(self, gradients: Any, lr: Any, muon_lr: Any) -> None:
         for name, gradient in gradients.items():
             self.gradients[name] = self.backend.to_numpy(gradient)
 
 
-def loss_and_gradients(lm, name, codec, dropout_seed=0):
+def loss_and_gradients(lm: LM, name: str, codec: Codec, dropout_seed: int = 0) -> Any:
     """Return the loss of a step, and its gradients as arrays."""
     keeper = GradientKeeper(lm.backend, dropout_seed)
     batches = batches_of(name, sampled_chains(codec), 200)
@@ -103,14 +107,14 @@ def loss_and_gradients(lm, name, codec, dropout_seed=0):
     return figures["loss"], keeper.gradients
 
 
-def assert_close(gradients, others, tolerance=1e-4):
+def assert_close(gradients: Any, others: Any, tolerance: float = 1e-4) -> None:
     assert set(gradients) == set(others)
     for name, gradient in gradients.items():
         largest = np.abs(gradient).max()
         assert np.abs(gradient - others[name]).max() <= tolerance * largest + 1e-8, name
 
 
-def learn(lm, optimizer, batches, steps, lr=1e-2):
+def learn(lm: LM, optimizer: Any, batches: Any, steps: Any, lr: float = 1e-2) -> Any:
     """Take some steps of next-token loss; return the loss of each."""
     losses = []
     for _ in range(steps):
@@ -120,13 +124,13 @@ def learn(lm, optimizer, batches, steps, lr=1e-2):
 
 
 @pytest.fixture
-def ids(codec):
+def ids(codec: Codec) -> Any:
     return IDS % len(codec.tokenizer)
 
 
 # ---- adapters and their files --------------------------------------------------------------------
 @on_each_backend
-def test_a_new_adapter_changes_nothing(codec, ids, backend):
+def test_a_new_adapter_changes_nothing(codec: Codec, ids: Any, backend: str) -> None:
     """B starts at zero. Only the adapter is trained, and the embeddings of the tags."""
     lm = tiny_lm(codec, noise=0.1)
     if backend == "mlx":
@@ -150,7 +154,7 @@ def test_a_new_adapter_changes_nothing(codec, ids, backend):
     assert 0 < np.abs(matrix).max() <= 192**-0.5
 
 
-def test_a_new_adapter_is_the_same_in_both_backends(codec):
+def test_a_new_adapter_is_the_same_in_both_backends(codec: Codec) -> None:
     """A is drawn outside of the backends."""
     lm = tiny_lm(codec)
     twin = mlx_twin(lm)
@@ -165,7 +169,9 @@ def test_a_new_adapter_is_the_same_in_both_backends(codec):
 @pytest.mark.parametrize(
     "targets, tie, rank", [(["q_proj", "v_proj"], True, 8), (ALL_MATRICES, False, 4)]
 )
-def test_a_folder_in_peft_and_mlx_lm(codec, ids, tmp_path, backend, targets, tie, rank):
+def test_a_folder_in_peft_and_mlx_lm(
+    codec: Codec, ids: Any, tmp_path: Path, backend: str, targets: Any, tie: bool, rank: int
+) -> None:
     """PEFT on the transformers network, mlx_lm and the other backend have the same logits.
 
     With a rank above and below the number of tags, with a head of its own or not. Merged into the
@@ -203,7 +209,7 @@ def test_a_folder_in_peft_and_mlx_lm(codec, ids, tmp_path, backend, targets, tie
 
 
 @on_each_backend
-def test_each_stage_has_directions_of_its_own(codec, tmp_path, backend):
+def test_each_stage_has_directions_of_its_own(codec: Codec, tmp_path: Path, backend: str) -> None:
     """With --lora_merge the next stage begins with another A, the same stage with the same.
 
     Guards: all stages in one subspace of `rank` dimensions.
@@ -218,7 +224,7 @@ def test_each_stage_has_directions_of_its_own(codec, tmp_path, backend):
     assert np.abs(matrices[0] - matrices[1]).max() > 0.01
 
 
-def test_a_run_that_was_moved(codec, ids, tmp_path):
+def test_a_run_that_was_moved(codec: Codec, ids: Any, tmp_path: Path) -> None:
     """An adapter finds its base beside itself; where it is nowhere, an error says so."""
     lm = adapted_lm(codec, tmp_path / "run" / "base")
     lm.save(tmp_path / "run" / "sft1")
@@ -239,7 +245,9 @@ def test_a_run_that_was_moved(codec, ids, tmp_path):
         ({"width": 96}, "rows does not fit"),
     ],
 )
-def test_an_adapter_for_another_base(codec, tmp_path, backend, other, message):
+def test_an_adapter_for_another_base(
+    codec: Codec, tmp_path: Path, backend: str, other: dict[str, Any], message: str
+) -> None:
     """Other weights of the same shape, and another width, are refused in one line."""
     adapted_lm(codec, tmp_path / "base", backend).save(tmp_path / "sft1")
     tiny_lm(codec, **other).save(tmp_path / "base")
@@ -248,7 +256,7 @@ def test_an_adapter_for_another_base(codec, tmp_path, backend, other, message):
 
 
 @on_each_backend
-def test_a_file_that_is_no_adapter(codec, tmp_path, backend):
+def test_a_file_that_is_no_adapter(codec: Codec, tmp_path: Path, backend: str) -> None:
     """An adapter_config.json that lacks what an adapter has is refused in one line."""
     adapted_lm(codec, tmp_path / "base", backend).save(tmp_path / "sft1")
     content = {"base_model_name_or_path": str(tmp_path / "base"), "r": 4}
@@ -266,7 +274,9 @@ def test_a_file_that_is_no_adapter(codec, tmp_path, backend):
         ({"bias": "all"}, "bias"),
     ],
 )
-def test_an_adapter_of_another_kind(codec, tmp_path, change, option):
+def test_an_adapter_of_another_kind(
+    codec: Codec, tmp_path: Path, change: dict[str, Any], option: str
+) -> None:
     """What PEFT can do and this project can't is refused by name.
 
     Guards: rank-stabilised adapters that are read at the wrong scale.
@@ -279,7 +289,7 @@ def test_an_adapter_of_another_kind(codec, tmp_path, change, option):
         load(tmp_path / "sft1")
 
 
-def test_an_adapter_of_another_rank(codec, tmp_path):
+def test_an_adapter_of_another_rank(codec: Codec, tmp_path: Path) -> None:
     """A start or a checkpoint with another rank, or with none, is not taken for this run's.
 
     Guards: a resumed run that went on with another rank than was asked for.
@@ -303,7 +313,7 @@ def test_an_adapter_of_another_rank(codec, tmp_path):
 
 # ---- gradients -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", SCRIPT_LOSSES)
-def test_gradients_of_an_adapter(codec, tmp_path, name):
+def test_gradients_of_an_adapter(codec: Codec, tmp_path: Path, name: Any) -> None:
     """Each loss has the same gradient for A and B in both backends, and none for anything else."""
     loss, gradients = loss_and_gradients(adapted_lm(codec, tmp_path / "torch"), name, codec)
     twin = adapted_lm(codec, tmp_path / "mlx", "mlx")
@@ -316,7 +326,9 @@ def test_gradients_of_an_adapter(codec, tmp_path, name):
 
 @on_each_backend
 @pytest.mark.parametrize("dropout", [None, 0.0, 0.5])
-def test_checkpointing_changes_no_gradient(codec, tmp_path, backend, dropout):
+def test_checkpointing_changes_no_gradient(
+    codec: Codec, tmp_path: Path, backend: str, dropout: float | None
+) -> None:
     """Also with dropout: a block that is computed again drops the same. None: all weights."""
     results = []
     for checkpointing in (False, True):
@@ -337,8 +349,13 @@ def test_checkpointing_changes_no_gradient(codec, tmp_path, backend, dropout):
 @on_each_backend
 @pytest.mark.parametrize("recompute, runs", [(False, 1), (True, 2)])
 def test_checkpointing_computes_blocks_again(
-    codec, tmp_path, backend, monkeypatch, recompute, runs
-):
+    codec: Codec,
+    tmp_path: Path,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+    recompute: bool,
+    runs: int,
+) -> None:
     """Each block runs twice in a step. Guards: a switch that switches nothing."""
     tiny_lm(codec).save(tmp_path / "x")
     lm = load(tmp_path / "x", backend)
@@ -348,7 +365,7 @@ def test_checkpointing_computes_blocks_again(
     original = getattr(mlp_class, method)
     calls = []
 
-    def counted(self, x):
+    def counted(self: Any, x: Any) -> Any:
         calls.append(1)
         return original(self, x)
 
@@ -359,7 +376,7 @@ def test_checkpointing_computes_blocks_again(
 
 
 @on_each_backend
-def test_dropout(codec, ids, tmp_path, backend):
+def test_dropout(codec: Codec, ids: Any, tmp_path: Path, backend: str) -> None:
     """It is there only while training, and the same in the same step of the same seed.
 
     Guards: one mask for all seeds.
@@ -375,12 +392,12 @@ def test_dropout(codec, ids, tmp_path, backend):
 
 
 # ---- bfloat16 ------------------------------------------------------------------------------------
-def relative_distance(a, b):
+def relative_distance(a: Any, b: Any) -> Any:
     return np.linalg.norm(a - b) / np.linalg.norm(a)
 
 
 @on_each_backend
-def test_bfloat16(codec, ids, tmp_path, backend):
+def test_bfloat16(codec: Codec, ids: Any, tmp_path: Path, backend: str) -> None:
     """Activations take two bytes: logits and gradients are near those of float32, not equal."""
     tiny_lm(codec, noise=0.1).save(tmp_path / "x")
     full = load(tmp_path / "x", backend)
@@ -398,7 +415,7 @@ def test_bfloat16(codec, ids, tmp_path, backend):
 
 
 @on_each_backend
-def test_weights_under_bfloat16(codec, tmp_path, backend):
+def test_weights_under_bfloat16(codec: Codec, tmp_path: Path, backend: str) -> None:
     """Weights, gradients and their sum stay float32 in training, and in the folder.
 
     Guards: a step far below a bfloat16 digit of the weights that is lost.
@@ -422,7 +439,7 @@ def test_weights_under_bfloat16(codec, tmp_path, backend):
 
 
 @on_each_backend
-def test_rollouts_in_bfloat16(codec, tmp_path, backend):
+def test_rollouts_in_bfloat16(codec: Codec, tmp_path: Path, backend: str) -> None:
     """Decoding is in bfloat16 too, cache and all; log-probs agree with those of the loss."""
     adapted_lm(codec, tmp_path / "x", backend).save(tmp_path / "y")
     lm = load(tmp_path / "y", backend, dtype="bfloat16")
@@ -450,7 +467,7 @@ def test_rollouts_in_bfloat16(codec, tmp_path, backend):
 
 
 # ---- 4 bits --------------------------------------------------------------------------------------
-def rounded_to_4_bits(weight, backend):
+def rounded_to_4_bits(weight: Any, backend: str) -> Any:
     """Return a matrix as bitsandbytes' NF4, or MLX's groups of 64, leave it."""
     if backend == "torch":
         functional = pytest.importorskip("bitsandbytes.functional")
@@ -461,7 +478,7 @@ def rounded_to_4_bits(weight, backend):
 
 
 @on_each_backend
-def test_logits_in_4_bits(codec, ids, tmp_path, backend):
+def test_logits_in_4_bits(codec: Codec, ids: Any, tmp_path: Path, backend: str) -> None:
     """They are those of transformers with the blocks' matrices rounded."""
     whole = tiny_lm(codec, noise=0.1)
     whole.save(tmp_path / "x")
@@ -476,7 +493,7 @@ def test_logits_in_4_bits(codec, ids, tmp_path, backend):
 
 
 @on_each_backend
-def test_an_adapter_on_4_bits(codec, ids, tmp_path, backend):
+def test_an_adapter_on_4_bits(codec: Codec, ids: Any, tmp_path: Path, backend: str) -> None:
     """An adapter learns on them, and is saved, loaded, copied and merged."""
     tiny_lm(codec, noise=0.1).save(tmp_path / "x")
     lm = load(tmp_path / "x", backend, bits=4)
@@ -495,7 +512,9 @@ def test_an_adapter_on_4_bits(codec, ids, tmp_path, backend):
     np.testing.assert_allclose(logits_of(lm, ids), learned, atol=1e-3)
 
 
-def test_an_adapter_goes_onto_another_precision(codec, tmp_path, capsys):
+def test_an_adapter_goes_onto_another_precision(
+    codec: Codec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Loading says so where the base is kept in other bits than the adapter was trained on."""
     adapted_lm(codec, tmp_path / "base").save(tmp_path / "sft1")
     load(tmp_path / "sft1")
@@ -505,7 +524,7 @@ def test_an_adapter_goes_onto_another_precision(codec, tmp_path, capsys):
     assert message in capsys.readouterr().out
 
 
-def test_4_bits_without_an_adapter(tmp_path, monkeypatch):
+def test_4_bits_without_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused before a base stage is made."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
@@ -517,7 +536,9 @@ def test_4_bits_without_an_adapter(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_4_bits_that_can_not_be(codec, tmp_path, monkeypatch):
+def test_4_bits_that_can_not_be(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows that MLX can't cut into groups, and bitsandbytes that is not installed."""
     tiny_lm(codec, width=96).save(tmp_path / "x")
     message = "--bits=4: rows of model.layers.* have \\d+ weights, MLX wants a multiple of 64"
@@ -536,7 +557,9 @@ def test_4_bits_that_can_not_be(codec, tmp_path, monkeypatch):
         {"quantization": {"bits": 4, "group_size": 64}},
     ],
 )
-def test_a_checkpoint_that_is_quantised_already(codec, tmp_path, backend, change):
+def test_a_checkpoint_that_is_quantised_already(
+    codec: Codec, tmp_path: Path, backend: str, change: dict[str, Any]
+) -> None:
     """It is refused in one line."""
     tiny_lm(codec).save(tmp_path / "x")
     path = tmp_path / "x" / "config.json"
@@ -547,7 +570,7 @@ def test_a_checkpoint_that_is_quantised_already(codec, tmp_path, backend, change
 
 # ---- copies and going on -------------------------------------------------------------------------
 @on_each_backend
-def test_a_copy_stands_still(codec, ids, tmp_path, backend):
+def test_a_copy_stands_still(codec: Codec, ids: Any, tmp_path: Path, backend: str) -> None:
     """The reference of the KL: the policy learns, the copy does not."""
     lm = adapted_lm(codec, tmp_path / "x", backend)
     reference = lm.copy()
@@ -561,7 +584,7 @@ def test_a_copy_stands_still(codec, ids, tmp_path, backend):
 @pytest.mark.parametrize(
     "first, second", [("torch", "torch"), ("mlx", "mlx"), ("torch", "mlx"), ("mlx", "torch")]
 )
-def test_an_adapter_goes_on(codec, tmp_path, first, second):
+def test_an_adapter_goes_on(codec: Codec, tmp_path: Path, first: str, second: str) -> None:
     """Six steps are three, a checkpoint, and three more from it, in either backend.
 
     Guards: an optimizer that goes on with the matrices that the checkpoint replaced.
@@ -589,7 +612,9 @@ def test_an_adapter_goes_on(codec, tmp_path, first, second):
 
 @on_each_backend
 @pytest.mark.parametrize("folder", ["base", "sft1"])
-def test_a_frozen_base_is_the_same_network(codec, ids, tmp_path, backend, folder):
+def test_a_frozen_base_is_the_same_network(
+    codec: Codec, ids: Any, tmp_path: Path, backend: str, folder: str
+) -> None:
     """Weights that only carry an adapter are read in their own type; the logits are the same."""
     adapted_lm(codec, tmp_path / "base", backend).save(tmp_path / "sft1")
     whole = load(tmp_path / folder, backend, dtype="bfloat16")
@@ -600,7 +625,7 @@ def test_a_frozen_base_is_the_same_network(codec, ids, tmp_path, backend, folder
 
 
 @on_each_backend
-def test_a_frozen_base_never_takes_four_bytes(codec, backend):
+def test_a_frozen_base_never_takes_four_bytes(codec: Codec, backend: str) -> None:
     """Guards: 7 GB for 1.5 billion parameters on the way to 4 bits."""
     config = tiny_lm(codec).network.config
     network = BACKENDS[backend].build(config, "cpu", "bfloat16", frozen=True)
@@ -618,7 +643,7 @@ STAGES = ["sft1", "sft2", "sft3", "rl1", "rl2"]
 
 
 @pytest.fixture(scope="module")
-def base_run(tmp_path_factory):
+def base_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a run folder with a base model and its SFT data, made once."""
     folder = tmp_path_factory.mktemp("base")
     done = run_here(folder, "train_sft.py", *TINY, "--backend=torch", "--stage=base")
@@ -627,13 +652,13 @@ def base_run(tmp_path_factory):
 
 
 @pytest.fixture
-def begun_stages(monkeypatch):
+def begun_stages(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the names of the stages that are begun from here on, each once."""
     stages = []
     original = model.LM.begin_stage
 
     @functools.wraps(original)
-    def watched(lm, settings, seed, stage=""):
+    def watched(lm: LM, settings: Any, seed: int, stage: str = "") -> Any:
         if stage and stage not in stages:
             stages.append(stage)
         return original(lm, settings, seed, stage)
@@ -642,7 +667,7 @@ def begun_stages(monkeypatch):
     return stages
 
 
-def run_rl(folder, monkeypatch, arguments):
+def run_rl(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: Any) -> None:
     """Train RL in this process, through the module, so that a test can watch it."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["train_rl.py", *arguments])
@@ -661,8 +686,14 @@ def run_rl(folder, monkeypatch, arguments):
     ],
 )
 def test_the_scripts_with_an_adapter(
-    base_run, tmp_path, monkeypatch, begun_stages, backend, merge, more
-):
+    base_run: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    begun_stages: Any,
+    backend: str,
+    merge: bool,
+    more: str,
+) -> None:
     """SFT-1 to SFT-3 and both stages of RL train an adapter; eval and --ask read it.
 
     RL-2 once more, with --resume, is the same, on the reference's base.
@@ -673,7 +704,7 @@ def test_the_scripts_with_an_adapter(
     root = tmp_path / "out" / "t"
     weights_name = "model.safetensors" if merge else "adapter_model.safetensors"
 
-    def run(script, *others):
+    def run(script: str, *others: Any) -> Any:
         done = run_here(tmp_path, script, *arguments, *others)
         assert done.status == 0, done.err
         return done.out
@@ -701,7 +732,7 @@ def test_the_scripts_with_an_adapter(
     shared_bases = []
     original = train_rl.train_grpo
 
-    def watched(policy, reference, *others):
+    def watched(policy: Any, reference: Any, *others: Any) -> Any:
         matrices = [lm.network.model.layers[0].mlp.up_proj.weight for lm in (policy, reference)]
         shared_bases.append(matrices[0] is matrices[1])
         return original(policy, reference, *others)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -19,10 +21,10 @@ import model
 from backends.config import ModelConfig, nano_config
 from common.errors import UserError
 from common.settings import ModelSettings
-from data.trajectory import TAGS
+from data.trajectory import TAGS, Codec
 
 
-def random_checkpoint(name, folder=None):
+def random_checkpoint(name: str, folder: Path | None = None) -> Any:
     """Return a transformers network with noise on every weight, written to a folder if given.
 
     Fresh biases are 0 and gains are 1: a loader could drop them unseen.
@@ -37,32 +39,32 @@ def random_checkpoint(name, folder=None):
     return network
 
 
-def reference_logits(network, ids):
+def reference_logits(network: Any, ids: Any) -> Any:
     """Return the logits of a transformers network."""
     with torch.no_grad():
         return network(torch.as_tensor(ids)).logits.float().numpy()
 
 
-def torch_logits(network, ids):
+def torch_logits(network: Any, ids: Any) -> Any:
     """Return the logits of this project's network in torch."""
     with torch.no_grad():
         return network.logits(network(torch.as_tensor(ids))).numpy()
 
 
-def read_network(folder):
+def read_network(folder: Path) -> Any:
     """Return the torch network of a folder, without its tokenizer."""
     network = torch_backend.build(model.read_config(folder))
     torch_backend.load_weights(network, folder)
     return network
 
 
-def on_cpu(backend):
+def on_cpu(backend: str) -> Any:
     return ModelSettings(device="cpu", backend=backend)
 
 
 # ---- weights -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", REFERENCE_CONFIGS)
-def test_logits_equal_transformers(name, tmp_path):
+def test_logits_equal_transformers(name: Any, tmp_path: Path) -> None:
     """A folder that transformers wrote, read by name.
 
     Guards: rotary layout and base, grouped heads, biases, q/k norms, eps, tied embeddings.
@@ -73,7 +75,7 @@ def test_logits_equal_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", REFERENCE_CONFIGS)
-def test_logprobs_equal_transformers(name, tmp_path):
+def test_logprobs_equal_transformers(name: Any, tmp_path: Path) -> None:
     """Log-probs at a temperature: column t is of ids[:, t], 0 where masked."""
     reference = random_checkpoint(name, tmp_path)
     mask = (np.random.default_rng(1).random(IDS.shape) < 0.5).astype(np.float32)
@@ -98,7 +100,9 @@ def test_logprobs_equal_transformers(name, tmp_path):
         ("Qwen3ForCausalLM", False),
     ],
 )
-def test_a_saved_folder_loads_in_transformers(codec, tmp_path, architecture, tie):
+def test_a_saved_folder_loads_in_transformers(
+    codec: Codec, tmp_path: Path, architecture: str, tie: bool
+) -> None:
     """Weights and config of LM.save load in transformers, and in this project again."""
     lm = tiny_lm(codec, architecture=architecture, tie_embeddings=tie, noise=0.2)
     folder = tmp_path / "sft1"
@@ -114,7 +118,7 @@ def test_a_saved_folder_loads_in_transformers(codec, tmp_path, architecture, tie
     np.testing.assert_array_equal(torch_logits(read_network(folder), ids), expected)
 
 
-def test_saving_again_replaces_the_whole_folder(codec, tmp_path):
+def test_saving_again_replaces_the_whole_folder(codec: Codec, tmp_path: Path) -> None:
     """A second save of a stage leaves nothing of the first."""
     folder = tmp_path / "x"
     tiny_lm(codec, seed=1).save(folder)
@@ -136,7 +140,9 @@ def test_saving_again_replaces_the_whole_folder(codec, tmp_path):
         ({"num_hidden_layers": 3}, r"layers.2.* is missing"),
     ],
 )
-def test_weights_that_do_not_fit(tmp_path, backend_name, change, message):
+def test_weights_that_do_not_fit(
+    tmp_path: Path, backend_name: str, change: dict[str, Any], message: str
+) -> None:
     """A parameter that is missing, not known or of another shape is named."""
     pytest.importorskip(backend_name)
     backend = model.choose_backend(backend_name)
@@ -149,7 +155,7 @@ def test_weights_that_do_not_fit(tmp_path, backend_name, change, message):
 
 @pytest.mark.parametrize("backend_name", ["torch", "mlx"])
 @pytest.mark.parametrize("number_type", [torch.float8_e4m3fn, torch.int8, torch.uint8])
-def test_packed_weights(tmp_path, backend_name, number_type):
+def test_packed_weights(tmp_path: Path, backend_name: str, number_type: Any) -> None:
     """Packed weights without a word in config.json are refused by name.
 
     Guards: bytes of fp8 or int8 that are read as numbers.
@@ -180,7 +186,9 @@ def test_packed_weights(tmp_path, backend_name, number_type):
         ("adapter_config.json", "{}", "adapter_config.json can't be read.*base_model"),
     ],
 )
-def test_a_folder_that_was_cut(codec, tmp_path, name, content, message):
+def test_a_folder_that_was_cut(
+    codec: Codec, tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
     """A file that is missing, cut or empty is one line with its name. Guards: tracebacks."""
     folder = tmp_path / "x"
     tiny_lm(codec).save(folder)
@@ -198,7 +206,7 @@ def test_a_folder_that_was_cut(codec, tmp_path, name, content, message):
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
-def test_the_tokenizer_comes_back(codec, tmp_path):
+def test_the_tokenizer_comes_back(codec: Codec, tmp_path: Path) -> None:
     """Ids and text survive the folder, tags included, and `load` pairs them with the weights."""
     folder = tmp_path / "sft1"
     tiny_lm(codec).save(folder)
@@ -213,14 +221,14 @@ def test_the_tokenizer_comes_back(codec, tmp_path):
     assert loaded.build("Who <think>?", parts).ids == expected
 
 
-def test_a_tokenizer_that_does_not_fit(codec):
+def test_a_tokenizer_that_does_not_fit(codec: Codec) -> None:
     """A tokenizer with more entries than the network is refused."""
     config = nano_config(len(codec.tokenizer) - 1, 2, 1, 32, 1)
     with pytest.raises(UserError, match=f"tokenizer has {len(codec.tokenizer)} entries"):
         model.new(config, codec.tokenizer, 0, CPU)
 
 
-def sentencepiece_checkpoint(folder, kind, tokenizer_config):
+def sentencepiece_checkpoint(folder: Path, kind: Any, tokenizer_config: Any) -> Any:
     """Write a random Llama whose only tokenizer file is sentencepiece's tokenizer.model."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([WORDS + " { } \\ < > _ /"] * 50),
@@ -256,7 +264,9 @@ def sentencepiece_checkpoint(folder, kind, tokenizer_config):
         ("unigram", {}),
     ],
 )
-def test_a_sentencepiece_tokenizer(tmp_path, kind, tokenizer_config):
+def test_a_sentencepiece_tokenizer(
+    tmp_path: Path, kind: str, tokenizer_config: dict[str, Any]
+) -> None:
     """A folder with tokenizer.model alone: ids are sentencepiece's, tags are single tokens.
 
     Text survives, and what is saved has a tokenizer.json that gives the same ids.
@@ -296,7 +306,7 @@ def test_a_sentencepiece_tokenizer(tmp_path, kind, tokenizer_config):
 
 
 # ---- tags ----------------------------------------------------------------------------------------
-def tokenizer_without_tags(codec, path):
+def tokenizer_without_tags(codec: Codec, path: Path) -> Any:
     """Return the tests' tokenizer with other tokens in the places of the tags."""
     raw = json.loads(codec.tokenizer.backend_tokenizer.to_str())
     tags = set(TAGS.values())
@@ -312,7 +322,7 @@ def tokenizer_without_tags(codec, path):
 
 
 @pytest.fixture(params=[0, 40])
-def untagged(request, codec, tmp_path):
+def untagged(request: pytest.FixtureRequest, codec: Codec, tmp_path: Path) -> Any:
     """Return a checkpoint without tags, in tmp_path; its weights may have spare rows."""
     tokenizer = tokenizer_without_tags(codec, tmp_path / "tokens.json")
     size = len(tokenizer) + request.param
@@ -323,7 +333,7 @@ def untagged(request, codec, tmp_path):
     return network, tokenizer
 
 
-def test_tags_are_added_to_a_checkpoint(untagged, tmp_path):
+def test_tags_are_added_to_a_checkpoint(untagged: Any, tmp_path: Path) -> None:
     """Old tokens keep their logits; a new tag starts as the mean of the pieces that spelled it."""
     reference, tokenizer = untagged
     count = len(tokenizer)
@@ -348,7 +358,9 @@ def test_tags_are_added_to_a_checkpoint(untagged, tmp_path):
             np.testing.assert_allclose(weight, expected, atol=1e-7)
 
 
-def test_4_bits_of_a_checkpoint_without_tags(untagged, tmp_path, monkeypatch):
+def test_4_bits_of_a_checkpoint_without_tags(
+    untagged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards: --bits=4 that was left out without a word."""
     quantized = []
     monkeypatch.setattr(torch_backend, "quantize", lambda network, bits: quantized.append(bits))
@@ -359,7 +371,9 @@ def test_4_bits_of_a_checkpoint_without_tags(untagged, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("more", [7, -7])
-def test_embeddings_that_config_json_does_not_know(untagged, tmp_path, more):
+def test_embeddings_that_config_json_does_not_know(
+    untagged: Any, tmp_path: Path, more: int
+) -> None:
     """Another vocab_size in config.json than the weights have is named, with both shapes."""
     reference, _ = untagged
     size = reference.config.vocab_size
@@ -388,7 +402,7 @@ GGUF_NAMES = {
 }
 
 
-def gguf_tensor(name, weight):
+def gguf_tensor(name: str, weight: Any) -> Any:
     """Return a parameter as GGUF has it: its name, and its order of rotary pairs."""
     if name == "model.embed_tokens.weight":
         return "token_embd.weight", weight
@@ -401,7 +415,7 @@ def gguf_tensor(name, weight):
     return f"blk.{layer}.{GGUF_NAMES[part]}.weight", weight
 
 
-def write_gguf(path, network, vocabulary, merges, eos):
+def write_gguf(path: Path, network: Any, vocabulary: Any, merges: Any, eos: Any) -> None:
     """Write a Llama of 2 layers and 64 dimensions as the gguf package does."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
@@ -429,7 +443,7 @@ def write_gguf(path, network, vocabulary, merges, eos):
 
 
 @pytest.mark.parametrize("backend_name", ["torch", "mlx"])
-def test_a_gguf_file(codec, tmp_path, backend_name):
+def test_a_gguf_file(codec: Codec, tmp_path: Path, backend_name: str) -> None:
     """The logits of a network that the gguf package wrote, in both backends."""
     pytest.importorskip(backend_name)
     vocabulary = sorted(codec.tokenizer.get_vocab(), key=codec.tokenizer.get_vocab().get)

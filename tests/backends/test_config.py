@@ -12,6 +12,7 @@ import model
 from backends.config import ModelConfig, nano_config
 from backends.torch import rotate
 from common.errors import UserError
+from data.trajectory import Codec
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -36,11 +37,11 @@ LLAMA3_ROPE = {
 }
 
 
-def plain_rope(theta):
+def plain_rope(theta: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta}
 
 
-def llama_config(**changes: Any):
+def llama_config(**changes: Any) -> Any:
     """Return a small configuration by transformers."""
     return transformers.LlamaConfig(**{**SIZES, **changes})
 
@@ -61,7 +62,7 @@ REFERENCE_CONFIGS = {
 }
 
 
-def raw_config(name, **changes):
+def raw_config(name: str, **changes: Any) -> dict[str, Any]:
     """Return the content of a config.json that transformers would write."""
     config = REFERENCE_CONFIGS[name]
     family = type(config).__name__.removesuffix("Config")
@@ -69,7 +70,7 @@ def raw_config(name, **changes):
 
 
 @pytest.mark.parametrize("name", REFERENCE_CONFIGS)
-def test_a_config_comes_back(name):
+def test_a_config_comes_back(name: Any) -> None:
     """What is written is read as the same by this project and by transformers.
 
     Guards: rope scaling that a saved folder loses.
@@ -80,7 +81,7 @@ def test_a_config_comes_back(name):
     assert type(reference)(**config.to_dict()).rope_parameters == reference.rope_parameters
 
 
-def test_an_older_config():
+def test_an_older_config() -> None:
     """Before transformers 5, rope_theta stood at the top level, without rope_parameters."""
     raw = raw_config("Llama")
     raw.pop("rope_parameters")
@@ -96,7 +97,7 @@ def test_an_older_config():
         ("Qwen3, wide heads", "Qwen3ForCausalLM"),
     ],
 )
-def test_a_config_without_architectures(name, architecture):
+def test_a_config_without_architectures(name: str, architecture: str) -> None:
     """A GGUF file names its model_type alone."""
     config = ModelConfig.from_dict(raw_config(name, architectures=None), "x.gguf")
     assert config.architectures == [architecture]
@@ -121,13 +122,13 @@ def test_a_config_without_architectures(name, architecture):
         ({"mlp_bias": True}, "without biases"),
     ],
 )
-def test_what_the_network_cannot_compute(change, message):
+def test_what_the_network_cannot_compute(change: dict[str, Any], message: str) -> None:
     """Guards: a checkpoint that loads without a word and computes something else."""
     with pytest.raises(UserError, match=message):
         ModelConfig.from_dict(raw_config("Llama", **change), "config.json")
 
 
-def attention_of_first_layer(network, ids):
+def attention_of_first_layer(network: Any, ids: Any) -> Any:
     """Return the attention weights of the first layer, (rows, heads, queries, keys)."""
     config = network.config
     layer = network.model.layers[0]
@@ -137,7 +138,7 @@ def attention_of_first_layer(network, ids):
     angle = torch.arange(length)[:, None] * frequencies
     rope = (angle.repeat(1, 2).cos(), angle.repeat(1, 2).sin())
 
-    def heads(projection):
+    def heads(projection: Any) -> Any:
         split = projection(x).view(len(ids), length, -1, config.head_dim)
         return rotate(split.transpose(1, 2), rope)
 
@@ -151,7 +152,7 @@ def attention_of_first_layer(network, ids):
 
 
 @pytest.mark.parametrize("head, offset", [(0, 1), (1, 2)])
-def test_a_new_network_looks_back(codec, head, offset):
+def test_a_new_network_looks_back(codec: Codec, head: int, offset: int) -> None:
     """Two heads begin by attending one and two tokens back, whatever the tokens are."""
     config = nano_config(len(codec.tokenizer), codec.eos_id, 1)
     network = model.new(config, codec.tokenizer, 3, CPU).network

@@ -4,6 +4,7 @@ Cached against uncached, batched against single, sampled against the softmax.
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,19 +14,20 @@ from conftest import CPU, mlx_twin, tiny_lm
 import model
 from backends.decoder import TOKENS_AT_ONCE
 from data.batches import pad
-from data.trajectory import Role, Trajectory
+from data.trajectory import Codec, Role, Trajectory
+from model import LM
 
 GENERATOR = np.random.default_rng(5)
 
 
-def random_prompts(*lengths):
+def random_prompts(*lengths: Any) -> list[Any]:
     return [GENERATOR.integers(10, 300, length).tolist() for length in lengths]
 
 
 PROMPTS = random_prompts(3, 11, 1, 7)
 
 
-def uncached_logits(lm, ids):
+def uncached_logits(lm: LM, ids: Any) -> Any:
     """Return the logits after the last of some ids, by a whole forward pass in torch."""
     network = lm.torch_network
     with torch.no_grad():
@@ -33,7 +35,7 @@ def uncached_logits(lm, ids):
         return network.logits(x)[0, -1].numpy()
 
 
-def greedy(lm, ids, stops, limit):
+def greedy(lm: LM, ids: Any, stops: Any, limit: Any) -> Any:
     """Decode the slow way: the whole sequence again for every token."""
     new = []
     while len(new) < limit:
@@ -44,14 +46,16 @@ def greedy(lm, ids, stops, limit):
     return new
 
 
-def assert_logits_are_those_of(lm, decoder, texts):
+def assert_logits_are_those_of(lm: LM, decoder: Any, texts: Any) -> None:
     all_logits = np.asarray(decoder.logits)
     for logits, ids in zip(all_logits, texts, strict=True):
         expected = uncached_logits(lm, ids)
         np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
-def write(lm, prompts, tokens, stops=(), temperature=0.0, seed=0):
+def write(
+    lm: LM, prompts: Any, tokens: Any, stops: Any = (), temperature: float = 0.0, seed: int = 0
+) -> Any:
     """Decode behind each prompt, and return the ids."""
     limits = [tokens] * len(prompts)
     rng = np.random.default_rng(seed)
@@ -59,7 +63,7 @@ def write(lm, prompts, tokens, stops=(), temperature=0.0, seed=0):
     return ids
 
 
-def in_backend(backend, torch_lm):
+def in_backend(backend: str, torch_lm: Any) -> Any:
     """Return a network as a backend has it, with the torch network to compare with."""
     lm = torch_lm
     if backend == "mlx":
@@ -74,12 +78,12 @@ def in_backend(backend, torch_lm):
 
 
 @pytest.fixture(params=["torch", "mlx"])
-def lm(request, codec):
+def lm(request: pytest.FixtureRequest, codec: Codec) -> Any:
     return in_backend(request.param, tiny_lm(codec, noise=0.1))
 
 
 @pytest.fixture(params=["one head", "two heads", "Qwen3, grouped"])
-def torch_lm(request, codec):
+def torch_lm(request: pytest.FixtureRequest, codec: Codec) -> Any:
     if request.param == "one head":
         return tiny_lm(codec, width=32, noise=0.1)
     if request.param == "two heads":
@@ -90,17 +94,17 @@ def torch_lm(request, codec):
 
 
 @pytest.fixture(params=["torch", "mlx"])
-def each_lm(request, torch_lm):
+def each_lm(request: pytest.FixtureRequest, torch_lm: Any) -> Any:
     """Every kind of attention in each backend."""
     return in_backend(request.param, torch_lm)
 
 
-def record_passes(monkeypatch, lm):
+def record_passes(monkeypatch: pytest.MonkeyPatch, lm: LM) -> Any:
     """Return a list that gets the shape of what each forward pass of a decoder reads."""
     shapes = []
     forward = lm.backend.Decoder._forward
 
-    def recorded(self, ids, rows=None):
+    def recorded(self: Any, ids: Any, rows: Any = None) -> Any:
         shapes.append(tuple(ids.shape))
         return forward(self, ids, rows)
 
@@ -108,7 +112,7 @@ def record_passes(monkeypatch, lm):
     return shapes
 
 
-def test_cached_equals_uncached(each_lm):
+def test_cached_equals_uncached(each_lm: Any) -> None:
     """After each change the next-token logits are those of the row's whole text.
 
     Feeds of another length for each row, none for some; decoding in between; rows dropped, doubled
@@ -118,7 +122,7 @@ def test_cached_equals_uncached(each_lm):
     decoder = each_lm.decoder(PROMPTS)
     texts = [list(prompt) for prompt in PROMPTS]
 
-    def feed(parts):
+    def feed(parts: Any) -> None:
         decoder.feed([list(part) for part in parts])
         for text, part in zip(texts, parts, strict=True):
             text += part
@@ -139,7 +143,7 @@ def test_cached_equals_uncached(each_lm):
     assert decoder.length.tolist() == [len(text) for text in texts]
 
 
-def test_batched_equals_single(each_lm):
+def test_batched_equals_single(each_lm: Any) -> None:
     """Sixteen rows of different length and limits write what the slow loop gives for each alone."""
     prompts = PROMPTS + random_prompts(*range(2, 14))
     stops = [40, 41, 42]
@@ -155,18 +159,18 @@ def test_batched_equals_single(each_lm):
         assert new == greedy(each_lm, text, stops, 6)
 
 
-def up_to(stop, ids):
+def up_to(stop: Any, ids: Any) -> Any:
     """Return ids up to their first stop, which is kept."""
     if stop not in ids:
         return ids
     return ids[: ids.index(stop) + 1]
 
 
-def lengths(rows):
+def lengths(rows: Any) -> list[Any]:
     return [len(row) for row in rows]
 
 
-def test_stops_end_a_row_and_are_kept(lm):
+def test_stops_end_a_row_and_are_kept(lm: LM) -> None:
     """The stop id is the last of its row; the other rows go on."""
     endless = write(lm, PROMPTS, 8)
     stop = endless[1][3]
@@ -176,7 +180,7 @@ def test_stops_end_a_row_and_are_kept(lm):
     assert lengths(logprobs) == lengths(ids)
 
 
-def test_each_row_has_its_stops(lm):
+def test_each_row_has_its_stops(lm: LM) -> None:
     """A list of ids for each row ends that row alone; the same list for all is that list.
 
     Guards: a workflow whose rows wait for other words, and stop at those of their neighbours.
@@ -196,13 +200,13 @@ def test_each_row_has_its_stops(lm):
     assert shared == repeated
 
 
-def test_stops_for_another_number_of_rows(lm):
+def test_stops_for_another_number_of_rows(lm: LM) -> None:
     """Guards: rows without stops, or stops that went to the wrong row."""
     with pytest.raises(ValueError, match="stops are for 2 rows, and there are 4"):
         write(lm, PROMPTS, 8, stops=[[40], [41]])
 
 
-def test_leaving_early_and_going_on(lm):
+def test_leaving_early_and_going_on(lm: LM) -> None:
     """With a writing share, decoding stops while some rows still write; the next call goes on."""
     limits = [3, 3, 3, 20]
     whole, _ = lm.decoder(PROMPTS).decode([], limits, 0.0)
@@ -215,7 +219,7 @@ def test_leaving_early_and_going_on(lm):
     assert first[3] + rest[0] == whole[3]
 
 
-def test_equal_prompts_share_a_prefill(lm, monkeypatch):
+def test_equal_prompts_share_a_prefill(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group of rollouts reads its question once; the rows then grow apart.
 
     Guards: a prefill for each rollout, and storage that rows share.
@@ -230,7 +234,7 @@ def test_equal_prompts_share_a_prefill(lm, monkeypatch):
     assert_logits_are_those_of(lm, decoder, texts)
 
 
-def test_reading_goes_by_pieces(lm, monkeypatch):
+def test_reading_goes_by_pieces(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most TOKENS_AT_ONCE tokens in a pass, rows of like length together, each reads its own.
 
     Guards: a row that is padded to another's observation.
@@ -253,7 +257,7 @@ def test_reading_goes_by_pieces(lm, monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.5])
-def test_logprobs_while_sampling_equal_score(each_lm, temperature):
+def test_logprobs_while_sampling_equal_score(each_lm: Any, temperature: float) -> None:
     """What `decode` notes for each token is what `score` says of the finished sequence.
 
     At that temperature (greedy: 1), over two turns with an observation between. Guards: a ratio in
@@ -278,7 +282,7 @@ def test_logprobs_while_sampling_equal_score(each_lm, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
-def test_sampling_follows_the_softmax(codec, backend, temperature):
+def test_sampling_follows_the_softmax(codec: Codec, backend: str, temperature: float) -> None:
     """Frequencies of 20,000 draws of one token are those of softmax(logits / temperature).
 
     Within five standard deviations, for each token.
@@ -297,7 +301,7 @@ def test_sampling_follows_the_softmax(codec, backend, temperature):
     assert (difference <= 5 * deviation + 1 / draws).all()
 
 
-def test_each_row_has_its_temperature(lm):
+def test_each_row_has_its_temperature(lm: LM) -> None:
     """A row at 0 is greedy beside one that samples, which draws what it would beside any other."""
     prompt = PROMPTS[0]
     decoder = lm.decoder([prompt] * 3)
@@ -311,7 +315,7 @@ def test_each_row_has_its_temperature(lm):
     assert logprobs[0] == pytest.approx(alone[0], abs=1e-5)
 
 
-def test_sampling_is_repeatable_and_rows_differ(lm):
+def test_sampling_is_repeatable_and_rows_differ(lm: LM) -> None:
     """One seed, one text; equal prompts get draws of their own."""
     prompts = [PROMPTS[0]] * 6
     first, again, other = (write(lm, prompts, 10, temperature=1.0, seed=seed) for seed in (0, 0, 1))
@@ -320,7 +324,7 @@ def test_sampling_is_repeatable_and_rows_differ(lm):
     assert len({tuple(ids) for ids in first}) == 6
 
 
-def test_a_row_may_fill_the_cache(each_lm):
+def test_a_row_may_fill_the_cache(each_lm: Any) -> None:
     """The last slot belongs to the row that reaches it.
 
     Guards: padding of shorter rows, or a stopped row, written over it.

@@ -12,12 +12,13 @@ from conftest import mlx_twin, tiny_lm
 import autocoa
 import backends.torch as torch_backend
 from data.batches import language_batches, learn_observations, pad, pair_batches
-from data.trajectory import Role, Trajectory
+from data.trajectory import Codec, Role, Trajectory
+from model import LM
 from train_rl import RLSettings, update_batches
 
 
 # ---- slow and obviously right: one token at a time -----------------------------------------------
-def slow_nll(logp, batch):
+def slow_nll(logp: Any, batch: Any) -> Any:
     total = 0.0
     for row, mask in zip(logp, batch["mask"], strict=True):
         for logprob, is_learned in zip(row, mask, strict=True):
@@ -26,8 +27,8 @@ def slow_nll(logp, batch):
     return total / batch["norm"]
 
 
-def slow_contrastive(logp, batch):
-    def mean_logprob(row):
+def slow_contrastive(logp: Any, batch: Any) -> Any:
+    def mean_logprob(row: Any) -> Any:
         picked = []
         for logprob, is_learned in zip(logp[row], batch["mask"][row], strict=True):
             if is_learned:
@@ -44,7 +45,7 @@ def slow_contrastive(logp, batch):
     return total / batch["norm"]
 
 
-def slow_grpo(logp, batch):
+def slow_grpo(logp: Any, batch: Any) -> Any:
     low = 1 - batch["clip_low"]
     high = 1 + batch["clip_high"]
     total = 0.0
@@ -63,7 +64,7 @@ def slow_grpo(logp, batch):
     return total / batch["norm"]
 
 
-def example(name):
+def example(name: str) -> Any:
     """Return random log-probs of 4 rows x 7 tokens in float64, and their batch.
 
     Ratios of new to old go from 0.4 to 2.5, and advantages have both signs.
@@ -94,7 +95,7 @@ LOSSES = {
 }
 
 
-def to_torch(batch):
+def to_torch(batch: Any) -> Any:
     """Return a batch whose arrays are tensors."""
     tensors = dict(batch)
     for name, value in batch.items():
@@ -104,7 +105,7 @@ def to_torch(batch):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_value(name):
+def test_value(name: Any) -> None:
     """NumPy and torch give what the loops give."""
     loss, slow_loss = LOSSES[name]
     logp, batch = example(name)
@@ -115,7 +116,7 @@ def test_value(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradient(name):
+def test_gradient(name: Any) -> None:
     """Torch's gradient, by token, equals central differences of the loops; 0 where the mask is 0.
 
     Guards: a token of the environment that carries loss, and clipping on the wrong side of an
@@ -128,7 +129,7 @@ def test_gradient(name):
     gradient = tensor.grad
     assert gradient is not None
 
-    def moved(index, step):
+    def moved(index: Any, step: Any) -> Any:
         other = logp.copy()
         other[index] += step
         return slow_loss(other.tolist(), batch)
@@ -152,7 +153,7 @@ def test_gradient(name):
         (1.5, -1, 1.5),
     ],
 )
-def test_clipping_by_hand(ratio, advantage, slope):
+def test_clipping_by_hand(ratio: float, advantage: int, slope: float) -> None:
     """For one token d loss / d logp is -ratio x advantage where the policy may still move that way.
 
     Else it is 0. The high side is wider.
@@ -172,7 +173,7 @@ def test_clipping_by_hand(ratio, advantage, slope):
     assert logp.grad.item() == pytest.approx(slope)
 
 
-def test_k3_is_an_estimate_of_the_divergence():
+def test_k3_is_an_estimate_of_the_divergence() -> None:
     """Drawn from the policy, k3's mean is KL(policy || reference) of the whole distribution.
 
     No sample of it is negative.
@@ -192,18 +193,18 @@ def test_k3_is_an_estimate_of_the_divergence():
 class FrozenOptimizer:
     """In place of an optimizer: it leaves the weights, so that the gradient can be read."""
 
-    def step(self, gradients, lr, muon_lr):
+    def step(self, gradients: Any, lr: Any, muon_lr: Any) -> None:
         pass
 
 
-def loss_and_gradient(network, loss, batches):
+def loss_and_gradient(network: Any, loss: Any, batches: Any) -> Any:
     optimizer: Any = FrozenOptimizer()
     figures = torch_backend.train_step(network, optimizer, loss, batches, 0, 0, max_norm=math.inf)
     gradient = {name: weight.grad.clone() for name, weight in network.named_parameters()}
     return figures["loss"], gradient
 
 
-def sampled_chains(codec):
+def sampled_chains(codec: Codec) -> Any:
     """Return six chains of several lengths, with an observation each, as if they were sampled."""
     rng = random.Random(3)
     chains = []
@@ -220,7 +221,7 @@ def sampled_chains(codec):
     return chains
 
 
-def batches_of(name, chains, micro_tokens):
+def batches_of(name: str, chains: Any, micro_tokens: Any) -> Any:
     """Return the scripts' own micro-batches for each loss."""
     if name == "nll":
         return language_batches(chains, micro_tokens)
@@ -247,7 +248,9 @@ SCRIPT_LOSSES = {
     "architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
 )
 @pytest.mark.parametrize("name", SCRIPT_LOSSES)
-def test_each_loss_moves_each_parameter(codec, name, architecture, muon):
+def test_each_loss_moves_each_parameter(
+    codec: Codec, name: Any, architecture: str, muon: bool
+) -> None:
     """Guards: a loss that does not reach some weight, a weight that the optimizer leaves out."""
     is_tied = architecture == "LlamaForCausalLM"
     lm = tiny_lm(codec, architecture=architecture, tie_embeddings=is_tied, noise=0.1)
@@ -266,7 +269,7 @@ def test_each_loss_moves_each_parameter(codec, name, architecture, muon):
 
 
 @pytest.mark.parametrize("name", SCRIPT_LOSSES)
-def test_micro_batches_add_up(codec, lm, name):
+def test_micro_batches_add_up(codec: Codec, lm: LM, name: Any) -> None:
     """Loss and gradient of a step do not depend on how it is cut.
 
     Guards: a normalizer of the micro-batch.
@@ -282,7 +285,7 @@ def test_micro_batches_add_up(codec, lm, name):
 
 
 @pytest.mark.parametrize("name", SCRIPT_LOSSES)
-def test_gradient_is_the_slope_of_the_loss(codec, name):
+def test_gradient_is_the_slope_of_the_loss(codec: Codec, name: Any) -> None:
     """Along its own gradient the loss of the whole network rises as fast as the gradient is long.
 
     Guards: a detached path.
@@ -293,7 +296,7 @@ def test_gradient_is_the_slope_of_the_loss(codec, name):
     _, gradient = loss_and_gradient(lm.network, loss, batches)
     length = math.sqrt(sum(part.square().sum().item() for part in gradient.values()))
 
-    def loss_at(step):
+    def loss_at(step: Any) -> Any:
         moved = torch_backend.copy_network(lm.network)
         with torch.no_grad():
             for weight_name, weight in moved.named_parameters():
@@ -305,7 +308,7 @@ def test_gradient_is_the_slope_of_the_loss(codec, name):
     assert slope == pytest.approx(length, rel=0.02)
 
 
-def chain_that_ends_in_observation(codec, text):
+def chain_that_ends_in_observation(codec: Codec, text: str) -> Any:
     parts = [("think", "Hm"), ("search", "Silver River"), ("result", text)]
     chain = codec.build("Who directed it?", parts)
     chain.logprobs = [-0.5 * is_learned for is_learned in chain.mask]
@@ -313,13 +316,13 @@ def chain_that_ends_in_observation(codec, text):
 
 
 @pytest.mark.parametrize("name", SCRIPT_LOSSES)
-def test_observations_carry_no_loss(codec, lm, name):
+def test_observations_carry_no_loss(codec: Codec, lm: LM, name: Any) -> None:
     """Other tokens in an observation at the end of a trajectory change nothing.
 
     Nothing follows that it could be context of. Learned, as in SFT-3, they do.
     """
 
-    def step(text, learns_observations=False):
+    def step(text: str, learns_observations: bool = False) -> Any:
         chains = [chain_that_ends_in_observation(codec, text)] * 6
         if learns_observations:
             chains = learn_observations(chains)
@@ -337,7 +340,7 @@ def test_observations_carry_no_loss(codec, lm, name):
         assert learned != pytest.approx(other_learned, abs=1e-3)
 
 
-def test_observations_are_learned_by_role(codec):
+def test_observations_are_learned_by_role(codec: Codec) -> None:
     """SFT-3 learns all but the prompt; SFT-2's own masks stay as they were."""
     chain = sampled_chains(codec)[0]
     mask = list(chain.mask)
@@ -352,7 +355,7 @@ def test_observations_are_learned_by_role(codec):
 
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
-def test_padding_carries_no_loss(codec, lm, backend):
+def test_padding_carries_no_loss(codec: Codec, lm: LM, backend: str) -> None:
     """A short row beside a long one has the log-probs that it has alone; its padding has none.
 
     Rows are padded on the right; nothing here needs it on the left.

@@ -1,6 +1,8 @@
 """The optimizer against torch's own AdamW and Muon, its state, and a step that fails."""
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,14 @@ import model
 from common.errors import UserError
 from common.settings import ModelSettings
 from data.batches import language_batches
+from data.trajectory import Codec
+from model import LM
 from train_sft import SFTSettings, train
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
-def test_orthogonalize(shape, backend):
+def test_orthogonalize(shape: Any, backend: str) -> None:
     """Against the SVD: singular vectors stay, singular values come near 1.
 
     Muon's five steps leave them in about 0.7 to 1.2. A matrix of zeros stays one. Guards: 0 / 0,
@@ -46,7 +50,7 @@ def test_orthogonalize(shape, backend):
         assert (in_singular_basis - diagonal.diag()).abs().max() < 0.02
 
 
-def random_gradients(lm, steps=4):
+def random_gradients(lm: LM, steps: int = 4) -> Iterator[Any]:
     """Yield steps in which every parameter has a random gradient: {name: gradient}."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -57,25 +61,25 @@ def random_gradients(lm, steps=4):
         yield gradients
 
 
-def weights_after_steps(lm, optimizer, lr, muon_lr):
+def weights_after_steps(lm: LM, optimizer: Any, lr: Any, muon_lr: Any) -> Any:
     """Return the weights after steps of an optimizer of this project."""
     for gradients in random_gradients(lm):
         optimizer.step(gradients, lr, muon_lr)
     return weights_of(lm)
 
 
-def weights_after_reference_steps(lm, optimizer):
+def weights_after_reference_steps(lm: LM, optimizer: Any) -> Any:
     """Return the weights after the same steps of an optimizer of torch."""
     for _ in random_gradients(lm):
         optimizer.step()
     return weights_of(lm)
 
 
-def weights_of(lm):
+def weights_of(lm: LM) -> dict[Any, Any]:
     return {name: weight.detach().clone() for name, weight in lm.network.named_parameters()}
 
 
-def test_adamw_equals_torch(codec):
+def test_adamw_equals_torch(codec: Codec) -> None:
     """Bias correction and epsilon as in torch.optim.AdamW."""
     lm = tiny_lm(codec)
     optimizer = torch_backend.Optimizer(lm.network, muon=False)
@@ -88,7 +92,7 @@ def test_adamw_equals_torch(codec):
     torch.testing.assert_close(weights, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_muon_equals_torch(codec):
+def test_muon_equals_torch(codec: Codec) -> None:
     """The matrices of the blocks move as by torch.optim.Muon; the rest does not move.
 
     Torch iterates in bfloat16, so that it is a percent off.
@@ -109,7 +113,7 @@ def test_muon_equals_torch(codec):
         assert bool(change.any()) == name.endswith("proj.weight"), name
 
 
-def test_muon_equals_torch_step_by_step(codec):
+def test_muon_equals_torch_step_by_step(codec: Codec) -> None:
     """Each step of Muon in MLX goes torch.optim.Muon's way too, from the same momentum.
 
     Guards: a momentum without Nesterov's look ahead, which four steps together may hide.
@@ -137,7 +141,7 @@ def test_muon_equals_torch_step_by_step(codec):
 
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
-def test_state_of_another_optimizer(lm, backend):
+def test_state_of_another_optimizer(lm: LM, backend: str) -> None:
     """Muon does not take AdamW's moments, nor the other way round, nor those of another shape.
 
     Guards: second moments that are left lying without a word.
@@ -146,7 +150,7 @@ def test_state_of_another_optimizer(lm, backend):
         pytest.importorskip("mlx.core")
         lm = mlx_twin(lm)
 
-    def optimizer(muon):
+    def optimizer(muon: Any) -> Any:
         return lm.backend.Optimizer(lm.network, muon=muon)
 
     for muon in (True, False):
@@ -160,7 +164,7 @@ def test_state_of_another_optimizer(lm, backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
-def test_state_goes_on(codec, backend):
+def test_state_goes_on(codec: Codec, backend: str) -> None:
     """An optimizer that takes another's state makes the same next step."""
     lm = tiny_lm(codec, noise=0.1)
     if backend == "mlx":
@@ -168,7 +172,7 @@ def test_state_goes_on(codec, backend):
         lm = mlx_twin(lm)
     batches = language_batches([codec.build("Who?", [("answer", "Eva")])], 100)
 
-    def step(network, optimizer):
+    def step(network: Any, optimizer: Any) -> None:
         lm.backend.train_step(network, optimizer, autocoa.nll_loss, batches, 1e-2, 1e-2)
 
     optimizer = lm.backend.Optimizer(lm.network)
@@ -188,7 +192,9 @@ def test_state_goes_on(codec, backend):
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_loss_leaves_weights_and_optimizer(codec, tmp_path, bad, backend):
+def test_a_bad_loss_leaves_weights_and_optimizer(
+    codec: Codec, tmp_path: Path, bad: Any, backend: str
+) -> None:
     """Guards: one NaN micro-batch among good ones ruins the checkpoint."""
     pytest.importorskip(backend)
     tiny_lm(codec).save(tmp_path / "x")
@@ -207,7 +213,9 @@ def test_a_bad_loss_leaves_weights_and_optimizer(codec, tmp_path, bad, backend):
         np.testing.assert_array_equal(after[name], before[name])
 
 
-def test_a_bad_loss_stops_the_stage(codec, tmp_path, monkeypatch):
+def test_a_bad_loss_stops_the_stage(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A clear error that names stage and step, before the folder of the stage is there.
 
     So the last good checkpoint still counts.
@@ -216,10 +224,10 @@ def test_a_bad_loss_stops_the_stage(codec, tmp_path, monkeypatch):
     folder = tmp_path / "sft2"
     steps = [[codec.build("Who?", [("answer", "Eva")])]] * 3
 
-    def bad_loss(xp, logp, batch):
+    def bad_loss(xp: Any, logp: Any, batch: Any) -> Any:
         return math.nan * autocoa.nll_loss(xp, logp, batch)
 
-    def make_batches(step):
+    def make_batches(step: Any) -> Any:
         return language_batches(step, 1000)
 
     no_task: Any = None

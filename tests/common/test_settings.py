@@ -5,6 +5,8 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,11 +43,13 @@ ABOVE_ZERO = (
 
 
 @pytest.fixture
-def read(tmp_path, monkeypatch):
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that reads a command line, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
-    def read_arguments(*arguments, settings_class=SFTSettings, begins_run=None):
+    def read_arguments(
+        *arguments: Any, settings_class: Any = SFTSettings, begins_run: Any = None
+    ) -> Any:
         monkeypatch.setattr(sys, "argv", ["train_sft.py", *map(str, arguments)])
         return read_settings(settings_class, "The doc.", begins_run)
 
@@ -54,12 +58,12 @@ def read(tmp_path, monkeypatch):
 
 # ---- command line --------------------------------------------------------------------------------
 @pytest.mark.parametrize("settings_class", SCRIPT_SETTINGS)
-def test_defaults_are_the_nano_path(read, settings_class):
+def test_defaults_are_the_nano_path(read: Any, settings_class: Any) -> None:
     """Without arguments the values are those in the code: config/nano.py sets no other."""
     assert read(settings_class=settings_class) == settings_class()
 
 
-def test_each_kind_of_setting(read, capsys):
+def test_each_kind_of_setting(read: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Both ways to write a value, bare flags, lists, and hyphens for underscores."""
     arguments = ["--seed=3", "--lr", "1e-2", "--muon=false", "--quick", "--max-len=99", "--coa=7"]
     sft = read(*arguments, "--train_data=a.jsonl,b.jsonl", "--dry-run", "--run=a", "--run=b")
@@ -77,19 +81,19 @@ def test_each_kind_of_setting(read, capsys):
     assert "coa=7" in out
 
 
-def test_an_empty_value(read):
+def test_an_empty_value(read: Any) -> None:
     """It takes a text or a list back."""
     sft = read("--corpus=", "--train_data=", "--start", "")
     assert (sft.corpus, sft.train_data, sft.start) == ("", [], "")
 
 
-def test_a_value_that_looks_like_an_option(read):
+def test_a_value_that_looks_like_an_option(read: Any) -> None:
     """Behind an equals sign anything may stand, and a question is one value."""
     assert read("--ask=-x=1", settings_class=AskSettings).ask == "-x=1"
     assert read("--ask", "Who is it - Eva?", settings_class=AskSettings).ask == "Who is it - Eva?"
 
 
-def test_a_config_file_stands_anywhere(read, tmp_path):
+def test_a_config_file_stands_anywhere(read: Any, tmp_path: Path) -> None:
     """Guards: a bare flag that takes the file behind it as its value."""
     path = tmp_path / "mine.py"
     path.write_text('run = "mine"\n')
@@ -98,7 +102,7 @@ def test_a_config_file_stands_anywhere(read, tmp_path):
     assert read("--train_data=a,b", path).train_data == ["a", "b"]
 
 
-def test_settings_of_other_scripts_are_read(read):
+def test_settings_of_other_scripts_are_read(read: Any) -> None:
     """A run's commands are given the same arguments; each takes its own of them."""
     sft = read("--rl_lr=1e-3", "--judge=http://x", "--questions", "3", "--advantage_std")
     assert not hasattr(sft, "rl_lr")
@@ -140,7 +144,7 @@ def test_settings_of_other_scripts_are_read(read):
         (["--lora_targets=q_proj,lm_head"], "--lora_targets: 'lm_head' is not one of q_proj, k_"),
     ],
 )
-def test_a_wrong_setting(read, arguments, message):
+def test_a_wrong_setting(read: Any, arguments: list[str], message: str) -> None:
     """It is named, with the nearest name or the kind of value that is expected."""
     with pytest.raises(UserError) as error:
         read(*arguments)
@@ -148,7 +152,7 @@ def test_a_wrong_setting(read, arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_what_must_be_above_zero():
+def test_what_must_be_above_zero() -> None:
     """Guards: a count that loses its bound, so that 0 of it ends in a traceback."""
     bounds = {
         name: getattr(annotation, "__metadata__", (Bounds(),))[0]
@@ -159,7 +163,7 @@ def test_what_must_be_above_zero():
 
 
 @pytest.mark.parametrize("settings_class", SCRIPT_SETTINGS)
-def test_scripts_are_read_as_python_does(settings_class):
+def test_scripts_are_read_as_python_does(settings_class: Any) -> None:
     """The types in the scripts' source are those of the classes. Guards: a setting left out."""
     types = settings.all_setting_types()
     own_types = settings._setting_types(settings_class)
@@ -167,14 +171,14 @@ def test_scripts_are_read_as_python_does(settings_class):
     assert {name: types[name] for name in own_types} == own_types
 
 
-def test_groups_stand_alone():
+def test_groups_stand_alone() -> None:
     """Functions take the group that they need, so tests make just that."""
     assert ModelSettings(device="cpu").lora_rank == 0
     assert StageSettings(resume=True).given == {}
 
 
 # ---- config files --------------------------------------------------------------------------------
-def test_a_config_file(read, tmp_path):
+def test_a_config_file(read: Any, tmp_path: Path) -> None:
     """Its values, then QUICK's where it is asked for, then the command line."""
     path = tmp_path / "mine.py"
     path.write_text('"""doc"""\nrun = "mine"\nlr = 1\ncoa = 10\nQUICK = dict(coa=5, cot=2)\n')
@@ -186,7 +190,7 @@ def test_a_config_file(read, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nano", "smollm2", "r1-distill-1.5b"])
-def test_the_presets(read, name):
+def test_the_presets(read: Any, name: str) -> None:
     """They are read without a fault, in their short form too."""
     assert read(ROOT / "config" / f"{name}.py", "--quick").quick
 
@@ -205,7 +209,7 @@ def test_the_presets(read, name):
         ("seed = zero", "name 'zero' is not defined"),
     ],
 )
-def test_a_wrong_config_file(read, tmp_path, line, message):
+def test_a_wrong_config_file(read: Any, tmp_path: Path, line: str, message: str) -> None:
     """The line names the file and the setting."""
     path = tmp_path / "mine.py"
     path.write_text(line)
@@ -218,7 +222,12 @@ def test_a_wrong_config_file(read, tmp_path, line, message):
 
 # ---- help ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("settings_class", SCRIPT_SETTINGS)
-def test_help_names_every_setting(read, capsys, monkeypatch, settings_class):
+def test_help_names_every_setting(
+    read: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    settings_class: Any,
+) -> None:
     """Each with its comment and default. Guards: a setting that --help leaves out or can't say."""
     monkeypatch.setenv("COLUMNS", "10000")
     with pytest.raises(SystemExit) as end:
@@ -238,7 +247,9 @@ def test_help_names_every_setting(read, capsys, monkeypatch, settings_class):
     assert [name for name, comment in comments.items() if len(comment) < 2] == []
 
 
-def test_help_has_comments_and_defaults(read, capsys, monkeypatch):
+def test_help_has_comments_and_defaults(
+    read: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They come from the source, so that help and code can't part."""
     monkeypatch.setenv("COLUMNS", "10000")
     with pytest.raises(SystemExit):
@@ -249,7 +260,7 @@ def test_help_has_comments_and_defaults(read, capsys, monkeypatch):
 
 
 # ---- what a run remembers ------------------------------------------------------------------------
-def begin(read, *arguments):
+def begin(read: Any, *arguments: Any) -> Any:
     """Begin a run as train_sft.py does, and record a stage of it."""
     sft = read(*arguments, begins_run=runs.begins_run)
     runs.begin_run(sft)
@@ -257,7 +268,7 @@ def begin(read, *arguments):
     return sft
 
 
-def test_a_run_needs_its_name_alone(read):
+def test_a_run_needs_its_name_alone(read: Any) -> None:
     """What the run was begun with is taken by every later script, its own settings of it."""
     begin(read, "--run=mine", "--seed=4", "--max_len=99", "--rl_lr=1e-3", "--width=64")
     rl = read("--run=mine", settings_class=RLSettings)
@@ -266,7 +277,7 @@ def test_a_run_needs_its_name_alone(read):
     assert read("--run=other", settings_class=EvalSettings).max_len == 512
 
 
-def test_a_quick_run_needs_its_name_alone(read):
+def test_a_quick_run_needs_its_name_alone(read: Any) -> None:
     """Its short form is remembered, by its values."""
     begin(read, "--quick", "--rl_lr=1e-5")
     for arguments in (["--run=quick"], ["--quick"]):
@@ -277,7 +288,7 @@ def test_a_quick_run_needs_its_name_alone(read):
         assert rl.rl_lr == 1e-5  # not config/nano.py's, which is below what is remembered
 
 
-def test_the_order_of_what_sets_a_value(read, tmp_path):
+def test_the_order_of_what_sets_a_value(read: Any, tmp_path: Path) -> None:
     """Remembered values yield to a config file that is named, and both to the command line."""
     path = tmp_path / "mine.py"
     path.write_text("coa = 2\ncot = 2\nQUICK = dict(epochs=9)\n")
@@ -286,7 +297,7 @@ def test_the_order_of_what_sets_a_value(read, tmp_path):
     assert (sft.coa, sft.cot, sft.pairs, sft.epochs) == (2, 3, 1, 2)
 
 
-def test_a_run_remembers_its_short_form_for_a_config_file(read, tmp_path):
+def test_a_run_remembers_its_short_form_for_a_config_file(read: Any, tmp_path: Path) -> None:
     """Guards: a quick run that goes on with the whole form of its own config file."""
     path = tmp_path / "mine.py"
     path.write_text('run = "mine"\nepochs = 5\nQUICK = dict(epochs=1)\n')
@@ -294,7 +305,7 @@ def test_a_run_remembers_its_short_form_for_a_config_file(read, tmp_path):
     assert read(path, "--stage=sft2").epochs == 1
 
 
-def test_a_command_that_begins_a_run_takes_nothing(read):
+def test_a_command_that_begins_a_run_takes_nothing(read: Any) -> None:
     """Training anew is training with what is said now."""
     begin(read, "--coa=1", "--seed=5")
     sft = read(begins_run=runs.begins_run)
@@ -303,7 +314,7 @@ def test_a_command_that_begins_a_run_takes_nothing(read):
         assert read(argument, begins_run=runs.begins_run).coa == 1
 
 
-def test_what_belongs_to_one_command_is_not_remembered(read):
+def test_what_belongs_to_one_command_is_not_remembered(read: Any) -> None:
     """Guards: a whole run that trains one stage because an earlier command did."""
     sft = read("--run=mine", "--resume", "--stage=sft2", "--start=base", "--out=x", "--lr=1")
     runs.record_stage(sft, "x")
@@ -314,7 +325,7 @@ def test_what_belongs_to_one_command_is_not_remembered(read):
     assert record.stages["x"].settings_class == "SFTSettings"
 
 
-def test_resume_takes_what_its_stage_was_given(read):
+def test_resume_takes_what_its_stage_was_given(read: Any) -> None:
     """An interrupted stage goes on with its own settings; without --resume they are the run's."""
     begin(read, "--rl_lr=1e-3")
     rl = read("--rl_lr=1e-4", "--questions=3", settings_class=RLSettings)
@@ -325,7 +336,7 @@ def test_resume_takes_what_its_stage_was_given(read):
     assert read("--resume", settings_class=SFTSettings).given["rl_lr"] == 1e-3
 
 
-def test_resume_of_a_named_stage_takes_that_stage(read):
+def test_resume_of_a_named_stage_takes_that_stage(read: Any) -> None:
     """A stage in a folder of another name is gone on with only where it is named."""
     begin(read)
     runs.record_stage(read("--lr=1"), "sft2")
@@ -339,7 +350,7 @@ def test_resume_of_a_named_stage_takes_that_stage(read):
 
 @pytest.mark.parametrize("argument", ["--width=64", "--layers=2", "--vocab_size=600"])
 @pytest.mark.parametrize("settings_class", [RLSettings, EvalSettings])
-def test_another_run_of_the_same_name(read, argument, settings_class):
+def test_another_run_of_the_same_name(read: Any, argument: str, settings_class: Any) -> None:
     """A run has one network; the line names both values and the way out."""
     begin(read)
     name, _, value = argument[2:].partition("=")
@@ -354,14 +365,14 @@ def test_another_run_of_the_same_name(read, argument, settings_class):
     assert read(same, settings_class=settings_class).given[name] == getattr(SFTSettings(), name)
 
 
-def test_another_seed_of_a_stage(read):
+def test_another_seed_of_a_stage(read: Any) -> None:
     """Other random numbers on the same network are an ablation, and no contradiction."""
     begin(read)
     assert read("--seed=1", settings_class=RLSettings).seed == 1
     assert read(settings_class=RLSettings).seed == 0
 
 
-def test_another_model_in_a_config_file(read):
+def test_another_model_in_a_config_file(read: Any) -> None:
     """A config file names a model to begin with; a run that has begun keeps its own.
 
     Guards: a config file that was refused when it was named again, as run.sh names it.
@@ -374,7 +385,7 @@ def test_another_model_in_a_config_file(read):
         read(config, "--model=x", settings_class=EvalSettings)
 
 
-def test_what_one_evaluation_is_asked_is_not_remembered(read):
+def test_what_one_evaluation_is_asked_is_not_remembered(read: Any) -> None:
     """Guards: a run whose every evaluation judges one checkpoint because the first did."""
     one_command = ["--data=a.jsonl", "--rows=x", "--judge=x", "--cache=refresh", "--tries=2"]
     begin(read, *one_command, "--max_len=99")
@@ -383,7 +394,7 @@ def test_what_one_evaluation_is_asked_is_not_remembered(read):
     assert (evaluation.cache, evaluation.max_len) == ("live", 99)
 
 
-def test_quick_of_a_run_that_is_not(read):
+def test_quick_of_a_run_that_is_not(read: Any) -> None:
     """A real run's short form is in a config file, which has to be named."""
     begin(read, "--model=mine", "--run=mine")
     with pytest.raises(UserError, match="--quick: this run was not begun with it; name the conf"):
@@ -402,7 +413,7 @@ def test_quick_of_a_run_that_is_not(read):
         ('{"given": {"top_k": 0}, "stages": {}}', "top_k: 0 is out of range"),
     ],
 )
-def test_wrong_remembered_settings(read, tmp_path, content, message):
+def test_wrong_remembered_settings(read: Any, tmp_path: Path, content: str, message: str) -> None:
     """They are checked like any others, and the line names the file."""
     (tmp_path / "out" / "nano").mkdir(parents=True)
     (tmp_path / "out" / "nano" / "settings.json").write_text(content)
@@ -413,7 +424,7 @@ def test_wrong_remembered_settings(read, tmp_path, content, message):
 
 
 # ---- the scripts, in an empty folder -------------------------------------------------------------
-def check_one_line(done, cwd):
+def check_one_line(done: Any, cwd: Path) -> Any:
     """Return the one line of an error: exit status 2, no traceback, nothing written.
 
     The index of a corpus that was read may stay.
@@ -426,27 +437,27 @@ def check_one_line(done, cwd):
 
 
 @pytest.fixture
-def failed(tmp_path):
+def failed(tmp_path: Path) -> Any:
     """Return a function that runs a script in this process, and returns its one-line error."""
 
-    def run(script, *arguments):
+    def run(script: str, *arguments: Any) -> Any:
         return check_one_line(run_here(tmp_path, script, *arguments), tmp_path)
 
     return run
 
 
-def test_an_unknown_setting(tmp_path):
+def test_an_unknown_setting(tmp_path: Path) -> None:
     """As a user runs it."""
     done = run_in_shell(tmp_path, "train_rl.py", "--clip_lwo=1")
     assert "did you mean 'clip_low'" in check_one_line(done, tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_no_cuda(failed):
+def test_no_cuda(failed: Any) -> None:
     assert "--device=cuda: there is none here" in failed("train_sft.py", "--device=cuda")
 
 
-def test_a_script_starts_without_what_it_does_not_use():
+def test_a_script_starts_without_what_it_does_not_use() -> None:
     """PyTorch is loaded where it is the backend, and its compiler never.
 
     Guards: three seconds at the start of each script.
@@ -467,7 +478,7 @@ print("transformers.models.auto" in sys.modules)
     assert done.stdout.split() == ["False"] * 3
 
 
-def test_settings_are_cheap_to_import():
+def test_settings_are_cheap_to_import() -> None:
     """What imports a group needs no framework and no parser of command lines."""
     code = "import sys, common.settings; print({'torch', 'tyro', 'numpy'} & set(sys.modules))"
     done = subprocess.run(
@@ -488,7 +499,9 @@ def test_settings_are_cheap_to_import():
         ("autocoa.py", ["--ask=Who?"], "", "train_sft.py"),
     ],
 )
-def test_a_missing_predecessor(failed, script, arguments, missing, command):
+def test_a_missing_predecessor(
+    failed: Any, script: str, arguments: list[Any], missing: str, command: str
+) -> None:
     """The line names the folder and the command that makes it, for this run."""
     line = failed(script, "--run=mine", *arguments)
     assert f"out/mine/{missing}" in line
@@ -496,7 +509,7 @@ def test_a_missing_predecessor(failed, script, arguments, missing, command):
     assert "--run=mine" in line
 
 
-def test_the_command_that_is_named_makes_it(failed, tmp_path):
+def test_the_command_that_is_named_makes_it(failed: Any, tmp_path: Path) -> None:
     """It repeats the settings that were given, and not what picks a stage.
 
     Guards: a real run that is told to train the nano model.
@@ -507,7 +520,7 @@ def test_the_command_that_is_named_makes_it(failed, tmp_path):
     assert line.endswith("make it with: python train_sft.py mine.py --quick --run=mine --seed 3")
 
 
-def test_a_start_that_no_command_makes(failed, tmp_path):
+def test_a_start_that_no_command_makes(failed: Any, tmp_path: Path) -> None:
     """Its name is a user's own: the line has the folders that there are, and no command.
 
     Guards: the advice to train for nothing.
@@ -528,7 +541,7 @@ def test_a_start_that_no_command_makes(failed, tmp_path):
     ("script", "argument"),
     [("train_sft.py", "--out=mine"), ("train_sft.py", "--start=base"), ("train_rl.py", "--out=x")],
 )
-def test_a_folder_without_its_stage(failed, script, argument):
+def test_a_folder_without_its_stage(failed: Any, script: str, argument: str) -> None:
     """Guards: all stages written over each other in one folder."""
     assert "--stage" in failed(script, argument)
 
@@ -542,7 +555,9 @@ def test_a_folder_without_its_stage(failed, script, argument):
         ("nano.show", ["--seed=-1"], "usage: python -m nano.show --seed=N; shows"),
     ],
 )
-def test_a_tool_by_hand_says_how(tmp_path, command, arguments, usage):
+def test_a_tool_by_hand_says_how(
+    tmp_path: Path, command: str, arguments: list[Any], usage: str
+) -> None:
     """A command that is written wrong prints its usage."""
     done = run_here(tmp_path, command, *arguments)
     (line,) = done.err.splitlines()
@@ -550,21 +565,21 @@ def test_a_tool_by_hand_says_how(tmp_path, command, arguments, usage):
     assert usage in line
 
 
-def test_nothing_to_draw(failed):
+def test_nothing_to_draw(failed: Any) -> None:
     assert "python train_sft.py" in failed("plot.py")
 
 
-def test_an_unknown_device(failed):
+def test_an_unknown_device(failed: Any) -> None:
     assert "auto, cpu, cuda, mps" in failed("train_sft.py", "--device=gpu")
 
 
-def test_a_stage_that_is_none(failed):
+def test_a_stage_that_is_none(failed: Any) -> None:
     assert "base, sft1, sft2, sft3" in failed("train_sft.py", "--stage=sft4")
     assert "rl1 or rl2" in failed("train_rl.py", "--stage=sft4")
 
 
 @pytest.fixture
-def real(tmp_path):
+def real(tmp_path: Path) -> list[Any]:
     """Return arguments of the real path, with a tiny question file and corpus."""
     question = {"id": "1", "question": "Who?", "golden_answers": ["Eva"]}
     passage = {"id": "1", "contents": '"Eva"\nA star.'}
@@ -574,7 +589,7 @@ def real(tmp_path):
     return [config, "--train_data=q.jsonl", "--eval_data=q.jsonl", "--corpus=p.jsonl"]
 
 
-def test_an_unsupported_architecture(tmp_path, failed, real):
+def test_an_unsupported_architecture(tmp_path: Path, failed: Any, real: Any) -> None:
     """It is said from config.json, before weights are read, with what is supported."""
     (tmp_path / "gpt2").mkdir()
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
@@ -587,7 +602,7 @@ def test_an_unsupported_architecture(tmp_path, failed, real):
 @pytest.mark.parametrize(
     "content", ["", '{"architectures": ', '{"architectures": ["LlamaForCausalLM"]}', "[]"]
 )
-def test_a_broken_network_folder(tmp_path, failed, real, content):
+def test_a_broken_network_folder(tmp_path: Path, failed: Any, real: Any, content: str) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text(content)
     line = failed("train_sft.py", *real, "--model=broken")
@@ -604,20 +619,24 @@ def test_a_broken_network_folder(tmp_path, failed, real, content):
         ("--corpus=", "corpus"),
     ],
 )
-def test_real_data_that_is_not_there(tmp_path, failed, real, change, message):
+def test_real_data_that_is_not_there(
+    tmp_path: Path, failed: Any, real: Any, change: str, message: str
+) -> None:
     bad = '{"id": "2", "question": "Who?", "golden_answers": []}\n'
     (tmp_path / "bad.jsonl").write_text((tmp_path / "q.jsonl").read_text() + bad)
     assert message in failed("train_sft.py", *real, change)
 
 
-def test_an_error_is_one_line(monkeypatch, capsys):
+def test_an_error_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`main` makes a line and exit status 2 of a UserError; other errors keep their traceback."""
     monkeypatch.setattr(sys, "argv", ["x"])
 
-    def refuse(sft):
+    def refuse(sft: Any) -> None:
         raise UserError("seed: bad")
 
-    def fail(sft):
+    def fail(sft: Any) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(SystemExit) as end:

@@ -3,6 +3,8 @@ r"""AutoCoA's SFT files, in and out (data/autocoa_files.py)."""
 import json
 import random
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -14,7 +16,7 @@ from data.pairs import contrastive_pairs
 from data.questions import facts_by_id
 from data.sft_data import SFTData
 from data.teacher import recall_chain, write_chains
-from data.trajectory import TAGS, Codec, Role
+from data.trajectory import TAGS, Codec, Role, Trajectory
 from nano.questions import draw_questions
 from nano.tokenizer import tokenizer_texts, train_tokenizer
 from nano.world import World
@@ -54,12 +56,12 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def nano():
+def nano() -> Any:
     return Codec(train_tokenizer(2048, tokenizer_texts(WORLD)))
 
 
 @pytest.fixture(scope="module")
-def chat():
+def chat() -> Any:
     """Return the codec of a checkpoint's tokenizer: a chat template, and tags added later."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *alphabet])}
@@ -74,12 +76,12 @@ def chat():
     return Codec(fast_tokenizer)
 
 
-def columns(trajectories):
+def columns(trajectories: Any) -> list[Any]:
     """Return ids, roles and masks, to compare."""
     return [(trajectory.ids, trajectory.role, trajectory.mask) for trajectory in trajectories]
 
 
-def chain_row(text, question="Who?"):
+def chain_row(text: str, question: str = "Who?") -> dict[str, Any]:
     """Return a row of AutoCoA's chains."""
     return {
         "messages": [
@@ -89,7 +91,7 @@ def chain_row(text, question="Who?"):
     }
 
 
-def pair_row(beginning, chosen, rejected):
+def pair_row(beginning: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
     """Return a row of AutoCoA's pairs."""
     return {
         "conversation": [{"from": "human", "value": beginning}],
@@ -98,14 +100,14 @@ def pair_row(beginning, chosen, rejected):
     }
 
 
-def write_rows(path, *rows):
+def write_rows(path: Path, *rows: Any) -> Any:
     """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 # ---- there and back ------------------------------------------------------------------------------
-def test_there_and_back(nano, tmp_path):
+def test_there_and_back(nano: Any, tmp_path: Path) -> None:
     """Chains and pairs as AutoCoA's files and read again: the same ids, roles and masks."""
     known = set(facts_by_id(QUESTIONS[::2]))
     chains, _ = write_chains(nano, QUESTIONS, known, library(WORLD.passages(), 2))
@@ -135,14 +137,14 @@ def test_there_and_back(nano, tmp_path):
         assert chain.ids.index(nano.think_id) == chain.role.index(Role.THINK) - 1
 
 
-def test_only_what_is_there_is_written(nano, tmp_path):
+def test_only_what_is_there_is_written(nano: Any, tmp_path: Path) -> None:
     """No empty file, which would be no file of AutoCoA's."""
     chain = nano.build("Who?", [("think", "Hm"), ("answer", "Eva")])
     write_sft_files(nano, tmp_path, SFTData(chains_of_thought=[chain]))
     assert [path.name for path in tmp_path.iterdir()] == ["cot.jsonl"]
 
 
-def test_pairs_of_others_there_and_back(chat, tmp_path):
+def test_pairs_of_others_there_and_back(chat: Any, tmp_path: Path) -> None:
     """Pairs that share nothing, and sides that hold an observation or end the turn.
 
     They are written as they were read. Guards: the chosen side in the conversation too, and its
@@ -164,7 +166,7 @@ def test_pairs_of_others_there_and_back(chat, tmp_path):
 
 
 # ---- rows as the authors released them -----------------------------------------------------------
-def test_a_released_row(chat, tmp_path):
+def test_a_released_row(chat: Any, tmp_path: Path) -> None:
     """The authors' instructions make room for ours, and observations carry no loss.
 
     What is said before the box does, and braces inside the box stay.
@@ -193,13 +195,13 @@ def test_a_released_row(chat, tmp_path):
     assert chat.is_well_formed(chain)
 
 
-def learned_text(codec, trajectory):
+def learned_text(codec: Codec, trajectory: Trajectory) -> Any:
     """Return the text of the tokens that carry loss."""
     tokens = zip(trajectory.ids, trajectory.mask, strict=True)
     return codec.decode([token for token, mask in tokens if mask]).strip()
 
 
-def test_a_released_pair_with_a_shared_beginning(chat, tmp_path):
+def test_a_released_pair_with_a_shared_beginning(chat: Any, tmp_path: Path) -> None:
     """It stands behind <think> in the human's turn, and may hold a search.
 
     Only the two ends are learned. Guards: the beginning taken for a part of the question.
@@ -222,7 +224,7 @@ def test_a_released_pair_with_a_shared_beginning(chat, tmp_path):
     check_shared_beginning(chosen, rejected)
 
 
-def test_a_released_pair_without_a_shared_beginning(chat, tmp_path):
+def test_a_released_pair_without_a_shared_beginning(chat: Any, tmp_path: Path) -> None:
     """Both sides are learned from their first thought on, without the observation."""
     row = pair_row(RELEASED_PROMPT, RELEASED_TEXT, "<think>I know.</think> \\boxed{Ivo}")
     (tmp_path / "x.json").write_text(json.dumps([row]))
@@ -235,13 +237,13 @@ def test_a_released_pair_without_a_shared_beginning(chat, tmp_path):
     check_shared_beginning(chosen, rejected)
 
 
-def check_shared_beginning(chosen, rejected):
+def check_shared_beginning(chosen: Any, rejected: Any) -> None:
     """Check that two sides are the same up to where the first of them is learned."""
     first = min(chosen.mask.index(1), rejected.mask.index(1))
     assert chosen.ids[:first] == rejected.ids[:first]
 
 
-def test_a_thought_may_speak_of_the_box(nano):
+def test_a_thought_may_speak_of_the_box(nano: Any) -> None:
     """It is plain text there, and the answer is the box behind the thought.
 
     Guards: rows of reasoning models, left out as tags in the wrong place.
@@ -254,7 +256,7 @@ def test_a_thought_may_speak_of_the_box(nano):
     assert "boxed{}" in nano.decode(trajectory.ids)
 
 
-def test_text_in_a_box():
+def test_text_in_a_box() -> None:
     r"""Reasoning models write \boxed{\text{..}}: the answer is the text in it."""
     parts = parse_trajectory("<think>Hm</think>\\boxed{\\text{Eva {x} Moss}}")
     assert parts == [("think", "Hm"), ("answer", "Eva {x} Moss")]
@@ -291,7 +293,9 @@ def test_text_in_a_box():
         ("", "no </think>"),
     ],
 )
-def test_rows_that_are_no_trajectories(nano, tmp_path, text, reason):
+def test_rows_that_are_no_trajectories(
+    nano: Any, tmp_path: Path, text: str | None, reason: str
+) -> None:
     """They are left out and named by file and line; the others stay."""
     good = chain_row("<think>Hm</think>\\boxed{Eva}")
     path = write_rows(tmp_path / "x.jsonl", good, chain_row(text), good)
@@ -314,7 +318,7 @@ def test_rows_that_are_no_trajectories(nano, tmp_path, text, reason):
         (pair_row("Who?", "", " b"), "an empty side"),
     ],
 )
-def test_rows_of_another_shape(nano, tmp_path, row, reason):
+def test_rows_of_another_shape(nano: Any, tmp_path: Path, row: Any, reason: str) -> None:
     """A list, a number or half of a row is named by its line, too."""
     data, refusals = read_sft_files(nano, [write_rows(tmp_path / "x.jsonl", row)])
     assert data == SFTData()
@@ -333,14 +337,14 @@ def test_rows_of_another_shape(nano, tmp_path, row, reason):
         ('{"a": ' + "[" * 9000, r"x\.jsonl:1: not JSON"),
     ],
 )
-def test_files_that_are_none(nano, tmp_path, content, message):
+def test_files_that_are_none(nano: Any, tmp_path: Path, content: str, message: str) -> None:
     """One line that names the file, and the line where there is one."""
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
         read_sft_files(nano, [tmp_path / "x.jsonl"])
 
 
-def test_a_missing_file(nano, tmp_path):
+def test_a_missing_file(nano: Any, tmp_path: Path) -> None:
     """It is refused, also beside one that is there."""
     path = write_rows(tmp_path / "x.jsonl", chain_row("<think>Hm</think>\\boxed{Eva}"))
     with pytest.raises(UserError, match="no such file"):

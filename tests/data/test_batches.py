@@ -1,6 +1,7 @@
 """Padding, micro-batches and optimizer steps (data/batches.py, common/batching.py)."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from data.batches import (
     pad,
     pair_batches,
 )
-from data.trajectory import Role, Trajectory
+from data.trajectory import Codec, Role, Trajectory
 
 
-def learned_row(ids):
+def learned_row(ids: Any) -> Any:
     """Return a trajectory whose first token is a prompt, and whose others are learned."""
     trajectory = Trajectory()
     trajectory.add(ids[:1], Role.PROMPT, 0)
@@ -24,7 +25,7 @@ def learned_row(ids):
     return trajectory
 
 
-def test_pad():
+def test_pad() -> None:
     """Short rows end in zeros, which the mask leaves out."""
     long = Trajectory([5, 6, 7], [0, 1, 1], [0, 1, 1])
     short = Trajectory([8], [1], [1])
@@ -35,7 +36,7 @@ def test_pad():
     assert batch["mask"].dtype == np.float32
 
 
-def test_pad_keeps_the_logprobs_of_sampling():
+def test_pad_keeps_the_logprobs_of_sampling() -> None:
     """They are in the row's own columns, padded like the mask."""
     short = Trajectory([5], [1], [1], [-0.5])
     long = Trajectory([5, 6], [1, 1], [1, 1], [-1.0, -2.0])
@@ -43,7 +44,7 @@ def test_pad_keeps_the_logprobs_of_sampling():
 
 
 @pytest.mark.parametrize("limit", [1, 50, 400, 10**6])
-def test_group_by_tokens(limit):
+def test_group_by_tokens(limit: int) -> None:
     """Each row once; rows x longest is within the limit, unless one row alone is longer."""
     rng = random.Random(1)
     lengths = [rng.randrange(1, 90) for _ in range(100)]
@@ -59,7 +60,7 @@ def test_group_by_tokens(limit):
     assert group_by_tokens([], limit) == []
 
 
-def test_optimizer_steps():
+def test_optimizer_steps() -> None:
     """One epoch: each trajectory once, windows in their order, and steps of batch_tokens.
 
     Only the last step may hold fewer tokens.
@@ -89,7 +90,7 @@ def test_optimizer_steps():
     assert len(order) == 300
 
 
-def test_micro_batches_share_one_normalizer():
+def test_micro_batches_share_one_normalizer() -> None:
     """It counts the learned tokens of the whole step, without first tokens."""
     rows = [
         learned_row([1, 2, 3]),
@@ -102,7 +103,7 @@ def test_micro_batches_share_one_normalizer():
     assert sum(batch["ids"].shape[0] for batch in batches) == 3
 
 
-def test_pairs_are_chosen_rows_then_rejected_rows():
+def test_pairs_are_chosen_rows_then_rejected_rows() -> None:
     """The n-th chosen and the n-th rejected row are of one pair, also where pairs are regrouped."""
     pairs = []
     for length in (6, 2, 4, 2):
@@ -121,7 +122,7 @@ def test_pairs_are_chosen_rows_then_rejected_rows():
     assert sum(len(batch["ids"]) for batch in batches) == 8
 
 
-def test_observations_are_learned_by_role(codec):
+def test_observations_are_learned_by_role(codec: Codec) -> None:
     """SFT-3 learns observations and what SFT-2 learns, whose own masks stay as they were."""
     parts = [("search", "A"), ("result", "B"), ("given", "Hm"), ("answer", "Eva")]
     trajectory = codec.build("Who?", parts)

@@ -2,6 +2,8 @@
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from tools import library
 GOOD = {"id": "dev_0", "question": "Who?", "golden_answers": ["Eva"]}
 
 
-def write(path, *rows):
+def write(path: Path, *rows: Any) -> Any:
     """Write rows as JSON lines; a text is written as it is."""
     lines = [
         row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) + "\n" for row in rows
@@ -47,7 +49,7 @@ def write(path, *rows):
         (json.dumps({**GOOD, "question": "half \ud83d"}) + "\n", "half a character"),
     ],
 )
-def test_a_malformed_question_names_its_line(tmp_path, bad, message):
+def test_a_malformed_question_names_its_line(tmp_path: Path, bad: Any, message: str) -> None:
     """One line of text, with the file and the line of the row."""
     path = write(tmp_path / "q.jsonl", GOOD, bad, GOOD)
     with pytest.raises(UserError, match=message) as error:
@@ -56,7 +58,7 @@ def test_a_malformed_question_names_its_line(tmp_path, bad, message):
     assert "\n" not in str(error.value)
 
 
-def test_missing_and_empty_question_files(tmp_path):
+def test_missing_and_empty_question_files(tmp_path: Path) -> None:
     """A missing file is named with its setting; an empty one and one in another encoding too."""
     with pytest.raises(UserError, match=r"train_data.*no such file.*none\.jsonl"):
         read_questions(tmp_path / "none.jsonl")
@@ -67,7 +69,7 @@ def test_missing_and_empty_question_files(tmp_path):
         read_questions(tmp_path / "latin.jsonl")
 
 
-def test_good_questions(tmp_path):
+def test_good_questions(tmp_path: Path) -> None:
     """Unicode as it is, with separators that only look like line ends; metadata may be missing."""
     unicode_question = "Wer ist \u00c9va?\u2028 (\u0085)"
     second = {**GOOD, "id": "dev_1", "question": unicode_question, "metadata": None}
@@ -84,7 +86,7 @@ def test_good_questions(tmp_path):
         assert question.lookups
 
 
-def test_a_question_that_looks_like_a_call(tmp_path):
+def test_a_question_that_looks_like_a_call(tmp_path: Path) -> None:
     """A word and a colon at its beginning are no tool's name: the query carries the tool's own.
 
     Guards: "Unknown tool thor", taught as a miss.
@@ -98,7 +100,7 @@ def test_a_question_that_looks_like_a_call(tmp_path):
     assert observation.text == "Thor: Ragnarok 1: Released in 2017."
 
 
-def test_two_hops_whatever_the_id(tmp_path):
+def test_two_hops_whatever_the_id(tmp_path: Path) -> None:
     """FlashRAG's HotpotQA rows are called train_0, train_1 ..; two gold passages, two searches."""
     row = {
         "id": "train_0",
@@ -121,14 +123,14 @@ def test_two_hops_whatever_the_id(tmp_path):
         [["Orla Venn", 0], ["The Clay Hour", 1]],
     ],
 )
-def test_supporting_facts_are_gold_titles(tmp_path, facts):
+def test_supporting_facts_are_gold_titles(tmp_path: Path, facts: Any) -> None:
     """In both of FlashRAG's forms, each title once."""
     path = write(tmp_path / "q.jsonl", {**GOOD, "metadata": {"supporting_facts": facts}})
     (question,) = read_questions(path)
     assert question.gold_titles == ["Orla Venn", "The Clay Hour"]
 
 
-def test_answers_that_say_nothing(tmp_path):
+def test_answers_that_say_nothing(tmp_path: Path) -> None:
     """They are left out: one of them in a large file must not make the file unusable.
 
     So is what the scores take for no answer, since it would make an empty answer right. Where
@@ -143,7 +145,7 @@ def test_answers_that_say_nothing(tmp_path):
     assert second.golden_answers == ["The"]
 
 
-def test_names_of_sets():
+def test_names_of_sets() -> None:
     """The folder's name only where it is needed; the same file twice is refused."""
     paths = ["x/nq_dev.jsonl", "y/train.jsonl", "a/pop.jsonl", "b/pop.jsonl"]
     names = name_sets(paths, "--data")
@@ -155,12 +157,12 @@ def test_names_of_sets():
 
 
 # ---- the plan ------------------------------------------------------------------------------------
-def plan(text, golden, titles, question_id="hotpotqa_1"):
+def plan(text: str, golden: Any, titles: Any, question_id: str = "hotpotqa_1") -> Any:
     """Return the look-ups that are planned for a question."""
     return plan_lookups(Question(question_id, text, golden, gold_titles=titles))
 
 
-def test_the_named_title_comes_first():
+def test_the_named_title_comes_first() -> None:
     """Of two gold passages the one that the question names leads to the other."""
     first, second = plan(
         "Where did the author of The Clay Hour grow up?",
@@ -172,7 +174,7 @@ def test_the_named_title_comes_first():
     assert second.evidence == ["Tallow"]
 
 
-def test_a_query_that_the_policy_can_derive():
+def test_a_query_that_the_policy_can_derive() -> None:
     """Where neither title is in the question, it is asked itself and the title is the rewording.
 
     Guards: 53 of 600 questions of HotpotQA, whose first query was a name from the gold titles.
@@ -185,14 +187,14 @@ def test_a_query_that_the_policy_can_derive():
     assert second.queries[0] == "Tallow (town)"
 
 
-def test_a_shared_of_names_nothing():
+def test_a_shared_of_names_nothing() -> None:
     """A title is not named by one of its small words."""
     question = "Who is the mother of the director of a film?"
     lookups = plan(question, ["Eva"], ["House of Clay", "Son of Hart"])
     assert lookups[0].queries[0] == question
 
 
-def test_one_hop():
+def test_one_hop() -> None:
     """The title is searched for where the question names it; further titles are alternatives."""
     question = "Who wrote The Clay Hour?"
     titles = ["The Clay Hour", "Orla Venn"]

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,7 @@ PASSAGES = [
     ["{not json}", "", '{"id": "1"}', '{"id": "1", "contents": 3}', "[1]", "null"],
 )
 @pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz"])
-def test_a_malformed_passage_names_its_line(tmp_path, bad, name):
+def test_a_malformed_passage_names_its_line(tmp_path: Path, bad: str, name: str) -> None:
     """In a plain file and in one that is compressed."""
     path = tmp_path / name
     content = f"{json.dumps(PASSAGES[0])}\n{bad}\n".encode()
@@ -33,14 +35,14 @@ def test_a_malformed_passage_names_its_line(tmp_path, bad, name):
     "content",
     [b"plain text\n", gzip.compress(json.dumps(PASSAGES[0]).encode() * 100)[:60]],
 )
-def test_a_broken_gzip_file(tmp_path, content):
+def test_a_broken_gzip_file(tmp_path: Path, content: Any) -> None:
     """Guards: a traceback for a corpus that is no gzip file, or half of one."""
     (tmp_path / "p.jsonl.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"p\.jsonl\.gz"):
         read_passages(tmp_path / "p.jsonl.gz")
 
 
-def test_missing_and_empty_passage_files(tmp_path):
+def test_missing_and_empty_passage_files(tmp_path: Path) -> None:
     """A missing file is named with its setting; an empty one and one in another encoding too."""
     with pytest.raises(UserError, match=r"corpus.*no such file.*none\.jsonl"):
         read_passages(tmp_path / "none.jsonl")
@@ -67,7 +69,7 @@ def test_missing_and_empty_passage_files(tmp_path):
         ('""Heroes""\nx', '"Heroes"', "x"),
     ],
 )
-def test_split_passage(contents, title, text):
+def test_split_passage(contents: str, title: str, text: str) -> None:
     """FlashRAG's form, without quotes too, and the older `Title: T Text: body`.
 
     Guards: quotes that are the title's own taken off, so that no gold title matched.

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import autocoa
 from data.scores import cover_match, exact_match, f1, normalize, overlap_match
+from data.trajectory import Codec
 
 OFFICIAL_SCORES = Path(__file__).with_name("official_scores.json")
 TWO_ACTIONS = [
@@ -30,7 +32,7 @@ TWO_ACTIONS = [
         ("\u00c9va", "\u00e9va"),
     ],
 )
-def test_normalize(text, plain):
+def test_normalize(text: str, plain: str) -> None:
     """SQuAD's order: lower case, punctuation away, articles as whole words, single spaces.
 
     Punctuation is taken away, not replaced by a space.
@@ -38,7 +40,7 @@ def test_normalize(text, plain):
     assert normalize(text) == plain
 
 
-def test_scores_of_the_official_scripts():
+def test_scores_of_the_official_scripts() -> None:
     """200 pairs written by hand, with what HotpotQA's and SQuAD 2.0's scripts give for them.
 
     They hold articles, punctuation, unicode, numbers, aliases, yes and no, and empty answers. The
@@ -72,7 +74,9 @@ def test_scores_of_the_official_scripts():
         ("Eva Eva", ["Eva Moss Eva"], 0, 0.8),
     ],
 )
-def test_exact_match_and_f1(answer, golden, expected_em, expected_f1):
+def test_exact_match_and_f1(
+    answer: str, golden: list[str], expected_em: int, expected_f1: float
+) -> None:
     """Precision and recall of the words, each counted as often as it stands in both texts.
 
     The best golden answer counts.
@@ -99,7 +103,7 @@ TEN_WORDS = "one two three four five six seven eight nine ten"
         ("just two albums", ["2 albums"], 0, 1),
     ],
 )
-def test_cover_and_overlap(answer, golden, cover, overlap):
+def test_cover_and_overlap(answer: str, golden: list[Any], cover: int, overlap: int) -> None:
     """Cover: the golden words one for one inside the answer. Overlap: 70% of the golden words.
 
     Overlap gives nothing for one text inside the other, as in the authors' code.
@@ -108,7 +112,7 @@ def test_cover_and_overlap(answer, golden, cover, overlap):
     assert overlap_match(answer, golden) == overlap
 
 
-def test_reward(codec):
+def test_reward(codec: Codec) -> None:
     """Exact match, less the penalty for a malformed trajectory, less the cost of each call."""
     good = codec.build("Who?", TWO_ACTIONS)
     malformed = codec.build("Who?", TWO_ACTIONS)
@@ -124,7 +128,7 @@ def test_reward(codec):
     assert two_calls == pytest.approx(0.8)
 
 
-def test_group_advantages():
+def test_group_advantages() -> None:
     """The reward less the mean of its question's group; or also over the population deviation."""
     rewards = np.array([[1.0, 0.0, 0.0, -0.5], [1.0, 1.0, 1.0, 1.0]])
     by_hand = np.array([0.875, -0.125, -0.125, -0.625])

@@ -1,6 +1,8 @@
 """The SFT data that a run keeps as token ids (data/sft_data.py)."""
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,15 +15,15 @@ from data.sft_data import (
     read_trajectories,
     write_sft_data,
 )
-from data.trajectory import Trajectory
+from data.trajectory import Codec, Trajectory
 
 
-def row_of(length):
+def row_of(length: Any) -> Any:
     """Return a trajectory of so many tokens."""
     return Trajectory([5] * length, [1] * length, [1] * length)
 
 
-def test_there_and_back(tmp_path, codec):
+def test_there_and_back(tmp_path: Path, codec: Codec) -> None:
     """The same ids, masks and roles, and pairs as they were."""
     acting = codec.build("Who?", [("search", "A"), ("result", "B"), ("answer", "Eva")])
     thinking = codec.build("Who?", [("think", "Hm"), ("answer", "Eva")])
@@ -37,7 +39,7 @@ def test_there_and_back(tmp_path, codec):
 
 
 @pytest.mark.parametrize("second", [b'{"ids": [1, 2], "ma', b"\xff\xfe", b"3", b'{"idz": []}'])
-def test_a_cut_file_of_a_run(tmp_path, second):
+def test_a_cut_file_of_a_run(tmp_path: Path, second: bytes) -> None:
     """The line that is cut is named, with the way out."""
     path = tmp_path / "coa.jsonl"
     path.write_bytes(b'{"ids": [1], "mask": [1], "role": [1]}\n' + second)
@@ -46,19 +48,19 @@ def test_a_cut_file_of_a_run(tmp_path, second):
         read_trajectories(path)
 
 
-def test_a_file_without_rows(tmp_path):
+def test_a_file_without_rows(tmp_path: Path) -> None:
     """It is a pool without rows."""
     (tmp_path / "pairs.jsonl").write_text("")
     assert read_trajectories(tmp_path / "pairs.jsonl") == []
 
 
-def test_a_missing_file_of_a_run(tmp_path):
+def test_a_missing_file_of_a_run(tmp_path: Path) -> None:
     """The message tells the command that makes it."""
     with pytest.raises(UserError, match=r"coa\.jsonl is missing; make it with: python train_sft"):
         read_sft_data(tmp_path)
 
 
-def test_too_long_trajectories_are_left_out(capsys):
+def test_too_long_trajectories_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     """None is cut; how many there are is printed with the setting's name.
 
     A pair goes with its longer side.
@@ -79,14 +81,14 @@ def test_too_long_trajectories_are_left_out(capsys):
     assert counts == "from x.jsonl: 1 chains of action, 1 chains of thought, 1 pairs"
 
 
-def test_nothing_is_said_of_what_fits(capsys):
+def test_nothing_is_said_of_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     """Only the counts are printed."""
     keep_what_fits(SFTData([row_of(3)]), 10)
     expected = "1 chains of action, 0 chains of thought, 0 pairs\n"
     assert capsys.readouterr().out == expected
 
 
-def test_a_folder_without_a_tokenizer(tmp_path):
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     """Guards: a traceback for a file that lies outside a run."""
     with pytest.raises(UserError, match="has no tokenizer; give a file inside out/"):
         read_codec(tmp_path / "base")

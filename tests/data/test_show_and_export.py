@@ -3,7 +3,9 @@
 import json
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import read_rows, run_here
@@ -15,7 +17,7 @@ from data.get import get
 from data.questions import Question
 from data.sft_data import SFTData, write_sft_data
 from data.show import COLORS, PLAIN, colored, show
-from data.trajectory import Role
+from data.trajectory import Codec, Role
 from workflows.agent import trajectory_row
 
 CHAIN = [("think", "Hm"), ("search", "Eva"), ("result", "Eva 1: x"), ("answer", "Eva")]
@@ -24,13 +26,13 @@ CHAIN = [("think", "Hm"), ("search", "Eva"), ("result", "Eva 1: x"), ("answer", 
 pytestmark = pytest.mark.filterwarnings("ignore:'data.* found in sys.modules")
 
 
-def green_texts(capsys):
+def green_texts(capsys: pytest.CaptureFixture[str]) -> Any:
     """Return what was printed in green."""
     return re.findall(r"\x1b\[1;32m(.*?)\x1b\[", capsys.readouterr().out)
 
 
 # ---- show ----------------------------------------------------------------------------------------
-def test_show_a_rollout(codec, tmp_path, capsys):
+def test_show_a_rollout(codec: Codec, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What carries loss is green, all else grey."""
     trajectory = codec.build("Who?", CHAIN)
     row = trajectory_row(codec, Question("0", "Who?", ["Eva"]), trajectory, reward=1.0)
@@ -42,7 +44,9 @@ def test_show_a_rollout(codec, tmp_path, capsys):
         show(tmp_path / "a.jsonl", 2)
 
 
-def test_show_the_sft_data_of_a_run(codec, tmp_path, capsys):
+def test_show_the_sft_data_of_a_run(
+    codec: Codec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its rows hold ids alone, which the run's tokenizer reads."""
     codec.tokenizer.save_pretrained(tmp_path / "base")
     trajectory = codec.build("Who?", CHAIN)
@@ -52,7 +56,9 @@ def test_show_the_sft_data_of_a_run(codec, tmp_path, capsys):
     assert green_texts(capsys) == expected
 
 
-def test_show_a_row_of_the_authors(codec, tmp_path, capsys):
+def test_show_a_row_of_the_authors(
+    codec: Codec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The assistant's turn is green but for its observations."""
     trajectory = codec.build("Who?", CHAIN)
     write_sft_files(codec, tmp_path, SFTData(chains_of_action=[trajectory]))
@@ -61,7 +67,7 @@ def test_show_a_row_of_the_authors(codec, tmp_path, capsys):
     assert green_texts(capsys) == expected
 
 
-def test_show_both_sides_of_a_pair(tmp_path, capsys):
+def test_show_both_sides_of_a_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The beginning is grey; what is chosen and what is rejected are green, a line each."""
     row = {
         "conversation": [{"from": "human", "value": "Who?<think> Hm"}],
@@ -74,7 +80,9 @@ def test_show_both_sides_of_a_pair(tmp_path, capsys):
     assert capsys.readouterr().out == expected
 
 
-def test_show_a_file_that_steers_the_terminal(tmp_path, capsys):
+def test_show_a_file_that_steers_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its escape sequences are taken out; only those of the colours are printed."""
     (tmp_path / "x.jsonl").write_text(
         json.dumps({"messages": [{"content": "a \x1b[2J\x9b2J\x85 b"}]})
@@ -83,7 +91,7 @@ def test_show_a_file_that_steers_the_terminal(tmp_path, capsys):
     assert capsys.readouterr().out == "\x1b[1;32ma [2J2J b\x1b[0m\n"
 
 
-def test_show_half_a_character(tmp_path, capsys):
+def test_show_half_a_character(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A lone surrogate is left out, since a terminal can't show it."""
     (tmp_path / "half.jsonl").write_text('{"messages": [{"content": "half \\ud83d a character"}]}')
     show(tmp_path / "half.jsonl", 1)
@@ -107,7 +115,7 @@ def test_show_half_a_character(tmp_path, capsys):
         (b'[{"ids": [1], "tokens": [2], "mask": [1]}]', "x:1: not"),
     ],
 )
-def test_show_a_file_without_trajectories(tmp_path, content, message):
+def test_show_a_file_without_trajectories(tmp_path: Path, content: bytes, message: str) -> None:
     """Guards: a traceback for broken, binary and other files."""
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
@@ -115,7 +123,7 @@ def test_show_a_file_without_trajectories(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_roles_in_colours(codec):
+def test_roles_in_colours(codec: Codec) -> None:
     """A step of a trajectory is a line in the colour of its role; the text is all there."""
     text = colored(codec, codec.build("Who?", CHAIN))
     lines = text.split("\n")
@@ -128,10 +136,10 @@ def test_roles_in_colours(codec):
 
 
 # ---- get -----------------------------------------------------------------------------------------
-def fake_datasets(rows):
+def fake_datasets(rows: Any) -> Any:
     """Return a package `datasets` that holds one set, and is offline for others."""
 
-    def load_dataset(name, part):
+    def load_dataset(name: str, part: Any) -> dict[str, Any]:
         if part == "nq":
             raise ConnectionError("offline\nand more")
         assert (name, part) == ("RUC-NLPIR/FlashRAG_datasets", "2wikimultihopqa")
@@ -140,7 +148,7 @@ def fake_datasets(rows):
     return SimpleNamespace(load_dataset=load_dataset)
 
 
-def test_get(tmp_path, monkeypatch):
+def test_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashRAG's rows are written with the titles of their supporting facts as gold titles."""
     supporting_facts = {"title": ["A", "B", "A"], "sent_id": [0, 1, 2]}
     rows = [
@@ -167,14 +175,14 @@ def test_get(tmp_path, monkeypatch):
     assert read_rows(tmp_path / "2wiki_dev.jsonl")[0]["metadata"]["type"] == "bridge"
 
 
-def test_get_offline(tmp_path, monkeypatch):
+def test_get_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line says why, and what to do."""
     monkeypatch.setitem(sys.modules, "datasets", fake_datasets([]))
     with pytest.raises(UserError, match=r"nq can't be fetched \(ConnectionError: offline\)"):
         get("nq", tmp_path)
 
 
-def test_get_without_the_package(tmp_path, monkeypatch):
+def test_get_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message names the package."""
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
@@ -182,7 +190,7 @@ def test_get_without_the_package(tmp_path, monkeypatch):
 
 
 # ---- export --------------------------------------------------------------------------------------
-def test_export(codec, tmp_path):
+def test_export(codec: Codec, tmp_path: Path) -> None:
     """The SFT data of a run as AutoCoA's files is read again as the same trajectories."""
     chain_of_action = codec.build("Who?", CHAIN)
     chain_of_thought = codec.build("Who?", [("think", "Hm"), ("answer", "Eva")])
@@ -222,7 +230,7 @@ def test_export(codec, tmp_path):
         ("data.export", ["x", "y"]),
     ],
 )
-def test_bad_commands(tmp_path, module, arguments):
+def test_bad_commands(tmp_path: Path, module: str, arguments: list[Any]) -> None:
     """One line on stderr and status 2."""
     done = run_here(tmp_path, module, *arguments)
     assert done.status == 2

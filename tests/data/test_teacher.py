@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from data.teacher import (
     spell_from,
     write_chains,
 )
-from data.trajectory import Codec, Observation, Provenance, Role
+from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
 from nano.questions import draw_questions
 from nano.tokenizer import tokenizer_texts, train_tokenizer
 from nano.world import World
@@ -34,11 +35,11 @@ KNOWN = set(random.Random(0).sample(sorted(FACTS), len(FACTS) // 2))
 
 
 @pytest.fixture(scope="module")
-def nano():
+def nano() -> Any:
     return Codec(train_tokenizer(2048, tokenizer_texts(WORLD)))
 
 
-def segments(codec, trajectory):
+def segments(codec: Codec, trajectory: Trajectory) -> Any:
     """Return (role, text) of the runs of one role behind the prompt."""
     found = []
     tokens = zip(trajectory.ids, trajectory.role, strict=True)
@@ -48,12 +49,12 @@ def segments(codec, trajectory):
     return found
 
 
-def segment_texts(codec, trajectory):
+def segment_texts(codec: Codec, trajectory: Trajectory) -> list[Any]:
     """Return the texts of the runs of one role behind the prompt."""
     return [text for _, text in segments(codec, trajectory)]
 
 
-def learned_texts(codec, trajectory):
+def learned_texts(codec: Codec, trajectory: Trajectory) -> list[Any]:
     """Return the text of each run of tokens that carry loss."""
     tokens = zip(trajectory.ids, trajectory.mask, strict=True)
     return [
@@ -63,13 +64,13 @@ def learned_texts(codec, trajectory):
     ]
 
 
-def observation_texts(trajectory):
+def observation_texts(trajectory: Trajectory) -> list[Any]:
     """Return the texts of a trajectory's observations."""
     return [observation.text for observation in trajectory.observations]
 
 
 # ---- the teacher on the nano world ---------------------------------------------------------------
-def test_chains_replay(nano):
+def test_chains_replay(nano: Any) -> None:
     """Each query of each chain, asked again, gives the same observation, token for token.
 
     Guards: a miss that is papered over, and an observation that is cut or made up.
@@ -97,7 +98,7 @@ def test_chains_replay(nano):
     assert counts.searches >= sum(len(chain.queries) for _, chain in chains)
 
 
-def test_chains_answer_in_form(nano):
+def test_chains_answer_in_form(nano: Any) -> None:
     """Every chain ends in a golden answer, and all that the policy would write carries loss."""
     for question, chain in write_chains(nano, QUESTIONS, KNOWN, SEARCH)[0]:
         assert nano.is_well_formed(chain)
@@ -106,7 +107,7 @@ def test_chains_answer_in_form(nano):
             assert mask == (0 if role in (Role.PROMPT, Role.OBSERVATION) else 1)
 
 
-def test_the_teacher_searches_for_what_is_not_known(nano):
+def test_the_teacher_searches_for_what_is_not_known(nano: Any) -> None:
     """Known facts are recalled without a call, unknown ones are searched for.
 
     It goes by what the base model said, not by whether a fact is about a head entity.
@@ -128,14 +129,14 @@ def test_the_teacher_searches_for_what_is_not_known(nano):
                 assert set(fact.lookups[0].queries) & set(chain.queries)
 
 
-def test_nothing_is_searched_for_when_all_is_known(nano):
+def test_nothing_is_searched_for_when_all_is_known(nano: Any) -> None:
     """The tool is not called at all."""
     chains, counts = write_chains(nano, QUESTIONS, set(FACTS), SEARCH)
     assert all(chain.queries == [] for _, chain in chains)
     assert counts == TeachingCounts(searches=0, misses=0, dropped=0)
 
 
-def test_a_miss_is_kept_and_reworded(nano):
+def test_a_miss_is_kept_and_reworded(nano: Any) -> None:
     """The question names a thing by a former name, which no article has for its title."""
     former = [
         question
@@ -163,7 +164,7 @@ def test_a_miss_is_kept_and_reworded(nano):
         assert words[6].startswith(f"{first.subject} {number} says {noun} {answer}.")
 
 
-def test_a_comparison_notes_what_it_read(nano):
+def test_a_comparison_notes_what_it_read(nano: Any) -> None:
     """Both notes stand behind what was read, before the conclusion."""
     compared = [question for question in QUESTIONS if question.conclusion]
     assert len(compared) > 20
@@ -176,7 +177,7 @@ def test_a_comparison_notes_what_it_read(nano):
         assert rest.startswith("</think>")
 
 
-def test_chains_of_thought_have_no_action(nano):
+def test_chains_of_thought_have_no_action(nano: Any) -> None:
     """Every fact is recalled once, no tool is called, and the answer is a golden one."""
     for question in QUESTIONS:
         chain = recall_chain(nano, question)
@@ -190,7 +191,7 @@ def test_chains_of_thought_have_no_action(nano):
         assert f"<think> {question.plan}".strip() in text
 
 
-def test_differences_are_not_learned_by_heart(nano):
+def test_differences_are_not_learned_by_heart(nano: Any) -> None:
     """What is recalled of facts carries loss. What is recalled of a difference does not.
 
     The answer does, in a chain of thought.
@@ -206,7 +207,7 @@ def test_differences_are_not_learned_by_heart(nano):
         assert learned.endswith(f"</think>\\boxed{{ {difference.answers[0]}}}<eos>")
 
 
-def test_what_is_given_carries_no_loss(nano):
+def test_what_is_given_carries_no_loss(nano: Any) -> None:
     """In a chain whose memories are given, only the plan, what is asked and the end are learned."""
     for question in QUESTIONS[::20]:
         learned = " | ".join(learned_texts(nano, recall_chain(nano, question, "given")))
@@ -215,7 +216,7 @@ def test_what_is_given_carries_no_loss(nano):
 
 
 # ---- pairs of SFT-1 ------------------------------------------------------------------------------
-def draw_outcomes():
+def draw_outcomes() -> Any:
     """Return what the base model recalls, and which questions acting solved: a random half."""
     recalled = {}
     for fact_id, fact in FACTS.items():
@@ -226,7 +227,7 @@ def draw_outcomes():
     return recalled, solved_by_acting
 
 
-def test_pairs_of_both_directions(nano):
+def test_pairs_of_both_directions(nano: Any) -> None:
     """Acting is chosen where recall was wrong and acting right, thinking the other way round.
 
     Nothing is learned where both agree.
@@ -250,7 +251,7 @@ def test_pairs_of_both_directions(nano):
         check_sides(nano, acting=rejected, thinking=chosen, recall_is_right=True)
 
 
-def check_sides(codec, acting, thinking, recall_is_right):
+def check_sides(codec: Codec, acting: Any, thinking: Any, recall_is_right: Any) -> None:
     """Check that two sides share a beginning without loss, and part at its end."""
     cut = acting.mask.index(1)
     assert acting.ids[:cut] == thinking.ids[:cut]
@@ -264,7 +265,7 @@ def check_sides(codec, acting, thinking, recall_is_right):
     assert ("Nobody" in thought) != recall_is_right
 
 
-def test_acting_is_chosen_at_the_first_fact_that_is_wrong(nano):
+def test_acting_is_chosen_at_the_first_fact_that_is_wrong(nano: Any) -> None:
     """What comes before it is recalled, and it is what both sides ask for."""
     recalled, solved_by_acting = draw_outcomes()
     acting_chosen, _ = contrastive_pairs(nano, QUESTIONS, recalled, solved_by_acting)
@@ -294,14 +295,14 @@ CORPUS = {
 PASSAGES = [{"id": title, "contents": f'"{title}"\n{text}'} for title, text in CORPUS.items()]
 
 
-def real_question(text, golden, titles=(), question_id="hotpotqa_1"):
+def real_question(text: str, golden: Any, titles: Any = (), question_id: str = "hotpotqa_1") -> Any:
     """Return a real question with its plan."""
     question = Question(question_id, text, golden, gold_titles=list(titles))
     question.facts = [whole_fact(question)]
     return question
 
 
-def bridge_question():
+def bridge_question() -> Any:
     """Return a question of two hops, whose second title only the first passage names."""
     return real_question(
         "Where did the author of The Clay Hour grow up?",
@@ -310,14 +311,14 @@ def bridge_question():
     )
 
 
-def write_chain(codec, question, top_k=1):
+def write_chain(codec: Codec, question: str, top_k: int = 1) -> Any:
     """Return the one chain of a question, and the counts."""
     chains, counts = write_chains(codec, [question], set(), library(PASSAGES, top_k))
     (chain,) = [chain for _, chain in chains]
     return chain, counts
 
 
-def test_the_teacher_sees_what_fits(nano):
+def test_the_teacher_sees_what_fits(nano: Any) -> None:
     """Observations in chains have at most max_observation tokens, as in rollouts.
 
     What was cut away is nothing the teacher can read.
@@ -331,7 +332,7 @@ def test_the_teacher_sees_what_fits(nano):
     assert write_chains(nano, [bridge_question()], set(), search, 4)[0] == []
 
 
-def test_a_real_bridge(nano):
+def test_a_real_bridge(nano: Any) -> None:
     """First the passage that the question names, then the one that it leads to.
 
     What is said of each is the passage's own sentence, with the next title and then the answer.
@@ -346,7 +347,7 @@ def test_a_real_bridge(nano):
     assert nano.is_well_formed(chain)
 
 
-def test_a_real_question_that_is_known(nano):
+def test_a_real_question_that_is_known(nano: Any) -> None:
     """It is one fact, however many searches it takes, so it is recalled once.
 
     Guards: the answer recalled for the first hop, and again for a title that nothing named.
@@ -362,7 +363,7 @@ def test_a_real_question_that_is_known(nano):
         assert nano.answer(trajectory) == "Tallow"
 
 
-def test_pairs_of_a_real_question_part_at_its_beginning(nano):
+def test_pairs_of_a_real_question_part_at_its_beginning(nano: Any) -> None:
     """The second pair would be cut at a second fact, if there were one."""
     question = bridge_question()
     recalled = {question.facts[0].id: "Tallow"}
@@ -372,7 +373,7 @@ def test_pairs_of_a_real_question_part_at_its_beginning(nano):
     assert "recall" not in nano.decode(acting.ids)
 
 
-def test_a_real_miss_is_kept(nano):
+def test_a_real_miss_is_kept(nano: Any) -> None:
     """The question's own words find another passage; the miss stays, and the title is tried."""
     question = real_question(
         "What does the pipe of clay of fame lie near in the county?",
@@ -396,7 +397,7 @@ def test_a_real_miss_is_kept(nano):
         ("Which is a person, Orla Venn or Tallow?", "Orla Venn"),
     ],
 )
-def test_two_things_compared(nano, text, golden):
+def test_two_things_compared(nano: Any, text: str, golden: str) -> None:
     """Yes, no and one of two that the question names are in no passage.
 
     What each passage begins with is quoted, and the chain answers. Guards: such questions were
@@ -415,7 +416,7 @@ def test_two_things_compared(nano, text, golden):
         assert first_sentence in own_words
 
 
-def test_the_answer_as_the_evidence_spells_it(nano):
+def test_the_answer_as_the_evidence_spells_it(nano: Any) -> None:
     """Of several golden answers the one that was read, and the question once more before it.
 
     Guards: the last alias was taught, which no passage held, so that a policy learned to say other
@@ -437,13 +438,13 @@ def test_the_answer_as_the_evidence_spells_it(nano):
         ("Nothing.", ["no", "yes"], "no"),
     ],
 )
-def test_spelling(text, golden, spelling):
+def test_spelling(text: str, golden: list[str], spelling: str) -> None:
     """The shortest answer that stands there, without an article; else the first of all."""
     assert spell_from(text, golden) == spelling
 
 
 @pytest.mark.parametrize("golden", ["Tallowby", "the moon"])
-def test_a_chain_without_its_answer_is_dropped(nano, golden):
+def test_a_chain_without_its_answer_is_dropped(nano: Any, golden: str) -> None:
     """The right passage comes back without the golden answer: a chain would be made up."""
     question = real_question("Where did Orla Venn grow up?", [golden], ["Orla Venn"], "nq_2")
     chains, counts = write_chains(nano, [question], set(), library(PASSAGES, 1))
@@ -451,7 +452,7 @@ def test_a_chain_without_its_answer_is_dropped(nano, golden):
     assert counts.dropped == 1
 
 
-def test_a_question_that_finds_nothing_is_dropped(nano):
+def test_a_question_that_finds_nothing_is_dropped(nano: Any) -> None:
     """It is searched for once, since no title is known."""
     question = real_question("Zork?", ["Tallow"], [], "nq_3")
     chains, counts = write_chains(nano, [question], set(), library(PASSAGES, 1))
@@ -467,14 +468,16 @@ def test_a_question_that_finds_nothing_is_dropped(nano):
         (Observation("This search is not in the cache.", Provenance.MISSED), 0),
     ],
 )
-def test_a_chain_behind_a_failed_search_is_dropped(nano, first_observation, kept):
+def test_a_chain_behind_a_failed_search_is_dropped(
+    nano: Any, first_observation: Any, kept: int
+) -> None:
     """Wikipedia did not answer: that it holds nothing of the title would be made up.
 
     Guards: a failure taught as a miss, with another wording that finds it.
     """
     tools = library(PASSAGES, 1)
 
-    def search(queries):
+    def search(queries: list[str]) -> list[Any]:
         observations = dict(zip(queries, tools(queries), strict=True))
         observations["Orla Venn"] = first_observation
         return [observations[query] for query in queries]
@@ -486,13 +489,13 @@ def test_a_chain_behind_a_failed_search_is_dropped(nano, first_observation, kept
 
 
 # ---- evidence ------------------------------------------------------------------------------------
-def evidence_in(text, evidence, title="A"):
+def evidence_in(text: str, evidence: Any, title: str = "A") -> Any:
     """Return the evidence found in the second of two passages called A."""
     lookup = Lookup("?", ["A"], title=title, evidence=evidence)
     return find_evidence(lookup, f"A: 1 1: A cat, a hat, The Hague, Tallow.\n A 2: {text}")
 
 
-def test_evidence_holds_the_answer_as_whole_words():
+def test_evidence_holds_the_answer_as_whole_words() -> None:
     """In the passage of the title alone, whatever the case and the punctuation."""
     sentence = "He was born in The Hague!"
     assert evidence_in(f"He likes cats. {sentence}", ["Hague"]) == sentence
@@ -502,13 +505,13 @@ def test_evidence_holds_the_answer_as_whole_words():
     assert evidence_in("Nothing.", ["cat"], title="") == "A cat, a hat, The Hague, Tallow."
 
 
-def test_evidence_of_a_long_sentence():
+def test_evidence_of_a_long_sentence() -> None:
     """The part of it that is quoted still holds the answer."""
     quote = evidence_in("Very " * 60 + "old is Tallow.", ["Tallow"])
     assert "Tallow" in quote
     assert len(quote.split()) <= 40
 
 
-def test_the_first_sentence_stands_for_no_text():
+def test_the_first_sentence_stands_for_no_text() -> None:
     """Of two things compared, what a passage begins with is quoted."""
     assert evidence_in("A small town. It is old.", [""]) == "A small town."

@@ -1,6 +1,7 @@
 """Trajectories against examples written by hand: ids, masks and roles, answers and their form."""
 
 import copy
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ TWO_ACTIONS = [
 ]
 
 
-def with_template(codec):
+def with_template(codec: Codec) -> Any:
     """Return a codec whose tokenizer has a chat template."""
     tokenizer = copy.deepcopy(codec.tokenizer)
     tokenizer.chat_template = (
@@ -33,14 +34,14 @@ def with_template(codec):
     return Codec(tokenizer)
 
 
-def delete_token(trajectory, position):
+def delete_token(trajectory: Trajectory, position: Any) -> None:
     """Delete one token with all that is kept of it."""
     for column in (trajectory.ids, trajectory.mask, trajectory.role, trajectory.logprobs):
         del column[position]
 
 
 # ---- text to ids ---------------------------------------------------------------------------------
-def test_build_by_hand(codec):
+def test_build_by_hand(codec: Codec) -> None:
     """Each token's role and mask, one example of each role.
 
     Guards: a loss on the prompt or on what the tool wrote, and a tag that belongs to the wrong
@@ -92,7 +93,7 @@ def test_build_by_hand(codec):
     assert len(trajectory.logprobs) == len(trajectory.ids)
 
 
-def test_a_tag_in_an_observation_is_plain_text(codec):
+def test_a_tag_in_an_observation_is_plain_text(codec: Codec) -> None:
     r"""Guards: a retrieved page that spells `</search_result>\boxed{..}` and so answers."""
     ids = codec.encode(HOSTILE)
     special = [*TAGS.values(), "<eos>", "<bos>"]
@@ -106,7 +107,7 @@ def test_a_tag_in_an_observation_is_plain_text(codec):
     assert codec.is_well_formed(trajectory)
 
 
-def test_a_tag_in_a_question_is_plain_text(codec):
+def test_a_tag_in_a_question_is_plain_text(codec: Codec) -> None:
     """The same for a question: only the closing `<think>` of the prompt is a tag."""
     prompt = codec.prompt(HOSTILE)
     special = [token for token in prompt if token in codec.tokenizer.all_special_ids]
@@ -117,7 +118,7 @@ def test_a_tag_in_a_question_is_plain_text(codec):
     "template",
     [None, "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"],
 )
-def test_a_question_opens_and_closes_no_step(codec, template):
+def test_a_question_opens_and_closes_no_step(codec: Codec, template: str | None) -> None:
     """With and without a chat template only the last <think> is a tag."""
     tokenizer = copy.deepcopy(codec.tokenizer)
     tokenizer.chat_template = template
@@ -129,13 +130,13 @@ def test_a_question_opens_and_closes_no_step(codec, template):
     assert "Who </think> wrote <begin_search> it?" in codec.decode(ids)
 
 
-def test_encode_gives_a_list_of_its_own(codec):
+def test_encode_gives_a_list_of_its_own(codec: Codec) -> None:
     """Guards: a cache that hands out its own list, which a growing trajectory then changes."""
     codec.encode("Eva Moss").append(0)
     assert codec.decode(codec.encode("Eva Moss")) == " Eva Moss"
 
 
-def test_chat_template(codec):
+def test_chat_template(codec: Codec) -> None:
     """The system message explains the tags, and the prompt ends in an opened thought."""
     chat = with_template(codec)
     prompt = chat.prompt("Who directed it?")
@@ -143,7 +144,7 @@ def test_chat_template(codec):
     assert chat.decode(prompt) == expected
 
 
-def test_a_chat_template_that_opens_the_thought(codec):
+def test_a_chat_template_that_opens_the_thought(codec: Codec) -> None:
     """R1-Distill's does. Guards: the thought opened twice."""
     chat = with_template(codec)
     prompt = chat.prompt("Who directed it?")
@@ -163,12 +164,12 @@ def test_a_chat_template_that_opens_the_thought(codec):
         ([("answer", "1950")], "1950"),
     ],
 )
-def test_answer(codec, parts, answer):
+def test_answer(codec: Codec, parts: Any, answer: str) -> None:
     """The last box is the answer; no box, no answer, whatever the observations say."""
     assert codec.answer(codec.build("Who directed it?", parts)) == answer
 
 
-def test_answer_without_a_closing_brace(codec):
+def test_answer_without_a_closing_brace(codec: Codec) -> None:
     """A budget may end inside the box, or the policy may forget the brace.
 
     What stands there is the answer, without `<eos>`.
@@ -181,13 +182,13 @@ def test_answer_without_a_closing_brace(codec):
 
 
 @pytest.mark.parametrize("parts", [[("think", "Hm")], [("search", "it"), ("result", "A")]])
-def test_the_box_of_the_prompt_is_no_answer(codec, parts):
+def test_the_box_of_the_prompt_is_no_answer(codec: Codec, parts: list[Any]) -> None:
     """A chat prompt shows how a box looks. Guards: that box read as the answer."""
     chat = with_template(codec)
     assert chat.answer(chat.build("Who directed it?", parts)) == ""
 
 
-def test_a_box_in_an_imagined_observation_is_no_answer(codec):
+def test_a_box_in_an_imagined_observation_is_no_answer(codec: Codec) -> None:
     """In RL-1 the policy writes the observations. Guards: a reward for an answer put in there."""
     trajectory = codec.build("Who?", [("think", "Hm"), ("search", "x")])
     box = [codec.boxed_id, *codec.encode("Eva"), codec.brace_id]
@@ -208,7 +209,7 @@ def test_a_box_in_an_imagined_observation_is_no_answer(codec):
         [("think", "Hm"), ("search", "A"), ("result", ""), ("answer", "B")],
     ],
 )
-def test_well_formed(codec, parts):
+def test_well_formed(codec: Codec, parts: Any) -> None:
     """With and without thoughts, no action or several, and an empty observation."""
     assert codec.is_well_formed(codec.build("Who directed it?", parts))
 
@@ -226,7 +227,7 @@ def test_well_formed(codec, parts):
         "eos_id",
     ],
 )
-def test_a_missing_tag_is_malformed(codec, tag):
+def test_a_missing_tag_is_malformed(codec: Codec, tag: str) -> None:
     """The last token of each kind is left out in turn."""
     trajectory = codec.build("Who directed it?", ONE_ACTION)
     from_end = trajectory.ids[::-1].index(getattr(codec, tag))
@@ -234,7 +235,7 @@ def test_a_missing_tag_is_malformed(codec, tag):
     assert not codec.is_well_formed(trajectory)
 
 
-def build_with_insertion(codec, text, before):
+def build_with_insertion(codec: Codec, text: str, before: Any) -> Any:
     """Return ONE_ACTION with tokens of the policy put before a tag, or at the end."""
     trajectory = codec.build("Who directed it?", ONE_ACTION)
     ids = codec.tokenizer.encode(text, add_special_tokens=False)
@@ -269,14 +270,14 @@ def build_with_insertion(codec, text, before):
         (" so", "eos_id"),
     ],
 )
-def test_a_stray_tag_is_malformed(codec, text, before):
+def test_a_stray_tag_is_malformed(codec: Codec, text: str, before: str | None) -> None:
     """Unbalanced or doubled tags, results that the policy invents, an action without its
     observation, two answers, an action or words behind the answer.
     """
     assert not codec.is_well_formed(build_with_insertion(codec, text, before))
 
 
-def test_a_conclusion_may_stand_before_the_box(codec):
+def test_a_conclusion_may_stand_before_the_box(codec: Codec) -> None:
     """As in the authors' trajectories: words between the end of the thoughts and the answer."""
     parts = [*ONE_ACTION[:-1], ("conclude", "It was Eva."), ONE_ACTION[-1]]
     trajectory = codec.build("Who directed it?", parts)
@@ -287,7 +288,7 @@ def test_a_conclusion_may_stand_before_the_box(codec):
 
 
 @pytest.mark.parametrize(("emptied", "text"), [("search", "it"), ("answer", "Eva")])
-def test_an_empty_step_is_malformed(codec, emptied, text):
+def test_an_empty_step_is_malformed(codec: Codec, emptied: str, text: str) -> None:
     """Guards: an empty query or an empty box that passes for an action or an answer."""
     parts = [(kind, text if kind == emptied else old) for kind, old in ONE_ACTION]
     trajectory = codec.build("Who?", parts)
@@ -296,7 +297,7 @@ def test_an_empty_step_is_malformed(codec, emptied, text):
     assert not codec.is_well_formed(trajectory)
 
 
-def test_a_forced_answer_or_none_is_malformed(codec):
+def test_a_forced_answer_or_none_is_malformed(codec: Codec) -> None:
     """The policy has to answer by itself."""
     trajectory = codec.build("Who directed it?", ONE_ACTION)
     trajectory.forced = True
@@ -305,7 +306,7 @@ def test_a_forced_answer_or_none_is_malformed(codec):
     assert not codec.is_well_formed(codec.build("Who directed it?", []))
 
 
-def test_the_form_is_read_from_roles(codec):
+def test_the_form_is_read_from_roles(codec: Codec) -> None:
     """In an imagined observation a tag can stand as a token; it closes nothing of the policy's."""
     trajectory = codec.build("Who?", ONE_ACTION)
     position = trajectory.ids.index(codec.end_result_id)

@@ -17,6 +17,7 @@ from data.trajectory import Observation, Provenance, Role, Trajectory
 from eval import STAGES, WORKFLOWS, EvalSettings, Exam, TableRow
 from evaluation.figures import JudgeFigures
 from evaluation.table import WorkflowName
+from model import LM
 from workflows.agent import Answered
 
 PASSAGES = [
@@ -27,23 +28,23 @@ NAMED = Question("0", "What is Iron Hill?", ["a town"], gold_titles=["Iron Hill"
 NOT_NAMED = Question("1", "Who is Eva Moss?", ["a judge"])
 
 
-def row_named(name):
+def row_named(name: str) -> Any:
     return next(row for row in WORKFLOWS + STAGES if row.name == name)
 
 
 @pytest.fixture
-def task():
+def task() -> Any:
     evaluation = {"a": [NAMED, NOT_NAMED], "b": [NOT_NAMED]}
     return SimpleNamespace(evaluation=evaluation, eval_search=tools.library(PASSAGES, 1))
 
 
 @pytest.fixture
-def save(lm, tmp_path, monkeypatch):
+def save(lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that saves the tiny network as folders of out/nano."""
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "out" / "nano"
 
-    def save_stages(*names):
+    def save_stages(*names: Any) -> Any:
         lm.save(root / "base")
         for name in names:
             shutil.copytree(root / "base", root / name)
@@ -53,7 +54,7 @@ def save(lm, tmp_path, monkeypatch):
 
 
 # ---- which rows there are ------------------------------------------------------------------------
-def test_a_run_has_the_rows_of_its_folders(save):
+def test_a_run_has_the_rows_of_its_folders(save: Any) -> None:
     """A folder of --out is a row by its name; what is not complete is none."""
     save("sft2", "sft1", "mine", "rl1.partial", "rl2.checkpoint", "sft3.old")
     table = benchmark.open_run(EvalSettings(device="cpu"))
@@ -68,12 +69,12 @@ def test_a_run_has_the_rows_of_its_folders(save):
     assert [row.is_agent for row in table.rows] == [False] * len(WORKFLOWS) + [True] * 3
 
 
-def test_every_workflow_has_its_name_in_the_table():
+def test_every_workflow_has_its_name_in_the_table() -> None:
     """Guards: a row that plot.py takes for an agent, since its name is not among these."""
     assert [row.name for row in WORKFLOWS] == list(WorkflowName)
 
 
-def test_a_folder_that_is_called_like_a_row_takes_its_place(save):
+def test_a_folder_that_is_called_like_a_row_takes_its_place(save: Any) -> None:
     """Two rows of one name would mix their answers."""
     save("sft1", "SFT-1")
     table = benchmark.open_run(EvalSettings(device="cpu"))
@@ -81,13 +82,15 @@ def test_a_folder_that_is_called_like_a_row_takes_its_place(save):
     assert agents == ["out/nano/SFT-1"]
 
 
-def test_a_run_without_its_base(tmp_path, monkeypatch):
+def test_a_run_without_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"out/nano/base is missing; make it with: .*train_sft\.py"):
         benchmark.open_run(EvalSettings(device="cpu"))
 
 
-def test_a_stage_older_than_its_start_is_reported(save, capsys):
+def test_a_stage_older_than_its_start_is_reported(
+    save: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Such a row would compare two runs; one whose start is gone can't be told."""
     root = save("sft1", "sft2")
     for seconds, stage in enumerate(("base", "sft2", "sft1")):
@@ -103,7 +106,7 @@ def test_a_stage_older_than_its_start_is_reported(save, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_checkpoint_of_this_project_is_an_agent_too(save):
+def test_a_checkpoint_of_this_project_is_an_agent_too(save: Any) -> None:
     """With --data its workflows and the agent have the same weights; --model says which."""
     save()
     table = benchmark.open_checkpoint(EvalSettings(device="cpu", model="out/nano/base"))
@@ -115,18 +118,18 @@ def test_a_checkpoint_of_this_project_is_an_agent_too(save):
         benchmark.open_checkpoint(EvalSettings())
 
 
-def test_a_row_that_is_not_there():
+def test_a_row_that_is_not_there() -> None:
     with pytest.raises(UserError, match="no row 'SFT-9' here; there are: SFT-1, SFT-2, SFT-1&2"):
         benchmark.refuse_unknown_rows(["SFT-1", "SFT-9"], STAGES)
 
 
 # ---- what a row is asked -------------------------------------------------------------------------
-def test_oracle_passages_are_for_questions_that_name_them(lm, task):
+def test_oracle_passages_are_for_questions_that_name_them(lm: LM, task: Any) -> None:
     sets = row_named("oracle passages").question_sets(lm, task)
     assert sets == {"a": [NAMED]}
 
 
-def test_reflexion_is_for_models_that_can_speak_of_themselves(lm, task):
+def test_reflexion_is_for_models_that_can_speak_of_themselves(lm: LM, task: Any) -> None:
     """A nano model was never asked in words."""
     row = row_named("Reflexion workflow")
     assert row.question_sets(lm, task) == {}
@@ -134,12 +137,16 @@ def test_reflexion_is_for_models_that_can_speak_of_themselves(lm, task):
     assert row.question_sets(chat_model, task) == task.evaluation
 
 
-def test_reflexion_begins_with_what_react_answered(lm, task, monkeypatch):
+def test_reflexion_begins_with_what_react_answered(
+    lm: LM, task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ReAct is not asked again, unless this evaluation took its answers from an earlier one."""
     answers = [Answered("a town", Trajectory()), Answered("", Trajectory())]
     first_tries = []
 
-    def reflexion(lm, questions, search, settings, first_try=None, **more):
+    def reflexion(
+        lm: LM, questions: Any, search: Any, settings: Any, first_try: Any = None, **more: Any
+    ) -> Any:
         first_tries.append(first_try)
         return answers
 
@@ -164,16 +171,16 @@ def test_reflexion_begins_with_what_react_answered(lm, task, monkeypatch):
         ("live", Provenance.REAL, 0),
     ],
 )
-def test_a_failed_search_is_lost(cache, provenance, lost):
+def test_a_failed_search_is_lost(cache: str, provenance: Any, lost: int) -> None:
     """Whatever it says: a passage that reads like a failure is none."""
     observations = [Observation("The search failed.", provenance), Observation("Iron Hill 1:")]
     assert benchmark.count_lost(observations, cache) == lost
 
 
-def test_retrieve_then_read_loses_what_its_search_loses(lm, task):
+def test_retrieve_then_read_loses_what_its_search_loses(lm: LM, task: Any) -> None:
     """The observation fits the budget, and keeps where it comes from."""
 
-    def search(actions):
+    def search(actions: list[str]) -> list[Any]:
         return [Observation("The search failed.", Provenance.FAILED) for _ in actions]
 
     task.eval_search = search
@@ -186,7 +193,7 @@ def test_retrieve_then_read_loses_what_its_search_loses(lm, task):
     assert record["lost"] == 1
 
 
-def test_a_workflow_is_never_malformed(lm):
+def test_a_workflow_is_never_malformed(lm: LM) -> None:
     """A script closes its tags; an agent has to by itself."""
     trajectory = Trajectory(forced=True)
     trajectory.add(lm.codec.prompt("Who?"), Role.PROMPT, 0)
@@ -206,11 +213,11 @@ def test_a_workflow_is_never_malformed(lm):
     assert record["text"] == lm.codec.decode(trajectory.ids)
 
 
-def test_only_what_is_missing_is_asked(lm, task, tmp_path):
+def test_only_what_is_missing_is_asked(lm: LM, task: Any, tmp_path: Path) -> None:
     """A row's network is loaded where a question is left, and asked batch_rows at a time."""
     batches = []
 
-    def workflow(lm, questions, exam, name):
+    def workflow(lm: LM, questions: Any, exam: Any, name: str) -> list[Any]:
         batches.append([question.id for question in questions])
         return [Answered("a town", Trajectory()) for _ in questions]
 
@@ -234,11 +241,11 @@ def test_only_what_is_missing_is_asked(lm, task, tmp_path):
 class Judge:
     """It can read the answer "yes" and "no", and is out of reach for "fail"."""
 
-    def report(self):
+    def report(self) -> str:
         return "the judge was asked"
 
 
-def judge(chat, records):
+def judge(chat: Any, records: Any) -> list[Any]:
     verdicts = {"yes": 1.0, "no": 0.0, "hm": None}
     answers = [record["answer"] for record in records]
     if "fail" in answers:
@@ -246,7 +253,9 @@ def judge(chat, records):
     return [verdicts[answer] for answer in answers]
 
 
-def test_verdicts_of_a_judge(monkeypatch, capsys):
+def test_verdicts_of_a_judge(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Averages are over the sets, and over the verdicts that can be read."""
     monkeypatch.setattr(benchmark, "judge", judge)
     answers: Any = {"A": {"a": [{"answer": "yes"}, {"answer": "hm"}], "b": [{"answer": "no"}]}}
@@ -259,7 +268,7 @@ def test_verdicts_of_a_judge(monkeypatch, capsys):
     assert capsys.readouterr().out == "the judge was asked\n"
 
 
-def test_a_judge_that_fails_leaves_nothing_behind(monkeypatch):
+def test_a_judge_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not half of the rows with verdicts, half without."""
     monkeypatch.setattr(benchmark, "judge", judge)
     answers: Any = {"A": {"a": [{"answer": "yes"}]}, "B": {"a": [{"answer": "fail"}]}}
@@ -271,7 +280,9 @@ def test_a_judge_that_fails_leaves_nothing_behind(monkeypatch):
     assert figures["A"].judge is None
 
 
-def test_runs_are_pooled(tmp_path, monkeypatch, capsys):
+def test_runs_are_pooled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """--compare: the mean of the gains of two runs, each set with the same weight."""
     monkeypatch.chdir(tmp_path)
     for run, better in (("s0", 1.0), ("s1", 0.0)):
@@ -290,6 +301,6 @@ def test_runs_are_pooled(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("names", [["A"], ["A", "A"], ["A", "B", "C"]])
-def test_two_rows_are_compared(names):
+def test_two_rows_are_compared(names: list[str]) -> None:
     with pytest.raises(UserError, match="two rows are needed, separated by a comma, not '"):
         benchmark.compare_rows(EvalSettings(compare=names))

@@ -1,6 +1,8 @@
 """The figures of a row, as eval.json keeps them."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +34,7 @@ AVERAGE_KEYS = [
 GAIN_KEYS = ["gain", "gain_low", "gain_high", "gain_questions"]
 
 
-def row_of(gain=None, judge=None):
+def row_of(gain: Any = None, judge: Any = None) -> Any:
     return RowFigures(
         sets={
             "nq": SetFigures(50.0, 60.0, 70.0, 80.0, 5.0, 4.0, 1.5),
@@ -55,7 +57,7 @@ GAIN = Gain(points=4.0, low=1.0, high=7.0, questions=5)
 JUDGE = JudgeFigures({"nq": 55.0, "hotpotqa": None}, average=55.0, unread=3)
 
 
-def test_a_row_in_eval_json():
+def test_a_row_in_eval_json() -> None:
     """Its sets, then "avg": the keys that other programs read, in their order."""
     values = row_to_json(row_of())
     assert list(values) == ["nq", "hotpotqa", "avg"]
@@ -70,7 +72,7 @@ def test_a_row_in_eval_json():
     assert values["avg"]["by_actions"]["2"] == success
 
 
-def test_a_row_with_a_gain_and_a_judge():
+def test_a_row_with_a_gain_and_a_judge() -> None:
     """They are there only where they were measured. A judge adds to the sets too."""
     values = row_to_json(row_of(GAIN, JUDGE))
     average = values["avg"]
@@ -83,13 +85,13 @@ def test_a_row_with_a_gain_and_a_judge():
 
 @pytest.mark.parametrize("gain", [None, GAIN])
 @pytest.mark.parametrize("judge", [None, JUDGE])
-def test_a_row_is_read_as_it_was(gain, judge):
+def test_a_row_is_read_as_it_was(gain: Any, judge: Any) -> None:
     row = row_of(gain, judge)
     assert row_from_json(json.loads(json.dumps(row_to_json(row)))) == row
 
 
 @pytest.mark.parametrize("text", ['{"rows"', "[]", "{}", '{"rows": {"A": {"avg": {"em": 1.0}}}}'])
-def test_a_file_that_holds_other_figures(tmp_path, text):
+def test_a_file_that_holds_other_figures(tmp_path: Path, text: str) -> None:
     """One line says what to do. Guards: a traceback for a damaged or old file."""
     (tmp_path / "eval.json").write_text(text)
     with pytest.raises(UserError, match=r"eval\.json: not the figures .*; evaluate this run again"):

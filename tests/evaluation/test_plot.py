@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,12 +27,12 @@ PNG = b"\x89PNG"
 ATTACK = "</span><script>alert(1)</script><img src=x onerror='alert(1)'>&amp;\""
 
 
-def write_rows(path, rows):
+def write_rows(path: Path, rows: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def row_of(em=50.0, em_high=55.0, **acting):
+def row_of(em: float = 50.0, em_high: float = 55.0, **acting: Any) -> Any:
     """Return the figures of a row; acting: those of its ActingFigures that differ."""
     means = SetFigures(em, f1=60, cover=60, overlap=60, malformed=0, forced=0, actions=1)
     figures = {
@@ -51,7 +52,7 @@ def row_of(em=50.0, em_high=55.0, **acting):
     )
 
 
-def trajectory_row(**changes):
+def trajectory_row(**changes: Any) -> Any:
     """Return a row of rollouts.jsonl with every role in it."""
     row = TrajectoryRow(
         question="Who directed it?",
@@ -75,7 +76,7 @@ def trajectory_row(**changes):
     return dataclasses.replace(row, **changes)
 
 
-def write_logs(root):
+def write_logs(root: Path) -> None:
     """Write logs of two SFT stages and two RL stages, with rollouts."""
     rng = random.Random(0)
     for stage in ("sft2", "sft3"):
@@ -90,12 +91,12 @@ def write_logs(root):
     write_rows(root / "sft2" / "rollouts.jsonl", [trajectory_row().to_json()] * 3)
 
 
-def write_table(root, table):
+def write_table(root: Path, table: Any) -> None:
     rows = {name: row_to_json(row) for name, row in table.items()}
     (root / "eval.json").write_text(json.dumps({"rows": rows}))
 
 
-def write_evaluation(root):
+def write_evaluation(root: Path) -> None:
     """Write eval.json and predictions.jsonl of a workflow and two agents."""
     table = {
         "model only": row_of(search_known=None, em_known=None),
@@ -113,7 +114,7 @@ def write_evaluation(root):
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the folder of a run, which holds nothing yet."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "out" / "nano"
@@ -121,12 +122,12 @@ def root(tmp_path, monkeypatch):
     return folder
 
 
-def drawn(root):
+def drawn(root: Path) -> Any:
     return sorted(path.name for path in (root / "figures").iterdir())
 
 
 # ---- the script ----------------------------------------------------------------------------------
-def test_every_figure_is_drawn(root, capsys):
+def test_every_figure_is_drawn(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each is printed by its path."""
     write_logs(root)
     write_evaluation(root)
@@ -138,7 +139,7 @@ def test_every_figure_is_drawn(root, capsys):
         assert path.suffix == ".html" or path.read_bytes().startswith(PNG)
 
 
-def test_what_is_not_there_is_left_out(root):
+def test_what_is_not_there_is_left_out(root: Path) -> None:
     """A stage that is still training, one of 0 steps, and an evaluation that was never made."""
     write_logs(root)
     for stage in ("rl1", "rl2", "sft3"):
@@ -148,14 +149,14 @@ def test_what_is_not_there_is_left_out(root):
     assert drawn(root) == ["training.png", "trajectories.html"]
 
 
-def test_an_evaluation_alone(root):
+def test_an_evaluation_alone(root: Path) -> None:
     """Without facts to search for there is nothing to say of when a row acts."""
     write_table(root, {"model only": row_of(search_known=None, search_unknown=None)})
     plot.run(PlotSettings())
     assert drawn(root) == ["table.png"]
 
 
-def test_rl_alone(root):
+def test_rl_alone(root: Path) -> None:
     """RL without supervised stages; rollouts without tokens can't be shown."""
     write_logs(root)
     for stage in ("sft2", "sft3"):
@@ -165,12 +166,12 @@ def test_rl_alone(root):
     assert drawn(root) == ["training.png"]
 
 
-def test_nothing_to_draw(root):
+def test_nothing_to_draw(root: Path) -> None:
     with pytest.raises(UserError, match=r"no finished stage .* python train_sft\.py"):
         plot.run(PlotSettings())
 
 
-def test_nothing_to_draw_as_a_user_sees_it(tmp_path):
+def test_nothing_to_draw_as_a_user_sees_it(tmp_path: Path) -> None:
     """One line that says which commands make something to draw."""
     done = run_here(tmp_path, "plot.py")
     assert done.status == 2
@@ -178,7 +179,7 @@ def test_nothing_to_draw_as_a_user_sees_it(tmp_path):
     assert "Traceback" not in done.err
 
 
-def test_plot_does_not_load_what_answers_questions(tmp_path):
+def test_plot_does_not_load_what_answers_questions(tmp_path: Path) -> None:
     """It needs the names of the workflows alone. Guards: seconds before the first figure."""
     code = "import sys, plot; print({'eval', 'autocoa', 'workflows.react'} & set(sys.modules))"
     done = subprocess.run(
@@ -188,7 +189,7 @@ def test_plot_does_not_load_what_answers_questions(tmp_path):
 
 
 # ---- the figures ---------------------------------------------------------------------------------
-def test_the_moving_mean(root):
+def test_the_moving_mean(root: Path) -> None:
     """Over the steps that are there at the ends; RL-2 goes on where RL-1 ended."""
     log = [{"step": step, "loss": float(step**2)} for step in range(5)]
     axes: Any = plot.plt.figure().subplots()
@@ -200,7 +201,7 @@ def test_the_moving_mean(root):
     assert end == pytest.approx((14, 12.5))
 
 
-def test_rl2_is_drawn_behind_rl1():
+def test_rl2_is_drawn_behind_rl1() -> None:
     """The ablations start from another model, at step 0."""
     log = [{"step": step, **dict.fromkeys(plot.RL_PANELS, 0.5)} for step in range(4)]
     stages = ["rl1", "rl2", "rl2_alone"]
@@ -211,7 +212,7 @@ def test_rl2_is_drawn_behind_rl1():
     assert [first_steps[plot.RL_TITLES[stage]] for stage in stages] == [0, 4, 0]
 
 
-def test_the_colors_of_the_table():
+def test_the_colors_of_the_table() -> None:
     """Grey without training for action, blue after SFT, orange after RL."""
     colors = {
         "ReAct workflow": plot.GREY,
@@ -224,7 +225,7 @@ def test_the_colors_of_the_table():
         assert plot._row_color(name) == color
 
 
-def test_bars_of_what_is_known_and_unknown():
+def test_bars_of_what_is_known_and_unknown() -> None:
     """Rates are in percent, as EM is; a row without known facts has no bar for them."""
     rows = {"A": row_of(), "B": row_of(search_known=None)}
     figure: Any = plot.draw_search(rows)
@@ -235,7 +236,7 @@ def test_bars_of_what_is_known_and_unknown():
     assert right.texts[0].get_text() == "80 EM, known"
 
 
-def test_shares_and_success_by_actions():
+def test_shares_and_success_by_actions() -> None:
     """Of 30 answers with one action half are right, of 5 with none all: those are pale."""
     rows = [{"actions": 0, "em": 1.0}] * 5 + [{"actions": 1, "em": 1.0}] * 15
     rows += [{"actions": 1, "em": 0.0}] * 15
@@ -252,7 +253,7 @@ def test_shares_and_success_by_actions():
 class Page(HTMLParser):
     """The tags of a page, and the text of each span with its class."""
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         super().__init__()
         self.tags = []
         self.attributes = []
@@ -260,23 +261,23 @@ class Page(HTMLParser):
         self.is_in_span = False
         self.feed(text)
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: Any, attrs: Any) -> None:
         self.tags.append(tag)
         self.attributes += attrs
         self.is_in_span = tag == "span"
         if self.is_in_span:
             self.spans.append((dict(attrs)["class"], ""))
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: Any) -> None:
         self.is_in_span = False
 
-    def handle_data(self, data):
+    def handle_data(self, data: Any) -> None:
         if self.is_in_span:
             name, text = self.spans[-1]
             self.spans[-1] = (name, text + data)
 
 
-def test_the_page_shows_roles():
+def test_the_page_shows_roles() -> None:
     """Tokens of one role and mask are one span, pale where the policy did not write them."""
     page = Page(render_page({"SFT-2": [trajectory_row()]}))
     spans = page.spans[len(ROLE_NAMES) + 1 :]
@@ -291,7 +292,7 @@ def test_the_page_shows_roles():
     assert [name for name, _ in page.spans[: len(ROLE_NAMES)]] == ROLE_NAMES
 
 
-def test_white_space_is_kept():
+def test_white_space_is_kept() -> None:
     """A trajectory is shown as it was written, line breaks too, with nothing between its spans."""
     row = trajectory_row(tokens=["a\n", " b", "\n\n", "c", "d", "e ", " f", "g"])
     page = render_page({"SFT-2": [row]})
@@ -301,7 +302,7 @@ def test_white_space_is_kept():
     assert text == "".join(row.tokens)
 
 
-def test_everything_is_escaped():
+def test_everything_is_escaped() -> None:
     """Whatever a model or a corpus wrote is text on the page, and opens no tag."""
     plain = Page(render_page({"SFT-2": [trajectory_row()]}))
     row = trajectory_row(
@@ -318,7 +319,7 @@ def test_everything_is_escaped():
     assert page.spans[-1][1] == ATTACK
 
 
-def test_the_page_loads_and_runs_nothing():
+def test_the_page_loads_and_runs_nothing() -> None:
     """The policy line would forbid scripts even if the escaping were wrong."""
     text = render_page({"SFT-2": [trajectory_row()]})
     policy = "default-src 'none'; style-src 'unsafe-inline'"
@@ -328,7 +329,7 @@ def test_the_page_loads_and_runs_nothing():
     assert not [value for name, value in page.attributes if name in ("src", "href")]
 
 
-def test_trajectories_of_all_steps_are_shown():
+def test_trajectories_of_all_steps_are_shown() -> None:
     """Of many, some at equal distances, the first and the last among them."""
     rows = [trajectory_row(question=f"Who {number}?", step=number) for number in range(95)]
     text = render_page({"RL-1": rows, "SFT-2": rows[:3]})

@@ -1,6 +1,7 @@
 """Answers that an evaluation keeps: which are used again, which are asked again."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +18,14 @@ from evaluation.predictions import (
     read_predictions,
     recall_known_facts,
 )
+from model import LM
 
 
-def question_of(question_id, golden="x"):
+def question_of(question_id: Any, golden: str = "x") -> Any:
     return Question(question_id, f"{question_id}?", [golden])
 
 
-def sets_of(*names, count=3):
+def sets_of(*names: Any, count: int = 3) -> dict[Any, Any]:
     """Return question sets whose questions are called after them: a0, a1, .."""
     return {name: [question_of(f"{name}{number}") for number in range(count)] for name in names}
 
@@ -31,11 +33,11 @@ def sets_of(*names, count=3):
 class Answerer:
     """It answers what is missing of a row, and keeps the ids of what it was asked."""
 
-    def __init__(self, lost=()):
+    def __init__(self, lost: Any = ()) -> None:
         self.asked_ids = []
         self.lost = lost
 
-    def answer(self, predictions, row, sets, batch_size=9):
+    def answer(self, predictions: Any, row: Any, sets: Any, batch_size: int = 9) -> Any:
         for batch in predictions.batches_to_ask(row, sets, batch_size):
             results = []
             for _, question in batch:
@@ -53,7 +55,7 @@ class Answerer:
 
 
 # ---- interrupted evaluations ---------------------------------------------------------------------
-def test_a_line_that_was_cut_is_asked_again(tmp_path):
+def test_a_line_that_was_cut_is_asked_again(tmp_path: Path) -> None:
     """What is written next must not go on behind it."""
     answerer = Answerer()
     sets = sets_of("a", "b")
@@ -68,7 +70,9 @@ def test_a_line_that_was_cut_is_asked_again(tmp_path):
 
 
 @pytest.mark.parametrize("weights, lines_left", [("w1", 6), ("w2", 3)])
-def test_other_sets_stay_where_the_same_weights_gave_them(tmp_path, weights, lines_left):
+def test_other_sets_stay_where_the_same_weights_gave_them(
+    tmp_path: Path, weights: str, lines_left: int
+) -> None:
     """An evaluation on fewer sets keeps what --resume found of the others."""
     sets = sets_of("a", "b")
     first = Predictions(tmp_path, {"ReAct": "w1"}, resume=False)
@@ -89,7 +93,7 @@ def test_other_sets_stay_where_the_same_weights_gave_them(tmp_path, weights, lin
         '{"row": "A", "set": "a", "id": ["1"], "em": 1.0, "queries": []}\n',
     ],
 )
-def test_damaged_predictions(tmp_path, line):
+def test_damaged_predictions(tmp_path: Path, line: str) -> None:
     """One line names the file and the line; without --resume nothing of it is read."""
     whole = {"row": "A", "set": "a", "id": "0", "em": 1.0, "queries": []}
     (tmp_path / "predictions.jsonl").write_text(json.dumps(whole) + "\n" + line)
@@ -102,13 +106,19 @@ def test_damaged_predictions(tmp_path, line):
 
 # ---- which answers are asked again ---------------------------------------------------------------
 @pytest.fixture
-def evaluate(tmp_path):
+def evaluate(tmp_path: Path) -> Any:
     """Return a function that evaluates rows on three questions; "1" is lost the first time.
 
     It returns the ids that were asked, and the number of lines in the file.
     """
 
-    def run(golden="x", resume=True, rows=("A", "B"), chosen=(), lost=()):
+    def run(
+        golden: str = "x",
+        resume: bool = True,
+        rows: Any = ("A", "B"),
+        chosen: Any = (),
+        lost: Any = (),
+    ) -> Any:
         sets = {"a": [question_of("0"), question_of("1"), question_of("2", golden)]}
         answerer = Answerer(lost)
         predictions = Predictions(tmp_path, {"A": "w", "B": "w"}, resume, chosen)
@@ -121,30 +131,30 @@ def evaluate(tmp_path):
     return run
 
 
-def test_answers_behind_a_failed_search_are_asked_again(evaluate):
+def test_answers_behind_a_failed_search_are_asked_again(evaluate: Any) -> None:
     assert evaluate() == (["1", "1"], 6)
 
 
-def test_questions_whose_golden_answers_changed_are_asked_again(evaluate):
+def test_questions_whose_golden_answers_changed_are_asked_again(evaluate: Any) -> None:
     evaluate()
     assert evaluate("y") == (["2", "2"], 6)
 
 
-def test_chosen_rows_are_asked_again(evaluate):
+def test_chosen_rows_are_asked_again(evaluate: Any) -> None:
     """The records of other rows stay, also one that a failed search spoilt, until it is asked."""
     assert evaluate(resume=False, rows=["A"], chosen=["A"]) == (["0", "1", "2"], 6)
     assert evaluate() == (["1"], 6)
 
 
-def test_without_resume_and_rows_all_is_asked_again(evaluate):
+def test_without_resume_and_rows_all_is_asked_again(evaluate: Any) -> None:
     assert evaluate(resume=False, rows=["A"]) == (["0", "1", "2"], 3)
 
 
-def test_the_records_of_other_sets_stay(tmp_path):
+def test_the_records_of_other_sets_stay(tmp_path: Path) -> None:
     """Guards: `--data=b.jsonl` removed the hours of `--data=a.jsonl`."""
     answerer = Answerer()
 
-    def evaluate_set(name):
+    def evaluate_set(name: str) -> list[Any]:
         sets = sets_of(name, count=1)
         predictions = Predictions(tmp_path, {"A": "w"}, resume=False, sets=sets)
         predictions.finish({"A": answerer.answer(predictions, "A", sets)})
@@ -162,12 +172,12 @@ def test_the_records_of_other_sets_stay(tmp_path):
 
 # ---- what an answer depends on -------------------------------------------------------------------
 @pytest.fixture
-def folder(lm, tmp_path):
+def folder(lm: LM, tmp_path: Path) -> str:
     lm.save(tmp_path / "a")
     return tmp_path / "a"
 
 
-def test_other_settings_make_another_key(folder):
+def test_other_settings_make_another_key(folder: Path) -> None:
     """The run's name does not, nor what is no setting of an answer."""
     key = provenance_hash(folder, EvalSettings())
     assert key == provenance_hash(folder, EvalSettings(run="other", judge="x", resume=True))
@@ -182,7 +192,7 @@ def test_other_settings_make_another_key(folder):
     assert len({key, *(provenance_hash(folder, settings) for settings in changed)}) == 7
 
 
-def test_other_passages_make_another_key(folder, tmp_path):
+def test_other_passages_make_another_key(folder: Path, tmp_path: Path) -> None:
     """At the same path; also a large file that lost its beginning."""
     corpus = tmp_path / "corpus.jsonl"
     keys = set()
@@ -193,13 +203,13 @@ def test_other_passages_make_another_key(folder, tmp_path):
     assert len(keys) == 4
 
 
-def test_other_weights_make_another_key(lm, folder, tmp_path):
+def test_other_weights_make_another_key(lm: LM, folder: Path, tmp_path: Path) -> None:
     tiny_lm(lm.codec, seed=5).save(tmp_path / "b")
     key = provenance_hash(folder, EvalSettings())
     assert provenance_hash(tmp_path / "b", EvalSettings()) != key
 
 
-def test_a_question_is_another_where_its_score_would_be():
+def test_a_question_is_another_where_its_score_would_be() -> None:
     key = question_hash(question_of("0"))
     assert key == question_hash(Question("other", "0?", ["x"], plan="A plan."))
     changed = [
@@ -212,11 +222,11 @@ def test_a_question_is_another_where_its_score_would_be():
 
 
 # ---- what the base model knows -------------------------------------------------------------------
-def test_known_facts_are_kept(tmp_path, monkeypatch):
+def test_known_facts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are used again for the same model and questions; a damaged file is made again."""
     recalled = []
 
-    def recall(base, questions, settings):
+    def recall(base: Any, questions: Any, settings: Any) -> Any:
         recalled.append([question.id for question in questions])
         return {"b", "a"}, {}
 
@@ -224,7 +234,7 @@ def test_known_facts_are_kept(tmp_path, monkeypatch):
     path = tmp_path / "known.json"
     base: Any = None
 
-    def recall_again(provenance="w", count=1, may_reuse=True):
+    def recall_again(provenance: str = "w", count: int = 1, may_reuse: bool = True) -> Any:
         questions = sets_of("q", count=count)["q"]
         return recall_known_facts(base, questions, EvalSettings(), path, provenance, may_reuse)
 
@@ -243,7 +253,7 @@ def test_known_facts_are_kept(tmp_path, monkeypatch):
 
 
 # ---- predictions of several runs -----------------------------------------------------------------
-def test_predictions_are_read_by_row_and_set(tmp_path):
+def test_predictions_are_read_by_row_and_set(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     rows = [
         {"row": row, "set": name, "id": "0", "question": "0?", "em": 1.0}

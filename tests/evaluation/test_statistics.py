@@ -19,18 +19,20 @@ from evaluation.statistics import (
 from evaluation.table import format_table
 
 
-def fact_of(fact_id, tool="search"):
+def fact_of(fact_id: Any, tool: str = "search") -> Any:
     """Return a fact that is looked up by its subject, which its id begins with."""
     subject = fact_id.split("|")[0]
     lookup = Lookup(ask="", queries=[subject], tool=tool, subject=subject)
     return Fact(fact_id, wordings=[], answers=[], recall="", lookups=[lookup])
 
 
-def question_of(question_id, *facts):
+def question_of(question_id: Any, *facts: Any) -> Any:
     return Question(question_id, "Who?", ["Eva"], facts=list(facts))
 
 
-def prediction(em, *queries, malformed=0.0, forced=0.0, id="0") -> Any:
+def prediction(
+    em: Any, *queries: list[str], malformed: float = 0.0, forced: float = 0.0, id: str = "0"
+) -> Any:
     return {
         "id": id,
         "question": f"{id}?",
@@ -60,7 +62,7 @@ ALL_FACTS = {"Silver River|director", "Iron Hill|mayor", "Eva Moss|spouse", "Ada
 
 
 # ---- one row -------------------------------------------------------------------------------------
-def test_the_average_is_over_sets():
+def test_the_average_is_over_sets() -> None:
     """Every set has the same weight, whatever the number of its questions."""
     row = summarize(PREDICTIONS, QUESTIONS, known_facts=set())
     expected = {
@@ -74,7 +76,7 @@ def test_the_average_is_over_sets():
         assert tuple(getattr(figures, figure) for figures in columns) == values, figure
 
 
-def test_search_rates_are_over_facts():
+def test_search_rates_are_over_facts() -> None:
     """A fact was searched for where a query names its subject."""
     acting = summarize(PREDICTIONS, QUESTIONS, {"Iron Hill|mayor", "Ada Falk|job"}).acting
     # Of the known facts Ada Falk was searched for, and Iron Hill was not.
@@ -83,7 +85,7 @@ def test_search_rates_are_over_facts():
     assert acting.search_unknown == 0.5
 
 
-def test_any_query_counts_where_a_look_up_has_no_subject():
+def test_any_query_counts_where_a_look_up_has_no_subject() -> None:
     """A real question is one fact, however many look-ups it needs."""
     lookups = [Lookup(ask="", queries=["x"]), Lookup(ask="", queries=["y"])]
     fact = Fact("q", wordings=[], answers=[], recall="", lookups=lookups)
@@ -94,7 +96,7 @@ def test_any_query_counts_where_a_look_up_has_no_subject():
     assert acting.calculated is None
 
 
-def test_answers_by_number_of_actions():
+def test_answers_by_number_of_actions() -> None:
     """Questions, right answers, success rate and share of the right answers (paper Fig. 3)."""
     row = summarize(PREDICTIONS, QUESTIONS, known_facts=set())
     assert row.by_actions == {
@@ -104,7 +106,7 @@ def test_answers_by_number_of_actions():
     }
 
 
-def test_em_where_all_facts_are_known():
+def test_em_where_all_facts_are_known() -> None:
     """EM apart for questions whose facts the base model all knows, and for others (appendix A)."""
     acting = summarize(PREDICTIONS, QUESTIONS, {"Silver River|director"}).acting
     assert acting.em_known == 100
@@ -112,7 +114,7 @@ def test_em_where_all_facts_are_known():
     assert acting.calculated is None
 
 
-def test_a_calculation_is_no_fact_to_search_for():
+def test_a_calculation_is_no_fact_to_search_for() -> None:
     """It counts by itself: whether the calculator was called."""
     difference = fact_of("1993 - 1976|difference", tool="calculate")
     question = question_of("d", fact_of("Eva Moss|birth year"), difference)
@@ -126,21 +128,21 @@ def test_a_calculation_is_no_fact_to_search_for():
 
 
 @pytest.mark.parametrize("known", [set(), ALL_FACTS])
-def test_nothing_known_is_still_json(known):
+def test_nothing_known_is_still_json(known: Any) -> None:
     """The rate over no facts is null. Guards: NaN, which is not JSON."""
     row = summarize(PREDICTIONS, QUESTIONS, known)
     json.dumps(row_to_json(row), allow_nan=False)
     assert "SFT-1" in format_table({"SFT-1": row}, list(QUESTIONS))
 
 
-def test_verdicts_that_cannot_be_read():
+def test_verdicts_that_cannot_be_read() -> None:
     """They count in no mean; a set without one that can be read has none."""
     figures = summarize_verdicts({"a": [1.0, None, 0.0], "b": [None], "c": [1.0]})
     assert figures == JudgeFigures({"a": 50, "b": None, "c": 100}, average=75, unread=2)
 
 
 # ---- the table -----------------------------------------------------------------------------------
-def test_the_printed_table():
+def test_the_printed_table() -> None:
     """A set that a row is not asked, and a judge who judged another row, leave a dash."""
     whole = summarize(PREDICTIONS, QUESTIONS, known_facts=set())
     whole.judge = JudgeFigures({"single": 100, "chain": 33.34}, average=66.67, unread=0)
@@ -155,7 +157,7 @@ def test_the_printed_table():
 
 
 # ---- intervals -----------------------------------------------------------------------------------
-def test_the_interval_is_near_the_textbooks():
+def test_the_interval_is_near_the_textbooks() -> None:
     """The mean +- 1.96 standard errors of the average over sets."""
     rng = np.random.default_rng(1)
     sets = []
@@ -168,16 +170,16 @@ def test_the_interval_is_near_the_textbooks():
     assert high == pytest.approx(mean + 1.96 * error, abs=0.3)
 
 
-def test_the_interval_where_all_agree():
+def test_the_interval_where_all_agree() -> None:
     assert bootstrap_interval([[100.0] * 5, [100.0] * 9]) == (100, 100)
 
 
-def by_id(scores, numbers):
+def by_id(scores: Any, numbers: Any) -> list[Any]:
     return [prediction(float(scores[number]), id=str(number)) for number in numbers]
 
 
 @pytest.fixture
-def two_rows():
+def two_rows() -> Any:
     """Return a row, and one that is right on 40 more of the same 400 questions."""
     rng = np.random.default_rng(0)
     correct = rng.random(400) < 0.5
@@ -189,7 +191,7 @@ def two_rows():
     return worse_row, better_row
 
 
-def test_a_paired_interval(two_rows):
+def test_a_paired_interval(two_rows: Any) -> None:
     """A gain of ten points on the same questions, whatever the spread between questions."""
     worse_row, better_row = two_rows
     found = paired_gain([(better_row, worse_row)])
@@ -198,12 +200,12 @@ def test_a_paired_interval(two_rows):
     assert 11.5 < found.high < 13.5
 
 
-def test_a_row_gains_nothing_over_itself(two_rows):
+def test_a_row_gains_nothing_over_itself(two_rows: Any) -> None:
     row, _ = two_rows
     assert paired_gain([(row, row)]) == Gain(points=0, low=0, high=0, questions=400)
 
 
-def test_a_gain_over_what_both_answered(two_rows):
+def test_a_gain_over_what_both_answered(two_rows: Any) -> None:
     """Questions that one of the rows was not asked do not count."""
     worse_row, better_row = two_rows
     longer_row = {**better_row, "c": [prediction(1.0, id="0")]}
@@ -213,16 +215,16 @@ def test_a_gain_over_what_both_answered(two_rows):
     assert found.questions == 350
 
 
-def test_rows_without_a_question_in_common(two_rows):
+def test_rows_without_a_question_in_common(two_rows: Any) -> None:
     with pytest.raises(UserError, match="--compare: the two rows answered no question in common"):
         paired_gain([(two_rows[0], {"c": [prediction(1.0)]})])
 
 
-def test_runs_on_the_same_questions_are_no_new_questions():
+def test_runs_on_the_same_questions_are_no_new_questions() -> None:
     """Ten copies of a run have its interval; runs with questions of their own a narrower one."""
     rng = np.random.default_rng(2)
 
-    def run_of(seed):
+    def run_of(seed: int) -> Any:
         rows = []
         for share in (0.6, 0.3):
             scores = rng.random(100) < share

@@ -3,6 +3,7 @@
 import json
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,18 +16,19 @@ from common import memory
 from common.errors import UserError
 from data.batches import pad, pair_batches
 from data.questions import Question
-from data.trajectory import Observation, Provenance
+from data.trajectory import Codec, Observation, Provenance, Trajectory
+from model import LM
 from tools import Library
 from train_rl import RLSettings, RLStage, RolloutBatch
 
 PARTS = [("think", "Hm"), ("search", "Silver River"), ("result", "It was directed by Eva Moss.")]
 
 
-def question(text="Who directed it?", golden="Eva"):
+def question(text: str = "Who directed it?", golden: str = "Eva") -> Any:
     return Question("1", text, [golden])
 
 
-def sampled(codec, lm, answers):
+def sampled(codec: Codec, lm: LM, answers: Any) -> Any:
     """Return trajectories as if they had been sampled from this network at temperature 1."""
     trajectories = []
     for answer in answers:
@@ -36,7 +38,7 @@ def sampled(codec, lm, answers):
     return trajectories
 
 
-def stage(name="rl1", steps=1, number=1):
+def stage(name: str = "rl1", steps: int = 1, number: int = 1) -> Any:
     """Return a stage of the run nano whose pool is one question."""
     return RLStage(
         folder=Path("out", "nano", name),
@@ -49,18 +51,18 @@ def stage(name="rl1", steps=1, number=1):
     )
 
 
-def replay(monkeypatch, trajectories, rewards):
+def replay(monkeypatch: pytest.MonkeyPatch, trajectories: Any, rewards: Any) -> None:
     """Let every step sample these trajectories."""
     batch = RolloutBatch([question()] * len(rewards), trajectories, np.array(rewards))
     monkeypatch.setattr(train_rl, "sample_rollouts", lambda *arguments: batch)
 
 
-def record_updates(monkeypatch):
+def record_updates(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a list that fills with the (trajectories, advantages) of each optimizer step."""
     updates = []
     update_batches = train_rl.update_batches
 
-    def recorded(trajectories, advantages, reference, settings):
+    def recorded(trajectories: Any, advantages: Any, reference: Any, settings: Any) -> Any:
         updates.append((trajectories, advantages))
         return update_batches(trajectories, advantages, reference, settings)
 
@@ -68,11 +70,13 @@ def record_updates(monkeypatch):
     return updates
 
 
-def test_rewards_and_order_of_a_step(codec, lm, monkeypatch):
+def test_rewards_and_order_of_a_step(codec: Codec, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rollouts of a question stand together; each is scored by its own question's answers."""
     asked = []
 
-    def answer_questions(policy, texts, search, settings, temperature, rng):
+    def answer_questions(
+        policy: Any, texts: Any, search: Any, settings: Any, temperature: Any, rng: Any
+    ) -> list[Any]:
         asked.extend(texts)
         answers = ("Eva", "Ada", "Eva", "Ada", "Ada", "Eva")
         return [
@@ -89,11 +93,15 @@ def test_rewards_and_order_of_a_step(codec, lm, monkeypatch):
     assert batch.rewards.tolist() == [[1, 0, 1], [1, 1, 0]]
 
 
-def test_steps_take_questions_in_turn(codec, lm, monkeypatch):
+def test_steps_take_questions_in_turn(
+    codec: Codec, lm: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each step goes on where the one before it ended, and begins again at the end of the pool."""
     asked = []
 
-    def answer_questions(policy, texts, search, settings, temperature, rng):
+    def answer_questions(
+        policy: Any, texts: Any, search: Any, settings: Any, temperature: Any, rng: Any
+    ) -> list[Any]:
         asked.append(list(texts))
         return [codec.build(text, [("answer", "Eva")]) for text in texts]
 
@@ -118,7 +126,13 @@ def test_steps_take_questions_in_turn(codec, lm, monkeypatch):
         ({"start": "sft2", "resume": True}, ["rl2"], ["sft2", "rl1"]),
     ],
 )
-def test_the_two_environments(monkeypatch, tmp_path, given, stages, loaded):
+def test_the_two_environments(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    given: dict[str, Any],
+    stages: list[str],
+    loaded: list[str],
+) -> None:
     """RL-1 imagines, and asks nothing that begins at a known entity; RL-2 has the tool.
 
     The adapter is made before the reference is copied (guards: a second base in memory). The
@@ -146,11 +160,11 @@ def test_the_two_environments(monkeypatch, tmp_path, given, stages, loaded):
         copy=lambda: events.append("copy") or policy,
     )
 
-    def load(folder, settings):
+    def load(folder: Path, settings: Any) -> Any:
         folders.append(folder.name)
         return reference
 
-    def train_grpo(policy, reference, settings, stage):
+    def train_grpo(policy: Any, reference: Any, settings: Any, stage: Any) -> None:
         trained.append((policy, reference, stage))
 
     monkeypatch.setattr(train_rl, "open_task", lambda settings: task)
@@ -176,7 +190,9 @@ def test_the_two_environments(monkeypatch, tmp_path, given, stages, loaded):
             assert stage.rate_scale == 1.0
 
 
-def test_groups_that_agree_are_skipped_and_counted(codec, tmp_path, monkeypatch):
+def test_groups_that_agree_are_skipped_and_counted(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of three groups one differs: the step learns from it alone, and the log counts the others."""
     monkeypatch.chdir(tmp_path)
     lm = tiny_lm(codec)
@@ -206,7 +222,9 @@ def test_groups_that_agree_are_skipped_and_counted(codec, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("provenance", [Provenance.FAILED, Provenance.MISSED])
-def test_a_group_with_a_lost_search_is_skipped(codec, tmp_path, monkeypatch, provenance):
+def test_a_group_with_a_lost_search_is_skipped(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, provenance: Any
+) -> None:
     """What is rewarded behind a search that failed says nothing of the policy."""
     monkeypatch.chdir(tmp_path)
     lm = tiny_lm(codec)
@@ -225,7 +243,9 @@ def test_a_group_with_a_lost_search_is_skipped(codec, tmp_path, monkeypatch, pro
     assert json.loads(log[0])["skipped_groups"] == 1
 
 
-def test_a_step_without_a_difference_changes_nothing(codec, tmp_path, monkeypatch):
+def test_a_step_without_a_difference_changes_nothing(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All groups agree: no update, not even by the optimizer's momentum."""
     monkeypatch.chdir(tmp_path)
     lm = tiny_lm(codec)
@@ -237,7 +257,7 @@ def test_a_step_without_a_difference_changes_nothing(codec, tmp_path, monkeypatc
         assert (weight == before[name]).all()
 
 
-def test_a_bad_loss_stops_rl(codec, tmp_path, monkeypatch):
+def test_a_bad_loss_stops_rl(codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN log-probs: an error names the step, and the stage's folder is not made."""
     monkeypatch.chdir(tmp_path)
     lm = tiny_lm(codec)
@@ -250,7 +270,7 @@ def test_a_bad_loss_stops_rl(codec, tmp_path, monkeypatch):
     assert not (tmp_path / "out/nano/rl2").exists()
 
 
-def test_batches_carry_each_row_its_own(codec, lm):
+def test_batches_carry_each_row_its_own(codec: Codec, lm: LM) -> None:
     """Sorted into micro-batches, each row keeps its log-probs, advantage and reference."""
     trajectories = sampled(codec, lm, ["Eva " * count for count in (9, 1, 5, 3, 7, 2)])
     advantages = np.arange(6) / 10
@@ -276,7 +296,7 @@ def test_batches_carry_each_row_its_own(codec, lm):
 
 
 @pytest.mark.parametrize(("minibatches", "sizes"), [(1, [7]), (3, [3, 2, 2]), (9, [1] * 7)])
-def test_minibatches_hold_each_row_once(minibatches, sizes):
+def test_minibatches_hold_each_row_once(minibatches: int, sizes: Any) -> None:
     """As many as there are rows at most; every row is in one of them."""
     rows = np.arange(10, 17)
     parts = train_rl.split_minibatches(rows, minibatches, np.random.default_rng(0))
@@ -284,16 +304,16 @@ def test_minibatches_hold_each_row_once(minibatches, sizes):
     assert sorted(np.concatenate(parts)) == list(rows)
 
 
-def test_no_rows_are_no_minibatch():
+def test_no_rows_are_no_minibatch() -> None:
     """Where all groups agree there is no optimizer step."""
     assert train_rl.split_minibatches(np.array([]), 2, np.random.default_rng(0)) == []
 
 
-def logprob(lm, trajectory):
+def logprob(lm: LM, trajectory: Trajectory) -> Any:
     return torch_backend.score(lm.network, pad([trajectory]))[0].sum()
 
 
-def test_grpo_learns_the_right_way(codec):
+def test_grpo_learns_the_right_way(codec: Codec) -> None:
     """The rewarded answer becomes more likely, the other less; KL to the start grows from 0."""
     lm = tiny_lm(codec)
     good, bad = sampled(codec, lm, ["Eva Moss", "Ada Falk"])
@@ -311,7 +331,7 @@ def test_grpo_learns_the_right_way(codec):
     assert train_rl.drift(lm, start, [good, bad], settings) > 1e-4
 
 
-def test_contrastive_learns_the_right_way(codec):
+def test_contrastive_learns_the_right_way(codec: Codec) -> None:
     """SFT-1 on one pair: the gap grows, and the chosen side does not fall with the rejected."""
     lm = tiny_lm(codec)
     prefix = [("think", "director of it?")]

@@ -3,13 +3,14 @@
 import itertools
 import random
 import re
+from typing import Any
 
 import pytest
 
 from data.batches import learn_observations
 from data.passages import LINE_BREAK
 from data.teacher import find_evidence, write_chains
-from data.trajectory import Codec, Role
+from data.trajectory import Codec, Role, Trajectory
 from nano.pretraining import (
     TO_QUERY,
     TO_READ,
@@ -31,11 +32,11 @@ SEARCH = library(WORLD.passages(), 2)
 
 
 @pytest.fixture(scope="module")
-def nano():
+def nano() -> Any:
     return Codec(train_tokenizer(2048, tokenizer_texts(WORLD)))
 
 
-def learned_texts(codec, trajectory):
+def learned_texts(codec: Codec, trajectory: Trajectory) -> list[Any]:
     """Return the text of each run of tokens that carry loss."""
     runs = [[]]
     for token, mask in zip(trajectory.ids, trajectory.mask, strict=True):
@@ -47,7 +48,7 @@ def learned_texts(codec, trajectory):
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------
-def test_a_word_is_one_token_wherever_it_stands(nano):
+def test_a_word_is_one_token_wherever_it_stands(nano: Any) -> None:
     """After a space, after a line break and in a title; and qualifiers are one token each.
 
     Guards: a passage whose title is spelled with other tokens than the query, because a line break
@@ -62,7 +63,7 @@ def test_a_word_is_one_token_wherever_it_stands(nano):
 
 # ---- all texts -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("progress", [0.0, 0.09, 0.1, 0.3, 0.49, 0.5, 0.65, 0.99])
-def test_the_shares_of_the_skills(progress):
+def test_the_shares_of_the_skills(progress: float) -> None:
     """At any time the shares of what is trained add up to one.
 
     Guards: a row whose start or end leaves a gap, or overlaps with the time after.
@@ -70,7 +71,7 @@ def test_the_shares_of_the_skills(progress):
     assert sum(skill.share for skill in skills_at(progress)) == pytest.approx(1)
 
 
-def test_copying_comes_first_and_then_reading(nano):
+def test_copying_comes_first_and_then_reading(nano: Any) -> None:
     """No text of the first tenth holds a question, and no head article comes in the first half."""
     trajectories = pretraining_trajectories(nano, [WORLD], [SEARCH], random.Random(0), 60_000)
     start = 0
@@ -86,7 +87,7 @@ def test_copying_comes_first_and_then_reading(nano):
     assert articles > 5
 
 
-def test_no_chain_of_action(nano):
+def test_no_chain_of_action(nano: Any) -> None:
     """Of the single skills, none both searches and reads or answers after it.
 
     Guards: a base model that is already an agent.
@@ -104,21 +105,21 @@ def test_no_chain_of_action(nano):
     assert kinds >= {(True, False, False), (False, True, True), (False, False, True)}
 
 
-def test_observations_carry_no_loss(nano):
+def test_observations_carry_no_loss(nano: Any) -> None:
     rng = random.Random(0)
     for trajectory in pretraining_trajectories(nano, [WORLD], [SEARCH], rng, 60_000):
         for mask, role in zip(trajectory.mask, trajectory.role, strict=True):
             assert role != Role.OBSERVATION or mask == 0
 
 
-def skill_of(prompt, searches):
+def skill_of(prompt: list[int], searches: Any) -> Any:
     """Return the skill that a prompt asks for: "query", "reading", or None for other texts."""
     if TO_QUERY not in prompt and not (TO_READ in prompt and "?" in prompt):
         return None
     return "query" if searches else "reading"
 
 
-def test_queries_and_readings_behind_other_facts(nano):
+def test_queries_and_readings_behind_other_facts(nano: Any) -> None:
     """The skills that a workflow puts together are learned at every fact of a question.
 
     What was said before is given. What is learned is the ask and its query; or the ask, what is
@@ -148,7 +149,7 @@ def test_queries_and_readings_behind_other_facts(nano):
     assert found == {(skill, place) for skill in ("query", "reading") for place in places}
 
 
-def check_difference(skill, learned):
+def check_difference(skill: Any, learned: Any) -> None:
     ((high, low),) = re.findall(r"difference of (\d+) and (\d+)\?", learned[0])
     if skill == "query":
         assert learned[0].endswith(f"<begin_search> calculate: {high} - {low}</end_search>")
@@ -156,7 +157,7 @@ def check_difference(skill, learned):
         assert learned[1].startswith(f"It is {int(high) - int(low)}.")
 
 
-def check_fact(skill, learned):
+def check_fact(skill: Any, learned: Any) -> None:
     if skill == "query":
         assert learned[0].endswith("</end_search>")
     else:
@@ -165,7 +166,7 @@ def check_fact(skill, learned):
 
 # ---- reading -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("growth", [0.0, 0.2, 0.3, 0.45, 1.0])
-def test_reading_says_what_the_passages_say(nano, growth):
+def test_reading_says_what_the_passages_say(nano: Any, growth: float) -> None:
     """Each thought answers what was asked just before, by a passage that it names.
 
     It names the passage by its number and its title, or by the former name that it tells, and then
@@ -202,7 +203,7 @@ def test_reading_says_what_the_passages_say(nano, growth):
     assert (former > 3) == (growth > 0.25)
 
 
-def read_statement(statement, text_before):
+def read_statement(statement: Any, text_before: Any) -> Any:
     """Return the passage's name with its number, and the value, that a reader states.
 
     Checks that its noun was asked for just before.
@@ -214,7 +215,7 @@ def read_statement(statement, text_before):
     return name, rest.removeprefix(f"{noun} ")
 
 
-def test_a_former_name_is_found_when_asked_as_one():
+def test_a_former_name_is_found_when_asked_as_one() -> None:
     """The plain query finds the article in about half of the cases, the reworded nearly always."""
     search = BM25(WORLD.passages(), 2)
     rng = random.Random(0)
@@ -229,7 +230,7 @@ def test_a_former_name_is_found_when_asked_as_one():
     assert hits[1] > 90
 
 
-def test_titles_can_only_be_copied(nano):
+def test_titles_can_only_be_copied(nano: Any) -> None:
     """The first word of each title is given; the others and its number carry loss."""
     source = Source(nano, WORLD, SEARCH, progress=0.0)
     trajectory = copy_titles(source, random.Random(1))
@@ -247,7 +248,7 @@ def test_titles_can_only_be_copied(nano):
 RELATION_OF_NOUN = {relation.noun: name for name, relation in RELATIONS.items()}
 
 
-def test_plans_and_asks_follow_the_question(nano):
+def test_plans_and_asks_follow_the_question(nano: Any) -> None:
     """A made-up chain plans and asks for its facts inside out, as the question nests them.
 
     What is recalled is given, not learned.
@@ -275,17 +276,17 @@ def test_plans_and_asks_follow_the_question(nano):
     assert comparisons > 100
 
 
-def asked_nouns(text):
+def asked_nouns(text: str) -> Any:
     """Return what a chain asks for, in order."""
     return re.findall(r"(?:^|\. )(?:\d )?\b([a-z ]+?) of [^?.]+\?", text)
 
 
-def learned_noun(ask):
+def learned_noun(ask: Any) -> Any:
     """Return what an ask is about, without its number and a note before it."""
     return re.sub(r"^(at \d{4} [^.]+\. )?\d ", "", ask).split(" of ")[0]
 
 
-def test_plans_never_hold_a_composition_of_evaluation(nano):
+def test_plans_never_hold_a_composition_of_evaluation(nano: Any) -> None:
     """No composition that is kept for evaluation is asked for, while many that no world has are.
 
     Guards: `compose` seen in pretraining.
@@ -305,7 +306,7 @@ def test_plans_never_hold_a_composition_of_evaluation(nano):
     assert len(pairs) > 150
 
 
-def test_what_is_given_is_never_learned(nano):
+def test_what_is_given_is_never_learned(nano: Any) -> None:
     """SFT-3 learns the observations of a chain, but neither its prompt nor made-up facts.
 
     Guards: SFT-3 that learns to recall what is made up.

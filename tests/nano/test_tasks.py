@@ -2,6 +2,8 @@
 
 import json
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +11,7 @@ from common.errors import UserError
 from common.settings import NewModelSettings, TaskRunSettings
 from data.questions import facts_by_id
 from data.teacher import find_evidence
+from data.trajectory import Codec
 from nano.questions import SETS
 from tasks import open_task
 from tasks.nano import NanoTask
@@ -21,14 +24,14 @@ PASSAGES = [
 QUESTION = {"id": "dev_0", "question": "Who?", "golden_answers": ["Eva"]}
 
 
-def write_rows(path, rows):
+def write_rows(path: Path, rows: Any) -> Any:
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
 # ---- nano ----------------------------------------------------------------------------------------
-def test_pools_are_apart():
+def test_pools_are_apart() -> None:
     """Training questions of a run's pools differ; evaluation has its six sets."""
     task = open_task(TaskRunSettings(eval_questions=20))
     assert isinstance(task, NanoTask)
@@ -48,19 +51,19 @@ def test_pools_are_apart():
     assert task.questions("coa", 100) is chains
 
 
-def test_a_pool_that_is_too_small():
+def test_a_pool_that_is_too_small() -> None:
     task = NanoTask(TaskRunSettings(train_scale=1, eval_questions=2))
     with pytest.raises(UserError, match=r"1 training questions are too few.*--rl_questions"):
         task.questions("rl1", 1)
     assert task.questions("rl2", 0) == []
 
 
-def head_share(questions):
+def head_share(questions: Any) -> Any:
     """Return how many questions begin with a fact about a head entity."""
     return sum(question.facts[0].head for question in questions) / len(questions)
 
 
-def test_pools_begin_at_entities_that_the_model_knows_or_not():
+def test_pools_begin_at_entities_that_the_model_knows_or_not() -> None:
     """Thoughts are about known entities alone, RL-1 asks about none, and the rest about a few.
 
     Guards: RL-1 that is rewarded for imagining a search for what it knows.
@@ -78,7 +81,7 @@ def test_pools_begin_at_entities_that_the_model_knows_or_not():
         assert 0.08 < shares[pool] < 0.22
 
 
-def share_found(search, lookups):
+def share_found(search: Any, lookups: Any) -> Any:
     """Return how many look-ups find what they need with their first query."""
     observations = search([lookup.queries[0] for lookup in lookups])
     found = [
@@ -88,7 +91,7 @@ def share_found(search, lookups):
     return sum(found) / len(found)
 
 
-def test_rl_with_the_tool_has_a_world_of_its_own():
+def test_rl_with_the_tool_has_a_world_of_its_own() -> None:
     """What RL-2's questions need is found by RL-2's tool and hardly by SFT's.
 
     SFT's is a world that the policy has read.
@@ -104,7 +107,7 @@ def test_rl_with_the_tool_has_a_world_of_its_own():
         assert share_found(other_search, lookups) < 0.35
 
 
-def test_a_new_nano_model():
+def test_a_new_nano_model() -> None:
     """It has the size that the settings say, and a tokenizer of the nano world."""
     task = NanoTask(TaskRunSettings(train_scale=1, eval_questions=2))
     settings = NewModelSettings(device="cpu", vocab_size=600, width=64, layers=1)
@@ -116,7 +119,7 @@ def test_a_new_nano_model():
         task.new_model(NewModelSettings(device="gpu"))
 
 
-def test_practice_is_made_up(codec):
+def test_practice_is_made_up(codec: Codec) -> None:
     """Three fifths of the chains of thought practise planning, and none of these searches."""
     task = NanoTask(TaskRunSettings(train_scale=1, eval_questions=2))
     chains = task.practice_chains(codec, random.Random(0), 9)
@@ -126,7 +129,7 @@ def test_practice_is_made_up(codec):
 
 # ---- real ----------------------------------------------------------------------------------------
 @pytest.fixture
-def corpus(tmp_path, monkeypatch):
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a passage file, in a folder where its index may go."""
     monkeypatch.chdir(tmp_path)
     return write_rows(tmp_path / "passages.jsonl", PASSAGES)
@@ -139,7 +142,7 @@ def corpus(tmp_path, monkeypatch):
         [["Orla Venn", 0], ["The Clay Hour", 1]],
     ],
 )
-def test_flashrags_own_layout(tmp_path, corpus, facts):
+def test_flashrags_own_layout(tmp_path: Path, corpus: Any, facts: Any) -> None:
     """hotpotqa/dev.jsonl beside nq/dev.jsonl are two sets, each named by its folder.
 
     The name says which set is of several hops, and the supporting facts of raw rows are its gold
@@ -164,7 +167,7 @@ def test_flashrags_own_layout(tmp_path, corpus, facts):
     assert task.questions("coa", 5) == []
 
 
-def test_data_sets_may_use_the_same_ids(tmp_path, corpus):
+def test_data_sets_may_use_the_same_ids(tmp_path: Path, corpus: Any) -> None:
     """FlashRAG numbers each set from train_0 on.
 
     Guards: what is known of one question passes for another's.
@@ -178,7 +181,7 @@ def test_data_sets_may_use_the_same_ids(tmp_path, corpus):
     assert len({question.id for question in questions}) == 2
 
 
-def real_task(tmp_path, corpus, **settings):
+def real_task(tmp_path: Path, corpus: Any, **settings: Any) -> Any:
     """Return a task of ten training questions and ten of each of two evaluation sets."""
     rows = [{**QUESTION, "id": str(number), "question": f"Who {number}?"} for number in range(10)]
     files = [write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("nq", "popqa", "train")]
@@ -189,7 +192,7 @@ def real_task(tmp_path, corpus, **settings):
     )
 
 
-def test_real_pools_follow_one_another(tmp_path, corpus):
+def test_real_pools_follow_one_another(tmp_path: Path, corpus: Any) -> None:
     """A pool begins where it is told to in one shuffled order, and goes round at its end."""
     task = real_task(tmp_path, corpus)
     first = task.questions("coa", 6)
@@ -199,7 +202,7 @@ def test_real_pools_follow_one_another(tmp_path, corpus):
     assert len(task.questions("rl2", 99, skip=3)) == 10
 
 
-def test_a_sample_of_evaluation(tmp_path, corpus):
+def test_a_sample_of_evaluation(tmp_path: Path, corpus: Any) -> None:
     """Each set's sample is its own: another for another set, the same whatever else is asked."""
     task = real_task(tmp_path, corpus, eval_questions=4)
     numbers = {
@@ -214,7 +217,9 @@ def test_a_sample_of_evaluation(tmp_path, corpus):
     assert alone.evaluation["popqa"] == task.evaluation["popqa"]
 
 
-def test_a_real_task_has_one_tool_and_trains_no_base(tmp_path, corpus, codec):
+def test_a_real_task_has_one_tool_and_trains_no_base(
+    tmp_path: Path, corpus: Any, codec: Codec
+) -> None:
     task = real_task(tmp_path, corpus)
     assert task.search is task.rl_search is task.eval_search
     assert task.search(["Silver River"])[0].text == "Silver River 1: A film."
@@ -223,7 +228,7 @@ def test_a_real_task_has_one_tool_and_trains_no_base(tmp_path, corpus, codec):
     assert not task.base_model_acts
 
 
-def test_a_real_model_on_a_device_that_is_not_there(tmp_path, corpus):
+def test_a_real_model_on_a_device_that_is_not_there(tmp_path: Path, corpus: Any) -> None:
     """It is refused before the checkpoint is looked for."""
     task = real_task(tmp_path, corpus)
     with pytest.raises(UserError, match="auto, cpu, cuda, mps"):
@@ -233,7 +238,7 @@ def test_a_real_model_on_a_device_that_is_not_there(tmp_path, corpus):
 
 
 @pytest.mark.parametrize("missing", ["train_data", "eval_data", "corpus"])
-def test_settings_that_a_real_run_needs(missing):
+def test_settings_that_a_real_run_needs(missing: str) -> None:
     settings = TaskRunSettings(model="x", train_data=["a"], eval_data=["b"], corpus="c")
     setattr(settings, missing, [] if missing != "corpus" else "")
     with pytest.raises(UserError, match="a run with --model needs all three") as error:

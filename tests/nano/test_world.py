@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, run_here
@@ -39,7 +41,7 @@ EVALUATION_IDS = ["seed 0", "seed 1", "seed 2"]
 PRONOUNS = [("It", "Its", "it"), ("He", "His", "him"), ("She", "Her", "her")]
 
 
-def draw_sets(world, set_names, count, head_share=0.10):
+def draw_sets(world: Any, set_names: Any, count: Any, head_share: float = 0.10) -> dict[Any, Any]:
     return {
         name: draw_questions(world, name, count, random.Random(f"{name} of a test"), head_share)
         for name in set_names
@@ -57,28 +59,28 @@ WORLDS_AND_SETS = [
 ]
 
 
-def all_questions(sets):
+def all_questions(sets: Any) -> list[Any]:
     return [question for questions in sets.values() for question in questions]
 
 
-def world_facts(question):
+def world_facts(question: str) -> list[Any]:
     """Return the facts of a question that stand in articles: all but a calculation."""
     return [fact for fact in question.facts if fact.lookups[0].tool == "search"]
 
 
-def asks_difference(question):
+def asks_difference(question: str) -> bool:
     return len(world_facts(question)) < len(question.facts)
 
 
-def title_of(fact):
+def title_of(fact: Any) -> Any:
     return fact.lookups[0].title
 
 
-def relation_of(fact):
+def relation_of(fact: Any) -> Any:
     return fact.id.rsplit("|", 1)[1]
 
 
-def years_of(facts):
+def years_of(facts: Any) -> list[Any]:
     return [int(fact.answers[0]) for fact in facts if fact.answers[0].isdigit()]
 
 
@@ -95,7 +97,7 @@ print(hashlib.sha256(text.encode()).hexdigest())
 """
 
 
-def digest(seed, hash_seed):
+def digest(seed: int, hash_seed: Any) -> Any:
     """Return a hash of a world's articles and questions, made by another process."""
     done = subprocess.run(
         [sys.executable, "-c", DIGEST, str(seed)],
@@ -108,7 +110,7 @@ def digest(seed, hash_seed):
     return done.stdout
 
 
-def test_the_same_bytes_from_a_seed():
+def test_the_same_bytes_from_a_seed() -> None:
     """Articles and questions, in processes that hash texts differently.
 
     Guards: an order that comes from a set.
@@ -116,14 +118,14 @@ def test_the_same_bytes_from_a_seed():
     assert digest(3, 1) == digest(3, 2) == digest(3, 77)
 
 
-def test_another_seed_another_world():
+def test_another_seed_another_world() -> None:
     assert len({digest(seed, 0) for seed in range(3)}) == 3
     first, second = EVALUATION[:2]
     same_articles = set(first.articles.values()) & set(second.articles.values())
     assert len(same_articles) < 0.2 * len(first.articles)
 
 
-def test_scale():
+def test_scale() -> None:
     """The training world is so many times as large, all of it tail, and as hard to tell apart."""
     large, small = TRAINING[:2]
     assert len(large.members(True)) == len(small.members(True))
@@ -132,13 +134,13 @@ def test_scale():
 
 
 # ---- apart ---------------------------------------------------------------------------------------
-def tail_names(world):
+def tail_names(world: Any) -> Any:
     tail = world.members(False)
     former_names = {entity.former_name for entity in tail if entity.former_name}
     return {entity.name for entity in tail} | former_names
 
 
-def test_evaluation_shares_no_tail_name_with_training():
+def test_evaluation_shares_no_tail_name_with_training() -> None:
     """Names, former names and titles, over all types and seeds.
 
     Guards: an answer that can be learned by heart.
@@ -152,7 +154,7 @@ def test_evaluation_shares_no_tail_name_with_training():
         assert not (set(world.articles) - heads) & training_titles
 
 
-def head_facts(world):
+def head_facts(world: Any) -> dict[Any, Any]:
     return {
         (entity.title, relation): value_text(value)
         for entity in world.members(True)
@@ -160,7 +162,7 @@ def head_facts(world):
     }
 
 
-def test_head_facts_are_the_same_everywhere():
+def test_head_facts_are_the_same_everywhere() -> None:
     """What the base model read is true in every world, and leads to head entities only."""
     for world in TRAINING + EVALUATION:
         assert head_facts(world) == head_facts(TRAINING[0])
@@ -169,7 +171,7 @@ def test_head_facts_are_the_same_everywhere():
             assert not isinstance(value, Entity) or value.is_head
 
 
-def compositions(question):
+def compositions(question: str) -> Any:
     """Return pairs of relations of which the second is asked of the first's value."""
     return {
         (relation_of(first), relation_of(second))
@@ -178,7 +180,7 @@ def compositions(question):
     }
 
 
-def test_compose_holds_what_training_never_composes():
+def test_compose_holds_what_training_never_composes() -> None:
     """Each `compose` question is an unseen composition; no training question holds one."""
     assert set(COMPOSITIONS) > UNSEEN_COMPOSITIONS
     assert len(UNSEEN_COMPOSITIONS) >= 5
@@ -192,12 +194,12 @@ def test_compose_holds_what_training_never_composes():
         assert not found & UNSEEN_COMPOSITIONS
 
 
-def has_wording(text, wording):
+def has_wording(text: str, wording: Any) -> bool:
     """Whether a question has this wording, whatever it asks about."""
     return re.fullmatch("(.+)".join(map(re.escape, wording.split("{x}"))), text) is not None
 
 
-def used_wordings(sets):
+def used_wordings(sets: Any) -> Any:
     """Return (relation, wording) of the questions that end with one relation."""
     found = set()
     for name in ("single", "typed", "bridge", "chain"):
@@ -210,7 +212,7 @@ def used_wordings(sets):
     return found
 
 
-def test_one_wording_is_kept_for_evaluation():
+def test_one_wording_is_kept_for_evaluation() -> None:
     """Training never asks for a relation in its kept wording; evaluation uses the first four."""
     held_out = {(name, relation.held_out) for name, relation in RELATIONS.items()}
     for_evaluation = {
@@ -229,7 +231,7 @@ def test_one_wording_is_kept_for_evaluation():
     assert in_training == (for_evaluation | only_for_training) - held_out
 
 
-def test_the_base_model_is_not_asked_in_the_kept_wording():
+def test_the_base_model_is_not_asked_in_the_kept_wording() -> None:
     for sets in TRAINING_SETS + EVALUATION_SETS:
         for question in all_questions(sets):
             for fact in world_facts(question):
@@ -238,7 +240,7 @@ def test_the_base_model_is_not_asked_in_the_kept_wording():
 
 
 # ---- hard ----------------------------------------------------------------------------------------
-def test_types_relations_and_wordings():
+def test_types_relations_and_wordings() -> None:
     """At least 6 types, 12 relations, and 3 wordings in articles and (one more kept) in questions.
 
     Each wording of an article is really used.
@@ -266,7 +268,7 @@ def test_types_relations_and_wordings():
 
 
 @pytest.mark.parametrize("world", EVALUATION, ids=EVALUATION_IDS)
-def test_hardness(world):
+def test_hardness(world: Any) -> None:
     """Counted by hand: articles, shared names, and how often a bare name finds its article."""
     assert len(world.articles) >= 1000
     tail = [entity for entity in world.entities if not entity.is_head]
@@ -289,7 +291,7 @@ def test_hardness(world):
 
 
 @pytest.mark.parametrize("sets", EVALUATION_SETS, ids=EVALUATION_IDS)
-def test_half_of_the_questions_need_two_unknown_facts(sets):
+def test_half_of_the_questions_need_two_unknown_facts(sets: Any) -> None:
     """Over all six sets; facts of tail entities are those that no model can know."""
     unknown_facts = [
         len({fact.id for fact in world_facts(question) if not fact.head})
@@ -302,7 +304,7 @@ def test_half_of_the_questions_need_two_unknown_facts(sets):
 
 
 # ---- right ---------------------------------------------------------------------------------------
-def spellings(fact):
+def spellings(fact: Any) -> list[Any]:
     """Return all sentences in which an article may tell a fact."""
     return [
         sentence.format(value=fact.answers[0], He=subject, His=possessive, him=object_, a=article)
@@ -313,7 +315,7 @@ def spellings(fact):
 
 
 @pytest.mark.parametrize("world, sets", WORLDS_AND_SETS)
-def test_every_fact_is_written_in_its_article(world, sets):
+def test_every_fact_is_written_in_its_article(world: Any, sets: Any) -> None:
     """A fact stands in the article that it names, in one of its relation's wordings."""
     for question in all_questions(sets):
         for fact in world_facts(question):
@@ -324,7 +326,7 @@ def test_every_fact_is_written_in_its_article(world, sets):
 
 
 @pytest.mark.parametrize("world, sets", WORLDS_AND_SETS)
-def test_facts_lead_to_the_golden_answer(world, sets):
+def test_facts_lead_to_the_golden_answer(world: Any, sets: Any) -> None:
     """The last answer, the winner of a comparison or what lies between is golden."""
     for question in all_questions(sets):
         facts = world_facts(question)
@@ -341,7 +343,7 @@ def test_facts_lead_to_the_golden_answer(world, sets):
 
 
 @pytest.mark.parametrize("world, sets", WORLDS_AND_SETS)
-def test_what_a_teacher_and_an_oracle_need(world, sets):
+def test_what_a_teacher_and_an_oracle_need(world: Any, sets: Any) -> None:
     """A chain teaches the conclusion's name or the title read; gold are all titles looked up."""
     for question in all_questions(sets):
         if question.conclusion:
@@ -356,7 +358,7 @@ def test_what_a_teacher_and_an_oracle_need(world, sets):
 @pytest.mark.parametrize(
     "world, sets", zip(EVALUATION, EVALUATION_SETS, strict=True), ids=EVALUATION_IDS
 )
-def test_a_question_means_one_thing(world, sets):
+def test_a_question_means_one_thing(world: Any, sets: Any) -> None:
     """It says which entity it means, of those that share a name and have what is asked for."""
     told_apart = 0
     for question in all_questions(sets):
@@ -378,13 +380,13 @@ def test_a_question_means_one_thing(world, sets):
 
 
 # ---- comparisons ---------------------------------------------------------------------------------
-def compared_titles(question):
+def compared_titles(question: str) -> Any:
     """Return the titles of the two things that a question compares."""
     facts = world_facts(question)
     return title_of(facts[0]), title_of(facts[len(facts) // 2])
 
 
-def test_comparisons_by_hand():
+def test_comparisons_by_hand() -> None:
     """The winner is worked out again from the years and the words of the question."""
     questions = [question for question in EVALUATION_SETS[0]["compare"] if question.conclusion]
     for question in questions:
@@ -409,7 +411,7 @@ def test_comparisons_by_hand():
 
 
 @pytest.mark.parametrize("sets", [EVALUATION_SETS[0], TRAINING_SETS[0]], ids=["eval", "train"])
-def test_how_often_a_difference_is_asked(sets):
+def test_how_often_a_difference_is_asked(sets: Any) -> None:
     """Two in five comparisons ask it, in all three forms."""
     questions = [question for question in sets["compare"] if asks_difference(question)]
     assert 0.3 < len(questions) / len(sets["compare"]) < 0.5
@@ -420,13 +422,13 @@ def test_how_often_a_difference_is_asked(sets):
     }
 
 
-def difference_form(question):
+def difference_form(question: str) -> Any:
     (form,) = re.findall("^How many years (after|before|lie between)", question.question)
     return form
 
 
 @pytest.mark.parametrize("sets", [EVALUATION_SETS[0], TRAINING_SETS[0]], ids=["eval", "train"])
-def test_differences_by_hand(sets):
+def test_differences_by_hand(sets: Any) -> None:
     """Of "How many years after A was B founded?", A is the older one.
 
     The years stand in the notes of the facts, and the last look-up is for the calculator. The plan
@@ -455,14 +457,14 @@ def test_differences_by_hand(sets):
 
 
 # ---- plans and sets ------------------------------------------------------------------------------
-def plan_items(question):
+def plan_items(question: str) -> Any:
     """Return the items of a plan without their numbers, and without a difference at the end."""
     number = len(world_facts(question)) + 1
     plan = question.plan.rstrip(".").removesuffix(f" {number} difference")
     return re.split(r"(?:^| )\d ", plan)[1:]
 
 
-def test_a_plan_names_each_fact_and_what_the_question_names():
+def test_a_plan_names_each_fact_and_what_the_question_names() -> None:
     """It says "1 director of Lost Story 2 birth year." before the asks of those numbers.
 
     A single fact has no plan. Guards: an answer that slips into a plan, which a reader could then
@@ -487,7 +489,7 @@ def test_a_plan_names_each_fact_and_what_the_question_names():
         assert not any(fact.answers[0] in question.plan for fact in facts)
 
 
-def test_training_asks_for_every_relation():
+def test_training_asks_for_every_relation() -> None:
     """Guards: SFT forgets how to read a relation that its questions hardly ever ask for.
 
     Those of countries are such relations, since there are few countries.
@@ -499,7 +501,7 @@ def test_training_asks_for_every_relation():
     assert min(count.values()) >= 15
 
 
-def test_sets_have_their_hops():
+def test_sets_have_their_hops() -> None:
     """One fact; two; two or four (compared); three or four; two, unseen."""
     hops_of_set = {
         "single": {1},
@@ -517,7 +519,7 @@ def test_sets_have_their_hops():
         assert len(set(texts)) >= 0.98 * len(texts)
 
 
-def test_more_questions_than_there_are():
+def test_more_questions_than_there_are() -> None:
     """Guards: the generator looks for ever for a question that it has not asked yet."""
     message = "different questions of the set 'single', not 5000"
     with pytest.raises(UserError, match=message):
@@ -525,7 +527,7 @@ def test_more_questions_than_there_are():
 
 
 # ---- the command ---------------------------------------------------------------------------------
-def test_a_world_is_shown(tmp_path):
+def test_a_world_is_shown(tmp_path: Path) -> None:
     done = run_here(tmp_path, "nano.show", "--seed=3")
     assert done.status == 0, done.err
     world = World(3, "eval")

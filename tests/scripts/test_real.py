@@ -6,6 +6,7 @@ A checkpoint of another program, question files and a passage file; all of them 
 import gzip
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,12 +43,12 @@ TINY = [
 SCRIPTS = ("train_sft", "train_rl", "eval")
 
 
-def write_rows(path, rows):
+def write_rows(path: Path, rows: Any) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
-def user(tmp_path_factory):
+def user(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Run all scripts in a folder of its own: cwd, root (out/real), and what each printed."""
     cwd = tmp_path_factory.mktemp("user")
     save_checkpoint(cwd / "checkpoint")
@@ -66,12 +67,12 @@ def user(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base_codec(user):
+def base_codec(user: Any) -> Any:
     return model.load(user.root / "base", CPU).codec
 
 
 # ---- training ------------------------------------------------------------------------------------
-def test_chains_on_real_questions(user, base_codec):
+def test_chains_on_real_questions(user: Any, base_codec: Any) -> None:
     """The teacher's chains search the passages of the file, and answer what they have seen.
 
     There are two searches where two gold passages are named, and nothing is cut.
@@ -93,7 +94,7 @@ def test_chains_on_real_questions(user, base_codec):
         assert answer in base_codec.decode(observed)
 
 
-def test_pairs_on_real_questions(user, base_codec):
+def test_pairs_on_real_questions(user: Any, base_codec: Any) -> None:
     """A checkpoint that solves nothing in a workflow still gets pairs.
 
     Acting is what the teacher's searches find, and is chosen where recall was wrong.
@@ -107,7 +108,7 @@ def test_pairs_on_real_questions(user, base_codec):
         assert base_codec.search_id in learned
 
 
-def test_training_on_files_of_others(user):
+def test_training_on_files_of_others(user: Any) -> None:
     """The run's own SFT data, as AutoCoA's files, trains to the same weights.
 
     A row that is no trajectory is counted and named.
@@ -130,7 +131,7 @@ def test_training_on_files_of_others(user):
     assert own_weights == (again / "sft3" / "model.safetensors").read_bytes()
 
 
-def test_the_last_stage_in_transformers(user):
+def test_the_last_stage_in_transformers(user: Any) -> None:
     """Other programs read the same weights, tags and chat template."""
     lm = model.load(user.root / "rl2", CPU)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(user.root / "rl2")
@@ -145,7 +146,7 @@ def test_the_last_stage_in_transformers(user):
 
 
 # ---- the table -----------------------------------------------------------------------------------
-def test_stages_and_table_of_the_real_path(user):
+def test_stages_and_table_of_the_real_path(user: Any) -> None:
     """All stages, both environments, and a row each in the table, by question file."""
     folders = {path.name for path in user.root.iterdir()}
     assert {"base", "sft1", "sft2", "sft3", "rl1", "rl2"} <= folders
@@ -159,7 +160,7 @@ def test_stages_and_table_of_the_real_path(user):
     assert len(read_rows(user.root / "rl2" / "log.jsonl")) == 1
 
 
-def judge_checkpoint(user, folder, *arguments):
+def judge_checkpoint(user: Any, folder: Path, *arguments: Any) -> Any:
     """Run eval.py on one question file, whatever the checkpoint."""
     settings = [
         "--max_len=480",
@@ -172,13 +173,13 @@ def judge_checkpoint(user, folder, *arguments):
     return run_here(user.cwd, "eval.py", CONFIG, *settings, *arguments)
 
 
-def last_line(done):
+def last_line(done: Any) -> Any:
     assert done.status == 0, done.err
     return strict_json(done.out.splitlines()[-1])["rows"]
 
 
 @pytest.fixture
-def judged(user):
+def judged(user: Any) -> Any:
     """Judge the last stage as any checkpoint: its table, and the path of its predictions."""
     shutil.rmtree(user.cwd / "out" / "eval", ignore_errors=True)
     table = last_line(judge_checkpoint(user, "out/real/rl2"))
@@ -186,20 +187,20 @@ def judged(user):
     return SimpleNamespace(table=table, path=folder / "predictions.jsonl")
 
 
-def test_a_checkpoint_of_another_program_is_judged(user):
+def test_a_checkpoint_of_another_program_is_judged(user: Any) -> None:
     """Without training, by its workflows."""
     table = last_line(judge_checkpoint(user, "checkpoint"))
     assert len(table) == 6
     assert "agent" not in table
 
 
-def test_a_checkpoint_of_this_project_is_judged(judged):
+def test_a_checkpoint_of_this_project_is_judged(judged: Any) -> None:
     """By its workflows, and as the agent that it is."""
     assert len(judged.table) == 7
     assert "agent" in judged.table
 
 
-def test_an_evaluation_that_was_cut_goes_on(user, judged):
+def test_an_evaluation_that_was_cut_goes_on(user: Any, judged: Any) -> None:
     """--resume ends with the same predictions, and then asks nothing again."""
     before = judged.path.read_text()
     lines = before.splitlines(keepends=True)
@@ -217,7 +218,7 @@ def test_an_evaluation_that_was_cut_goes_on(user, judged):
     assert "no call of a tool" in done.out
 
 
-def test_chosen_rows_leave_the_others(user, judged):
+def test_chosen_rows_leave_the_others(user: Any, judged: Any) -> None:
     """The other rows' answers stay, and are in the table."""
     before = judged.path.read_text()
     done = judge_checkpoint(user, "out/real/rl2", "--rows=agent,model only", "--resume")
@@ -225,7 +226,7 @@ def test_chosen_rows_leave_the_others(user, judged):
     assert sorted(judged.path.read_text().splitlines()) == sorted(before.splitlines())
 
 
-def test_a_row_that_a_checkpoint_does_not_have(user):
+def test_a_row_that_a_checkpoint_does_not_have(user: Any) -> None:
     done = judge_checkpoint(user, "out/real/rl2", "--rows=SFT-1")
     assert done.status == 2
     assert "no row 'SFT-1' here; there are: model only (at once), model only," in done.err
@@ -235,7 +236,7 @@ def test_a_row_that_a_checkpoint_does_not_have(user):
     "argument, message",
     [("--data=hotpotqa_dev.jsonl", "it needs --model"), ("--compare=a", "two rows are needed")],
 )
-def test_what_evaluation_needs(user, argument, message):
+def test_what_evaluation_needs(user: Any, argument: str, message: str) -> None:
     done = run_here(user.cwd, "eval.py", argument, "--eval_questions=1")
     assert done.status == 2
     assert message in done.err

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
+from typing import Any
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Garbage:
 class FakeEndpoint:
     """Answers each request by a rule, and keeps what came in."""
 
-    def __init__(self, serve, rule) -> None:
+    def __init__(self, serve: Any, rule: Any) -> None:
         """Start the endpoint.
 
         serve: the fixture of conftest.py.
@@ -36,14 +37,14 @@ class FakeEndpoint:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
+            def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append(request)
                 outer.paths.append(self.path)
                 outer.keys.append(self.headers.get("Authorization"))
                 self.answer(rule(request))
 
-            def answer(self, reply):
+            def answer(self, reply: Any) -> None:
                 status = 200
                 headers = {}
                 answer = None if isinstance(reply, Garbage) else reply
@@ -66,12 +67,12 @@ class FakeEndpoint:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, format, *args):
+            def log_message(self, format: Any, *args: Any) -> None:
                 pass
 
         self.url = serve(Handler) + "/v1"
 
 
-def user(text):
+def user(text: str) -> list[dict[str, Any]]:
     """Return a conversation of one turn."""
     return [{"role": "user", "content": text}]

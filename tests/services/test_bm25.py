@@ -5,6 +5,8 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -27,21 +29,21 @@ print(open_index(sys.argv[1], 1, sys.argv[2])(["Iron Hill"])[0].text)
 """
 
 
-def write_passages(path, passages):
+def write_passages(path: Path, passages: Any) -> Any:
     path.write_text("".join(json.dumps(passage) + "\n" for passage in passages))
     return path
 
 
-def search_texts(search, queries):
+def search_texts(search: Any, queries: list[str]) -> list[Any]:
     return [observation.text for observation in search(queries)]
 
 
 # ---- ranking -------------------------------------------------------------------------------------
-def words_of(text):
+def words_of(text: str) -> Any:
     return re.findall(r"\w+", text.lower())
 
 
-def score_by_formula(query, document, documents):
+def score_by_formula(query: Any, document: Any, documents: Any) -> Any:
     """Return a BM25 score with Lucene's idf, k1 = 1.5 and b = 0.75; documents are word lists."""
     mean_length = sum(len(words) for words in documents) / len(documents)
     length_factor = 1 - 0.75 + 0.75 * len(document) / mean_length
@@ -55,7 +57,7 @@ def score_by_formula(query, document, documents):
     return score
 
 
-def test_the_ranking_is_that_of_the_formula():
+def test_the_ranking_is_that_of_the_formula() -> None:
     """Three passages, whose title counts three times, are ranked as by hand."""
     texts = [
         ("Silver River", "A film. It was directed by Eva Moss."),
@@ -87,19 +89,19 @@ def test_the_ranking_is_that_of_the_formula():
     ]
 
 
-def test_titles_of_the_best_passages():
+def test_titles_of_the_best_passages() -> None:
     """They stand in the order of the ranking, "" where fewer passages share a word."""
     search = BM25(PASSAGES, 2)
     assert search.titles(["Iron", "zebra"]) == [["Iron Hill", ""], ["", ""]]
     assert search.titles(["Eva Moss"]) == [["Eva Moss", "Silver River"]]
 
 
-def test_passages_without_a_word():
+def test_passages_without_a_word() -> None:
     with pytest.raises(UserError, match="corpus: its passages hold no word"):
         BM25([{"id": "0", "contents": '"?"\n!'}])
 
 
-def test_passages_that_a_question_names():
+def test_passages_that_a_question_names() -> None:
     """By id where the title fits, or else by title; of namesakes the one that holds the answer."""
     search = BM25(
         [
@@ -117,7 +119,9 @@ def test_passages_that_a_question_names():
 
 
 # ---- an index on disk ----------------------------------------------------------------------------
-def test_an_index_is_kept(tmp_path, monkeypatch, capsys):
+def test_an_index_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It is built once, then loaded with the same answers and scores."""
     path = write_passages(tmp_path / "p.jsonl", PASSAGES)
     queries = ["who directed Silver River", "Iron Hill", "zebra", "bay"]
@@ -133,7 +137,9 @@ def test_an_index_is_kept(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_file_that_has_changed_is_indexed_again(tmp_path, capsys):
+def test_a_file_that_has_changed_is_indexed_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_passages(tmp_path / "p.jsonl", PASSAGES)
     open_index(path, 2, tmp_path)
     zebra = {"id": "z", "contents": '"Zebra"\nAn animal.'}
@@ -153,7 +159,7 @@ def test_a_file_that_has_changed_is_indexed_again(tmp_path, capsys):
         (['{"id": "a", "contents": "x"}', '{"contents": "y"}'], r"p\.jsonl:2: not a passage"),
     ],
 )
-def test_bad_passages_leave_no_index(tmp_path, lines, message):
+def test_bad_passages_leave_no_index(tmp_path: Path, lines: list[str], message: str) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(lines))
     with pytest.raises(UserError, match=message):
@@ -161,7 +167,7 @@ def test_bad_passages_leave_no_index(tmp_path, lines, message):
     assert not [entry for entry in tmp_path.glob("index/*") if entry.suffix != ".lock"]
 
 
-def test_processes_share_an_index(tmp_path):
+def test_processes_share_an_index(tmp_path: Path) -> None:
     """Of four that start at once one builds, and all answer.
 
     Guards: a folder that one removes while another reads it.
@@ -191,7 +197,9 @@ def test_processes_share_an_index(tmp_path):
     ],
     ids=["removed", "cut", "emptied"],
 )
-def test_a_damaged_index_is_built_again(tmp_path, capsys, damage):
+def test_a_damaged_index_is_built_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any
+) -> None:
     """Whichever of its files is damaged, the answers stay the same."""
     path = write_passages(tmp_path / "p.jsonl", PASSAGES)
     expected = open_index(path, 1, tmp_path)(["Iron Hill"])
@@ -203,7 +211,7 @@ def test_a_damaged_index_is_built_again(tmp_path, capsys, damage):
     assert "building it again" in capsys.readouterr().out
 
 
-def test_wikipedia_leads(tmp_path, monkeypatch):
+def test_wikipedia_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package's titles and extracts become passages to search; the package is made here.
 
     Without it, one line says how to get it.

@@ -4,6 +4,8 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -22,7 +24,7 @@ for number in range(60):
 """
 
 
-def test_an_answer_is_kept(tmp_path):
+def test_an_answer_is_kept(tmp_path: Path) -> None:
     """Keys of several parts differ in each part; a second answer takes the place of the first."""
     cache = Cache(tmp_path / "c.sqlite")
     assert cache.get("river", 2, "en") is None
@@ -33,7 +35,7 @@ def test_an_answer_is_kept(tmp_path):
     assert Cache(tmp_path / "c.sqlite").get("river", 2, "en") == []
 
 
-def test_a_broken_file_is_set_aside(tmp_path, capsys):
+def test_a_broken_file_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An empty one is begun, and the broken one stays as it was under another name."""
     path = tmp_path / "c.sqlite"
     path.write_bytes(NO_DATABASE)
@@ -45,7 +47,9 @@ def test_a_broken_file_is_set_aside(tmp_path, capsys):
     assert Cache(path).get("a") == 1
 
 
-def test_a_file_that_is_damaged_further_in_is_set_aside(tmp_path, capsys):
+def test_a_file_that_is_damaged_further_in_is_set_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It opens well, and pages in its middle are no pages.
 
     Guards: a traceback at the first query that met such a page, in this run and in every other.
@@ -70,7 +74,9 @@ def test_a_file_that_is_damaged_further_in_is_set_aside(tmp_path, capsys):
     assert capsys.readouterr().out.count("can't be read") == 1
 
 
-def test_two_that_find_one_broken_file(tmp_path, monkeypatch, capsys):
+def test_two_that_find_one_broken_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The second uses the file that the first began, and the broken one stays as it was.
 
     Guards: a new file that is set aside in turn, over the old one.
@@ -80,7 +86,7 @@ def test_two_that_find_one_broken_file(tmp_path, monkeypatch, capsys):
     both_failed = threading.Barrier(2)
     set_aside = Cache._set_aside
 
-    def set_aside_when_both_failed(cache, error):
+    def set_aside_when_both_failed(cache: Any, error: Any) -> None:
         both_failed.wait(timeout=20)
         set_aside(cache, error)
 
@@ -99,7 +105,7 @@ def test_two_that_find_one_broken_file(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("can't be read") == 1
 
 
-def test_a_table_of_another_kind_is_set_aside(tmp_path):
+def test_a_table_of_another_kind_is_set_aside(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     with sqlite3.connect(path) as database:
         database.execute("CREATE TABLE answers (x TEXT)")
@@ -108,7 +114,7 @@ def test_a_table_of_another_kind_is_set_aside(tmp_path):
 
 
 @pytest.mark.parametrize("answer", ['[["t", ', b"\xff\xfe"])
-def test_a_damaged_row_counts_as_missing(tmp_path, answer):
+def test_a_damaged_row_counts_as_missing(tmp_path: Path, answer: Any) -> None:
     """It may be no JSON, or no text."""
     cache = Cache(tmp_path / "c.sqlite")
     cache.put("a", answer=1)
@@ -116,13 +122,13 @@ def test_a_damaged_row_counts_as_missing(tmp_path, answer):
     assert cache.get("a") is None
 
 
-def test_a_file_in_the_place_of_the_folder(tmp_path):
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match=r"out: .*must be a folder"):
         Cache(tmp_path / "out" / "c.sqlite")
 
 
-def test_a_file_that_cannot_be_written_is_left_alone(tmp_path):
+def test_a_file_that_cannot_be_written_is_left_alone(tmp_path: Path) -> None:
     """Guards: a good file that is set aside because the disk is full or a process holds it."""
     cache = Cache(tmp_path / "c.sqlite")
     cache.put("a", 2, "en", answer=[["t", "x"]])
@@ -133,7 +139,7 @@ def test_a_file_that_cannot_be_written_is_left_alone(tmp_path):
     assert not list(tmp_path.glob("*.broken*"))
 
 
-def test_processes_share_a_file(tmp_path):
+def test_processes_share_a_file(tmp_path: Path) -> None:
     """Writers at the same time lose nothing; in WAL mode they do not wait for readers."""
     path = tmp_path / "c.sqlite"
     processes = [

@@ -3,6 +3,8 @@
 import shutil
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CPU
@@ -15,12 +17,14 @@ from services import endpoint as endpoint_module
 from services.chat import Chat
 
 
-def last_message(request):
+def last_message(request: pytest.FixtureRequest) -> Any:
     return request["messages"][-1]["content"]
 
 
 # ---- endpoints -----------------------------------------------------------------------------------
-def test_an_endpoint_is_asked_once(serve, tmp_path, monkeypatch):
+def test_an_endpoint_is_asked_once(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same question is answered from the cache; another sample of it is not."""
     endpoint = FakeEndpoint(serve, lambda request: last_message(request).upper())
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
@@ -40,7 +44,7 @@ def test_an_endpoint_is_asked_once(serve, tmp_path, monkeypatch):
     assert endpoint.requests[-1]["seed"] == 1
 
 
-def test_the_protocol(serve, tmp_path, monkeypatch):
+def test_the_protocol(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Path, key, the name behind #, budget and stops are sent as OpenAI has them."""
     endpoint = FakeEndpoint(serve, lambda request: "fine")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
@@ -56,7 +60,9 @@ def test_the_protocol(serve, tmp_path, monkeypatch):
     assert request["temperature"] == 0.0
 
 
-def test_an_endpoint_without_a_key_and_a_name(serve, tmp_path, monkeypatch):
+def test_an_endpoint_without_a_key_and_a_name(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A server that wants no key works without one; the model is the paper's judge."""
     endpoint = FakeEndpoint(serve, lambda request: "fine")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -75,10 +81,10 @@ def test_an_endpoint_without_a_key_and_a_name(serve, tmp_path, monkeypatch):
         [],
     ],
 )
-def test_an_endpoint_that_answers_nonsense(serve, tmp_path, answer):
+def test_an_endpoint_that_answers_nonsense(serve: Any, tmp_path: Path, answer: Any) -> None:
     """One line names the setting; the replies before it are kept."""
 
-    def rule(request):
+    def rule(request: pytest.FixtureRequest) -> Any:
         return answer if last_message(request) == "bad" else "fine"
 
     endpoint = FakeEndpoint(serve, rule)
@@ -92,7 +98,9 @@ def test_an_endpoint_that_answers_nonsense(serve, tmp_path, answer):
     assert len(endpoint.requests) == 2
 
 
-def test_a_body_that_is_no_json_is_asked_for_again(serve, tmp_path, monkeypatch):
+def test_a_body_that_is_no_json_is_asked_for_again(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A page of a proxy, or a cut body, costs a try and not the run; time after time it ends it."""
     monkeypatch.setattr("services.endpoint.FIRST_WAIT", 0.0)
     replies = iter([Garbage(), Garbage('{"choices": [{'), "fine"])
@@ -108,7 +116,7 @@ def test_a_body_that_is_no_json_is_asked_for_again(serve, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "usage", [[10, 3], "many", {"prompt_tokens": "ten"}, {"prompt_tokens": None}]
 )
-def test_usage_that_is_no_count(serve, tmp_path, usage):
+def test_usage_that_is_no_count(serve: Any, tmp_path: Path, usage: Any) -> None:
     """It counts nothing. Guards: a traceback, and the loss of a reply that was paid for."""
     answer = {"choices": [{"message": {"content": "fine"}}], "usage": usage}
     endpoint = FakeEndpoint(serve, lambda request: answer)
@@ -118,10 +126,10 @@ def test_usage_that_is_no_count(serve, tmp_path, usage):
     assert chat.counts.completion_tokens == 0
 
 
-def test_one_conversation_that_is_refused(serve, tmp_path):
+def test_one_conversation_that_is_refused(serve: Any, tmp_path: Path) -> None:
     """A status 400 costs that conversation alone, and is not kept in the cache."""
 
-    def rule(request):
+    def rule(request: pytest.FixtureRequest) -> Any:
         return Failure(400) if last_message(request) == "long" else "fine"
 
     endpoint = FakeEndpoint(serve, rule)
@@ -133,7 +141,7 @@ def test_one_conversation_that_is_refused(serve, tmp_path):
     assert len(endpoint.requests) == 4
 
 
-def test_an_endpoint_that_refuses_everything(serve, tmp_path):
+def test_an_endpoint_that_refuses_everything(serve: Any, tmp_path: Path) -> None:
     """It ends the run, with its own words."""
     endpoint = FakeEndpoint(serve, lambda request: Failure(400))
     chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite", threads=1)
@@ -141,10 +149,10 @@ def test_an_endpoint_that_refuses_everything(serve, tmp_path):
         chat([user(f"long {number}") for number in range(9)], 5)
 
 
-def test_many_refusals_of_an_endpoint_that_answers(serve, tmp_path):
+def test_many_refusals_of_an_endpoint_that_answers(serve: Any, tmp_path: Path) -> None:
     """They cost no more than these conversations, however many they are."""
 
-    def rule(request):
+    def rule(request: pytest.FixtureRequest) -> Any:
         return "fine" if last_message(request) == "good" else Failure(400)
 
     endpoint = FakeEndpoint(serve, rule)
@@ -154,7 +162,7 @@ def test_many_refusals_of_an_endpoint_that_answers(serve, tmp_path):
     assert chat.counts.refused == 20
 
 
-def test_a_reply_without_text(serve, tmp_path):
+def test_a_reply_without_text(serve: Any, tmp_path: Path) -> None:
     """A null, of a reasoning model that thought to its budget's end, is an empty reply."""
     answer = {"choices": [{"message": {"content": None}}]}
     endpoint = FakeEndpoint(serve, lambda request: answer)
@@ -164,21 +172,21 @@ def test_a_reply_without_text(serve, tmp_path):
     assert len(endpoint.requests) == 1
 
 
-def test_a_stop_that_an_endpoint_ignores(serve, tmp_path):
+def test_a_stop_that_an_endpoint_ignores(serve: Any, tmp_path: Path) -> None:
     """The reply is cut at it all the same."""
     endpoint = FakeEndpoint(serve, lambda request: "fine </s> more")
     chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
     assert chat([user("a")], 5, stop=["</s>"]) == ["fine "]
 
 
-def test_replies_of_other_threads_are_kept(serve, tmp_path):
+def test_replies_of_other_threads_are_kept(serve: Any, tmp_path: Path) -> None:
     """One thread gets nonsense while another waits for its reply.
 
     Guards: that reply, which was paid for, was thrown away.
     """
     failed = threading.Event()
 
-    def rule(request):
+    def rule(request: pytest.FixtureRequest) -> Any:
         if last_message(request) == "bad":
             return {"choices": []}
         failed.wait(5)
@@ -193,7 +201,7 @@ def test_replies_of_other_threads_are_kept(serve, tmp_path):
     assert len(endpoint.requests) == 2
 
 
-def test_an_endpoint_that_is_down(tmp_path, monkeypatch):
+def test_an_endpoint_that_is_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not waited for as long as one that is busy."""
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
@@ -204,7 +212,7 @@ def test_an_endpoint_that_is_down(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_endpoint(serve, tmp_path, status):
+def test_a_busy_endpoint(serve: Any, tmp_path: Path, status: int) -> None:
     """It is asked again when it says so, more often than one that is not there."""
     failures = [Failure(status, headers={"Retry-After": "0.01"}) for _ in range(7)]
     endpoint = FakeEndpoint(serve, lambda request: failures.pop() if failures else "fine")
@@ -213,7 +221,7 @@ def test_a_busy_endpoint(serve, tmp_path, status):
     assert len(endpoint.requests) == 8 > endpoint_module.RETRIES + 1
 
 
-def test_an_endpoint_that_stays_busy(serve, tmp_path):
+def test_an_endpoint_that_stays_busy(serve: Any, tmp_path: Path) -> None:
     """The tries end, and its status and words are in the message."""
     failure = Failure(429, "quota used up", {"Retry-After": "0.001"})
     endpoint = FakeEndpoint(serve, lambda request: failure)
@@ -224,7 +232,7 @@ def test_an_endpoint_that_stays_busy(serve, tmp_path):
     assert len(endpoint.requests) == tries
 
 
-def test_a_wait_that_is_too_long(serve, tmp_path):
+def test_a_wait_that_is_too_long(serve: Any, tmp_path: Path) -> None:
     """A Retry-After of more than two minutes ends the run, and is said."""
     failure = Failure(429, headers={"Retry-After": "600"})
     endpoint = FakeEndpoint(serve, lambda request: failure)
@@ -236,13 +244,13 @@ def test_a_wait_that_is_too_long(serve, tmp_path):
     assert len(endpoint.requests) <= 2
 
 
-def test_an_endpoint_of_reasoning_models(serve, tmp_path):
+def test_an_endpoint_of_reasoning_models(serve: Any, tmp_path: Path) -> None:
     """It knows the budget as max_completion_tokens alone, and is asked again by that name, once.
 
     A seed is sent only where something is drawn.
     """
 
-    def rule(request):
+    def rule(request: pytest.FixtureRequest) -> Any:
         if "max_tokens" in request:
             return Failure(422, "use max_completion_tokens")
         return "yes"
@@ -261,13 +269,13 @@ def test_an_endpoint_of_reasoning_models(serve, tmp_path):
 
 # ---- local folders -------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("chat") / "checkpoint"
     save_checkpoint(folder)
     return folder
 
 
-def test_a_local_folder(checkpoint, tmp_path):
+def test_a_local_folder(checkpoint: Any, tmp_path: Path) -> None:
     """It is decoded here, in the chat template's turns, as the decoder alone does it."""
     chat = Chat(str(checkpoint), CPU, "teacher", tmp_path / "c.sqlite", batch_rows=2)
     replies = chat([user(f"Who wrote {book}?") for book in BOOKS[:3]], 12)
@@ -287,7 +295,7 @@ def test_a_local_folder(checkpoint, tmp_path):
     assert chat.counts.completion_tokens > 3
 
 
-def test_a_local_reply_is_cut_at_a_stop(checkpoint, tmp_path):
+def test_a_local_reply_is_cut_at_a_stop(checkpoint: Any, tmp_path: Path) -> None:
     """The text before the first stop stays."""
     chat = Chat(str(checkpoint), CPU, "teacher", tmp_path / "c.sqlite")
     question = user(f"Who wrote {BOOKS[2]}?")
@@ -296,7 +304,7 @@ def test_a_local_reply_is_cut_at_a_stop(checkpoint, tmp_path):
     assert chat([question], 12, stop=[middle]) == [whole.split(middle)[0]]
 
 
-def test_local_samples_differ(checkpoint, tmp_path):
+def test_local_samples_differ(checkpoint: Any, tmp_path: Path) -> None:
     """Another sample of a question is another reply."""
     chat = Chat(str(checkpoint), CPU, "teacher", tmp_path / "c.sqlite")
     first = chat([user("x")], 12, temperature=1.0, sample=1)
@@ -305,7 +313,7 @@ def test_local_samples_differ(checkpoint, tmp_path):
     assert chat.counts.asked == 2
 
 
-def test_a_model_without_a_chat_template(checkpoint, tmp_path):
+def test_a_model_without_a_chat_template(checkpoint: Any, tmp_path: Path) -> None:
     """It can't be asked in words, and the message says what to take instead."""
     folder = tmp_path / "base"
     shutil.copytree(checkpoint, folder)
@@ -314,7 +322,7 @@ def test_a_model_without_a_chat_template(checkpoint, tmp_path):
         Chat(str(folder), CPU, "judge", tmp_path / "c.sqlite")
 
 
-def test_tags_in_a_message_are_text(checkpoint, tmp_path):
+def test_tags_in_a_message_are_text(checkpoint: Any, tmp_path: Path) -> None:
     """The template's tags are tags, those that a passage spells are not.
 
     Guards: an observation that ends the turn and speaks for the user.
@@ -335,7 +343,7 @@ def test_tags_in_a_message_are_text(checkpoint, tmp_path):
     assert codec.search_id not in ids
 
 
-def test_other_weights_are_another_model(checkpoint, tmp_path):
+def test_other_weights_are_another_model(checkpoint: Any, tmp_path: Path) -> None:
     """The cache knows a folder by its weights, not by its path.
 
     Guards: the former teacher's replies given as those of the new one in its place.

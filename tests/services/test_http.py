@@ -3,6 +3,7 @@
 import threading
 import time
 from http.server import BaseHTTPRequestHandler
+from typing import Any
 
 import pytest
 import requests
@@ -22,7 +23,7 @@ class Server:
         server = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
+            def do_GET(self) -> None:
                 server.arrivals.append(time.monotonic())
                 if server.retry_after_headers:
                     self.send_response(429)
@@ -33,34 +34,34 @@ class Server:
                 self.end_headers()
                 self.wfile.write(b"{}")
 
-            def log_message(self, format, *arguments):
+            def log_message(self, format: Any, *arguments: Any) -> None:
                 pass
 
         self.handler = Handler
 
 
-def start_all(threads):
+def start_all(threads: Any) -> None:
     for thread in threads:
         thread.start()
 
 
-def join_all(threads):
+def join_all(threads: Any) -> None:
     for thread in threads:
         thread.join()
 
 
 @pytest.mark.parametrize("header, seconds", [("7", 7), ("soon", 0), ("", 0)])
-def test_a_retry_after_in_seconds(header, seconds):
+def test_a_retry_after_in_seconds(header: str, seconds: int) -> None:
     assert retry_after(header) == seconds
 
 
-def test_a_retry_after_that_is_a_date():
+def test_a_retry_after_that_is_a_date() -> None:
     in_a_minute = time.gmtime(time.time() + 60)
     header = time.strftime("%a, %d %b %Y %H:%M:%S GMT", in_a_minute)
     assert 50 < retry_after(header) <= 61
 
 
-def test_a_retry_after_holds_for_all_threads(serve):
+def test_a_retry_after_holds_for_all_threads(serve: Any) -> None:
     """No thread sends anything before the time that one of them was told."""
     server = Server()
     server.retry_after_headers = ["1"]
@@ -78,7 +79,7 @@ def test_a_retry_after_holds_for_all_threads(serve):
     assert min(server.arrivals[1:]) - server.arrivals[0] >= 0.9
 
 
-def test_a_long_retry_after_ends_requests_at_once(serve):
+def test_a_long_retry_after_ends_requests_at_once(serve: Any) -> None:
     """Neither the request that was told so, nor the next one, waits for two minutes."""
     server = Server()
     server.retry_after_headers = ["120"]
@@ -91,7 +92,7 @@ def test_a_long_retry_after_ends_requests_at_once(serve):
     assert len(server.arrivals) == 1
 
 
-def test_waits_double(monkeypatch):
+def test_waits_double(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are half a second, one, two, each with up to as much again by chance, never the same."""
     waits = []
     session = PoliteSession(gap=0.0)
@@ -106,7 +107,7 @@ def test_waits_double(monkeypatch):
         assert shortest <= seconds <= 2 * shortest
 
 
-def test_a_busy_server_gets_four_tries(serve, monkeypatch):
+def test_a_busy_server_gets_four_tries(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server()
     server.retry_after_headers = ["0"] * 20
     address = serve(server.handler)
@@ -117,7 +118,7 @@ def test_a_busy_server_gets_four_tries(serve, monkeypatch):
     assert len(server.arrivals) == 4
 
 
-def test_at_most_one_request_begins_in_a_gap(serve):
+def test_at_most_one_request_begins_in_a_gap(serve: Any) -> None:
     """Guards: the rate limit of the wikipedia package, which never waits."""
     server = Server()
     address = serve(server.handler)
@@ -130,7 +131,7 @@ def test_at_most_one_request_begins_in_a_gap(serve):
     assert len(server.arrivals) == 8
 
 
-def test_a_request_in_vain_raises(monkeypatch):
+def test_a_request_in_vain_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "TRIES", 1)
     with pytest.raises(requests.RequestException):
         PoliteSession().get(UNREACHABLE)

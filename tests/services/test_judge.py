@@ -2,6 +2,8 @@
 
 import itertools
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CPU, ROOT, read_rows, run_here, strict_json
@@ -12,15 +14,15 @@ from services.chat import Chat
 from services.judge import judge
 
 
-def record(answer):
+def record(answer: str) -> dict[str, Any]:
     return {"question": "Who?", "golden_answers": ["Eva", "Eva Moss"], "answer": answer}
 
 
-def test_verdicts(serve, tmp_path):
+def test_verdicts(serve: Any, tmp_path: Path) -> None:
     """Yes and no in any dress are read; what is neither is not guessed."""
     words = {"a": "Yes.", "b": " **no**, because", "c": "It may be.", "d": "Nobody", "e": "YES"}
 
-    def rule(request):
+    def rule(request: pytest.FixtureRequest) -> Any:
         prompt = request["messages"][0]["content"]
         return words[re.findall(r"Given answer: (.)", prompt)[0]]
 
@@ -31,7 +33,7 @@ def test_verdicts(serve, tmp_path):
     assert "Accepted answers: Eva; Eva Moss\n" in endpoint.requests[0]["messages"][0]["content"]
 
 
-def test_an_empty_answer(serve, tmp_path):
+def test_an_empty_answer(serve: Any, tmp_path: Path) -> None:
     """It is wrong, and the judge is not asked; verdicts stay with their records."""
     endpoint = FakeEndpoint(serve, lambda request: "yes")
     chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
@@ -41,13 +43,13 @@ def test_an_empty_answer(serve, tmp_path):
 
 # ---- in the table --------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     cwd = tmp_path_factory.mktemp("user")
     save_task(cwd)
     return cwd
 
 
-def evaluate(folder, *arguments):
+def evaluate(folder: Path, *arguments: Any) -> Any:
     return run_here(
         folder,
         "eval.py",
@@ -61,11 +63,11 @@ def evaluate(folder, *arguments):
     )
 
 
-def read_predictions(folder):
+def read_predictions(folder: Path) -> Any:
     return read_rows(next((folder / "out/eval").glob("checkpoint-*/predictions.jsonl")))
 
 
-def test_eval_with_a_judge(serve, folder):
+def test_eval_with_a_judge(serve: Any, folder: Path) -> None:
     """The table has the share of yes among the verdicts that could be read, and their number."""
     replies = itertools.cycle(["yes", "no", "perhaps"])
     endpoint = FakeEndpoint(serve, lambda request: next(replies))
@@ -86,7 +88,7 @@ def test_eval_with_a_judge(serve, folder):
     assert unread > 3
 
 
-def test_a_judge_that_fails_leaves_the_table(serve, folder):
+def test_a_judge_that_fails_leaves_the_table(serve: Any, folder: Path) -> None:
     """The rows are answered, shown and kept; then the judge's error ends the run.
 
     Guards: it cost the whole table.

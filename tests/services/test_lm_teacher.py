@@ -2,6 +2,8 @@
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CPU, read_rows, run_here
@@ -22,28 +24,28 @@ pytestmark = pytest.mark.filterwarnings("ignore:'services.teacher' found in sys.
 ONE_TRY = TeacherSettings(device="cpu", tries=1)
 
 
-def question(text="Who?"):
+def question(text: str = "Who?") -> Any:
     return Question(id=text, question=text, golden_answers=["Eva"])
 
 
-def may_search(request):
+def may_search(request: pytest.FixtureRequest) -> bool:
     """Whether the teacher was asked for a chain of action."""
     return "<begin_search>" in request["messages"][0]["content"]
 
 
-def asked_question(request):
+def asked_question(request: pytest.FixtureRequest) -> Any:
     return re.findall(r"Question: (.*)", request["messages"][0]["content"])[0]
 
 
-def assistant_text(row):
+def assistant_text(row: Any) -> Any:
     return row["messages"][1]["content"]
 
 
 @pytest.fixture
-def chat_by_rule(serve, tmp_path):
+def chat_by_rule(serve: Any, tmp_path: Path) -> Any:
     """Return a function: rule -> a chat with an endpoint that answers by it."""
 
-    def start(rule):
+    def start(rule: Any) -> Any:
         endpoint = FakeEndpoint(serve, rule)
         return Chat(endpoint.url + "#x", CPU, "teacher", tmp_path / "c.sqlite"), endpoint
 
@@ -52,13 +54,13 @@ def chat_by_rule(serve, tmp_path):
 
 # ---- the command ---------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     cwd = tmp_path_factory.mktemp("user")
     save_task(cwd)
     return cwd
 
 
-def scholar(request):
+def scholar(request: pytest.FixtureRequest) -> str:
     """Answer as a teacher by rule.
 
     It knows the writers of the first four books by heart. With the tool it finds everything but
@@ -91,7 +93,7 @@ def scholar(request):
     return f"So I know.</think>\n\\boxed{{{answer}}}"
 
 
-def run_teacher(folder, endpoint, name, *arguments):
+def run_teacher(folder: Path, endpoint: Any, name: str, *arguments: Any) -> Any:
     """Run the command with a model of this name, for which the cache holds no replies yet."""
     return run_here(
         folder,
@@ -104,13 +106,13 @@ def run_teacher(folder, endpoint, name, *arguments):
     )
 
 
-def read_files(folder):
+def read_files(folder: Path) -> Any:
     """Return the rows of chains of action, chains of thought and pairs."""
     pairs = json.loads((folder / "pairs.json").read_text())
     return read_rows(folder / "coa.jsonl"), read_rows(folder / "cot.jsonl"), pairs
 
 
-def test_a_model_as_teacher(serve, folder):
+def test_a_model_as_teacher(serve: Any, folder: Path) -> None:
     """Chains that end in the golden answer are kept; what comes out trains."""
     endpoint = FakeEndpoint(serve, scholar)
     done = run_teacher(folder, endpoint, "taught", "--tries=2", "--top_k=1", "--coa=100")
@@ -145,7 +147,7 @@ def test_a_model_as_teacher(serve, folder):
         assert codec.is_well_formed(trajectory)
 
 
-def test_pairs_of_both_directions(serve, folder):
+def test_pairs_of_both_directions(serve: Any, folder: Path) -> None:
     """They come from questions that exactly one way solved, and their sides begin alike."""
     endpoint = FakeEndpoint(serve, scholar)
     done = run_teacher(folder, endpoint, "pairs", "--tries=2", "--top_k=1", "--coa=100")
@@ -166,7 +168,7 @@ def test_pairs_of_both_directions(serve, folder):
         assert pair["rejected"]["value"] == f"<begin_search> {BOOKS[3]}</end_search>"
 
 
-def test_a_second_run_asks_nothing(serve, folder):
+def test_a_second_run_asks_nothing(serve: Any, folder: Path) -> None:
     """All replies come from the cache, and the files are the same."""
     endpoint = FakeEndpoint(serve, scholar)
     arguments = ["again", "--tries=2", "--top_k=1", "--coa=100"]
@@ -178,7 +180,7 @@ def test_a_second_run_asks_nothing(serve, folder):
     assert read_files(folder / "again") == first_files
 
 
-def test_questions_of_all_files(serve, folder):
+def test_questions_of_all_files(serve: Any, folder: Path) -> None:
     """--coa questions are drawn from all files by --seed. Guards: those of the first file alone."""
     endpoint = FakeEndpoint(serve, scholar)
     done = run_teacher(folder, endpoint, "mixed", "--tries=1", "--coa=8")
@@ -188,7 +190,7 @@ def test_questions_of_all_files(serve, folder):
     assert kinds == {True, False}
 
 
-def test_a_local_folder_as_teacher(folder):
+def test_a_local_folder_as_teacher(folder: Path) -> None:
     """A random model solves nothing, and that is no error."""
     done = run_here(
         folder,
@@ -208,14 +210,14 @@ def test_a_local_folder_as_teacher(folder):
 @pytest.mark.parametrize(
     "arguments", [[], ["--teacher=x"], ["--teacher=x", "--train_data=a", "--corpus=b"]]
 )
-def test_what_a_teacher_needs(tmp_path, arguments):
+def test_what_a_teacher_needs(tmp_path: Path, arguments: list[Any]) -> None:
     """One line names the four settings."""
     done = run_here(tmp_path, "services.teacher", *arguments)
     assert done.status == 2
     assert "needs all four" in done.err
 
 
-def test_a_teacher_has_no_estimate(tmp_path):
+def test_a_teacher_has_no_estimate(tmp_path: Path) -> None:
     """--dry-run is refused, with what to do instead."""
     needed = ["--teacher=x", "--train_data=a", "--corpus=b", "--out=c"]
     done = run_here(tmp_path, "services.teacher", *needed, "--dry_run")
@@ -224,7 +226,7 @@ def test_a_teacher_has_no_estimate(tmp_path):
 
 
 # ---- what is kept --------------------------------------------------------------------------------
-def test_a_pair_whose_thought_ends_at_once(chat_by_rule):
+def test_a_pair_whose_thought_ends_at_once(chat_by_rule: Any) -> None:
     """The thought in the action's place ends with its line, or with all thinking.
 
     Guards: a side that ends in </think> without an answer, which training leaves out; a beginning
@@ -233,7 +235,7 @@ def test_a_pair_whose_thought_ends_at_once(chat_by_rule):
     """
     thoughts = {"Who?": "It was Ada.</think>\n\\boxed{Ada}", "What?": "</think>\\boxed{Ada}"}
 
-    def rule(request):
+    def rule(request: pytest.FixtureRequest) -> Any:
         if not may_search(request):
             return thoughts[asked_question(request)]
         if len(request["messages"]) < 3:
@@ -249,7 +251,7 @@ def test_a_pair_whose_thought_ends_at_once(chat_by_rule):
     assert pair["rejected"]["value"] == "It was Ada."
 
 
-def eva_searcher(request):
+def eva_searcher(request: pytest.FixtureRequest) -> str:
     """Find Eva by searching, and say Ada without."""
     messages = request["messages"]
     if may_search(request) and len(messages) < 3:
@@ -259,7 +261,7 @@ def eva_searcher(request):
     return "Ada.</think>\\boxed{Ada}"
 
 
-def test_a_search_that_answers(chat_by_rule):
+def test_a_search_that_answers(chat_by_rule: Any) -> None:
     """It gives a chain of action and a pair: what the next test must not find."""
     chat, _ = chat_by_rule(eva_searcher)
     rows = teach(chat, [question()], lambda queries: [Observation("Clay 1: By Eva.")], ONE_TRY)
@@ -275,7 +277,7 @@ def test_a_search_that_answers(chat_by_rule):
         Observation("This search is not in the cache.", Provenance.MISSED),
     ],
 )
-def test_a_search_that_failed(chat_by_rule, observation):
+def test_a_search_that_failed(chat_by_rule: Any, observation: Any) -> None:
     """No chain and no pair comes from it, whatever the teacher answers."""
     chat, endpoint = chat_by_rule(eva_searcher)
     rows = teach(chat, [question()], lambda queries: [observation], ONE_TRY)
@@ -285,7 +287,7 @@ def test_a_search_that_failed(chat_by_rule, observation):
     assert observation.text in endpoint.requests[1]["messages"][2]["content"]
 
 
-def test_white_space_before_the_thought(chat_by_rule):
+def test_white_space_before_the_thought(chat_by_rule: Any) -> None:
     """Guards: a row with <think> twice, which training refused, of a solved question."""
     chat, _ = chat_by_rule(lambda request: "\n<think>It is Eva.</think>\\boxed{Eva}")
     rows = teach(chat, [question()], lambda queries: [], ONE_TRY)
@@ -296,7 +298,7 @@ def test_white_space_before_the_thought(chat_by_rule):
         assert parts == [("think", "It is Eva."), ("answer", "Eva")]
 
 
-def test_a_teacher_that_never_stops(chat_by_rule):
+def test_a_teacher_that_never_stops(chat_by_rule: Any) -> None:
     """Searches end after max_actions, and a text that is no trajectory is not kept."""
     chat, endpoint = chat_by_rule(lambda request: "More. <begin_search> more")
     search = tools.library([{"id": "0", "contents": '"More"\nAnd more.'}], 1)
@@ -307,7 +309,7 @@ def test_a_teacher_that_never_stops(chat_by_rule):
     assert not is_right(attempt.text, ["x"])
 
 
-def test_observations_fit_a_budget(chat_by_rule):
+def test_observations_fit_a_budget(chat_by_rule: Any) -> None:
     """A long passage is cut at four letters a token, in the chain and in what the teacher reads."""
     chat, endpoint = chat_by_rule(eva_searcher)
     long_passage = Observation("Clay 1: By Eva. " + "It is long. " * 100)

@@ -5,7 +5,10 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -25,11 +28,11 @@ PASSAGES = [
 
 
 @pytest.fixture
-def serve_index():
+def serve_index() -> Iterator[Any]:
     """Return a function that serves an index in a thread and returns its address."""
     servers = []
 
-    def start(index):
+    def start(index: Any) -> Any:
         server = RetrievalServer(index, port=0)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
@@ -43,11 +46,11 @@ def serve_index():
         assert not thread.is_alive()
 
 
-def retrieve(address, **request):
+def retrieve(address: Any, **request: pytest.FixtureRequest) -> Any:
     return requests.post(address, json=request, timeout=20)
 
 
-def test_server_and_client(serve_index, capsys):
+def test_server_and_client(serve_index: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """The client gets from the server what the index itself says."""
     index = BM25(PASSAGES, 2)
     address = serve_index(index)
@@ -79,7 +82,7 @@ def test_server_and_client(serve_index, capsys):
         None,
     ],
 )
-def test_a_bad_request_is_refused(serve_index, bad_request):
+def test_a_bad_request_is_refused(serve_index: Any, bad_request: Any) -> None:
     """The answer says what is expected."""
     address = serve_index(BM25(PASSAGES, 2))
     answer = requests.post(address, data=json.dumps(bad_request), timeout=20)
@@ -87,7 +90,7 @@ def test_a_bad_request_is_refused(serve_index, bad_request):
     assert answer.json() == {"error": EXPECTED}
 
 
-def test_what_is_no_json_and_another_path_are_refused(serve_index):
+def test_what_is_no_json_and_another_path_are_refused(serve_index: Any) -> None:
     address = serve_index(BM25(PASSAGES, 2))
     for body in (b"", b"{", b"\xff", b"[" * 100_000):
         assert requests.post(address, data=body, timeout=20).status_code == 422
@@ -97,12 +100,12 @@ def test_what_is_no_json_and_another_path_are_refused(serve_index):
     assert requests.post(f"{address}/", json=request, timeout=20).status_code == 200
 
 
-def test_many_queries_go_in_pieces(serve_index):
+def test_many_queries_go_in_pieces(serve_index: Any) -> None:
     """Guards: one request with thousands of queries, which no server answers in time."""
     sizes = []
 
     class CountingBM25(BM25):
-        def ranked(self, queries, top_k=None):
+        def ranked(self, queries: list[str], top_k: Any = None) -> Any:
             sizes.append(len(queries))
             return super().ranked(queries, top_k)
 
@@ -114,7 +117,7 @@ def test_many_queries_go_in_pieces(serve_index):
     assert client.report().startswith("3 requests")
 
 
-def test_the_server_answers_many_at_once(serve_index, tmp_path):
+def test_the_server_answers_many_at_once(serve_index: Any, tmp_path: Path) -> None:
     """Each client gets its own passages.
 
     Guards: threads that seek in one file of passages, and read each other's.
@@ -144,7 +147,7 @@ def test_the_server_answers_many_at_once(serve_index, tmp_path):
     assert answers == [expected] * 8
 
 
-def test_the_command_serves_until_it_is_stopped(tmp_path):
+def test_the_command_serves_until_it_is_stopped(tmp_path: Path) -> None:
     """The line with the address comes once the server listens; Ctrl-C ends it in good order."""
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(passage) + "\n" for passage in PASSAGES))
@@ -167,37 +170,37 @@ def test_the_command_serves_until_it_is_stopped(tmp_path):
     assert errors.strip() == "stopped; what is finished is kept"
 
 
-def test_a_server_that_answers_nonsense(serve):
+def test_a_server_that_answers_nonsense(serve: Any) -> None:
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
+        def do_POST(self) -> None:
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b'{"query": {}}')
 
-        def log_message(self, format, *arguments):
+        def log_message(self, format: Any, *arguments: Any) -> None:
             pass
 
     with pytest.raises(UserError, match=r"not a retrieval server that answers.*tools\.py serve"):
         Retriever(serve(Handler), 2)(["x"])
 
 
-def test_a_server_that_answers_too_little(serve):
+def test_a_server_that_answers_too_little(serve: Any) -> None:
     """Results for fewer queries than were asked could be those of any of them."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
+        def do_POST(self) -> None:
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b'{"result": [[]]}')
 
-        def log_message(self, format, *arguments):
+        def log_message(self, format: Any, *arguments: Any) -> None:
             pass
 
     with pytest.raises(UserError, match="1 results for 2 queries"):
         Retriever(serve(Handler), 2)(["x", "y"])
 
 
-def test_a_server_that_is_not_there(monkeypatch):
+def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "TRIES", 1)
     with pytest.raises(UserError, match=r"--corpus=http://127\.0\.0\.1:1/retrieve"):
         Retriever("http://127.0.0.1:1/retrieve", 2)(["x"])

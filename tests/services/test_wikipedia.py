@@ -4,6 +4,8 @@ import contextlib
 import json
 import time
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlparse
 
 import numpy as np
@@ -14,6 +16,7 @@ from autocoa import rollout
 from common.errors import UserError
 from common.settings import RolloutSettings
 from data.trajectory import Observation, Provenance
+from model import LM
 from services.http import TRIES
 from services.wikipedia import USER_AGENT, Wikipedia
 from tools import Library
@@ -50,7 +53,7 @@ class MediaWiki:
         wiki = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
+            def do_GET(self) -> None:
                 parameters = parse_qs(urlparse(self.path).query)
                 request = {name: values[0] for name, values in parameters.items()}
                 wiki.requests.append(request)
@@ -58,12 +61,12 @@ class MediaWiki:
                 fault = wiki.faults.pop(0) if wiki.faults else ""
                 send_answer(self, wiki.answer(request), fault)
 
-            def log_message(self, format, *arguments):
+            def log_message(self, format: Any, *arguments: Any) -> None:
                 pass
 
         self.handler = Handler
 
-    def answer(self, request):
+    def answer(self, request: pytest.FixtureRequest) -> Any:
         if "srsearch" in request:
             titles = SEARCH_RESULTS.get(request["srsearch"].lower(), ["Silver River", "Iron Hill"])
             titles = titles[: int(request["srlimit"])]
@@ -84,14 +87,14 @@ class MediaWiki:
         return one_page(page, redirects)
 
 
-def one_page(page, redirects=()):
+def one_page(page: Any, redirects: Any = ()) -> dict[str, Any]:
     query = {"pages": {"7": page}}
     if redirects:
         query["redirects"] = redirects
     return {"query": query}
 
 
-def send_answer(handler, answer, fault):
+def send_answer(handler: Any, answer: str, fault: Any) -> None:
     """Send an answer with a fault, by its name: "slow", "429", "503", "loop", "html" or "cut"."""
     if fault == "slow":
         time.sleep(1.0)
@@ -115,24 +118,24 @@ def send_answer(handler, answer, fault):
 
 
 @pytest.fixture
-def wiki(serve):
+def wiki(serve: Any) -> Any:
     wiki = MediaWiki()
     wiki.address = serve(wiki.handler)
     return wiki
 
 
 @pytest.fixture
-def open_search(wiki, monkeypatch, tmp_path):
+def open_search(wiki: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Return a function that makes a search on the small MediaWiki; all share one cache."""
 
-    def open_it(mode="live", top_k=2, threads=3):
+    def open_it(mode: str = "live", top_k: int = 2, threads: int = 3) -> Any:
         path = str(tmp_path / "w.sqlite")
         search = Wikipedia(top_k, mode=mode, path=path, threads=threads)
         monkeypatch.setattr(wikipedia.wikipedia, "API_URL", f"{wiki.address}/w/api.php")
         search.http.gap = 0.0
         search.http.timeout = 0.3
 
-        def count_without_waiting(seconds):
+        def count_without_waiting(seconds: Any) -> None:
             search.http.waited += seconds
 
         monkeypatch.setattr(search.http, "wait", count_without_waiting)
@@ -142,7 +145,7 @@ def open_search(wiki, monkeypatch, tmp_path):
 
 
 # ---- search and cache ----------------------------------------------------------------------------
-def test_a_search_and_its_cache(wiki, open_search):
+def test_a_search_and_its_cache(wiki: Any, open_search: Any) -> None:
     """Titles by search, then leads; a query is asked once, whatever its case and spaces."""
     search = open_search()
     assert search(["a river", "A  River", "nothing"]) == [RIVER, RIVER, NOTHING]
@@ -153,7 +156,7 @@ def test_a_search_and_its_cache(wiki, open_search):
     assert len(wiki.requests) == count
 
 
-def test_replay_never_asks(wiki, open_search):
+def test_replay_never_asks(wiki: Any, open_search: Any) -> None:
     open_search()(["a river"])
     count = len(wiki.requests)
     replay = open_search("replay")
@@ -162,7 +165,7 @@ def test_replay_never_asks(wiki, open_search):
     assert len(wiki.requests) == count
 
 
-def test_another_top_k_is_another_question(wiki, open_search):
+def test_another_top_k_is_another_question(wiki: Any, open_search: Any) -> None:
     open_search()(["a river"])
     count = len(wiki.requests)
     first_page = RIVER.text.split("\n")[0]
@@ -170,7 +173,7 @@ def test_another_top_k_is_another_question(wiki, open_search):
     assert len(wiki.requests) > count
 
 
-def test_refresh_asks_again_once(wiki, open_search):
+def test_refresh_asks_again_once(wiki: Any, open_search: Any) -> None:
     open_search()(["a river"])
     count = len(wiki.requests)
     refresh = open_search("refresh")
@@ -179,16 +182,18 @@ def test_refresh_asks_again_once(wiki, open_search):
     assert len(wiki.requests) == count + 5
 
 
-def test_another_mode_is_refused(tmp_path):
+def test_another_mode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--cache: 'fast' is not one of live, replay, refresh"):
         Wikipedia(2, mode="fast", path=str(tmp_path / "w.sqlite"))
 
 
-def test_the_same_cache_and_seed_give_the_same_rollouts(wiki, open_search, lm):
+def test_the_same_cache_and_seed_give_the_same_rollouts(
+    wiki: Any, open_search: Any, lm: LM
+) -> None:
     """Sampled with live answers, and again from the cache alone: token for token."""
     prompts = [lm.codec.prompt("Who directed it?")] * 100
 
-    def sample(search):
+    def sample(search: Any) -> Any:
         return rollout(
             lm.decoder,
             lm.codec,
@@ -211,7 +216,7 @@ def test_the_same_cache_and_seed_give_the_same_rollouts(wiki, open_search, lm):
 
 
 # ---- pages ---------------------------------------------------------------------------------------
-def test_pages_that_are_not_plain(wiki, open_search):
+def test_pages_that_are_not_plain(wiki: Any, open_search: Any) -> None:
     """A page of several meanings says which, and a redirect gives the page that it leads to.
 
     A missing page and a ring of redirects give nothing.
@@ -231,7 +236,7 @@ def test_pages_that_are_not_plain(wiki, open_search):
 
 # ---- faults --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("fault", ["429", "503", "slow", "cut", "html"])
-def test_a_fault_is_tried_again(wiki, open_search, fault):
+def test_a_fault_is_tried_again(wiki: Any, open_search: Any, fault: str) -> None:
     wiki.faults = [fault, "", fault]
     search = open_search(threads=1)
     assert search(["a river"]) == [RIVER]
@@ -242,7 +247,7 @@ def test_a_fault_is_tried_again(wiki, open_search, fault):
 
 
 @pytest.mark.parametrize("good_answers", [1, 3])
-def test_an_http_redirect_loop_is_a_fault(wiki, open_search, good_answers):
+def test_an_http_redirect_loop_is_a_fault(wiki: Any, open_search: Any, good_answers: int) -> None:
     """On the first page or the second, it fails the search, which is then not kept.
 
     It is no missing page, since the search found it. Guards: an answer without that page, kept for
@@ -258,7 +263,7 @@ def test_an_http_redirect_loop_is_a_fault(wiki, open_search, good_answers):
 
 
 @pytest.mark.parametrize("fault", ["503", "html", "loop"])
-def test_a_fault_that_stays(wiki, open_search, fault):
+def test_a_fault_that_stays(wiki: Any, open_search: Any, fault: str) -> None:
     """It is an observation, counted, and not kept; in the end the run stops with what was found."""
     search = open_search(threads=1)
     assert search(["a river"]) == [RIVER]
@@ -275,7 +280,7 @@ def test_a_fault_that_stays(wiki, open_search, fault):
     assert open_search("replay")(["b river"]) == [RIVER]
 
 
-def test_only_failures_in_a_row_stop_a_run(wiki, open_search):
+def test_only_failures_in_a_row_stop_a_run(wiki: Any, open_search: Any) -> None:
     search = open_search(threads=1)
     for round_number in range(3):
         wiki.faults = ["html"] * 5 * TRIES
@@ -284,14 +289,16 @@ def test_only_failures_in_a_row_stop_a_run(wiki, open_search):
     assert search.counts["errors"] == 15
 
 
-def test_a_page_that_is_not_understood_loses_no_other(wiki, open_search, monkeypatch):
+def test_a_page_that_is_not_understood_loses_no_other(
+    wiki: Any, open_search: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is left out and the other stays, but this answer is not kept.
 
     It is not what Wikipedia says of the query.
     """
     answer_well = wiki.answer
 
-    def answer(request):
+    def answer(request: pytest.FixtureRequest) -> Any:
         if request.get("titles") != "Silver River":
             return answer_well(request)
         if request.get("prop") == "extracts":
@@ -305,10 +312,12 @@ def test_a_page_that_is_not_understood_loses_no_other(wiki, open_search, monkeyp
     assert open_search("replay")(["a river"]) == [MISSED]
 
 
-def test_nothing_understood_is_a_search_that_failed(wiki, open_search, monkeypatch):
+def test_nothing_understood_is_a_search_that_failed(
+    wiki: Any, open_search: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answer_well = wiki.answer
 
-    def answer(request):
+    def answer(request: pytest.FixtureRequest) -> Any:
         if "titles" in request:
             return {"query": {"pages": []}}
         return answer_well(request)
@@ -318,12 +327,12 @@ def test_nothing_understood_is_a_search_that_failed(wiki, open_search, monkeypat
     assert open_search("replay")(["c river"]) == [MISSED]
 
 
-def test_what_was_found_is_kept_at_once(open_search, monkeypatch):
+def test_what_was_found_is_kept_at_once(open_search: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when a later query ends the run."""
     search = open_search(threads=1)
     search_online = search.search_online
 
-    def stop_at_boom(query):
+    def stop_at_boom(query: Any) -> Any:
         if query == "boom":
             raise KeyboardInterrupt
         return search_online(query)
@@ -334,11 +343,13 @@ def test_what_was_found_is_kept_at_once(open_search, monkeypatch):
     assert open_search("replay")(["b river", "a river"]) == [RIVER, MISSED]
 
 
-def test_a_query_that_is_refused_stops_nothing(wiki, open_search, monkeypatch):
+def test_a_query_that_is_refused_stops_nothing(
+    wiki: Any, open_search: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """MediaWiki's own error on a query is an observation, however often it comes."""
     answer_well = wiki.answer
 
-    def answer(request):
+    def answer(request: pytest.FixtureRequest) -> Any:
         if "insource" in request.get("srsearch", ""):
             return {"error": {"code": "cirrussearch-parse-error", "info": "no"}}
         return answer_well(request)
@@ -350,11 +361,13 @@ def test_a_query_that_is_refused_stops_nothing(wiki, open_search, monkeypatch):
     assert search.counts["errors"] == 12
 
 
-def test_an_error_of_mediawiki_that_passes_is_tried_again(wiki, open_search, monkeypatch):
+def test_an_error_of_mediawiki_that_passes_is_tried_again(
+    wiki: Any, open_search: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answer_well = wiki.answer
     codes = ["ratelimited", "maxlag", "cirrussearch-too-busy-error"]
 
-    def answer(request):
+    def answer(request: pytest.FixtureRequest) -> Any:
         if codes and "srsearch" in request:
             return {"error": {"code": codes.pop(), "info": "wait"}}
         return answer_well(request)
@@ -364,7 +377,9 @@ def test_an_error_of_mediawiki_that_passes_is_tried_again(wiki, open_search, mon
     assert not codes
 
 
-def test_a_broken_cache_is_set_aside(open_search, tmp_path, capsys):
+def test_a_broken_cache_is_set_aside(
+    open_search: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The search goes on with an empty one."""
     no_database = b"not a database, but long enough to be taken for one" * 50
     (tmp_path / "w.sqlite").write_bytes(no_database)

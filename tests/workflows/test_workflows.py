@@ -1,7 +1,9 @@
 """Workflows around a model: ReAct, Reflexion, reading, closed book and answers at once."""
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import tools
 from common.settings import RolloutSettings
 from data.questions import Question
 from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
+from model import LM
 from workflows import reflexion as reflexion_module
 from workflows import tags, words
 from workflows.agent import Answered, answer_questions
@@ -27,26 +30,33 @@ from workflows.style import style_of
 from workflows.words import beginning_of_text
 
 
-def says(text):
+def says(text: str) -> Any:
     """Return a tool that says the same to every query."""
     return lambda queries: [Observation(text)] * len(queries)
 
 
-def replace_decoder(monkeypatch, lm, write):
+def replace_decoder(monkeypatch: pytest.MonkeyPatch, lm: LM, write: Any) -> None:
     """Let `write`, given the row's text so far, say what a row writes instead of the network."""
 
     class Decoder:
-        def __init__(self, prompts):
+        def __init__(self, prompts: Any) -> None:
             self.rows = [list(prompt) for prompt in prompts]
 
-        def keep(self, rows):
+        def keep(self, rows: Any) -> None:
             self.rows = [list(self.rows[row]) for row in rows]
 
-        def feed(self, sequences):
+        def feed(self, sequences: Any) -> None:
             for row, ids in zip(self.rows, sequences, strict=True):
                 row += ids
 
-        def decode(self, stops, limits, temperature, rng=None, writing_share=0.0):
+        def decode(
+            self,
+            stops: Any,
+            limits: Any,
+            temperature: Any,
+            rng: Any = None,
+            writing_share: float = 0.0,
+        ) -> Any:
             written = []
             for row, limit in zip(self.rows, limits, strict=True):
                 ids = write(lm.codec.decode(row))[:limit]
@@ -57,7 +67,7 @@ def replace_decoder(monkeypatch, lm, write):
     monkeypatch.setattr(lm, "decoder", Decoder, raising=False)
 
 
-def test_rollouts_come_back_in_the_order_of_their_questions(lm):
+def test_rollouts_come_back_in_the_order_of_their_questions(lm: LM) -> None:
     """They are decoded with others of like length."""
     questions = [
         "Who directed it?",
@@ -74,7 +84,7 @@ def test_rollouts_come_back_in_the_order_of_their_questions(lm):
         assert trajectory.role.count(Role.PROMPT) == len(prompt)
 
 
-def test_a_workflow_sees_what_fits(lm):
+def test_a_workflow_sees_what_fits(lm: LM) -> None:
     """ReAct's observations have at most max_observation tokens, like those of agents."""
     long = "Silver River 1: A film. It was directed by Eva Moss.\n Iron Hill 2: A film."
     settings = RolloutSettings(max_len=400, max_observation=10, max_thought=8)
@@ -88,14 +98,16 @@ def test_a_workflow_sees_what_fits(lm):
 
 
 @pytest.mark.parametrize("calls", [0, 1, 6])
-def test_a_workflow_calls_as_often_as_an_agent(lm, monkeypatch, calls):
+def test_a_workflow_calls_as_often_as_an_agent(
+    lm: LM, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
     """Calls stop at max_actions, where the model goes on asking; then it must answer.
 
     Guards: four calls whatever the setting said; an end-of-turn token in answers and queries.
     """
     codec = lm.codec
 
-    def write(text):
+    def write(text: str) -> Any:
         if text.endswith("\\boxed{"):
             return [*codec.encode("Eva Moss"), codec.eos_id]
         if text.endswith("<begin_search>"):
@@ -105,7 +117,7 @@ def test_a_workflow_calls_as_often_as_an_agent(lm, monkeypatch, calls):
     replace_decoder(monkeypatch, lm, write)
     queries = []
 
-    def tool(actions):
+    def tool(actions: list[str]) -> Any:
         queries.extend(actions)
         return [Observation("Silver River 1: A film.")] * len(actions)
 
@@ -118,7 +130,9 @@ def test_a_workflow_calls_as_often_as_an_agent(lm, monkeypatch, calls):
     assert trajectory.ids.count(codec.boxed_id) == 1
 
 
-def test_the_lines_of_an_instruct_models_workflow(tmp_path, monkeypatch):
+def test_the_lines_of_an_instruct_models_workflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each step is on a line of its own, also behind one that was cut or that ended the turn.
 
     The answer is what follows `Answer:`. Guards: "the writer ofSearch:"; "The answer is not known
@@ -127,7 +141,7 @@ def test_the_lines_of_an_instruct_models_workflow(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "x")
     lm = model.load_pretrained(str(tmp_path / "x"), CPU)
 
-    def encode(text):
+    def encode(text: str) -> Any:
         return lm.codec.tokenizer.encode(text, add_special_tokens=False)
 
     turns = iter(
@@ -163,14 +177,14 @@ def test_the_lines_of_an_instruct_models_workflow(tmp_path, monkeypatch):
     assert words.react_phrases(lm.codec, "").prompt("Who?")[:1] == [1]
 
 
-def test_the_style_of_a_model(lm, tmp_path):
+def test_the_style_of_a_model(lm: LM, tmp_path: Path) -> None:
     """A model with a chat template is asked in words, any other by tags."""
     assert style_of(lm.codec) is tags
     save_checkpoint(tmp_path / "x")
     assert style_of(model.load_pretrained(str(tmp_path / "x"), CPU).codec) is words
 
 
-def test_a_workflow_answers_each_row_for_itself(lm):
+def test_a_workflow_answers_each_row_for_itself(lm: LM) -> None:
     """A question gets the same answer alone and beside one that has no room left.
 
     Guards: the longest row of a batch ended the loop for all.
@@ -202,7 +216,7 @@ def test_a_workflow_answers_each_row_for_itself(lm):
         ([], "a TOWN", "Iron Hill 1: A town."),
     ],
 )
-def test_gold_passages(gold_ids, golden, expected):
+def test_gold_passages(gold_ids: list[Any], golden: str, expected: str) -> None:
     """Of two passages with one title: the one that is marked, else the one with an answer."""
     contents = ['"Iron Hill"\nA band.', '"Eva Moss"\nA judge.', '"Iron Hill"\nA town.']
     passages = [{"id": str(number), "contents": text} for number, text in enumerate(contents)]
@@ -214,13 +228,21 @@ def test_gold_passages(gold_ids, golden, expected):
 class ScriptedReflexion:
     """Stands for the three things that Reflexion asks a model for."""
 
-    def __init__(self, codec, tries, wrong):
+    def __init__(self, codec: Codec, tries: Any, wrong: Any) -> None:
         self.codec = codec
         self.tries = tries  # by question: the answers of its tries
         self.wrong = wrong  # by answer: whether the model calls it wrong
         self.calls = []  # (question, lessons so far) of each try
 
-    def react(self, lm, questions, search, settings, phrases, description=None):
+    def react(
+        self,
+        lm: LM,
+        questions: Any,
+        search: Any,
+        settings: Any,
+        phrases: Any,
+        description: Any = None,
+    ) -> Any:
         answered = []
         for question in questions:
             name, _, lessons = question.partition("?")
@@ -232,23 +254,25 @@ class ScriptedReflexion:
             answered.append(Answered(self.tries[name].pop(0), trajectory))
         return answered
 
-    def complete_lines(self, lm, texts, budget, settings, description=None):
+    def complete_lines(
+        self, lm: LM, texts: Any, budget: Any, settings: Any, description: Any = None
+    ) -> Any:
         for text in texts:
             assert "wrong or not supported" in text.split("answer that was given")[1]
         return [Answered("look again.", Trajectory())] * len(texts)
 
-    def prefers_no(self, lm, texts, settings):
+    def prefers_no(self, lm: LM, texts: Any, settings: Any) -> list[Any]:
         assert all("Yes or No" in text for text in texts)
         return [self.wrong[self._answer_in(text)] for text in texts]
 
-    def _answer_in(self, text):
+    def _answer_in(self, text: str) -> Any:
         if " is: none\n" in text:
             return ""
         return next(answer for answer in self.wrong if f" is: {answer}\n" in text)
 
 
 @pytest.fixture
-def scripted_reflexion(lm, monkeypatch):
+def scripted_reflexion(lm: LM, monkeypatch: pytest.MonkeyPatch) -> Any:
     script = ScriptedReflexion(
         lm.codec,
         tries={"a": ["x", "", "z", "never"], "b": ["right at once"], "c": ["x", "good"]},
@@ -266,7 +290,7 @@ def scripted_reflexion(lm, monkeypatch):
     return script
 
 
-def test_reflexion_tries_again(lm, scripted_reflexion):
+def test_reflexion_tries_again(lm: LM, scripted_reflexion: Any) -> None:
     """A missing or doubted answer gets a lesson and another try, three at most.
 
     An answer that the model does not doubt is final. Queries and observations of all tries count.
@@ -287,7 +311,7 @@ def test_reflexion_tries_again(lm, scripted_reflexion):
     assert [observation.text for observation in observations] == ["of 3", "of 5"]
 
 
-def test_reflexion_begins_with_what_react_said(lm, scripted_reflexion):
+def test_reflexion_begins_with_what_react_said(lm: LM, scripted_reflexion: Any) -> None:
     """ReAct's answer is the first try, where it is there, and is not changed."""
     scripted_reflexion.tries["a"] = ["late"]
     trajectory = Trajectory()
@@ -299,14 +323,14 @@ def test_reflexion_begins_with_what_react_said(lm, scripted_reflexion):
     assert first_try[0].answer == "x"
 
 
-def test_no_is_read_off_the_next_token(lm):
+def test_no_is_read_off_the_next_token(lm: LM) -> None:
     """Yes or No by which is likelier as the next token, whatever is likelier than both.
 
     Guards: SmolLM2 begins a new line there, which was read as a yes.
     """
     texts = [f"Is it so? {number} Yes or No:" for number in range(12)] + ["Who?"]
 
-    def encode(text):
+    def encode(text: str) -> Any:
         return lm.codec.tokenizer.encode(text, add_special_tokens=False)
 
     yes, no = encode("Answer: Yes")[-1], encode("Answer: No")[-1]
@@ -321,7 +345,7 @@ def test_no_is_read_off_the_next_token(lm):
     assert prefers_no(lm, texts, RolloutSettings(batch_rows=3)) == expected
 
 
-def test_the_try_without_its_examples(lm, monkeypatch):
+def test_the_try_without_its_examples(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model judges is its own try.
 
     Guards: ReAct's examples left in front where a text begins with BOS, as Llama 3's do.
@@ -333,7 +357,7 @@ def test_the_try_without_its_examples(lm, monkeypatch):
     codec = Codec(tokenizer)
     judged = []
 
-    def no_doubt(lm, texts, settings):
+    def no_doubt(lm: LM, texts: Any, settings: Any) -> Any:
         judged.extend(texts)
         return [False] * len(texts)
 
@@ -349,12 +373,12 @@ def test_the_try_without_its_examples(lm, monkeypatch):
 
 
 # ---- reading -------------------------------------------------------------------------------------
-def observed_text(codec, trajectory):
+def observed_text(codec: Codec, trajectory: Trajectory) -> Any:
     tokens = zip(trajectory.ids, trajectory.role, strict=True)
     return codec.decode([token for token, role in tokens if role == Role.OBSERVATION])
 
 
-def test_reading_several_facts(codec):
+def test_reading_several_facts(codec: Codec) -> None:
     """A reader asks for one fact after the other, as it was pretrained to; the last answers.
 
     Guards: cut at the second ask, and an answer forced there.
@@ -375,7 +399,7 @@ def test_reading_several_facts(codec):
     assert observed_text(codec, trajectory) == f"<search_result> {given}</search_result>"
 
 
-def test_a_reader_that_never_ends(codec):
+def test_a_reader_that_never_ends(codec: Codec) -> None:
     """It is asked for an answer, with room for one."""
     line = " 1 star? it goes on and on" + " and on" * 300
     lm = SimpleNamespace(codec=codec, decoder=ScriptedDecoder(codec, line))
@@ -387,7 +411,7 @@ def test_a_reader_that_never_ends(codec):
     assert trajectory.role.count(Role.ANSWER) == 2 + 12
 
 
-def test_reading_what_is_given(lm):
+def test_reading_what_is_given(lm: LM) -> None:
     """Each question gets its own passages, whole, behind a thought; no search is run."""
     given = ["Silver River 1: A film.", "Iron Hill 1: A film. It was directed by Ada Falk."]
     questions = ["Who directed Silver River?", "Who?"]
@@ -400,7 +424,7 @@ def test_reading_what_is_given(lm):
         assert trajectory.role.index(Role.OBSERVATION) > trajectory.role.index(Role.THINK)
 
 
-def test_an_answer_at_once(lm):
+def test_an_answer_at_once(lm: LM) -> None:
     """The box is opened behind the question, and what is written in it is the answer."""
     questions = ["Who?", "Who directed Silver River?", "A"]
     codec = lm.codec
@@ -416,7 +440,7 @@ def test_an_answer_at_once(lm):
         assert answer == written
 
 
-def test_the_seed_of_sampling_is_the_callers(lm):
+def test_the_seed_of_sampling_is_the_callers(lm: LM) -> None:
     """The same generator gives the same rollouts, another one gives others."""
     settings = RolloutSettings(max_actions=0, max_len=60)
     found = []
