@@ -5,10 +5,10 @@ set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 .venv/bin/ruff format --check --quiet .
 .venv/bin/ruff check --quiet .
-.venv/bin/pyrefly check --summary=none
+.venv/bin/pyrefly check --output-format min-text
 if [ "${1:-}" = --all ]; then
   shift
 else
   set -- -m "not slow" "$@"
 fi
-exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

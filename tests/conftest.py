@@ -39,6 +39,21 @@ WORDS = (
 CPU = ModelSettings(device="cpu")
 
 
+# The longest files come first, so that two workers end at about the same time.
+LONGEST_FILES = ("test_scripts.py", "test_adapters.py", "test_twins.py", "test_real.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests of the longest files first."""
+
+    def rank(item: pytest.Item) -> int:
+        if item.path.name in LONGEST_FILES:
+            return LONGEST_FILES.index(item.path.name)
+        return len(LONGEST_FILES)
+
+    items.sort(key=rank)
+
+
 @pytest.fixture(scope="session")
 def codec() -> Codec:
     """Return the codec of a byte-level tokenizer in which every word of WORDS is one token."""

@@ -23,6 +23,7 @@ import bench
 import model
 import train_rl
 import train_sft
+import world_model
 from common import runs
 from common.errors import UserError
 from common.settings import read_settings
@@ -372,9 +373,15 @@ def test_ask_one_question(whole_run: Any) -> None:
     assert "rl2" in printed
 
 
-def test_fidelity_of_the_world_model(copied_run: Any) -> None:
+def test_fidelity_of_the_world_model(
+    copied_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """world_model.py measures each stage from SFT-2 on, and writes what it prints."""
-    printed = succeed(copied_run.cwd, "world_model.py", "--run=tiny", "--eval_questions=2")
+    monkeypatch.chdir(copied_run.cwd)
+    monkeypatch.setattr(world_model, "TRAINING_CHAINS", 20)
+    monkeypatch.setattr(sys, "argv", ["x", "--run=tiny", "--eval_questions=1"])
+    world_model.run(read_settings(world_model.FidelitySettings, "doc"))
+    printed = capsys.readouterr().out
     result = strict_json((copied_run.root / "world_model.json").read_text())
     assert list(result) == ["sft2", "sft3", "rl1", "rl2"]
     for stage, figures in result.items():

@@ -1,5 +1,6 @@
 """Folders and files in and out: against transformers, the gguf package and sentencepiece."""
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -30,7 +31,9 @@ def random_checkpoint(name: str, folder: Path | None = None) -> Any:
     Fresh biases are 0 and gains are 1: a loader could drop them unseen.
     """
     torch.manual_seed(1)
-    network = AutoModelForCausalLM.from_config(REFERENCE_CONFIGS[name]).eval()
+    # A test that converts a network to another type would change a shared config.
+    config = copy.deepcopy(REFERENCE_CONFIGS[name])
+    network = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

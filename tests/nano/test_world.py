@@ -521,9 +521,9 @@ def test_sets_have_their_hops() -> None:
 
 def test_more_questions_than_there_are() -> None:
     """Guards: the generator looks for ever for a question that it has not asked yet."""
-    message = "different questions of the set 'single', not 5000"
+    message = "different questions of the set 'single', not 2000"
     with pytest.raises(UserError, match=message):
-        draw_questions(World(0, "train"), "single", 5000, random.Random(0), head_share=1.0)
+        draw_questions(World(0, "train"), "single", 2000, random.Random(0), head_share=1.0)
 
 
 # ---- the command ---------------------------------------------------------------------------------
