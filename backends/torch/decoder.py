@@ -102,7 +102,8 @@ class Decoder(RowDecoder):
         visible = int(self.length[rows].max()) + columns
         self._make_room(visible)
         start = torch.as_tensor(self.length[rows], device=device)
-        positions = start[:, None] + torch.arange(columns, device=device)  # (B, T)
+        offsets = torch.arange(columns, device=device)
+        positions = start[:, None] + offsets  # (B, T)
         index = torch.as_tensor(rows, device=device)
         place = Place(index, is_every_row, positions, visible)
         writes = [partial(cache.write, place) for cache in self.caches]
@@ -141,8 +142,8 @@ class Decoder(RowDecoder):
         return self.network.logits(x[:, 0])
 
     def _replace_logits(self, running: np.ndarray, next_logits: Tensor) -> None:
-        goes_on = self._upload(running)[:, None]
-        self.logits = torch.where(goes_on, next_logits, self.logits)
+        goes_on = self._upload(running)
+        self.logits = torch.where(goes_on[:, None], next_logits, self.logits)
 
     def _upload(self, values: np.ndarray) -> Tensor:
         dtype = torch.bool if values.dtype == bool else torch.float32
@@ -186,4 +187,5 @@ def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     most = below_one * ends[:, -1:]
     target_in_block = torch.minimum(target - block_start, most)
     place = (ends <= target_in_block).sum(-1)
-    return block[:, 0] * 1024 + place
+    first = block[:, 0] * 1024
+    return first + place

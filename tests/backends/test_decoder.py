@@ -56,7 +56,7 @@ def assert_logits_are_those_of(lm: LM, decoder: Any, texts: Any) -> None:
 def write(
     lm: LM, prompts: Any, tokens: Any, stops: Any = (), temperature: float = 0.0, seed: int = 0
 ) -> Any:
-    """Decode behind each prompt, and return the ids."""
+    """Decode after each prompt, and return the ids."""
     limits = [tokens] * len(prompts)
     rng = np.random.default_rng(seed)
     ids, _ = lm.decoder(prompts).decode(stops, limits, temperature, rng)
@@ -209,7 +209,8 @@ def test_stops_for_another_number_of_rows(lm: LM) -> None:
 def test_leaving_early_and_going_on(lm: LM) -> None:
     """With a writing share, decoding stops while some rows still write; the next call goes on."""
     limits = [3, 3, 3, 20]
-    whole, _ = lm.decoder(PROMPTS).decode([], limits, 0.0)
+    decoder = lm.decoder(PROMPTS)
+    whole, _ = decoder.decode([], limits, 0.0)
     decoder = lm.decoder(PROMPTS)
     first, _ = decoder.decode([], limits, 0.0, writing_share=0.25)
     assert lengths(first) == [3, 3, 3, 3]
@@ -311,14 +312,17 @@ def test_each_row_has_its_temperature(lm: LM) -> None:
     assert ids[0] == ids[2] == greedy(lm, prompt, [], 8)
     assert ids[1] == all_sampled[1]
     assert ids[1] != ids[0]
-    _, alone = lm.decoder([prompt]).decode([], [8], 0.0)
+    decoder = lm.decoder([prompt])
+    _, alone = decoder.decode([], [8], 0.0)
     assert logprobs[0] == pytest.approx(alone[0], abs=1e-5)
 
 
 def test_sampling_is_repeatable_and_rows_differ(lm: LM) -> None:
     """One seed, one text; equal prompts get draws of their own."""
     prompts = [PROMPTS[0]] * 6
-    first, again, other = (write(lm, prompts, 10, temperature=1.0, seed=seed) for seed in (0, 0, 1))
+    first = write(lm, prompts, 10, temperature=1.0, seed=0)
+    again = write(lm, prompts, 10, temperature=1.0, seed=0)
+    other = write(lm, prompts, 10, temperature=1.0, seed=1)
     assert first == again
     assert first != other
     assert len({tuple(ids) for ids in first}) == 6

@@ -115,6 +115,43 @@ def test_steps_take_questions_in_turn(
     assert asked == [["A?", "B?"], ["C?", "A?"]]
 
 
+class RecordedRun:
+    """Stands for all that train_rl.run calls, and keeps what it was asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []  # of the reference, in order
+        self.loaded: list[str] = []  # folders that weights were read from
+        self.stages: list[RLStage] = []
+        self.tool = Library({})
+        self.policy = types.SimpleNamespace(resume=lambda folder: self.load(folder, None))
+        self.reference = types.SimpleNamespace(
+            begin_stage=lambda *arguments: self.events.append("adapter"), copy=self.copy
+        )
+        monkeypatch.setattr(train_rl, "open_task", lambda settings: self)
+        monkeypatch.setattr(train_rl.model, "load", self.load)
+        monkeypatch.setattr(train_rl, "train_grpo", self.train_grpo)
+        monkeypatch.setattr(memory, "report", lambda *arguments: True)
+
+    @property
+    def rl_search(self) -> Library:
+        return self.tool
+
+    def questions(self, pool: str, count: int, skip: int = 0) -> Any:
+        return pool, count, skip
+
+    def load(self, folder: Path, settings: Any) -> Any:
+        self.loaded.append(folder.name)
+        return self.reference
+
+    def copy(self) -> Any:
+        self.events.append("copy")
+        return self.policy
+
+    def train_grpo(self, policy: Any, reference: Any, settings: Any, stage: RLStage) -> None:
+        assert (policy, reference) == (self.policy, self.reference)
+        self.stages.append(stage)
+
+
 @pytest.mark.parametrize(
     ("given", "stages", "loaded"),
     [
@@ -133,11 +170,11 @@ def test_the_two_environments(
     stages: list[str],
     loaded: list[str],
 ) -> None:
-    """RL-1 imagines, and asks nothing that begins at a known entity; RL-2 has the tool.
+    """RL-1 imagines, RL-2 has the tool; each has questions of its own.
 
     The adapter is made before the reference is copied (guards: a second base in memory). The
-    reference is what the command begins with; --resume behind RL-1 goes on from RL-1 with the
-    same reference.
+    reference is what the command begins with; --resume after RL-1 goes on from RL-1 with the same
+    reference.
     """
     monkeypatch.chdir(tmp_path)
     for name in ("sft2", "sft3", "rl1"):
@@ -145,46 +182,20 @@ def test_the_two_environments(
         (tmp_path / "out/nano" / name / "config.json").write_text("{}")
     if given == {"start": "sft2"}:
         (tmp_path / "out/nano/rl1/config.json").unlink()
-
-    events = []
-    trained = []
-    folders = []
-    tool = Library({})
-    task = types.SimpleNamespace(
-        questions=lambda pool, count, skip=0: (pool, count, skip),
-        rl_search=tool,
-    )
-    policy = types.SimpleNamespace(resume=lambda folder: folders.append(folder.name))
-    reference = types.SimpleNamespace(
-        begin_stage=lambda *arguments: events.append("adapter"),
-        copy=lambda: events.append("copy") or policy,
-    )
-
-    def load(folder: Path, settings: Any) -> Any:
-        folders.append(folder.name)
-        return reference
-
-    def train_grpo(policy: Any, reference: Any, settings: Any, stage: Any) -> None:
-        trained.append((policy, reference, stage))
-
-    monkeypatch.setattr(train_rl, "open_task", lambda settings: task)
-    monkeypatch.setattr(train_rl.model, "load", load)
-    monkeypatch.setattr(train_rl, "train_grpo", train_grpo)
-    monkeypatch.setattr(memory, "report", lambda *arguments: True)
+    recorded = RecordedRun(monkeypatch)
     settings = RLSettings(rl1_steps=3, rl2_steps=2, questions=4, rl_questions=10, **given)
     train_rl.run(settings)
 
-    assert [stage.folder.name for _, _, stage in trained] == stages
-    assert all((lm, to) == (policy, reference) for lm, to, _ in trained)
-    assert events == ["adapter", "copy"]
-    assert folders == loaded
-    for _, _, stage in trained:
+    assert [stage.folder.name for stage in recorded.stages] == stages
+    assert recorded.events == ["adapter", "copy"]
+    assert recorded.loaded == loaded
+    for stage in recorded.stages:
         if stage.folder.name == "rl1":
             assert (stage.steps, stage.search, stage.call_cost) == (3, IMAGINE, 0.0)
             assert stage.pool == ("rl1", 10, settings.coa)
             assert stage.rate_scale == settings.rl1_scale
         else:
-            assert (stage.steps, stage.search) == (2, tool)
+            assert (stage.steps, stage.search) == (2, recorded.tool)
             assert stage.call_cost == settings.call_cost
             assert stage.pool == ("rl2", 10, settings.coa + 3 * 4)
             assert stage.rate_scale == 1.0
