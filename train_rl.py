@@ -30,12 +30,11 @@ from typing import Any
 
 import numpy as np
 
-import model
 from autocoa import IMAGINE, Imagine, Search, group_advantages, grpo_loss, k3, nll_loss, reward
 from common import memory, runs
 from common.batching import group_by_tokens
 from common.errors import UserError
-from common.runs import StagePlan, StageRun
+from common.runs import StageRun
 from common.settings import (
     AboveZero,
     AboveZeroFloat,
@@ -118,7 +117,7 @@ def run(settings: RLSettings) -> None:
     if not plan.todo:
         return
     task = open_task(settings)
-    reference, policy = load_reference_and_policy(settings, plan)
+    reference, policy = plan.load_reference_and_policy(settings)
     # --dry-run times a step by the simplest loss.
     if not memory.report(policy, settings, "rl", nll_loss):
         return
@@ -148,24 +147,6 @@ def run(settings: RLSettings) -> None:
         )
         train_grpo(policy, reference, settings, real)
         print(task.rl_search.report())
-
-
-def load_reference_and_policy(settings: RLSettings, plan: StagePlan) -> tuple[LM, LM]:
-    """Return the policy that KL is measured to, and the one that is trained.
-
-    They begin as the same, unless RL-1 is done and --resume goes on after it.
-    """
-    reference = model.load(plan.reference_folder(), settings)
-    # Before the copy, so that policy and reference share a base that only carries adapters.
-    reference.begin_stage(settings, settings.seed, plan.todo[0])
-    if not plan.goes_on_after_rl1:
-        return reference, reference.copy()
-    if settings.lora_merge:
-        # RL-1's adapter was merged into weights of its own.
-        return reference, model.load(plan.start_folder(), settings)
-    policy = reference.copy()
-    policy.resume(plan.start_folder())
-    return reference, policy
 
 
 def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) -> None:

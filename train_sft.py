@@ -16,7 +16,6 @@ ablations. Each stage leaves a Hugging Face folder with log.jsonl and rollouts.j
 out/<run>/<stage>/.
 """
 
-import dataclasses
 import math
 import random
 import time
@@ -25,11 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import model
 from autocoa import contrastive_loss, nll_loss
 from common import memory, runs
 from common.errors import UserError
-from common.runs import StagePlan, StageRun
+from common.runs import StageRun
 from common.settings import (
     AboveZero,
     CommaList,
@@ -64,22 +62,6 @@ from workflows.style import style_of
 PAIRS_OF_A_STEP = 16  # pairs of an optimizer step of SFT-1, as the authors set it
 REACT_CALLS = 4  # calls of the workflow whose outcomes make the pairs of SFT-1
 SAMPLES = 20  # greedy trajectories that a stage leaves to be read
-
-# Other values of these would make other SFT data.
-DATA_SETTINGS = (
-    "seed",
-    "model",
-    "train_data",
-    "corpus",
-    "sft_files",
-    "coa",
-    "cot",
-    "pairs",
-    "train_scale",
-    "top_k",
-    "max_observation",
-    "max_len",
-)
 
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
@@ -127,8 +109,8 @@ def run(settings: SFTSettings) -> None:
     if "base" in plan.todo:
         lm = task.new_model(settings)
     else:
-        lm = model.load(plan.start_folder(), settings)
-    plan.refuse_contradictions(lm, settings, DATA_SETTINGS)
+        lm = plan.load_start(settings)
+    plan.refuse_contradictions(lm, settings)
     if not memory.report(lm, settings, "sft", nll_loss):
         return
     plan.prepare_folders(settings)
@@ -138,7 +120,7 @@ def run(settings: SFTSettings) -> None:
         plan.remove_data()
 
     if plan.must_make_data:
-        base = lm if "base" in plan.todo else load_base_model(settings, plan)
+        base = plan.load_base(lm, settings)
         write_sft_data(plan.data_folder, make_data(base, settings, task))
         runs.record_stage(settings, "data")
     sft_data = read_sft_data(plan.data_folder, runs.command_line("train_sft.py"))
@@ -155,15 +137,6 @@ def run(settings: SFTSettings) -> None:
         seen = learn_observations(chains)
         train_on_chains(lm, settings, task, seen, "sft3", settings.sft3_scale, folder)
     print(task.search.report())
-
-
-def load_base_model(settings: SFTSettings, plan: StagePlan) -> LM:
-    """Return the base model, which the data is made with.
-
-    With --bits=4 too it is asked as it is, so that an interrupted run makes the same data.
-    """
-    folder = runs.find_start(plan.root, "base", runs.SFT_STAGES)
-    return model.load(folder, dataclasses.replace(settings, bits=16))
 
 
 def train_on_pairs(

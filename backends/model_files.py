@@ -24,7 +24,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
 @dataclass
-class Checkpoint:
+class SourceCheckpoint:
     """What a checkpoint from elsewhere holds."""
 
     source: str  # where it was read, for messages
@@ -81,7 +81,7 @@ def read_tokenizer(folder: str | Path, gguf_file: str = "") -> PreTrainedTokeniz
         ) from None
 
 
-def read_checkpoint(name: str, backend: ModuleType) -> Checkpoint:
+def read_checkpoint(name: str, backend: ModuleType) -> SourceCheckpoint:
     """Read a Hugging Face folder, a hub id or a GGUF file.
 
     Raises UserError for what can't be read.
@@ -106,7 +106,7 @@ def read_checkpoint(name: str, backend: ModuleType) -> Checkpoint:
             f"model: the tokenizer of {source} has {len(tokenizer)} entries, "
             f"its weights {config.vocab_size}; they are not a pair"
         )
-    return Checkpoint(source, config, weights, tokenizer)
+    return SourceCheckpoint(source, config, weights, tokenizer)
 
 
 def _read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
@@ -131,7 +131,7 @@ def _read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
 
 
 # ---- tags ----------------------------------------------------------------------------------------
-def add_tags(checkpoint: Checkpoint, backend: ModuleType) -> None:
+def add_tags(checkpoint: SourceCheckpoint, backend: ModuleType) -> None:
     """Make each tag that a checkpoint lacks a new token.
 
     Its embedding starts as the mean of those of the pieces that spelled it. Changes tokenizer,

@@ -8,6 +8,7 @@ out/nano/
     data/                   what SFT learns from
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import model
 from common.errors import UserError
 from common.files import write_jsonl
 from common.progress import tqdm
@@ -35,6 +37,21 @@ from model import LM
 SFT_STAGES = ("base", "sft1", "sft2", "sft3")
 RL_STAGES = ("rl1", "rl2")
 STAGE_BEFORE = {"base": "", "sft1": "base", "sft2": "sft1", "sft3": "sft2"}
+# Other values of these would make other SFT data.
+DATA_SETTINGS = (
+    "seed",
+    "model",
+    "train_data",
+    "corpus",
+    "sft_files",
+    "coa",
+    "cot",
+    "pairs",
+    "train_scale",
+    "top_k",
+    "max_observation",
+    "max_len",
+)
 LOG_FILES = ("log.jsonl", "rollouts.jsonl")
 
 
@@ -86,16 +103,46 @@ class StagePlan:
         """Return the folder of RL's reference. Raises UserError: see find_start."""
         return find_start(self.root, self.reference, [*SFT_STAGES, "rl1"])
 
-    def refuse_contradictions(
-        self, lm: LM, settings: StageSettings, data_settings: Sequence[str]
-    ) -> None:
-        """Raise UserError for settings that contradict the data or the adapter that is there.
+    def load_start(self, settings: StageSettings) -> LM:
+        """Return the model that the first stage begins with."""
+        return model.load(self.start_folder(), settings)
+
+    def load_base(self, lm: LM, settings: StageSettings) -> LM:
+        """Return the base model, which SFT's data is made with.
+
+        lm: the model that is trained, which is the base model where that has just been made.
+        With --bits=4 too the base is asked as it is, so that an interrupted run makes the same
+        data as a whole one.
+        """
+        if "base" in self.todo:
+            return lm
+        folder = find_start(self.root, "base", SFT_STAGES)
+        return model.load(folder, dataclasses.replace(settings, bits=16))
+
+    def load_reference_and_policy(self, settings: StageSettings) -> tuple[LM, LM]:
+        """Return the policy that RL measures KL to, and the one that it trains.
+
+        They begin as the same, unless RL-1 is done and --resume goes on after it.
+        """
+        reference = model.load(self.reference_folder(), settings)
+        # Before the copy, so that policy and reference share a base that only carries adapters.
+        reference.begin_stage(settings, settings.seed, self.todo[0])
+        if not self.goes_on_after_rl1:
+            return reference, reference.copy()
+        if settings.lora_merge:
+            # RL-1's adapter was merged into weights of its own.
+            return reference, self.load_start(settings)
+        policy = reference.copy()
+        policy.resume(self.start_folder())
+        return reference, policy
+
+    def refuse_contradictions(self, lm: LM, settings: StageSettings) -> None:
+        """Raise UserError for settings that contradict SFT's data or the adapter that is there.
 
         The network gets its adapter here, since that is where it may refuse.
-        data_settings: settings that SFT's data is made with.
         """
         if not self.must_make_data:
-            refuse_changed_data(self.root, settings, data_settings)
+            refuse_changed_data(self.root, settings, DATA_SETTINGS)
         if "base" not in self.todo:
             lm.begin_stage(settings, settings.seed, self.todo[0])
 

@@ -457,6 +457,7 @@ def _read_command_line(
 
 def _option(name: str, annotation: Any) -> Any:
     """Return a setting as tyro reads it from a command line; None where it is not given."""
+    # tyro is slow to import.
     from tyro.constructors import PrimitiveConstructorSpec
 
     spec = PrimitiveConstructorSpec(
@@ -482,6 +483,7 @@ def _complete_flags(arguments: list[str], types: dict[str, Any]) -> list[str]:
 
 def _print_help(settings_class: type, doc: str) -> None:
     """Print the doc, then each setting of a script with its comment and default."""
+    # tyro is slow to import.
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 

@@ -109,6 +109,7 @@ def _unpacked_weight(linear: Linear) -> Tensor:
     """Return a matrix, and leave no 4 bits of it."""
     if linear.packed is None:
         return linear.weight.data
+    # It takes seconds to load, and only --bits=4 needs it.
     from bitsandbytes.functional import dequantize_4bit
 
     weight = dequantize_4bit(linear.packed, linear.quant_state)

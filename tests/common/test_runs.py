@@ -220,7 +220,7 @@ def begin(root: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch) -> Any:
         settings = StageSettings(**values)
         settings.given = dict(values)
         plan = runs.plan_sft(settings)
-        plan.refuse_contradictions(tiny_lm(codec), settings, ["seed", "dtype"])
+        plan.refuse_contradictions(tiny_lm(codec), settings)
         plan.prepare_folders(settings)
 
     return begin_command
@@ -251,8 +251,8 @@ def test_refusals_come_first(root: Path, begin: Any) -> None:
     """What can be refused is refused before anything is removed."""
     runs.record_stage(StageSettings(), "data")
     before = sorted(root.rglob("*"))
-    with pytest.raises(UserError, match=r"--dtype: out/nano/data was made with another value"):
-        begin(stage="sft2", dtype="bfloat16")
+    with pytest.raises(UserError, match=r"--seed: out/nano/data was made with another value"):
+        begin(stage="sft2", seed=4)
     assert sorted(root.rglob("*")) == before
 
 

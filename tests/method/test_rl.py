@@ -10,6 +10,7 @@ import pytest
 from conftest import tiny_lm
 
 import backends.torch as torch_backend
+import model
 import train_rl
 from autocoa import IMAGINE, contrastive_loss, grpo_loss
 from common import memory
@@ -128,7 +129,7 @@ class RecordedRun:
             begin_stage=lambda *arguments: self.events.append("adapter"), copy=self.copy
         )
         monkeypatch.setattr(train_rl, "open_task", lambda settings: self)
-        monkeypatch.setattr(train_rl.model, "load", self.load)
+        monkeypatch.setattr(model, "load", self.load)
         monkeypatch.setattr(train_rl, "train_grpo", self.train_grpo)
         monkeypatch.setattr(memory, "report", lambda *arguments: True)
 
