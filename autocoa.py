@@ -4,8 +4,8 @@ r"""AutoCoA: the method, without a framework (arXiv 2503.06580).
     python autocoa.py --start=sft2 --ask ".."               # the same by another stage
 
 What a trajectory is stands in data/trajectory.py: token ids, and for each its role (who wrote it,
-in which kind of step) and its mask (1 where the policy wrote it as policy). Here is what is done
-with trajectories:
+in which kind of step) and its mask (1 where it is learned; in a rollout, the policy's own). Here is
+what is done with trajectories:
 
 1. Reward and advantage: what a rollout is worth.
 2. Losses of the three SFT stages and of GRPO.
@@ -148,7 +148,7 @@ class Row:
         self.new_ids = self.new_ids + ids
 
 
-class Script(Protocol):
+class Controller(Protocol):
     """What happens around the model's own writing: `Agent` here, `ReAct` in workflows/react.py."""
 
     writing_share: float  # a turn ends when no more than this share of the rows is still writing
@@ -199,12 +199,12 @@ def rollout(
         row.trajectory.add(list(prompt), Role.PROMPT, 0)
         rows.append(row)
     agent = Agent(codec, settings, imagines=search == IMAGINE)
-    follow_script(agent, decoder(list(prompts)), rows, search, temperature, rng)
+    run_rows(agent, decoder(list(prompts)), rows, search, temperature, rng)
     return [row.trajectory for row in rows]
 
 
-def follow_script(
-    script: Script,
+def run_rows(
+    controller: Controller,
     decoder: Any,
     rows: list[Row],
     search: Search | Imagine | None,
@@ -213,31 +213,31 @@ def follow_script(
 ) -> None:
     """Write all rows to their ends: the loop of Algorithm 1. Row i of the decoder is rows[i]."""
     while rows:
-        write_until_pause(script, decoder, rows, temperature, rng)  # think, act, imagine, answer
+        write_until_pause(controller, decoder, rows, temperature, rng)
         rows = [row for row in rows if not row.finished]
         rows = share_imagination(rows)
-        call_tool(script, rows, search)
+        call_tool(controller, rows, search)
         feed_new_tokens(decoder, rows)
 
 
 def write_until_pause(
-    script: Script,
+    controller: Controller,
     decoder: Any,
     rows: list[Row],
     temperature: float,
     rng: np.random.Generator | None,
 ) -> None:
     """Let the model write on every row until most of them wait for something."""
-    budgets = [max(1, script.budget(row)) for row in rows]
-    stops = [script.stops(row) for row in rows]
+    budgets = [max(1, controller.budget(row)) for row in rows]
+    stops = [controller.stops(row) for row in rows]
     # An imagined observation is greedy: one text gets one observation, as from a tool.
     temperatures = [0.0 if row.state == Role.OBSERVATION else temperature for row in rows]
     ids, logprobs = decoder.decode(
-        stops, budgets, temperatures, rng, writing_share=script.writing_share
+        stops, budgets, temperatures, rng, writing_share=controller.writing_share
     )
     for number, row in enumerate(rows):
         spent = len(ids[number]) == budgets[number]
-        script.continue_row(row, ids[number], logprobs[number], spent)
+        controller.continue_row(row, ids[number], logprobs[number], spent)
 
 
 def share_imagination(rows: list[Row]) -> list[Row]:
@@ -273,7 +273,7 @@ def _copy_imagination(row: Row, follower: Row) -> None:
     follower.new_ids = list(row.new_ids)
 
 
-def call_tool(script: Script, rows: list[Row], search: Search | Imagine | None) -> None:
+def call_tool(controller: Controller, rows: list[Row], search: Search | Imagine | None) -> None:
     """Run the actions of all rows that wait for the tool, as one batch."""
     calling = [row for row in rows if row.query is not None]
     if not calling:
@@ -282,7 +282,7 @@ def call_tool(script: Script, rows: list[Row], search: Search | Imagine | None) 
     observations = search([row.query or "" for row in calling])
     for row, observation in zip(calling, observations, strict=True):
         row.query = None
-        script.read_observation(row, observation)
+        controller.read_observation(row, observation)
 
 
 def feed_new_tokens(decoder: Any, rows: list[Row]) -> None:
@@ -369,6 +369,7 @@ class Agent:
             row.finished = True
         elif spent:
             self._force_answer(row)
+        # Else the turn ended for other rows' sake, and this one goes on with what it has begun.
 
     def _add_policy_tokens(self, row: Row, ids: list[int], logprobs: list[float]) -> None:
         """Add what the policy wrote, mask 1; a tag changes the role from its own token on."""
@@ -456,7 +457,7 @@ def ask(settings: AskSettings) -> None:
     else:
         print(lm.codec.decode(trajectory.ids))
     answer = lm.codec.answer(trajectory)
-    print(f"answer: {answer}  ({len(trajectory.queries)} searches, {folder.name})")
+    print(f"answer: {answer}  ({len(trajectory.queries)} calls, {folder.name})")
 
 
 if __name__ == "__main__":

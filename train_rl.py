@@ -59,7 +59,7 @@ DRIFT_SAMPLES = 10  # trajectories of a step on which KL is watched
 # ---- 1. Settings ---------------------------------------------------------------------------------
 @dataclass(kw_only=True)
 class RLSettings(StageSettings, TaskRunSettings, ModelSettings, RolloutSettings):
-    """The settings of train_rl.py; the counts are the authors'."""
+    """The settings of train_rl.py; steps, questions and rollouts are the authors'."""
 
     # With question files: RL begins after this many of them, which are those of SFT's chains.
     coa: int = 5000
@@ -108,7 +108,7 @@ class RLStage:
     search: Search | Imagine  # the environment: a tool, or the policy itself
     call_cost: float  # taken off the reward for each call
     rate_scale: float  # of the learning rate
-    number: int  # with the run's seed and the step, the seed of what is random
+    seed_number: int  # (run's seed, this, step) is the seed of what a step draws
 
 
 def run(settings: RLSettings) -> None:
@@ -131,7 +131,7 @@ def run(settings: RLSettings) -> None:
             search=IMAGINE,
             call_cost=0.0,
             rate_scale=settings.rl1_scale,
-            number=1,
+            seed_number=1,
         )
         train_grpo(policy, reference, settings, imagined)
     if "rl2" in plan.todo:
@@ -143,7 +143,7 @@ def run(settings: RLSettings) -> None:
             search=task.rl_search,
             call_cost=settings.call_cost,
             rate_scale=1.0,
-            number=2,
+            seed_number=2,
         )
         train_grpo(policy, reference, settings, real)
         print(task.rl_search.report())
@@ -159,7 +159,7 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
     optimizer = policy.backend.Optimizer(policy.network, muon=False, seed=settings.seed)
     progress = StageRun(policy, optimizer, stage.folder, settings, stage.steps)
     for step in progress.steps():
-        rng = np.random.default_rng([settings.seed, stage.number, step])
+        rng = np.random.default_rng([settings.seed, stage.seed_number, step])
         started = time.time()
 
         # Rollouts: several trajectories of each question, and what they are worth.
@@ -222,12 +222,6 @@ class RolloutBatch:
     trajectories: list[Trajectory]  # questions x rollouts
     rewards: np.ndarray  # (questions, rollouts)
 
-    @property
-    def repeated_questions(self) -> list[Question]:
-        """The question of each trajectory."""
-        rollouts = self.rewards.shape[1]
-        return [question for question in self.questions for _ in range(rollouts)]
-
 
 def sample_rollouts(
     policy: LM, settings: RLSettings, stage: RLStage, step: int, rng: np.random.Generator
@@ -235,7 +229,7 @@ def sample_rollouts(
     """Roll out some questions of the pool, several times each, and reward the trajectories."""
     first = step * settings.questions
     questions = [stage.pool[(first + i) % len(stage.pool)] for i in range(settings.questions)]
-    repeated = [question for question in questions for _ in range(settings.rollouts)]
+    repeated = repeat_questions(questions, settings.rollouts)
     texts = [question.question for question in repeated]
     trajectories = answer_questions(
         policy, texts, stage.search, settings, temperature=settings.temperature, rng=rng
@@ -252,6 +246,11 @@ def sample_rollouts(
     ]
     shape = (settings.questions, settings.rollouts)
     return RolloutBatch(questions, trajectories, np.array(rewards).reshape(shape))
+
+
+def repeat_questions(questions: Sequence[Question], rollouts: int) -> list[Question]:
+    """Return the question of each trajectory: rollouts of one question stand together."""
+    return [question for question in questions for _ in range(rollouts)]
 
 
 def groups_to_skip(batch: RolloutBatch) -> np.ndarray:
@@ -328,9 +327,10 @@ def describe_step(codec: Codec, batch: RolloutBatch) -> dict[str, float]:
             for trajectory in trajectories
         ]
     )
+    repeated = repeat_questions(batch.questions, batch.rewards.shape[1])
     scores = [
         exact_match(codec.answer(trajectory), question.golden_answers)
-        for trajectory, question in zip(trajectories, batch.repeated_questions, strict=True)
+        for trajectory, question in zip(trajectories, repeated, strict=True)
     ]
 
     def mean(values: list[Any]) -> float:

@@ -43,8 +43,8 @@ RUN_IDENTITY = ("model", "vocab_size", "width", "layers")
 class StageRecord:
     """The settings that a stage was trained with."""
 
-    given: dict[str, Any]
-    settings: dict[str, Any]
+    given: dict[str, Any]  # what its command set: command line, config file, and the run's own
+    settings: dict[str, Any]  # every setting of its script, defaults too
     settings_class: str  # name of the dataclass that the script reads its settings into
 
 
@@ -52,7 +52,7 @@ class StageRecord:
 class RunRecord:
     """The content of a run's settings.json; stages in the order in which they were begun."""
 
-    given: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)  # what the command that began the run set
     stages: dict[str, StageRecord] = field(default_factory=dict)
 
     def made_with(self) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class StagePlan:
 
     @property
     def must_make_data(self) -> bool:
-        """Whether there is no SFT data yet, or only that of another base model."""
+        """Whether there is no SFT data yet, or its base model is trained anew."""
         return "base" in self.todo or not (self.data_folder / "pairs.jsonl").is_file()
 
     @property
@@ -235,7 +235,7 @@ def _checked(plan: StagePlan, settings: StageSettings) -> StagePlan:
     return plan
 
 
-def stages_to_do(settings: StageSettings, stages: Sequence[str], start: str) -> list[str]:
+def stages_to_do(settings: StageSettings, folders: Sequence[str], start: str) -> list[str]:
     """Return the folders of stages that are still to be trained, in order.
 
     With --resume, the first stages are left out as long as each is complete, and newer than the
@@ -243,7 +243,7 @@ def stages_to_do(settings: StageSettings, stages: Sequence[str], start: str) -> 
     start: the folder that the first stage is trained from; "" for none.
     """
     root = run_folder(settings)
-    left = list(stages)
+    left = list(folders)
     if not settings.resume:
         return left
     before = _saved_at(root / start) if start else 0.0

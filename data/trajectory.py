@@ -214,7 +214,7 @@ class Codec:
 
         Raises ValueError for a part of no known kind.
 
-        >>> codec.build("Who?", [("think", "Hm."), ("answer", "Eva")]).mask  # 1: the policy's own
+        >>> codec.build("Who?", [("think", "Hm."), ("answer", "Eva")]).mask  # 1: learned
         [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
         """
         trajectory = Trajectory()

@@ -1,6 +1,6 @@
 """The ReAct workflow (Yao et al. 2022): a script outside the model makes it think, act, observe.
 
-It runs in the loop of Algorithm 1 (autocoa.follow_script) with a script of its own, so an agent
+It runs in the loop of Algorithm 1 (autocoa.run_rows) with a script of its own, so an agent
 and a workflow differ in this file alone: here every pause and every call is the script's decision.
 """
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from autocoa import TAG_ROOM, Row, Search, follow_script
+from autocoa import TAG_ROOM, Row, Search, run_rows
 from common.progress import progress_bar
 from common.settings import RolloutSettings
 from data.trajectory import Codec, Observation, Role, Trajectory
@@ -46,7 +46,7 @@ class Progress:
 
 
 class ReAct:
-    """A script for autocoa.follow_script: thought, action, observation, again and again.
+    """A controller for autocoa.run_rows: thought, action, observation, again and again.
 
     It ends when the model gives an answer in a thought. When its calls or its tokens are spent,
     the model is asked for one. A row that is given an observation reads it instead of acting.
@@ -184,17 +184,17 @@ def react(
     """
     if max_actions is None:
         max_actions = settings.max_actions
-    script = ReAct(lm.codec, settings, max_actions, phrases)
+    controller = ReAct(lm.codec, settings, max_actions, phrases)
     answered = []
     with progress_bar(len(questions), description, "question") as bar:
         for start in range(0, len(questions), settings.batch_rows):
             batch = questions[start : start + settings.batch_rows]
             rows = [
-                script.start_row(question, number, given[start + number] if given else None)
+                controller.start_row(question, number, given[start + number] if given else None)
                 for number, question in enumerate(batch)
             ]
             decoder = lm.decoder([row.trajectory.ids for row in rows])
-            follow_script(script, decoder, rows, search)
+            run_rows(controller, decoder, rows, search)
             answered += [Answered(row.workflow.answer, row.trajectory) for row in rows]
             bar.update(len(batch))
     return answered

@@ -48,7 +48,7 @@ def stage(name: str = "rl1", steps: int = 1, number: int = 1) -> Any:
         search=IMAGINE,
         call_cost=0.0,
         rate_scale=1.0,
-        number=number,
+        seed_number=number,
     )
 
 
