@@ -213,6 +213,7 @@ def run_rows(
 ) -> None:
     """Write all rows to their ends: the loop of Algorithm 1. Row i of the decoder is rows[i]."""
     while rows:
+        # Think, act, imagine or answer.
         write_until_pause(controller, decoder, rows, temperature, rng)
         rows = [row for row in rows if not row.finished]
         rows = share_imagination(rows)
