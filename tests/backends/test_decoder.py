@@ -189,7 +189,13 @@ def test_each_row_has_its_stops(lm: LM) -> None:
     text = write(lm, prompts, 8)[0]
     early = text[3]
     late = text[5]
-    ids = write(lm, prompts, 8, stops=[[late], [], [early, late], [text[0]]])
+    stops = [
+        [late],
+        [],
+        [early, late],
+        [text[0]],
+    ]
+    ids = write(lm, prompts, 8, stops)
     assert ids[0] == up_to(late, text)
     assert ids[1] == text
     assert ids[2] == up_to(early, up_to(late, text))
@@ -307,7 +313,8 @@ def test_each_row_has_its_temperature(lm: LM) -> None:
     prompt = PROMPTS[0]
     decoder = lm.decoder([prompt] * 3)
     rng = np.random.default_rng(0)
-    ids, logprobs = decoder.decode([], [8] * 3, [0.0, 1.5, 0.0], rng)
+    temperatures = [0.0, 1.5, 0.0]
+    ids, logprobs = decoder.decode([], [8] * 3, temperatures, rng)
     all_sampled = write(lm, [prompt] * 3, 8, temperature=1.5)
     assert ids[0] == ids[2] == greedy(lm, prompt, [], 8)
     assert ids[1] == all_sampled[1]
@@ -334,7 +341,12 @@ def test_a_row_may_fill_the_cache(each_lm: Any) -> None:
     Guards: padding of shorter rows, or a stopped row, written over it.
     """
     decoder = each_lm.decoder(PROMPTS)
-    fed = [[70] * 13, [71], [72], [73] * 8]
+    fed = [
+        [70] * 13,
+        [71],
+        [72],
+        [73] * 8,
+    ]
     decoder.feed(fed)
     texts = [prompt + ids for prompt, ids in zip(PROMPTS, fed, strict=True)]
     assert decoder.length.tolist() == [16, 12, 2, 15]
