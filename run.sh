@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole story: install, train a base model, SFT-1 to SFT-3, RL-1 and RL-2, evaluate, draw.
 #   bash run.sh            15 to 35 minutes on two cores, after installation
-#   bash run.sh --quick    the same story in three to eight minutes, weaker numbers
+#   bash run.sh --quick    the same story in three to ten minutes, weaker numbers
 #   bash run.sh --table    trains and evaluates the other rows of the table too
 # Any other argument (a config file, --seed=1, ..) goes to every script.
 set -euo pipefail
