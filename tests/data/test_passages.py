@@ -34,6 +34,8 @@ def test_a_malformed_passage_names_its_line(tmp_path: Path, bad: str, name: str)
 @pytest.mark.parametrize(
     "content",
     [b"plain text\n", gzip.compress(json.dumps(PASSAGES[0]).encode() * 100)[:60]],
+    # The bytes hold the time at which they were made, and two workers must name the tests alike.
+    ids=["not compressed", "cut"],
 )
 def test_a_broken_gzip_file(tmp_path: Path, content: Any) -> None:
     """Guards: a traceback for a corpus that is no gzip file, or half of one."""
