@@ -449,9 +449,10 @@ def read_run(root: Path) -> RunLogs:
         if row["row"] not in WORKFLOW_NAMES:
             logs.agents.setdefault(row["row"], []).append(row)
     if not (logs.training or logs.rollouts or logs.table or logs.agents):
+        scripts = ("train_sft.py", "train_rl.py", "eval.py")
+        commands = ", then ".join(f"python {script} --run={root.name}" for script in scripts)
         raise UserError(
-            f"{root}: no finished stage and no evaluation to draw; "
-            "make them with: python train_sft.py, python train_rl.py and python eval.py"
+            f"{root}: no finished stage and no evaluation to draw; make them with: {commands}"
         )
     return logs
 

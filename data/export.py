@@ -21,7 +21,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(USAGE)
     data_folder = Path(arguments[0])
     out_folder = Path(arguments[1])
-    data = read_sft_data(data_folder)
+    run = data_folder.parent.name
+    data = read_sft_data(data_folder, f"python train_sft.py --run={run}")
     codec = read_codec(data_folder.parent / "base")
     write_sft_files(codec, out_folder, data)
     print(

@@ -565,8 +565,15 @@ def test_a_tool_by_hand_says_how(
     assert usage in line
 
 
-def test_nothing_to_draw(failed: Any) -> None:
-    assert "python train_sft.py" in failed("plot.py")
+@pytest.mark.parametrize("script", ["plot.py", "train_rl.py", "eval.py"])
+def test_the_command_that_is_named_is_of_the_same_run(failed: Any, script: str) -> None:
+    """Guards: advice that would train another run than the one that was asked for."""
+    assert "python train_sft.py --run=mine" in failed(script, "--run=mine")
+
+
+def test_export_names_the_run_that_lacks_its_data(failed: Any, tmp_path: Path) -> None:
+    line = failed("data.export", str(tmp_path / "mine" / "data"), "taught")
+    assert line.endswith("make it with: python train_sft.py --run=mine")
 
 
 def test_an_unknown_device(failed: Any) -> None:
