@@ -61,8 +61,6 @@ DRIFT_SAMPLES = 10  # trajectories of a step on which KL is watched
 class RLSettings(StageSettings, TaskRunSettings, ModelSettings, RolloutSettings):
     """The settings of train_rl.py; steps, questions and rollouts are the authors'."""
 
-    # With question files: RL begins after this many of them, which are those of SFT's chains.
-    coa: int = 5000
     # Steps in the imagined environment.
     rl1_steps: int = 80
     # Steps in the real one.
@@ -127,7 +125,7 @@ def run(settings: RLSettings) -> None:
         imagined = RLStage(
             folder=plan.folder_of("rl1"),
             steps=settings.rl1_steps,
-            pool=task.questions("rl1", settings.rl_questions, skip=settings.coa),
+            pool=task.questions("rl1", settings.rl_questions),
             search=IMAGINE,
             call_cost=0.0,
             rate_scale=settings.rl1_scale,
@@ -135,11 +133,10 @@ def run(settings: RLSettings) -> None:
         )
         train_grpo(policy, reference, settings, imagined)
     if "rl2" in plan.todo:
-        used_before = settings.coa + settings.rl1_steps * settings.questions
         real = RLStage(
             folder=plan.folder_of("rl2"),
             steps=settings.rl2_steps,
-            pool=task.questions("rl2", settings.rl_questions, skip=used_before),
+            pool=task.questions("rl2", settings.rl_questions),
             search=task.rl_search,
             call_cost=settings.call_cost,
             rate_scale=1.0,

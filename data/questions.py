@@ -4,6 +4,7 @@ The nano world and question files differ only in what they put here, so nothing 
 question has to ask where it came from.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 
 SEARCH = "search"  # the tool that facts are looked up with; other tools compute
@@ -63,6 +64,15 @@ class Question:
     def lookups(self) -> list[Lookup]:
         """The look-ups of all facts, in order."""
         return [lookup for fact in self.facts for lookup in fact.lookups]
+
+
+def sixteenth(question: str) -> int:
+    """Return in which of sixteen equal parts of all questions a question lies: 0 to 15.
+
+    It is a hash of the text alone. So pools that own different parts share no question, whatever
+    the seed, their sizes, and the order in which they are drawn.
+    """
+    return hashlib.sha256(question.encode()).digest()[0] % 16
 
 
 def facts_by_id(questions: list[Question]) -> dict[str, Fact]:

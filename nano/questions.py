@@ -57,24 +57,21 @@ def draw_questions(
     count: int,
     rng: random.Random,
     head_share: float = 0.10,
-    seen: set[str] | None = None,
 ) -> list[Question]:
     """Return different questions of one set.
 
     head_share: how many of them start at a head entity. Of single facts it is twice as many,
     since they would otherwise hardly touch what a base model knows.
-    seen: texts of questions that must not be asked again; the new ones are added.
     Raises UserError where the world has too few.
     """
-    if seen is None:
-        seen = set()
+    texts: set[str] = set()
     questions: list[Question] = []
     for _ in range(1000 + 100 * count):
         if len(questions) == count:
             break
-        question = _draw_question(world, set_name, rng, head_share)
-        if question is not None and question.question not in seen:
-            seen.add(question.question)
+        question = draw_question(world, set_name, rng, head_share)
+        if question is not None and question.question not in texts:
+            texts.add(question.question)
             question.id = f"{set_name}_{len(questions)}"
             questions.append(question)
     if len(questions) < count:
@@ -243,10 +240,10 @@ def _question(
 
 
 # ---- the six sets --------------------------------------------------------------------------------
-def _draw_question(
+def draw_question(
     world: World, set_name: str, rng: random.Random, head_share: float
 ) -> Question | None:
-    """Return a question of one set, or None where this draw makes none."""
+    """Return a question of one set without an id, or None where this draw makes none."""
     match set_name:
         case "single":
             return _draw_single(world, rng, head_share, with_qualifier=False)

@@ -23,13 +23,14 @@ class Task(Protocol):
     # made of what it solves that way; else of what the teacher's searches find.
     base_model_acts: bool
 
-    def questions(self, pool: str, count: int, skip: int = 0) -> list[Question]:
-        """Return training questions.
+    def questions(self, pool: str, count: int) -> list[Question]:
+        """Return the first `count` training questions of a pool; a task may have fewer.
 
-        pool: what they are for: "sample"; "coa", "cot", "act", "think" in SFT; "rl1", "rl2".
-        count: how many, about; a task may have fewer.
-        skip: for a task whose questions are a list: how many of them earlier pools have used, so
-            that this pool begins after them. A task that makes its questions needs no such number.
+        A pool is a function of the run's seed and its name: it does not depend on which other
+        pools were asked for, and a larger count only goes on where a smaller one ends.
+
+        pool: what they are for: "sample"; "coa", "cot", "act", "think" in SFT; "rl1", "rl2"; and
+            "held_out", which no stage learns from.
         """
         ...
 

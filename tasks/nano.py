@@ -10,11 +10,11 @@ from backends.config import nano_config
 from common.errors import UserError
 from common.progress import tqdm
 from common.settings import NewModelSettings, TaskRunSettings
-from data.questions import Question
+from data.questions import Question, sixteenth
 from data.trajectory import Codec, Trajectory
 from model import LM
 from nano.pretraining import made_up_chain, pretraining_trajectories
-from nano.questions import SETS, draw_questions
+from nano.questions import SETS, draw_question, draw_questions
 from nano.tokenizer import tokenizer_texts, train_tokenizer
 from nano.world import World
 
@@ -24,6 +24,9 @@ PRETRAINING_SEEDS = range(1000, 1040)
 MIX = {"single": 0.1, "typed": 0.1, "bridge": 0.3, "compare": 0.2, "chain": 0.3}
 EASY_MIX = {"single": 0.3, "typed": 0.3, "bridge": 0.2, "compare": 0.1, "chain": 0.1}
 
+# A world is out of new questions for a pool after so many draws without one.
+MOST_DRAWS = 10_000
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -31,20 +34,24 @@ class Pool:
 
     mix: dict[str, float]  # the share of each set
     head_share: float  # how many of the questions start at a head entity, see draw_questions
+    parts: range  # the sixteenths of all questions that it draws from, see data.questions.sixteenth
     world: Literal["sft", "rl2"] = "sft"  # the encyclopedia that they are about
 
 
+# Pools about one world own different parts of its questions.
 POOLS = {
-    "sample": Pool(MIX, head_share=0.10),
-    "coa": Pool(MIX, head_share=0.05),
+    "coa": Pool(MIX, head_share=0.05, parts=range(0, 5)),
     # Chains of thought, and pairs in which thinking is chosen, need facts that the model knows.
-    "cot": Pool(MIX, head_share=1.0),
-    "think": Pool(MIX, head_share=1.0),
+    "cot": Pool(MIX, head_share=1.0, parts=range(5, 7)),
+    "think": Pool(MIX, head_share=1.0, parts=range(7, 10)),
     # Pairs in which acting is chosen need questions that the ReAct workflow solves.
-    "act": Pool(EASY_MIX, head_share=0.10),
+    "act": Pool(EASY_MIX, head_share=0.10, parts=range(10, 11)),
+    "sample": Pool(MIX, head_share=0.10, parts=range(11, 12)),
     # Where a model knows a fact, recalling it beats a search whose result it has to make up.
-    "rl1": Pool(MIX, head_share=0.0),
-    "rl2": Pool(MIX, head_share=0.10, world="rl2"),
+    "rl1": Pool(MIX, head_share=0.0, parts=range(12, 16)),
+    "rl2": Pool(MIX, head_share=0.10, parts=range(0, 14), world="rl2"),
+    # Questions about RL-2's world that no stage asks: world models are measured on them.
+    "held_out": Pool(MIX, head_share=0.10, parts=range(14, 16), world="rl2"),
 }
 
 
@@ -72,40 +79,38 @@ class NanoTask:
         self.search = tools.library(self.worlds["sft"].passages(), settings.top_k)
         self.rl_search = tools.library(self.worlds["rl2"].passages(), settings.top_k)
         self.eval_search = tools.library(eval_world.passages(), settings.top_k)
-        self._pools: dict[str, list[Question]] = {}
-        self._seen: set[str] = set()  # texts of the questions of all pools
 
-    def questions(self, pool: str, count: int, skip: int = 0) -> list[Question]:
-        """Return the questions of a pool; see tasks.Task.
-
-        No two pools of one script share a question, and a pool that a script asks for again is the
-        same.
-
-        skip: not needed here. There is no list to begin further on in: each pool is drawn anew
-            from a world, with a seed of its own.
-        """
-        if pool not in self._pools:
-            self._pools[pool] = self._draw_pool(pool, count)
-        return self._pools[pool]
-
-    def _draw_pool(self, name: str, count: int) -> list[Question]:
-        rng = random.Random(f"{name} {self.settings.seed}")
-        pool = POOLS[name]
-        world = self.worlds[pool.world]
-        questions = []
-        for set_name, share in pool.mix.items():
-            questions += draw_questions(
-                world, set_name, round(count * share), rng, pool.head_share, self._seen
-            )
-        if count and not questions:
-            raise UserError(
-                f"{count} training questions are too few for one of any kind; "
-                "ask for more (--rl_questions, --coa; of bench.py --questions)"
-            )
-        for question in questions:
-            question.id = f"{name}_{question.id}"
-        rng.shuffle(questions)
+    def questions(self, pool: str, count: int) -> list[Question]:
+        """Return the first questions of a pool; see tasks.Task."""
+        mix = POOLS[pool].mix
+        rng = random.Random(f"{pool} {self.settings.seed}")
+        texts: set[str] = set()
+        questions: list[Question] = []
+        for number in range(count):
+            (set_name,) = rng.choices(list(mix), list(mix.values()))
+            question = self._draw_new_question(pool, set_name, rng, texts)
+            question.id = f"{pool}_{set_name}_{number}"
+            texts.add(question.question)
+            questions.append(question)
         return questions
+
+    def _draw_new_question(
+        self, pool_name: str, set_name: str, rng: random.Random, texts: set[str]
+    ) -> Question:
+        """Return a question that belongs to a pool and is none of `texts`."""
+        pool = POOLS[pool_name]
+        world = self.worlds[pool.world]
+        for _ in range(MOST_DRAWS):
+            question = draw_question(world, set_name, rng, pool.head_share)
+            if question is None or question.question in texts:
+                continue
+            if sixteenth(question.question) in pool.parts:
+                return question
+        raise UserError(
+            f"this world has no more than about {len(texts)} different questions for {pool_name!r};"
+            " ask for fewer (--coa, --cot, --pairs, --rl_questions; of bench.py --questions), or "
+            "make the world larger with --train_scale"
+        )
 
     def practice_chains(self, codec: Codec, rng: random.Random, count: int) -> list[Trajectory]:
         """Return made-up chains: three fifths of the chains of thought that SFT wants.

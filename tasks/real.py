@@ -7,9 +7,18 @@ import tools
 from common.errors import UserError
 from common.settings import NewModelSettings, TaskRunSettings
 from data.flashrag import name_sets, read_questions
-from data.questions import Question
+from data.questions import Question, sixteenth
 from data.trajectory import Codec, Trajectory
 from model import LM
+
+# The sixteenths of all questions (data.questions.sixteenth) that each part of the training draws
+# from. The pools of SFT share one part: what the model knows decides what becomes of a question.
+PARTS = {
+    "sft": range(0, 8),
+    "rl1": range(8, 11),
+    "rl2": range(11, 15),
+    "held_out": range(15, 16),
+}
 
 
 class RealTask:
@@ -35,10 +44,10 @@ class RealTask:
                 message += "; eval.py alone can do with --data and --corpus"
             raise UserError(message)
         self.settings = settings
-        self._pool: list[Question] = []
+        self._questions: list[Question] = []  # to learn from
         if not question_files:
             for name, path in name_sets(settings.train_data, "--train_data").items():
-                self._pool += read_questions(path, name)
+                self._questions += read_questions(path, name)
         self.evaluation = {
             name: _sample(read_questions(path, name), name, settings)
             for name, path in name_sets(
@@ -51,15 +60,22 @@ class RealTask:
         self.rl_search = self.search
         self.eval_search = self.search
 
-    def questions(self, pool: str, count: int, skip: int = 0) -> list[Question]:
-        """Return training questions, the sets mixed; see tasks.Task.
+    def questions(self, pool: str, count: int) -> list[Question]:
+        """Return the first questions of a pool, the sets mixed; see tasks.Task.
 
-        skip: where in the mixed order to begin; after the end it goes on at the start.
-        pool: not needed here.
+        Raises UserError where no question of the files falls to a pool.
         """
-        total = len(self._pool)
-        order = random.Random(self.settings.seed).sample(range(total), total)
-        return [self._pool[order[(skip + index) % total]] for index in range(min(count, total))]
+        part = pool if pool in PARTS else "sft"
+        members = [
+            question for question in self._questions if sixteenth(question.question) in PARTS[part]
+        ]
+        if self._questions and not members:
+            raise UserError(
+                f"train_data: of {len(self._questions)} questions none falls to {part!r}, which "
+                f"takes {len(PARTS[part])} of 16; give more questions"
+            )
+        random.Random(f"{part} {self.settings.seed}").shuffle(members)
+        return members[:count]
 
     def practice_chains(self, codec: Codec, rng: random.Random, count: int) -> list[Trajectory]:
         """Return nothing: a checkpoint needs no practice on made-up facts."""

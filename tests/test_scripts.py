@@ -407,6 +407,19 @@ def test_a_stage_again_is_the_same(copied_run: Any) -> None:
     assert weights[0] == weights[1]
 
 
+def test_rl2_alone_is_the_rl2_of_the_whole_command(copied_run: Any) -> None:
+    """The same bytes, at the default size of the pools.
+
+    Guards: RL-2 asked other questions where RL-1's had not been drawn before its own.
+    """
+    succeed(copied_run.cwd, "train_rl.py", "--run=tiny", "--rl_questions=4608")
+    arguments = ["--run=tiny", "--rl_questions=4608", "--stage=rl2", "--out=again"]
+    succeed(copied_run.cwd, "train_rl.py", *arguments)
+    for file in ("model.safetensors", "rollouts.jsonl"):
+        first, again = (copied_run.root / stage / file for stage in ("rl2", "again"))
+        assert first.read_bytes() == again.read_bytes(), file
+
+
 def test_an_interrupted_run_goes_on(whole_run: Any, tmp_path: Path) -> None:
     """Only base was finished: SFT-1 makes the same data from it, and the same weights."""
     root = tmp_path / "out" / "tiny"
@@ -549,9 +562,6 @@ def test_bench(
     lines = {line[:14].strip(): line for line in printed}
     assert {"one answer", "agents", "training"} <= set(lines)
     assert "1 of 1 texts are the same" in lines["one answer"]
-    monkeypatch.setattr(sys, "argv", ["x", "--run=tiny", "--questions=1", "--rollouts=1"])
-    with pytest.raises(UserError, match="1 training questions are too few"):
-        bench.run(read_settings(bench.BenchSettings, "doc"))
 
 
 def test_defaults_are_the_paper_counts() -> None:

@@ -137,8 +137,8 @@ class RecordedRun:
     def rl_search(self) -> Library:
         return self.tool
 
-    def questions(self, pool: str, count: int, skip: int = 0) -> Any:
-        return pool, count, skip
+    def questions(self, pool: str, count: int) -> Any:
+        return pool, count
 
     def load(self, folder: Path, settings: Any) -> Any:
         self.loaded.append(folder.name)
@@ -193,12 +193,12 @@ def test_the_two_environments(
     for stage in recorded.stages:
         if stage.folder.name == "rl1":
             assert (stage.steps, stage.search, stage.call_cost) == (3, IMAGINE, 0.0)
-            assert stage.pool == ("rl1", 10, settings.coa)
+            assert stage.pool == ("rl1", 10)
             assert stage.rate_scale == settings.rl1_scale
         else:
             assert (stage.steps, stage.search) == (2, recorded.tool)
             assert stage.call_cost == settings.call_cost
-            assert stage.pool == ("rl2", 10, settings.coa + 3 * 4)
+            assert stage.pool == ("rl2", 10)
             assert stage.rate_scale == 1.0
 
 

@@ -9,12 +9,12 @@ import pytest
 
 from common.errors import UserError
 from common.settings import NewModelSettings, TaskRunSettings
-from data.questions import facts_by_id
+from data.questions import facts_by_id, sixteenth
 from data.teacher import find_evidence
 from data.trajectory import Codec
 from nano.questions import SETS
 from tasks import open_task
-from tasks.nano import NanoTask
+from tasks.nano import POOLS, NanoTask
 from tasks.real import RealTask
 
 PASSAGES = [
@@ -48,13 +48,45 @@ def test_pools_are_apart() -> None:
             assert fact.head or fact.lookups[0].tool == "calculate"
     assert not any("compose" in question.id for question in chains)
     # Asked for again, a pool is the same.
-    assert task.questions("coa", 100) is chains
+    assert task.questions("coa", 100) == chains
 
 
-def test_a_pool_that_is_too_small() -> None:
+def test_a_pool_is_a_function_of_seed_and_name() -> None:
+    """Whatever was asked before, a pool is the same, and a larger one begins with the smaller.
+
+    Guards: RL-2 alone, or behind --resume, trained on other questions than the whole command.
+    """
     task = NanoTask(TaskRunSettings(train_scale=1, eval_questions=2))
-    with pytest.raises(UserError, match=r"1 training questions are too few.*--rl_questions"):
-        task.questions("rl1", 1)
+    rl2 = task.questions("rl2", 60)
+    other_task = NanoTask(TaskRunSettings(train_scale=1, eval_questions=2))
+    for pool in ("rl1", "held_out", "coa"):
+        other_task.questions(pool, 40)
+    assert other_task.questions("rl2", 90)[:60] == rl2
+    other_seed = NanoTask(TaskRunSettings(train_scale=1, eval_questions=2, seed=1))
+    assert other_seed.questions("rl2", 60) != rl2
+
+
+def test_pools_of_one_world_own_different_questions() -> None:
+    """By a hash of the text, so that two seeds of a pool would not meet another pool either."""
+    owners: dict[tuple[str, int], str] = {}
+    for name, pool in POOLS.items():
+        for part in pool.parts:
+            assert owners.setdefault((pool.world, part), name) == name
+    task = NanoTask(TaskRunSettings(train_scale=1, eval_questions=2))
+    for name, pool in POOLS.items():
+        parts = {sixteenth(question.question) for question in task.questions(name, 80)}
+        assert parts <= set(pool.parts)
+        assert len(parts) > len(pool.parts) / 2
+
+
+def test_a_pool_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says how many questions there are, and what to do."""
+    monkeypatch.setattr("tasks.nano.MOST_DRAWS", 300)
+    task = NanoTask(TaskRunSettings(train_scale=1, eval_questions=2))
+    with pytest.raises(
+        UserError, match=r"no more than about \d+ .*'think'.*--pairs.*--train_scale"
+    ):
+        task.questions("think", 20_000)
     assert task.questions("rl2", 0) == []
 
 
@@ -172,9 +204,11 @@ def test_data_sets_may_use_the_same_ids(tmp_path: Path, corpus: Any) -> None:
 
     Guards: what is known of one question passes for another's.
     """
-    other = {**QUESTION, "question": "What?", "golden_answers": ["Ada"]}
-    nq = write_rows(tmp_path / "nq.jsonl", [QUESTION])
-    triviaqa = write_rows(tmp_path / "triviaqa.jsonl", [other])
+    # Both questions fall to SFT's pools.
+    first = {**QUESTION, "question": "Which?"}
+    second = {**QUESTION, "question": "What?", "golden_answers": ["Ada"]}
+    nq = write_rows(tmp_path / "nq.jsonl", [first])
+    triviaqa = write_rows(tmp_path / "triviaqa.jsonl", [second])
     settings = TaskRunSettings(model="x", train_data=[nq, triviaqa], eval_data=[nq], corpus=corpus)
     questions = open_task(settings).questions("coa", 2)
     assert len(facts_by_id(questions)) == 2
@@ -182,24 +216,45 @@ def test_data_sets_may_use_the_same_ids(tmp_path: Path, corpus: Any) -> None:
 
 
 def real_task(tmp_path: Path, corpus: Any, **settings: Any) -> Any:
-    """Return a task of ten training questions and ten of each of two evaluation sets."""
-    rows = [{**QUESTION, "id": str(number), "question": f"Who {number}?"} for number in range(10)]
-    files = [write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("nq", "popqa", "train")]
+    """Return a task of a hundred training questions and ten of each of two evaluation sets."""
+    rows = [{**QUESTION, "id": str(number), "question": f"Who {number}?"} for number in range(100)]
+    files = [write_rows(tmp_path / f"{name}.jsonl", rows[:10]) for name in ("nq", "popqa")]
+    train_file = write_rows(tmp_path / "train.jsonl", rows)
     return RealTask(
         TaskRunSettings(
-            model="x", train_data=files[2:], eval_data=files[:2], corpus=corpus, **settings
+            model="x", train_data=[train_file], eval_data=files, corpus=corpus, **settings
         )
     )
 
 
-def test_real_pools_follow_one_another(tmp_path: Path, corpus: Any) -> None:
-    """A pool begins where it is told to in one shuffled order, and goes round at its end."""
+def test_real_pools_are_apart(tmp_path: Path, corpus: Any) -> None:
+    """SFT, RL-1 and RL-2 own different questions; each is shuffled, and cut by its size alone."""
     task = real_task(tmp_path, corpus)
-    first = task.questions("coa", 6)
-    second = task.questions("rl1", 6, skip=6)
-    assert len({question.id for question in first + second}) == 10
-    assert second[4:] == first[:2]
-    assert len(task.questions("rl2", 99, skip=3)) == 10
+    pools = {name: task.questions(name, 100) for name in ("coa", "rl1", "rl2", "held_out")}
+    ids = [question.id for pool in pools.values() for question in pool]
+    assert len(ids) == len(set(ids)) == 100
+    assert len(pools["coa"]) > len(pools["rl2"]) > len(pools["held_out"]) > 0
+    assert task.questions("cot", 100) == pools["coa"]
+    assert task.questions("rl2", 5) == pools["rl2"][:5]
+    in_file_order = sorted(pools["rl2"], key=lambda question: int(question.id.rpartition(":")[2]))
+    assert pools["rl2"] != in_file_order
+
+
+def test_too_few_real_questions_for_a_pool(tmp_path: Path, corpus: Any) -> None:
+    """One line says so. Guards: a stage of no questions, which fails at its first step."""
+    train_file = write_rows(tmp_path / "train.jsonl", [QUESTION])
+    settings = TaskRunSettings(
+        model="x", train_data=[train_file], eval_data=[train_file], corpus=corpus
+    )
+    pools = ("coa", "rl1", "rl2", "held_out")
+    empty = []
+    for pool in pools:
+        try:
+            assert len(RealTask(settings).questions(pool, 3)) == 1
+        except UserError as error:
+            assert "train_data: of 1 questions none falls to" in str(error)
+            empty.append(pool)
+    assert len(empty) == 3
 
 
 def test_a_sample_of_evaluation(tmp_path: Path, corpus: Any) -> None:
