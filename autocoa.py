@@ -102,14 +102,27 @@ def grpo_loss(xp: Any, logp: Array, batch: Batch) -> Array:
     gradient. Clipping acts from the second minibatch on.
 
     batch: `mask`, `old` (log-probs when sampled), `advantage` (B, 1), `clip_low`, `clip_high`,
-    `norm`; `beta`, the weight of KL, and `ref`, the log-probs of the reference, where it is not 0.
+    `norm`; `beta`, the weight of KL, and `ref`, the log-probs of the reference, where it is not 0;
+    `observation_coef`, the weight of observation_loss.
     """
     ratio = xp.exp((logp - batch["old"]) * batch["mask"])  # (B, T)
     clipped = xp.clip(ratio, 1 - batch["clip_low"], 1 + batch["clip_high"])
     loss = -xp.minimum(ratio * batch["advantage"], clipped * batch["advantage"])
     if batch["beta"]:
         loss = loss + batch["beta"] * k3(xp, logp, batch)
-    return (loss * batch["mask"]).sum() / batch["norm"]
+    total = (loss * batch["mask"]).sum() / batch["norm"]
+    if batch["observation_coef"]:
+        total = total + batch["observation_coef"] * observation_loss(xp, logp, batch)
+    return total
+
+
+def observation_loss(xp: Any, logp: Array, batch: Batch) -> Array:
+    """Return the next-token loss on what the real tool said (ECHO, arXiv 2605.24517, auxiliary).
+
+    It is a mean over `observation_mask` (B, T) of the whole step, with the normaliser
+    `observation_norm` of its own. The policy stays a model of its world while it learns to act.
+    """
+    return -(logp * batch["observation_mask"]).sum() / batch["observation_norm"]
 
 
 def k3(xp: Any, logp: Array, batch: Batch) -> Array:

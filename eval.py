@@ -39,6 +39,7 @@ from common.settings import CommaList, main
 from data.questions import Question
 from data.scores import cover_match, exact_match, f1, overlap_match
 from data.trajectory import Observation, Provenance
+from environments.distilled import COST_FILE
 from evaluation.figures import RowFigures, gain_to_json, row_to_json
 from evaluation.predictions import (
     AnswerSettings,
@@ -268,6 +269,7 @@ def open_run(settings: EvalSettings) -> Table:
         TableRow(config.parent.name, Path(config.parent.name), think_and_act)
         for config in sorted(root.glob("*/config.json"))
         if config.parent.suffix not in (".partial", ".checkpoint", ".old")
+        and not (config.parent / COST_FILE).is_file()
         and config.parent.name not in ["base", *stage_folders]
     ]
     # A folder of --out that is called like a row takes its place.

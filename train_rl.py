@@ -30,7 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from autocoa import IMAGINE, Imagine, Search, group_advantages, grpo_loss, k3, nll_loss, reward
+import world_model
+from autocoa import Search, group_advantages, grpo_loss, k3, nll_loss, reward
 from common import memory, runs
 from common.batching import group_by_tokens
 from common.errors import UserError
@@ -38,33 +39,63 @@ from common.runs import StageRun
 from common.settings import (
     AboveZero,
     AboveZeroFloat,
-    ModelSettings,
-    RolloutSettings,
+    ChosenBy,
+    EnvironmentName,
+    PoolName,
+    ShareOrAll,
     StageSettings,
-    TaskRunSettings,
     main,
 )
 from data.batches import Batch, pad
 from data.questions import Question
 from data.scores import exact_match
-from data.trajectory import Codec, Trajectory
+from data.trajectory import Codec, Provenance, Role, Trajectory
+from environments.environment import (
+    Environment,
+    confident_environment,
+    distilled_environment,
+    internal_environment,
+    real_environment,
+    scheduled_environment,
+)
+from environments.mixed import entropy_threshold
 from model import LM
-from tasks import open_task
+from tasks import Task, open_task
 from workflows.agent import answer_questions, trajectory_row
+from world_model import DistillSettings
 
 WARMUP_STEPS = 3  # steps over which the learning rate rises
+EVAL_QUESTIONS = 60  # evaluation questions of each set that --eval_every looks at
 DRIFT_SAMPLES = 10  # trajectories of a step on which KL is watched
 
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
 @dataclass(kw_only=True)
-class RLSettings(StageSettings, TaskRunSettings, ModelSettings, RolloutSettings):
+class RLSettings(StageSettings, DistillSettings):
     """The settings of train_rl.py; steps, questions and rollouts are the authors'."""
 
-    # Steps in the imagined environment.
+    # Steps of RL-1.
     rl1_steps: int = 80
-    # Steps in the real one.
+    # Steps of RL-2.
     rl2_steps: int = 16
+    # Who answers in RL-1: internal (the policy imagines), distilled (a separate world model), real
+    # (the tool), mixed (world model and tool).
+    rl1_environment: EnvironmentName = "distilled"
+    # Who answers in RL-2, likewise.
+    rl2_environment: EnvironmentName = "real"
+    # Whose questions RL-1 asks. rl1 (nano): about the world that SFT-3 read about. rl2: those of
+    # RL-2, which then goes on behind them.
+    rl1_pool: PoolName = "rl2"
+    # What chooses between world model and tool in a mixed environment: a schedule over the steps,
+    # or the world model's confidence.
+    mixed_by: ChosenBy = "confidence"
+    # Share of the searches that the tool answers in a mixed environment. By schedule it is the mean
+    # of a share that rises over the steps; by confidence, the share of held-out searches of which
+    # the world model is least sure.
+    real_share: ShareOrAll = 1 / 6
+    # Searches that the tool of a mixed stage may answer in all; after them the world model answers
+    # alone. 0: any number.
+    max_real_calls: int = 0
     # Questions of a step.
     questions: AboveZero = 48
     # Rollouts of a question.
@@ -76,8 +107,8 @@ class RLSettings(StageSettings, TaskRunSettings, ModelSettings, RolloutSettings)
     # Learning rate of AdamW, for all weights: Muon would lift the noise of a policy gradient to
     # the size of its signal.
     rl_lr: float = 3e-4
-    # RL-1 trains at this part of the rate: what one imagines is a weak teacher.
-    rl1_scale: float = 0.03
+    # RL-1 trains at this part of the rate.
+    rl1_scale: float = 1.0
     # Optimizer steps that a batch of rollouts is cut into.
     minibatches: AboveZero = 1
     # The ratio of new to old probability is clipped below 1 - clip_low ..
@@ -90,9 +121,17 @@ class RLSettings(StageSettings, TaskRunSettings, ModelSettings, RolloutSettings)
     advantage_std: bool = False
     # Taken off the reward of a malformed trajectory.
     format_penalty: float = 0.5
-    # Taken off the reward for each call of the real tool. 0.25 keeps RL-2 from searching for what
-    # it knows, at a price in exact match.
+    # Taken off the reward for each call in RL-2. 0.25 keeps it from searching for what it knows, at
+    # a price in exact match.
     call_cost: float = 0.1
+    # Taken off the reward for each call in RL-1.
+    rl1_call_cost: float = 0.1
+    # Weight of the next-token loss on what the real tool said (ECHO): the policy stays a model of
+    # its world while it learns to act. 0: observations teach nothing.
+    observation_coef: float = 0.0
+    # Steps between two looks at evaluation questions, whose exact match is logged; 0: none. Nothing
+    # is chosen by it.
+    eval_every: int = 0
 
 
 # ---- 2. The stages -------------------------------------------------------------------------------
@@ -103,10 +142,13 @@ class RLStage:
     folder: Path
     steps: int
     pool: list[Question]  # questions, taken in turn
-    search: Search | Imagine  # the environment: a tool, or the policy itself
+    first_question: int  # where in the pool its first step begins
+    environment: Environment
     call_cost: float  # taken off the reward for each call
     rate_scale: float  # of the learning rate
     seed_number: int  # (run's seed, this, step) is the seed of what a step draws
+    evaluation: list[Question]  # what --eval_every looks at
+    eval_search: Search
 
 
 def run(settings: RLSettings) -> None:
@@ -119,31 +161,93 @@ def run(settings: RLSettings) -> None:
     # --dry-run times a step by the simplest loss.
     if not memory.report(policy, settings, "rl", nll_loss):
         return
+    names = [environment_name(stage, settings) for stage in plan.todo]
+    refuse_contradictions(names, settings, task)
+    if "distilled" in names or "mixed" in names:
+        world_model.ensure_world_model(settings)
     plan.prepare_folders(settings)
 
+    evaluation = [
+        question
+        for questions in task.evaluation.values()
+        for question in questions[:EVAL_QUESTIONS]
+    ]
     if "rl1" in plan.todo:
-        imagined = RLStage(
+        first = RLStage(
             folder=plan.folder_of("rl1"),
             steps=settings.rl1_steps,
-            pool=task.questions("rl1", settings.rl_questions),
-            search=IMAGINE,
-            call_cost=0.0,
+            pool=task.questions(settings.rl1_pool, settings.rl_questions),
+            first_question=0,
+            environment=open_environment("rl1", settings, task),
+            call_cost=settings.rl1_call_cost,
             rate_scale=settings.rl1_scale,
             seed_number=1,
+            evaluation=evaluation,
+            eval_search=task.eval_search,
         )
-        train_grpo(policy, reference, settings, imagined)
+        train_grpo(policy, reference, settings, first)
     if "rl2" in plan.todo:
-        real = RLStage(
+        asked_before = 0
+        if settings.rl1_pool == "rl2":
+            asked_before = settings.rl1_steps * settings.questions
+        second = RLStage(
             folder=plan.folder_of("rl2"),
             steps=settings.rl2_steps,
             pool=task.questions("rl2", settings.rl_questions),
-            search=task.rl_search,
+            first_question=asked_before,
+            environment=open_environment("rl2", settings, task),
             call_cost=settings.call_cost,
             rate_scale=1.0,
             seed_number=2,
+            evaluation=evaluation,
+            eval_search=task.eval_search,
         )
-        train_grpo(policy, reference, settings, real)
-        print(task.rl_search.report())
+        train_grpo(policy, reference, settings, second)
+
+
+def environment_name(stage: str, settings: RLSettings) -> EnvironmentName:
+    """Return who answers in a stage."""
+    return settings.rl1_environment if stage == "rl1" else settings.rl2_environment
+
+
+def refuse_contradictions(
+    names: Sequence[EnvironmentName], settings: RLSettings, task: Task
+) -> None:
+    """Raise UserError for settings that do not go with the environments of the stages."""
+    if settings.max_real_calls and "mixed" not in names:
+        raise UserError(
+            "--max_real_calls: only a mixed environment can go on without the tool; "
+            "take --rl1_environment=mixed or --rl2_environment=mixed"
+        )
+    asks_about_sfts_world = settings.rl1_pool == "rl1" and task.search is not task.rl_search
+    if asks_about_sfts_world and settings.rl1_environment in ("distilled", "mixed"):
+        raise UserError(
+            "--rl1_pool=rl1: its questions are about SFT's world, and the world model imitates the "
+            "tool of RL-2's; take --rl1_pool=rl2, or --rl1_environment=internal or real"
+        )
+
+
+def open_environment(stage: str, settings: RLSettings, task: Task) -> Environment:
+    """Return the environment of a stage, with the tools of the world that it asks about."""
+    library = task.rl_search
+    if stage == "rl1" and settings.rl1_pool == "rl1":
+        library = task.search
+    name = environment_name(stage, settings)
+    if name == "internal":
+        return internal_environment(library)
+    if name == "real":
+        return real_environment(library)
+    imagined = world_model.load_world_model(settings)
+    if name == "distilled":
+        return distilled_environment(library, imagined)
+    if settings.mixed_by == "schedule":
+        steps = settings.rl1_steps if stage == "rl1" else settings.rl2_steps
+        return scheduled_environment(
+            library, imagined, settings.real_share, steps, settings.max_real_calls
+        )
+    entropies = world_model.held_out_entropies(settings)
+    threshold = entropy_threshold(entropies, settings.real_share)
+    return confident_environment(library, imagined, threshold, settings.max_real_calls)
 
 
 def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) -> None:
@@ -155,8 +259,11 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
     policy.begin_stage(settings, settings.seed, stage.folder.name)
     optimizer = policy.backend.Optimizer(policy.network, muon=False, seed=settings.seed)
     progress = StageRun(policy, optimizer, stage.folder, settings, stage.steps)
+    environment = stage.environment
+    environment.tool.restore(progress.log_files.calls)
     for step in progress.steps():
         rng = np.random.default_rng([settings.seed, stage.seed_number, step])
+        environment.begin_step(step)
         started = time.time()
 
         # Rollouts: several trajectories of each question, and what they are worth.
@@ -168,12 +275,18 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
         advantages = group_advantages(batch.rewards, settings.advantage_std).ravel()
         skipped = groups_to_skip(batch)
         learned = np.flatnonzero(~skipped.repeat(settings.rollouts))
+        if settings.observation_coef:
+            # What the tool said is learned from all groups.
+            learned = np.arange(len(batch.trajectories))
         warmup = min(1.0, (step + 1) / WARMUP_STEPS)
         rate = settings.rl_lr * (stage.rate_scale * warmup)
         figures = {"loss": 0.0, "grad_norm": 0.0}
         for part in split_minibatches(learned, settings.minibatches, rng):
             trajectories = [batch.trajectories[row] for row in part]
-            batches = update_batches(trajectories, advantages[part], reference, settings)
+            is_skipped = skipped.repeat(settings.rollouts)[part]
+            batches = update_batches(
+                trajectories, advantages[part], is_skipped, reference, settings
+            )
             figures = policy.backend.train_step(
                 policy.network,
                 optimizer,
@@ -192,6 +305,8 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
 
         # Log: what the step looked like, and its first group to read.
         row = describe_step(policy.codec, batch)
+        if settings.eval_every and (step + 1) % settings.eval_every == 0:
+            row["eval_em"] = evaluate(policy, stage, settings)
         tokens = sum(len(trajectory.ids) for trajectory in batch.trajectories)
         some = batch.trajectories[:: max(1, len(batch.trajectories) // DRIFT_SAMPLES)]
         progress.log(
@@ -201,13 +316,20 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
             **row,
             skipped_groups=int(skipped.sum()),
             kl=drift(policy, reference, some, settings),
+            real_calls=environment.tool.raw_calls,
+            distinct_calls=environment.tool.distinct_calls,
             tokens=tokens,
             tokens_per_second=tokens / (updated - started),
             seconds_rollout=sampled - started,
             seconds_update=updated - sampled,
         )
         progress.keep_rollouts(rows_of_first_group(policy.codec, batch, step))
+        progress.keep_calls(environment.tool.take_rows())
     progress.finish()
+    print(
+        f"{stage.folder.name}: {environment.tool.raw_calls:,} searches were answered by the tool, "
+        f"{environment.tool.distinct_calls:,} different ones"
+    )
 
 
 # ---- 3. Rollouts ---------------------------------------------------------------------------------
@@ -224,12 +346,12 @@ def sample_rollouts(
     policy: LM, settings: RLSettings, stage: RLStage, step: int, rng: np.random.Generator
 ) -> RolloutBatch:
     """Roll out some questions of the pool, several times each, and reward the trajectories."""
-    first = step * settings.questions
+    first = stage.first_question + step * settings.questions
     questions = [stage.pool[(first + i) % len(stage.pool)] for i in range(settings.questions)]
     repeated = repeat_questions(questions, settings.rollouts)
     texts = [question.question for question in repeated]
     trajectories = answer_questions(
-        policy, texts, stage.search, settings, temperature=settings.temperature, rng=rng
+        policy, texts, stage.environment.search, settings, temperature=settings.temperature, rng=rng
     )
     rewards = [
         reward(
@@ -273,29 +395,64 @@ def split_minibatches(
 def update_batches(
     trajectories: Sequence[Trajectory],
     advantages: np.ndarray,
+    is_skipped: np.ndarray,
     reference: LM,
     settings: RLSettings,
 ) -> list[Batch]:
     """Return the micro-batches of one optimizer step of grpo_loss.
 
-    advantages: one for each trajectory.
+    advantages, is_skipped: one for each trajectory. Of one that is skipped, the policy's tokens
+    teach nothing; its observations do where settings.observation_coef is not 0.
     "norm" is the number of the policy's tokens of the whole step: a prompt's first token, for which
     there is no log-prob, is never one of them.
     """
-    norm = float(sum(sum(trajectory.mask) for trajectory in trajectories))
+    norm = 0.0
+    observation_norm = 0.0
+    for trajectory, skipped in zip(trajectories, is_skipped, strict=True):
+        if not skipped:
+            norm += sum(trajectory.mask)
+        observation_norm += sum(real_observation_mask(trajectory))
     lengths = [len(trajectory.ids) for trajectory in trajectories]
     batches = []
     for group in group_by_tokens(lengths, settings.micro_tokens):
         batch = pad([trajectories[row] for row in group])
+        batch["mask"][is_skipped[group]] = 0
         batch["advantage"] = np.array([[advantages[row]] for row in group], np.float32)
         if settings.kl:
             batch["ref"] = reference.backend.score(reference.network, batch, settings.temperature)
         batch["clip_low"] = settings.clip_low
         batch["clip_high"] = settings.clip_high
         batch["beta"] = settings.kl
-        batch["norm"] = norm
+        batch["norm"] = max(norm, 1.0)
+        batch["observation_coef"] = settings.observation_coef
+        if settings.observation_coef:
+            batch["observation_mask"] = np.zeros_like(batch["mask"])
+            for row, number in enumerate(group):
+                mask = real_observation_mask(trajectories[number])
+                batch["observation_mask"][row, : len(mask)] = mask
+            batch["observation_norm"] = max(observation_norm, 1.0)
         batches.append(batch)
     return batches
+
+
+def real_observation_mask(trajectory: Trajectory) -> list[int]:
+    """Return 1 for each token of an observation that the real tool made, and 0 for all others.
+
+    What was imagined, and what a failed search says, is nothing to learn from.
+    """
+    mask = []
+    observation = -1  # the number of the observation that the tokens belong to
+    previous_role = Role.PROMPT
+    for role in trajectory.role:
+        if role == Role.OBSERVATION and previous_role != Role.OBSERVATION:
+            observation += 1
+        is_real = (
+            role == Role.OBSERVATION
+            and trajectory.observations[observation].provenance == Provenance.REAL
+        )
+        mask.append(int(is_real))
+        previous_role = role
+    return mask
 
 
 # ---- 5. What is logged ---------------------------------------------------------------------------
@@ -344,6 +501,17 @@ def describe_step(codec: Codec, batch: RolloutBatch) -> dict[str, float]:
         "forced": mean([trajectory.forced for trajectory in trajectories]),
         "malformed": mean([not codec.is_well_formed(trajectory) for trajectory in trajectories]),
     }
+
+
+def evaluate(policy: LM, stage: RLStage, settings: RLSettings) -> float:
+    """Return the policy's exact match on evaluation questions, greedily and with their own tool."""
+    texts = [question.question for question in stage.evaluation]
+    trajectories = answer_questions(policy, texts, stage.eval_search, settings)
+    scores = [
+        exact_match(policy.codec.answer(trajectory), question.golden_answers)
+        for trajectory, question in zip(trajectories, stage.evaluation, strict=True)
+    ]
+    return float(np.mean(scores))
 
 
 def rows_of_first_group(codec: Codec, batch: RolloutBatch, step: int) -> list[dict[str, Any]]:

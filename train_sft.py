@@ -32,7 +32,9 @@ from common.settings import (
     AboveZero,
     CommaList,
     NewModelSettings,
+    OptimizerSettings,
     RolloutSettings,
+    ShareOrAll,
     StageSettings,
     TaskRunSettings,
     main,
@@ -66,7 +68,9 @@ SAMPLES = 20  # greedy trajectories that a stage leaves to be read
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
 @dataclass(kw_only=True)
-class SFTSettings(StageSettings, TaskRunSettings, NewModelSettings, RolloutSettings):
+class SFTSettings(
+    StageSettings, TaskRunSettings, NewModelSettings, OptimizerSettings, RolloutSettings
+):
     """The settings of train_sft.py; the counts are the authors'."""
 
     # SFT files of AutoCoA's form, jsonl and json, to learn from in place of the teacher's chains.
@@ -78,19 +82,15 @@ class SFTSettings(StageSettings, TaskRunSettings, NewModelSettings, RolloutSetti
     coa: int = 5000
     # Questions for chains of thought. On the nano path three fifths practise planning instead.
     cot: int = 1000
-    # Passes over the chains in SFT-2 and in SFT-3; SFT-1 goes over its pairs once.
+    # Passes over the chains in SFT-2; SFT-1 goes over its pairs once.
     epochs: AboveZero = 2
+    # Passes over the chains in SFT-3.
+    sft3_epochs: AboveZero = 1
+    # Weight of an observation's token in SFT-3's loss, where the policy's own have 1. The paper's
+    # is 1.
+    sft3_observation_coef: ShareOrAll = 0.1
     # Weight of the auxiliary term of SFT-1's loss.
     alpha: float = 0.2
-    # Train the matrices in base and SFT by Muon; false trains all weights by AdamW, as pretrained
-    # models were.
-    muon: bool = True
-    # Tokens of an optimizer step.
-    batch_tokens: AboveZero = 2000
-    # Learning rate of AdamW in nano's base stage; SFT takes the parts of it below.
-    lr: float = 6e-3
-    # Learning rate of Muon, likewise.
-    muon_lr: float = 1e-2
     # SFT-1 trains at this part of the rates.
     sft1_scale: float = 0.1
     # SFT-2 trains at this part of the rates.
@@ -131,11 +131,15 @@ def run(settings: SFTSettings) -> None:
         train_on_pairs(lm, settings, task, sft_data.pairs, folder)
     if "sft2" in plan.todo:  # how to act: observations carry no loss
         folder = plan.folder_of("sft2")
-        train_on_chains(lm, settings, task, chains, "sft2", settings.sft2_scale, folder)
+        lm.begin_stage(settings, settings.seed, folder.name)
+        steps = steps_of_chains(chains, settings, "sft2", settings.epochs)
+        train_on_texts(lm, settings, task, folder, steps, settings.sft2_scale)
     if "sft3" in plan.todo:  # a world model: observations are learned too
         folder = plan.folder_of("sft3")
-        seen = learn_observations(chains)
-        train_on_chains(lm, settings, task, seen, "sft3", settings.sft3_scale, folder)
+        lm.begin_stage(settings, settings.seed, folder.name)
+        seen = learn_observations(chains, settings.sft3_observation_coef)
+        steps = steps_of_chains(seen, settings, "sft3", settings.sft3_epochs)
+        train_on_texts(lm, settings, task, folder, steps, settings.sft3_scale)
     print(task.search.report())
 
 
@@ -163,22 +167,27 @@ def train_on_pairs(
     train(lm, settings, task, folder, steps, contrastive_loss, make_batches, settings.sft1_scale)
 
 
-def train_on_chains(
+def steps_of_chains(
+    chains: Sequence[Trajectory], settings: SFTSettings, stage: str, epochs: int
+) -> list[list[Trajectory]]:
+    """Return the optimizer steps of SFT-2 or SFT-3: the chains, shuffled anew in each epoch."""
+    rng = random.Random(f"{stage} {settings.seed}")
+    steps = []
+    for _ in range(epochs):
+        shuffled = rng.sample(chains, len(chains))
+        steps += optimizer_steps(shuffled, settings.batch_tokens, rng)
+    return steps
+
+
+def train_on_texts(
     lm: LM,
     settings: SFTSettings,
     task: Task,
-    chains: Sequence[Trajectory],
-    stage: str,
-    scale: float,
     folder: Path,
+    steps: Sequence[Sequence[Trajectory]],
+    scale: float = 1.0,
 ) -> None:
-    """Train SFT-2 or SFT-3: next-token loss on the tokens that the chains' masks mark."""
-    lm.begin_stage(settings, settings.seed, folder.name)
-    rng = random.Random(f"{stage} {settings.seed}")
-    steps = []
-    for _ in range(settings.epochs):
-        shuffled = rng.sample(chains, len(chains))
-        steps += optimizer_steps(shuffled, settings.batch_tokens, rng)
+    """Train base, SFT-2 or SFT-3: next-token loss on the tokens that the masks mark."""
 
     def make_batches(step: Sequence[Trajectory]) -> list[Batch]:
         return language_batches(step, settings.micro_tokens)
@@ -195,11 +204,7 @@ def make_base_model(lm: LM, settings: SFTSettings, task: Task, folder: Path) -> 
         runs.record_stage(settings, folder.name)
         return
     steps = optimizer_steps(texts, settings.batch_tokens, rng)
-
-    def make_batches(step: Sequence[Trajectory]) -> list[Batch]:
-        return language_batches(step, settings.micro_tokens)
-
-    train(lm, settings, task, folder, steps, nll_loss, make_batches)
+    train_on_texts(lm, settings, task, folder, steps)
 
 
 def train(
@@ -212,15 +217,32 @@ def train(
     make_batches: Callable[[Sequence[Any]], list[Batch]],
     scale: float = 1.0,
 ) -> None:
-    """Train one stage: the loop that all supervised stages share.
-
-    steps: optimizer steps, each a list of items for make_batches.
-    scale: of the learning rates. They warm up over 5% of the steps, then fall to a tenth.
-    Raises UserError where the loss is not finite, before the weights change.
-    """
+    """Train one stage, and leave some trajectories of it to be read; see train_steps."""
     lm.network.recompute = settings.checkpointing
     optimizer = lm.backend.Optimizer(lm.network, muon=settings.muon, seed=settings.seed)
     stage = StageRun(lm, optimizer, folder, settings, len(steps))
+    train_steps(lm, optimizer, stage, settings, steps, loss, make_batches, scale)
+    samples = task.questions("sample", SAMPLES)[: settings.batch_rows // 4]
+    stage.keep_rollouts(sample_rows(lm, samples, task.search, settings))
+    stage.finish()
+
+
+def train_steps(
+    lm: LM,
+    optimizer: Any,
+    stage: StageRun,
+    settings: OptimizerSettings,
+    steps: Sequence[Sequence[Any]],
+    loss: Callable[..., Any],
+    make_batches: Callable[[Sequence[Any]], list[Batch]],
+    scale: float = 1.0,
+) -> None:
+    """Train on some optimizer steps: the loop that all supervised training shares.
+
+    steps: each a list of items for make_batches.
+    scale: of the learning rates. They warm up over 5% of the steps, then fall to a tenth.
+    Raises UserError where the loss is not finite, before the weights change.
+    """
     mean_loss: float | None = None
     for step in stage.steps():
         started = time.time()
@@ -237,7 +259,7 @@ def train(
         )
         if not math.isfinite(figures["loss"] + figures["grad_norm"]):
             raise UserError(
-                f"{folder.name}: loss is {figures['loss']} at step {step}; the stage before is "
+                f"{stage.name}: loss is {figures['loss']} at step {step}; the stage before is "
                 "kept; lower --lr and --muon_lr"
             )
         mean_loss = smooth(mean_loss, figures["loss"])
@@ -251,9 +273,6 @@ def train(
             tokens=tokens,
             tokens_per_second=speed,
         )
-    samples = task.questions("sample", SAMPLES)[: settings.batch_rows // 4]
-    stage.keep_rollouts(sample_rows(lm, samples, task.search, settings))
-    stage.finish()
 
 
 def smooth(mean: float | None, value: float) -> float:

@@ -1,164 +1,285 @@
-"""How good a search engine the policy is: what it imagines, against what the tool says.
+"""Networks that stand for the search tool while a policy practises, and how far they are right.
 
-    python world_model.py       # SFT-2, never trained on observations, beside SFT-3 and after
+    python world_model.py distill       # train a separate network to imitate the tool
+    python world_model.py fidelity      # how well each model of a run knows what the tool would say
 
-RL-1 runs in an environment that the policy writes itself (autocoa.rollout with IMAGINE). How far
-that environment can be trusted is measured here, on a teacher's real chains: at each search the
-policy imagines the observation in its context.
-
-    nll     nats a token of the real observation; lower is better
-    title   share of imagined observations whose first title is the real one's
-    words   word-overlap F1 of the imagined with the real observation
+`distill` learns from real calls: a sweep over the titles of the corpus, the calls that a run has
+logged, or Wikipedia's cache (--sources). It writes a Hugging Face folder, out/<run>/world_model,
+with cost.json beside the weights: the calls it took, and the seconds. train_rl.py distills one by
+itself where an environment needs it and there is none.
 """
 
+import dataclasses
 import json
+import random
+import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 import model
+from autocoa import nll_loss
 from common import memory, runs
-from common.batching import group_by_tokens
-from common.files import write_text
-from common.settings import ModelSettings, RolloutSettings, TaskRunSettings, main
-from data.batches import pad
-from data.scores import f1
-from data.sft_data import read_trajectories
-from data.teacher import write_chains
-from data.trajectory import TAGS, Role, Trajectory
+from common.errors import UserError, run_guarded
+from common.run_record import read_run_record
+from common.runs import StageRun
+from common.settings import (
+    AboveZero,
+    CallSources,
+    NewModelSettings,
+    OptimizerSettings,
+    RolloutSettings,
+    ShareOrAll,
+    TaskRunSettings,
+    TrainingSettings,
+    main,
+)
+from data.batches import Batch, language_batches, optimizer_steps
+from data.passages import neutralize
+from data.trajectory import Trajectory
+from environments.distilled import COST_FILE, Example, WorldModel, training_trajectory
+from environments.examples import ask_tool, gather_examples
 from model import LM
 from tasks import Task, open_task
+from train_sft import train_steps
 
-STAGES = ("sft2", "sft3", "rl1", "rl2")
-TRAINING_CHAINS = 200  # chains of the SFT data on which fidelity is measured
-QUESTIONS_OF_A_SET = 30  # evaluation questions of each set whose chains are the unseen ones
+USAGE = "usage: python world_model.py distill  or  python world_model.py fidelity"
+CHECKED_EXAMPLES = 200  # of those it learned from, on which a world model is checked
+HELD_OUT_QUESTIONS = 60  # whose searches calibrate a world model's entropy
+# Other values of these would make another world model.
+WORLD_MODEL_SETTINGS = ("seed", "model", "corpus", "language", "top_k", "max_observation")
 
 
+# ---- 1. Settings ---------------------------------------------------------------------------------
 @dataclass(kw_only=True)
-class FidelitySettings(TaskRunSettings, ModelSettings, RolloutSettings):
-    """The settings of world_model.py."""
+class DistillSettings(
+    TrainingSettings, TaskRunSettings, NewModelSettings, OptimizerSettings, RolloutSettings
+):
+    """The settings of `world_model.py distill`, which train_rl.py has too."""
+
+    # Folder of the run that holds the distilled world model.
+    world_model: str = "world_model"
+    # Real calls that it learns from: sweep, logs, cache. Only a sweep makes new ones.
+    sources: CallSources = field(default_factory=lambda: ["sweep"])
+    # Share of the corpus' titles that a sweep asks for.
+    sweep_share: ShareOrAll = 1.0
+    # Checkpoint that it begins with. Empty: nano has a new network, else the run's own --model.
+    world_model_from: str = ""
+    # Hidden size of a new network.
+    world_model_width: AboveZero = 128
+    # Transformer blocks of a new network.
+    world_model_layers: AboveZero = 4
+    # Passes over the calls.
+    world_model_epochs: AboveZero = 12
+    # It trains at this part of --lr and --muon_lr.
+    world_model_scale: float = 1.0
+
+
+# ---- 2. Distilling -------------------------------------------------------------------------------
+@dataclass
+class HeldOutCall:
+    """A query that a world model has not learned from, and how it fared."""
+
+    query: str
+    is_exact: bool  # it wrote what the tool said, to the letter
+    entropy: float  # of what it wrote, nats a token
 
 
 @dataclass
-class Fidelity:
-    """How close what a model imagines comes to what the tool says."""
+class Cost:
+    """What a world model cost, and how well it imitates the tool: cost.json."""
 
-    nll: float  # nats a token of the real observation
-    title: float  # share of first titles that are right
-    words: float  # word-overlap F1
-    searches: int
-
-
-def measure_fidelity(
-    lm: LM, trajectories: Sequence[Trajectory], settings: FidelitySettings
-) -> Fidelity:
-    """Let a model imagine every observation of some real trajectories, and compare."""
-    contexts, real = _searches_of(lm, trajectories)
-    imagined = _imagine(lm, contexts, settings)
-    texts = [
-        (_observation_text(lm, imagined_ids), lm.codec.decode(real_ids).strip())
-        for imagined_ids, real_ids in zip(imagined, real, strict=True)
-    ]
-    right_titles = [guess.split(":")[0] == truth.split(":")[0] for guess, truth in texts]
-    overlaps = [f1(guess, [truth]) for guess, truth in texts]
-    return Fidelity(
-        nll=_observation_nll(lm, trajectories, settings),
-        title=float(np.mean(right_titles)),
-        words=float(np.mean(overlaps)),
-        searches=len(texts),
-    )
+    sources: list[str]
+    calls: int  # of the tool, made to distill it; those that calibrate it are among them
+    examples: int  # different queries that it learned from
+    tokens: int  # of one pass over them
+    seconds_of_calls: float
+    seconds_of_training: float
+    exact_on_learned: float  # share of observations written to the letter
+    exact_on_held_out: float
+    held_out: list[HeldOutCall]
 
 
-def _searches_of(
-    lm: LM, trajectories: Sequence[Trajectory]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Return for each search the ids up to its opened observation, and the observation's own."""
-    contexts = []
-    observations = []
-    for trajectory in trajectories:
-        for position, token in enumerate(trajectory.ids):
-            if token == lm.codec.result_id:
-                end = trajectory.ids.index(lm.codec.end_result_id, position)
-                contexts.append(trajectory.ids[: position + 1])
-                observations.append(trajectory.ids[position + 1 : end])
-    return contexts, observations
-
-
-def _imagine(lm: LM, contexts: Sequence[list[int]], settings: FidelitySettings) -> list[list[int]]:
-    """Return what the model writes after each opened observation, greedily."""
-    imagined: list[list[int]] = []
-    stops = [lm.codec.end_result_id, lm.codec.eos_id]
-    for start in range(0, len(contexts), settings.batch_rows):
-        batch = list(contexts[start : start + settings.batch_rows])
-        budgets = [settings.max_observation] * len(batch)
-        ids, _ = lm.decoder(batch).decode(stops, budgets, 0.0)
-        imagined += ids
-    return imagined
-
-
-def _observation_text(lm: LM, ids: list[int]) -> str:
-    return lm.codec.decode(ids).replace(TAGS["end_result"], "").strip()
-
-
-def _observation_nll(
-    lm: LM, trajectories: Sequence[Trajectory], settings: FidelitySettings
-) -> float:
-    """Return the mean negative log-likelihood of the observations, nats a token."""
-    observed = []
-    for trajectory in trajectories:
-        mask = [int(role == Role.OBSERVATION) for role in trajectory.role]
-        observed.append(Trajectory(trajectory.ids, mask, trajectory.role))
-    total = 0.0
-    tokens = 0.0
-    lengths = [len(trajectory.ids) for trajectory in observed]
-    for group in group_by_tokens(lengths, settings.micro_tokens):
-        batch = pad([observed[row] for row in group])
-        total -= float(lm.backend.score(lm.network, batch).sum())
-        tokens += float(batch["mask"][:, 1:].sum())
-    return total / tokens
-
-
-def unseen_chains(lm: LM, task: Task, settings: FidelitySettings) -> list[Trajectory]:
-    """Return a teacher's chains for evaluation questions, every fact looked up."""
-    questions = [
-        question
-        for questions in task.evaluation.values()
-        for question in questions[:QUESTIONS_OF_A_SET]
-    ]
-    nothing_known: set[str] = set()
-    chains, _ = write_chains(
-        lm.codec, questions, nothing_known, task.eval_search, settings.max_observation
-    )
-    return [chain for _, chain in chains]
-
-
-def run(settings: FidelitySettings) -> None:
-    """Measure every stage that is trained, print a table, and write world_model.json."""
-    root = runs.run_folder(settings)
+def distill(settings: DistillSettings) -> None:
+    """Train a network to say what the tool says, query -> observation."""
     task = open_task(settings)
-    lm = model.load(runs.find_start(root, "sft3", ["sft3"]), settings)
-    if not memory.report(lm, settings, "eval", None):
+    lm = new_world_model(settings, task)
+    if not memory.report(lm, settings, "sft", nll_loss):
         return
-    seen = read_trajectories(root / "data" / "coa.jsonl")[:TRAINING_CHAINS]
-    unseen = unseen_chains(lm, task, settings)
+    folder = runs.run_folder(settings) / settings.world_model
+    refuse_other_folder(folder)
+    runs.prepare_stage_folders(settings, [folder.name], "")
 
-    print(f"{'':8}{'training questions':>30}{'unseen questions':>30}")
-    print(f"{'':8}" + f"{'nll':>10}{'title':>10}{'words':>10}" * 2)
-    results = {}
-    for stage in STAGES:
-        if not (root / stage / "config.json").is_file():
-            continue
-        lm = model.load(root / stage, settings)
-        on_seen = measure_fidelity(lm, seen, settings)
-        on_unseen = measure_fidelity(lm, unseen, settings)
-        results[stage] = {"training": asdict(on_seen), "unseen": asdict(on_unseen)}
-        line = f"{stage:8}"
-        for fidelity in (on_seen, on_unseen):
-            line += f"{fidelity.nll:10.2f}{fidelity.title:10.2f}{fidelity.words:10.2f}"
-        print(line, flush=True)
-    write_text(root / "world_model.json", json.dumps(results, indent=1))
+    # What the tool says, and what asking it costs.
+    started = time.time()
+    gathered = gather_examples(
+        settings.sources,
+        settings.sweep_share,
+        task,
+        lm.codec,
+        runs.run_folder(settings),
+        settings.seed,
+    )
+    held_out = held_out_examples(task, gathered.examples)
+    seconds_of_calls = time.time() - started
+
+    # The queries carry no loss; the observations do.
+    started = time.time()
+    texts = [
+        training_trajectory(lm.codec, example, settings.max_observation)
+        for example in gathered.examples
+    ]
+    lm.begin_stage(settings, settings.seed, folder.name)
+    optimizer = lm.backend.Optimizer(lm.network, muon=settings.muon, seed=settings.seed)
+    steps = steps_of_passes(texts, settings)
+    stage = StageRun(lm, optimizer, folder, settings, len(steps))
+
+    def make_batches(step: Sequence[Trajectory]) -> list[Batch]:
+        return language_batches(step, settings.micro_tokens)
+
+    scale = settings.world_model_scale
+    train_steps(lm, optimizer, stage, settings, steps, nll_loss, make_batches, scale)
+    seconds_of_training = time.time() - started
+
+    # How well it does, on what it has learned and on what it has not.
+    learned = random.Random(settings.seed).sample(
+        gathered.examples, min(CHECKED_EXAMPLES, len(gathered.examples))
+    )
+    world_model = WorldModel(lm, settings)
+    checked = check_examples(world_model, held_out)
+    cost = Cost(
+        sources=list(settings.sources),
+        calls=gathered.calls + len(held_out),
+        examples=len(gathered.examples),
+        tokens=sum(len(text.ids) for text in texts),
+        seconds_of_calls=round(seconds_of_calls, 1),
+        seconds_of_training=round(seconds_of_training, 1),
+        exact_on_learned=exact_share(check_examples(world_model, learned)),
+        exact_on_held_out=exact_share(checked),
+        held_out=checked,
+    )
+    stage.keep_text(COST_FILE, json.dumps(asdict(cost), indent=1))
+    stage.finish()
+    print(
+        f"{folder}: {cost.calls:,} calls of the tool, {cost.examples:,} different queries to learn "
+        f"from, {cost.seconds_of_calls:.0f} s of calls and {cost.seconds_of_training:.0f} s of "
+        f"training; written to the letter: {cost.exact_on_learned:.1%} of what it learned, "
+        f"{cost.exact_on_held_out:.1%} of {len(held_out)} other searches"
+    )
+
+
+def new_world_model(settings: DistillSettings, task: Task) -> LM:
+    """Return the network that is to become a world model."""
+    if settings.world_model_from:
+        lm, _ = model.load_any(settings.world_model_from, settings)
+        return lm
+    size = dataclasses.replace(
+        settings, width=settings.world_model_width, layers=settings.world_model_layers
+    )
+    return task.new_model(size)
+
+
+def steps_of_passes(
+    texts: Sequence[Trajectory], settings: DistillSettings
+) -> list[list[Trajectory]]:
+    """Return the optimizer steps of all passes over the texts, each in another order."""
+    rng = random.Random(f"world model {settings.seed}")
+    steps = []
+    for _ in range(settings.world_model_epochs):
+        shuffled = rng.sample(texts, len(texts))
+        steps += optimizer_steps(shuffled, settings.batch_tokens, rng)
+    return steps
+
+
+def held_out_examples(task: Task, learned: Sequence[Example]) -> list[Example]:
+    """Return the searches of a teacher for questions that no stage asks.
+
+    They are real calls. Most of their queries are in a full sweep too, as most of a policy's are:
+    what the entropy is calibrated on must look like what it will be asked.
+    """
+    questions = task.questions("held_out", HELD_OUT_QUESTIONS)
+    queries = dict.fromkeys(
+        lookup.queries[0]
+        for question in questions
+        for lookup in question.lookups
+        if lookup.is_search
+    )
+    answers = ask_tool(task.rl_search["search"], list(queries))
+    return [Example(query, neutralize(observation)) for query, observation in answers.items()]
+
+
+def check_examples(world_model: WorldModel, examples: Sequence[Example]) -> list[HeldOutCall]:
+    """Return how a world model fares on some real calls."""
+    queries = [example.query for example in examples]
+    entropies = world_model.entropies(queries)
+    codec = world_model.lm.codec
+    budget = world_model.settings.max_observation
+    checked = []
+    for example, entropy in zip(examples, entropies, strict=True):
+        real = codec.fit(example.observation, budget)
+        is_exact = world_model.memory[example.query].text == real
+        checked.append(HeldOutCall(example.query, is_exact, float(entropy)))
+    return checked
+
+
+def exact_share(calls: Sequence[HeldOutCall]) -> float:
+    """Return the share of observations that were written to the letter."""
+    return float(np.mean([call.is_exact for call in calls])) if calls else 0.0
+
+
+# ---- 3. The world model of a run -----------------------------------------------------------------
+def ensure_world_model(settings: DistillSettings) -> None:
+    """Distill the world model of a run where it is not there.
+
+    Raises UserError where it was made with settings that make another one.
+    """
+    folder = runs.run_folder(settings) / settings.world_model
+    record = read_run_record(settings.run).stages.get(folder.name)
+    if record is None or not (folder / COST_FILE).is_file():
+        distill(settings)
+        return
+    for name in WORLD_MODEL_SETTINGS:
+        if record.settings[name] != getattr(settings, name):
+            raise UserError(
+                f"--{name}: {folder} was distilled with {record.settings[name]!r}; repeat that, or "
+                "remove the folder to have another one distilled"
+            )
+
+
+def load_world_model(settings: DistillSettings) -> WorldModel:
+    """Return the world model of a run, as a tool."""
+    folder = runs.run_folder(settings) / settings.world_model
+    return WorldModel(model.load(folder, settings), settings)
+
+
+def held_out_entropies(settings: DistillSettings) -> list[float]:
+    """Return how unsure the world model of a run is of held-out searches, nats a token each."""
+    path = runs.run_folder(settings) / settings.world_model / COST_FILE
+    return [call["entropy"] for call in json.loads(path.read_text())["held_out"]]
+
+
+def refuse_other_folder(folder: Path) -> None:
+    """Raise UserError where a folder holds a stage, which a world model would replace."""
+    if (folder / "config.json").is_file() and not (folder / COST_FILE).is_file():
+        raise UserError(
+            f"--world_model: {folder} holds a stage of the run; choose a name that is free"
+        )
+
+
+# ---- 4. Commands ---------------------------------------------------------------------------------
+def command(arguments: list[str]) -> None:
+    """Run one of the two commands; the word that names it is taken out of the arguments."""
+    word = arguments.pop(1) if len(arguments) > 1 else ""
+    if word == "distill":
+        main(distill, DistillSettings, __doc__)
+    elif word == "fidelity":
+        raise UserError(USAGE)
+    else:
+        raise UserError(USAGE)
 
 
 if __name__ == "__main__":
-    main(run, FidelitySettings, __doc__)
+    run_guarded(lambda: command(sys.argv))

@@ -21,7 +21,7 @@ from typing import Any
 
 import model
 from common.errors import UserError
-from common.files import write_jsonl
+from common.files import write_jsonl, write_text
 from common.progress import tqdm
 from common.run_record import (
     RunRecord,
@@ -31,7 +31,7 @@ from common.run_record import (
     to_remember,
     write_run_record,
 )
-from common.settings import RunSettings, StageSettings
+from common.settings import RunSettings, StageSettings, TrainingSettings
 from model import LM
 
 SFT_STAGES = ("base", "sft1", "sft2", "sft3")
@@ -52,7 +52,7 @@ DATA_SETTINGS = (
     "max_observation",
     "max_len",
 )
-LOG_FILES = ("log.jsonl", "rollouts.jsonl")
+LOG_FILES = ("log.jsonl", "rollouts.jsonl", "calls.jsonl")
 
 
 def checkpoint_of(folder: Path) -> Path:
@@ -257,7 +257,7 @@ def stages_to_do(settings: StageSettings, folders: Sequence[str], start: str) ->
     return left
 
 
-def prepare_stage_folders(settings: StageSettings, stages: Sequence[str], start: str) -> None:
+def prepare_stage_folders(settings: TrainingSettings, stages: Sequence[str], start: str) -> None:
     """Remove what an interrupted command left of some stages.
 
     With --resume, logs stay. So does the checkpoint of the first stage, where it is newer than the
@@ -376,21 +376,29 @@ def refuse_changed_data(root: Path, settings: RunSettings, names: Sequence[str])
 
 # ---- a stage under way ---------------------------------------------------------------------------
 class StageLog:
-    """JSON lines of a stage: log.jsonl, a line a step, and rollouts.jsonl.
+    """JSON lines of a stage: log.jsonl, a line a step; rollouts.jsonl; in RL also calls.jsonl.
 
     They are in <folder>.partial until the stage is complete and LM.save takes them along.
     """
 
     def __init__(self, folder: Path, steps_done: int = 0) -> None:
-        """Keep the lines of steps that a resumed stage has done, and remove all others."""
+        """Keep the lines of steps that a resumed stage has done, and remove all others.
+
+        `calls` holds those of calls.jsonl.
+        """
         self.folder = folder.with_name(folder.name + ".partial")
         self.folder.mkdir(parents=True, exist_ok=True)
         seconds_before = 0.0
         for name in LOG_FILES:
             rows = self._rows_before(name, steps_done)
-            write_jsonl(self.folder / name, rows)
+            if rows or name == "log.jsonl":
+                write_jsonl(self.folder / name, rows)
+            else:
+                (self.folder / name).unlink(missing_ok=True)
             if name == "log.jsonl" and rows:
                 seconds_before = rows[-1]["seconds"]
+            if name == "calls.jsonl":
+                self.calls = rows
         self.started = time.time() - seconds_before
 
     def write(self, **figures: Any) -> None:
@@ -422,7 +430,7 @@ class Checkpoint:
 
     steps_done: int  # steps up to the checkpoint that --resume goes on from; 0 without one
 
-    def __init__(self, lm: LM, optimizer: Any, folder: Path, settings: StageSettings) -> None:
+    def __init__(self, lm: LM, optimizer: Any, folder: Path, settings: TrainingSettings) -> None:
         """Read the checkpoint that is there, into the network and its optimizer."""
         self.lm = lm
         self.optimizer = optimizer
@@ -462,10 +470,11 @@ class StageRun:
     """
 
     def __init__(
-        self, lm: LM, optimizer: Any, folder: Path, settings: StageSettings, total: int
+        self, lm: LM, optimizer: Any, folder: Path, settings: TrainingSettings, total: int
     ) -> None:
         """Go on from the checkpoint that is there. total: steps of the whole stage."""
         record_stage(settings, folder.name)
+        self.name = folder.name
         self.total = total
         self.checkpoint = Checkpoint(lm, optimizer, folder, settings)
         self.log_files = StageLog(folder, self.checkpoint.steps_done)
@@ -494,6 +503,15 @@ class StageRun:
     def keep_rollouts(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write some trajectories to be read."""
         self.log_files.append("rollouts.jsonl", rows)
+
+    def keep_calls(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write what a step asked of the real tool (environments/counted.py)."""
+        if rows:
+            self.log_files.append("calls.jsonl", rows)
+
+    def keep_text(self, name: str, text: str) -> None:
+        """Write a file beside the stage's logs."""
+        write_text(self.log_files.folder / name, text)
 
     def finish(self) -> None:
         """Save the finished stage."""

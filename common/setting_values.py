@@ -13,12 +13,14 @@ class Bounds:
 
     above_zero: bool = False
     below_one: bool = False
+    at_most_one: bool = False
 
 
 # Every number of the settings is 0 or more; these say what else it must be.
 AboveZero = Annotated[int, Bounds(above_zero=True)]
 AboveZeroFloat = Annotated[float, Bounds(above_zero=True)]
 Share = Annotated[float, Bounds(below_one=True)]
+ShareOrAll = Annotated[float, Bounds(at_most_one=True)]
 
 # A list is written with commas between its values: --train_data=hotpotqa.jsonl,nq.jsonl
 CommaList = list[str]
@@ -105,3 +107,5 @@ def _refuse_other_values(label: str, annotation: Any, value: Any) -> None:
         raise UserError(f"{label}: {value} is out of range; it must be 0 or more")
     if bounds.below_one and value >= 1:
         raise UserError(f"{label}: {value} is out of range; it must be below 1")
+    if bounds.at_most_one and value > 1:
+        raise UserError(f"{label}: {value} is out of range; it must be at most 1")

@@ -36,6 +36,7 @@ from common.setting_values import (
     AboveZeroFloat,
     CommaList,
     Share,
+    ShareOrAll,
     check_value,
     read_value,
 )
@@ -44,21 +45,36 @@ from common.setting_values import (
 __all__ = [
     "AboveZero",
     "AboveZeroFloat",
+    "CallSources",
+    "ChosenBy",
     "CommaList",
+    "EnvironmentName",
     "MatrixName",
     "ModelSettings",
     "NanoModelSettings",
+    "OptimizerSettings",
+    "PoolName",
     "RolloutSettings",
     "RunSettings",
     "Share",
+    "ShareOrAll",
     "StageSettings",
     "TaskRunSettings",
     "TaskSettings",
+    "TrainingSettings",
     "main",
     "read_settings",
 ]
 
 MatrixName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Who writes the observations while a policy is trained (environments/environment.py).
+EnvironmentName = Literal["internal", "distilled", "real", "mixed"]
+# How a mixed environment chooses between the tool and the world model (environments/mixed.py).
+ChosenBy = Literal["schedule", "confidence"]
+# Whose questions RL-1 asks: its own pool, or that of RL-2.
+PoolName = Literal["rl1", "rl2"]
+# Real calls that a world model is distilled from (environments/examples.py).
+CallSources = list[Literal["sweep", "logs", "cache"]]
 
 
 @dataclass(kw_only=True)
@@ -168,6 +184,20 @@ class NewModelSettings(ModelSettings, NanoModelSettings):
 
 
 @dataclass(kw_only=True)
+class OptimizerSettings:
+    """How supervised training changes the weights."""
+
+    # Train the matrices by Muon; false trains all weights by AdamW, as pretrained models were.
+    muon: bool = True
+    # Tokens of an optimizer step.
+    batch_tokens: AboveZero = 2000
+    # Learning rate of AdamW in nano's base stage and of its world model; SFT takes parts of it.
+    lr: float = 6e-3
+    # Learning rate of Muon, likewise.
+    muon_lr: float = 1e-2
+
+
+@dataclass(kw_only=True)
 class RolloutSettings:
     """Budgets of a rollout, in training and in evaluation."""
 
@@ -186,7 +216,18 @@ class RolloutSettings:
 
 
 @dataclass(kw_only=True)
-class StageSettings(RunSettings, ModelSettings):
+class TrainingSettings(RunSettings, ModelSettings):
+    """How training is kept, so that an interrupted command can go on."""
+
+    # Go on with an interrupted run: finished stages stay, an unfinished one continues from its
+    # checkpoint.
+    resume: bool = False
+    # Minutes between the checkpoints of a stage, which --resume needs.
+    save_minutes: float = 10.0
+
+
+@dataclass(kw_only=True)
+class StageSettings(TrainingSettings):
     """Which stages of a run to train, from which folder into which."""
 
     # Train this stage only: base, sft1, sft2, sft3; rl1, rl2. Empty: all of the script's stages.
@@ -195,17 +236,19 @@ class StageSettings(RunSettings, ModelSettings):
     start: str = ""
     # Write into this folder of the run instead of the stage's own.
     out: str = ""
-    # Go on with an interrupted run: finished stages stay, an unfinished one continues from its
-    # checkpoint.
-    resume: bool = False
-    # Minutes between the checkpoints of a stage, which --resume needs.
-    save_minutes: float = 10.0
 
 
 # ---- reading -------------------------------------------------------------------------------------
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = ROOT / "config" / "nano.py"
-GROUPS = (TaskRunSettings, ModelSettings, NanoModelSettings, RolloutSettings, StageSettings)
+GROUPS = (
+    TaskRunSettings,
+    ModelSettings,
+    NanoModelSettings,
+    OptimizerSettings,
+    RolloutSettings,
+    StageSettings,
+)
 # The files in which scripts add settings of their own, in dataclasses named ..Settings.
 SCRIPTS = (
     "autocoa.py",
@@ -222,8 +265,13 @@ SCRIPTS = (
 TYPES_OF_SCRIPTS: dict[str, Any] = {
     "AboveZero": AboveZero,
     "AboveZeroFloat": AboveZeroFloat,
+    "CallSources": CallSources,
+    "ChosenBy": ChosenBy,
     "CommaList": CommaList,
+    "EnvironmentName": EnvironmentName,
+    "PoolName": PoolName,
     "Share": Share,
+    "ShareOrAll": ShareOrAll,
     "bool": bool,
     "float": float,
     "int": int,

@@ -67,8 +67,8 @@ def optimizer_steps(
 def language_batches(trajectories: Sequence[Trajectory], micro_tokens: int) -> list[Batch]:
     """Return the micro-batches of one optimizer step of next-token loss (SFT-2 and SFT-3).
 
-    "norm" is the number of learned tokens of the whole step, so that the losses of micro-batches
-    add up to the mean over tokens. A first token is predicted from nothing and does not count.
+    "norm" is the sum of the masks of the whole step, so that the losses of micro-batches add up to
+    the mean over learned tokens. A first token is predicted from nothing and does not count.
     """
     norm = float(sum(sum(trajectory.mask[1:]) for trajectory in trajectories))
     lengths = [len(trajectory.ids) for trajectory in trajectories]
@@ -100,20 +100,22 @@ def pair_batches(pairs: Sequence[Pair], micro_tokens: int, alpha: float) -> list
     return batches
 
 
-def learn_observations(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+def learn_observations(trajectories: Sequence[Trajectory], weight: float = 1) -> list[Trajectory]:
     """Return the same ids with loss on observations too: SFT-3, where the policy learns the world.
 
     The masks of the trajectories that are given stay as they are.
+
+    weight: of an observation's token in the loss, which is a weighted mean over tokens.
     """
     return [
-        Trajectory(trajectory.ids, _mask_with_observations(trajectory), trajectory.role)
+        Trajectory(trajectory.ids, _mask_with_observations(trajectory, weight), trajectory.role)
         for trajectory in trajectories
     ]
 
 
-def _mask_with_observations(trajectory: Trajectory) -> list[int]:
+def _mask_with_observations(trajectory: Trajectory, weight: float) -> list[float]:
     mask = list(trajectory.mask)
     for position, role in enumerate(trajectory.role):
         if role == Role.OBSERVATION:
-            mask[position] = 1
+            mask[position] = weight
     return mask

@@ -34,7 +34,7 @@ OBSERVATION = re.compile(f"({re.escape(TAGS['result'])}.*?{re.escape(TAGS['end_r
 # A file of others could steer the terminal with these.
 CONTROL = re.compile("[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]")
 # A piece of text, and 1 where it carries loss.
-Piece = tuple[str, int]
+Piece = tuple[str, float]
 
 
 def colored(codec: Codec, trajectory: Trajectory) -> str:
@@ -79,7 +79,7 @@ def _pieces_of_row(row: Any, path: Path) -> list[Piece]:
         return list(zip(tokens, row["mask"], strict=False))
     if "messages" in row:
         return _pieces_of_messages(row["messages"])
-    pieces = [(turn["value"] + "\n", 0) for turn in row["conversation"]]
+    pieces: list[Piece] = [(turn["value"] + "\n", 0) for turn in row["conversation"]]
     pieces.append((f"+ {row['chosen']['value']}\n- {row['rejected']['value']}", 1))
     return pieces
 
@@ -87,7 +87,7 @@ def _pieces_of_row(row: Any, path: Path) -> list[Piece]:
 def _pieces_of_messages(messages: list[dict[str, str]]) -> list[Piece]:
     """Return the pieces of a conversation: the last turn is learned, but for observations."""
     spans = OBSERVATION.split(messages[-1]["content"])
-    pieces = [(message["content"] + "\n", 0) for message in messages[:-1]]
+    pieces: list[Piece] = [(message["content"] + "\n", 0) for message in messages[:-1]]
     for span in spans:
         carries_loss = not span.startswith(TAGS["result"])
         pieces.append((span, int(carries_loss)))

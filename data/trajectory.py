@@ -85,10 +85,12 @@ class Observation:
 
 @dataclass
 class Trajectory:
-    """One rollout or taught chain; the first four lists have one entry a token."""
+    """One rollout or taught chain; ids, mask, role and logprobs have one entry a token."""
 
     ids: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)  # 1: learned; in a rollout, the policy's own
+    # How much a token counts in the loss, 0 or 1; in a rollout 1 says that it is the policy's own.
+    # SFT-3 may give observations a weight between them.
+    mask: list[float] = field(default_factory=list)
     role: list[int] = field(default_factory=list)  # a Role each
     logprobs: list[float] = field(default_factory=list)  # of sampled tokens; 0.0 for all others
     queries: list[str] = field(default_factory=list)  # text of each action that was run

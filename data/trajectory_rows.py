@@ -16,7 +16,7 @@ class TrajectoryRow:
     text: str  # of the whole trajectory, tags included
     ids: list[int]
     role: list[int]  # a Role each
-    mask: list[int]  # 1: the policy's own
+    mask: list[float]  # 1: the policy's own
     tokens: list[str]  # the text of each
 
     def to_json(self) -> dict[str, Any]:

@@ -62,6 +62,16 @@ class Cache:
             # A row that was damaged counts as if it were not there.
             return None
 
+    def items(self) -> list[tuple[list[Any], Any]]:
+        """Return each key, as a list, with its answer; rows that are damaged are left out."""
+        items = []
+        for asked, said in self._execute("SELECT asked, said FROM answers ORDER BY asked"):
+            try:
+                items.append((json.loads(asked), json.loads(said)))
+            except (ValueError, TypeError):
+                continue
+        return items
+
     def put(self, *key: Any, answer: Any) -> None:
         """Keep an answer, in place of the one that is kept for this key."""
         self._execute(

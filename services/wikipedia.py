@@ -114,6 +114,15 @@ class Wikipedia:
             return None
         return [Passage(title, text) for title, text in rows]
 
+    def cached_observations(self) -> dict[str, str]:
+        """Return the observation of every query that the cache holds for this tool's settings."""
+        observations = {}
+        for key, rows in self.cache.items():
+            if key[1:] == [self.top_k, self.language]:
+                passages = [Passage(title, text) for title, text in rows]
+                observations[key[0]] = join_passages(passages)
+        return observations
+
     def _search_all(self, queries: dict[str, str]) -> dict[str, list[Passage] | None]:
         with ThreadPoolExecutor(self.threads) as pool:
             results = tqdm(

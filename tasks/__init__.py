@@ -34,6 +34,13 @@ class Task(Protocol):
         """
         ...
 
+    def sweep_queries(self) -> list[list[str]]:
+        """Return for each title of rl_search's corpus some queries that ask for it.
+
+        There are none where the tool can't list its titles.
+        """
+        ...
+
     def practice_chains(self, codec: Codec, rng: random.Random, count: int) -> list[Trajectory]:
         """Return chains of thought for SFT that practise planning; there may be none.
 

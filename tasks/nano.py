@@ -112,6 +112,22 @@ class NanoTask:
             "make the world larger with --train_scale"
         )
 
+    def sweep_queries(self) -> list[list[str]]:
+        """Return the names of each article of RL-2's world, as the first two queries for a fact."""
+        world = self.worlds["rl2"]
+        queries = []
+        for title in world.articles:
+            entity = world.by_title.get(title)
+            if entity is None:
+                # An article about a distractor.
+                queries.append([title])
+                continue
+            names = [entity.name, f"{entity.name} {entity.qualifier}"]
+            if entity.former_name:
+                names += [entity.former_name, f"once called {entity.former_name}"]
+            queries.append(names)
+        return queries
+
     def practice_chains(self, codec: Codec, rng: random.Random, count: int) -> list[Trajectory]:
         """Return made-up chains: three fifths of the chains of thought that SFT wants.
 

@@ -1,15 +1,18 @@
 """The task of real questions: FlashRAG question files, and a tool that searches real passages."""
 
 import random
+import re
 
 import model
 import tools
 from common.errors import UserError
 from common.settings import NewModelSettings, TaskRunSettings
 from data.flashrag import name_sets, read_questions
+from data.passages import split_passage
 from data.questions import Question, sixteenth
 from data.trajectory import Codec, Trajectory
 from model import LM
+from services.bm25 import BM25
 
 # The sixteenths of all questions (data.questions.sixteenth) that each part of the training draws
 # from. The pools of SFT share one part: what the model knows decides what becomes of a question.
@@ -76,6 +79,18 @@ class RealTask:
             )
         random.Random(f"{part} {self.settings.seed}").shuffle(members)
         return members[:count]
+
+    def sweep_queries(self) -> list[list[str]]:
+        """Return each passage's title, and without what stands in parentheses behind it."""
+        tool = self.rl_search["search"]
+        if not isinstance(tool, BM25):
+            return []
+        titles = [split_passage(passage["contents"]).title for passage in tool.passages]
+        return [
+            list(dict.fromkeys([title, re.sub(r"\s*\(.*\)$", "", title)]))
+            for title in dict.fromkeys(titles)
+            if title
+        ]
 
     def practice_chains(self, codec: Codec, rng: random.Random, count: int) -> list[Trajectory]:
         """Return nothing: a checkpoint needs no practice on made-up facts."""

@@ -25,7 +25,7 @@ from backends.mlx.network import (
     rotate,
 )
 from backends.mlx.optimizer import Optimizer, orthogonalize
-from backends.mlx.training import LossFunction, logprobs, score, train_step
+from backends.mlx.training import LossFunction, entropies, logprobs, score, train_step
 from backends.mlx.weights import (
     build,
     compute_copy,
@@ -65,6 +65,7 @@ __all__ = [
     "copy_network",
     "draw",
     "embeddings",
+    "entropies",
     "extend_rows",
     "load_weights",
     "logprobs",

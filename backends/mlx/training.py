@@ -18,12 +18,13 @@ LossFunction = Callable[[Any, Any, Any], Any]
 
 
 def logprobs(
-    network: Transformer, ids: mx.array, mask: mx.array, temperature: float = 1.0
+    network: Transformer, ids: mx.array, mask: mx.array, temperature: float | mx.array = 1.0
 ) -> mx.array:
     """Return the log-probability of each token given those before it.
 
     ids, mask: (B, T) -> (B, T), 0 where mask is 0. The head runs on masked positions only. Column
     t is the log-probability of ids[:, t]; column 0 is always 0.
+    temperature: of all tokens, or (B, T), one for each.
     """
     x = network(ids[:, :-1])
     rows, columns = np.nonzero(np.array(mask[:, 1:]))
@@ -32,6 +33,8 @@ def logprobs(
         return mx.zeros(ids.shape) + 0 * x.sum()
     row = mx.array(rows)
     column = mx.array(columns)
+    if isinstance(temperature, mx.array):
+        temperature = temperature[row, column + 1][:, None]  # (masked, 1)
     logits = network.logits(x[row, column]) / temperature  # (masked, vocab)
     targets = ids[row, column + 1]
     picked = -nn.losses.cross_entropy(logits, targets)
@@ -43,6 +46,22 @@ def score(network: Transformer, batch: Mapping[str, Any], temperature: float = 1
     ids = mx.array(batch["ids"])
     mask = mx.array(batch["mask"])
     return np.array(logprobs(network, ids, mask, temperature))
+
+
+def entropies(network: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
+    """Return the entropy, in nats, of the distribution that each token was chosen from: (B, T).
+
+    It is 0 where the batch's mask is 0, and at temperature 1.
+    """
+    rows, columns = np.nonzero(batch["mask"][:, 1:])
+    measured = np.zeros(batch["ids"].shape, np.float32)
+    if rows.size:
+        x = network(mx.array(batch["ids"])[:, :-1])
+        logits = network.logits(x[mx.array(rows), mx.array(columns)])  # (masked, vocab)
+        log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        values = -(mx.exp(log_probabilities) * log_probabilities).sum(-1)
+        measured[rows, columns + 1] = np.array(values)
+    return measured
 
 
 def train_step(
@@ -58,6 +77,7 @@ def train_step(
     """Make one optimizer step over micro-batches, whose losses and gradients are summed.
 
     batches: dicts of NumPy arrays and numbers, as the losses of autocoa.py need them.
+    temperature: of the tokens in "mask"; those of "observation_mask" are at 1.
     max_norm: a gradient that is longer is cut to this length.
 
     Return {"loss", "grad_norm"}. Where one of them is not finite, nothing is changed, and the
@@ -65,7 +85,13 @@ def train_step(
     """
 
     def loss_of_batch(arrays: dict[str, Any]) -> mx.array:
-        token_logprobs = logprobs(network, arrays["ids"], arrays["mask"], temperature)
+        mask = arrays["mask"]
+        temperatures: float | mx.array = temperature
+        if "observation_mask" in arrays:
+            # The auxiliary loss is at temperature 1, and its tokens are none of the policy's.
+            mask = mask + arrays["observation_mask"]
+            temperatures = mx.where(arrays["observation_mask"] > 0, 1.0, temperature)
+        token_logprobs = logprobs(network, arrays["ids"], mask, temperatures)
         return loss_function(mx, token_logprobs, arrays)
 
     loss_and_gradient = nn.value_and_grad(network, loss_of_batch)

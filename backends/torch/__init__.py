@@ -25,7 +25,7 @@ from backends.torch.network import (
     rotate,
 )
 from backends.torch.optimizer import Optimizer, orthogonalize
-from backends.torch.training import LossFunction, logprobs, score, train_step
+from backends.torch.training import LossFunction, entropies, logprobs, score, train_step
 from backends.torch.weights import (
     build,
     compute_copy,
@@ -65,6 +65,7 @@ __all__ = [
     "copy_network",
     "draw",
     "embeddings",
+    "entropies",
     "extend_rows",
     "load_weights",
     "logprobs",

@@ -17,14 +17,19 @@ from backends.torch.optimizer import Optimizer
 LossFunction = Callable[[Any, Any, Any], Any]
 
 
-def logprobs(network: Transformer, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+def logprobs(
+    network: Transformer, ids: Tensor, mask: Tensor, temperature: float | Tensor = 1.0
+) -> Tensor:
     """Return the log-probability of each token given those before it.
 
     ids, mask: (B, T) -> (B, T), 0 where mask is 0. The head runs on masked positions only. Column
     t is the log-probability of ids[:, t]; column 0 is always 0.
+    temperature: of all tokens, or (B, T), one for each.
     """
     x = network(ids[:, :-1])
     is_wanted = mask[:, 1:] > 0
+    if isinstance(temperature, Tensor):
+        temperature = temperature[:, 1:][is_wanted][:, None]  # (masked, 1)
     logits = network.logits(x[is_wanted]) / temperature  # (masked, vocab)
     targets = ids[:, 1:][is_wanted]
     picked = -functional.cross_entropy(logits, targets, reduction="none")
@@ -41,6 +46,22 @@ def score(network: Transformer, batch: Mapping[str, Any], temperature: float = 1
         return logprobs(network, ids, mask, temperature).cpu().numpy()
 
 
+def entropies(network: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
+    """Return the entropy, in nats, of the distribution that each token was chosen from: (B, T).
+
+    It is 0 where the batch's mask is 0, and at temperature 1.
+    """
+    ids = torch.as_tensor(batch["ids"], device=network.device)
+    is_wanted = torch.as_tensor(batch["mask"], device=network.device)[:, 1:] > 0
+    with torch.no_grad():
+        x = network(ids[:, :-1])
+        log_probabilities = network.logits(x[is_wanted]).log_softmax(-1)  # (masked, vocab)
+        measured = -(log_probabilities.exp() * log_probabilities).sum(-1)
+        padded = torch.zeros(ids.shape, device=ids.device)
+        padded[:, 1:][is_wanted] = measured
+    return padded.cpu().numpy()
+
+
 def train_step(
     network: Transformer,
     optimizer: Optimizer,
@@ -54,6 +75,7 @@ def train_step(
     """Make one optimizer step over micro-batches, whose losses and gradients are summed.
 
     batches: dicts of NumPy arrays and numbers, as the losses of autocoa.py need them.
+    temperature: of the tokens in "mask"; those of "observation_mask" are at 1.
     max_norm: a gradient that is longer is cut to this length.
 
     Return {"loss", "grad_norm"}. Where one of them is not finite, nothing is changed, and the
@@ -66,7 +88,13 @@ def train_step(
     total = 0.0
     for batch in batches:
         tensors = _to_device(batch, network.device)
-        token_logprobs = logprobs(network, tensors["ids"], tensors["mask"], temperature)
+        mask = tensors["mask"]
+        temperatures: float | Tensor = temperature
+        if "observation_mask" in tensors:
+            # The auxiliary loss is at temperature 1, and its tokens are none of the policy's.
+            mask = mask + tensors["observation_mask"]
+            temperatures = torch.where(tensors["observation_mask"] > 0, 1.0, temperature)
+        token_logprobs = logprobs(network, tensors["ids"], mask, temperatures)
         loss = loss_function(torch, token_logprobs, tensors)
         loss.backward()
         total += loss.item()

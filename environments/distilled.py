@@ -1,0 +1,122 @@
+"""A distilled world model: a separate network that answers queries as the search tool does.
+
+It is a tool like any other: action texts in, observations out, with the provenance IMAGINED. It
+reads a query between the tags of a trajectory and writes the observation, greedily:
+
+    <begin_search> Silver River</end_search><search_result> Silver River 1: A film. ..
+    |----------------- mask 0 -----------------------------||---- mask 1, what it learns --
+
+What it writes is read as text and encoded anew as an observation, as a tool's words are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.batching import group_by_tokens
+from common.settings import RolloutSettings
+from data.batches import pad
+from data.passages import NOTHING_FOUND
+from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
+from model import LM
+
+COST_FILE = "cost.json"  # in the folder of a world model, and in no other
+SCORED_TOKENS = 4000  # tokens that go through the network at once when entropies are measured
+
+
+@dataclass
+class Example:
+    """One real call: a query, and what the tool said."""
+
+    query: str
+    observation: str
+
+
+@dataclass
+class Imagined:
+    """What a world model says to one query."""
+
+    text: str
+    ids: list[int]  # as the network wrote it, the closing tag included
+    entropy: float | None = None  # mean over these ids, in nats; None until it is measured
+
+
+class WorldModel:
+    """A search tool that imagines: queries in, observations out."""
+
+    def __init__(self, lm: LM, settings: RolloutSettings) -> None:
+        """Begin with an empty memory."""
+        self.lm = lm
+        self.settings = settings
+        self.memory: dict[str, Imagined] = {}  # one query gets one observation, as from a tool
+
+    def __call__(self, queries: list[str]) -> list[Observation]:
+        """Return the observation of each query; a new one is written, the others are remembered."""
+        self._imagine([query for query in dict.fromkeys(queries) if query not in self.memory])
+        return [Observation(self.memory[query].text, Provenance.IMAGINED) for query in queries]
+
+    def entropies(self, queries: Sequence[str]) -> np.ndarray:
+        """Return how unsure it is of each query's observation: (queries,), nats a token.
+
+        It is the mean, over the tokens of the observation, of the entropy of the distribution that
+        each was chosen from.
+        """
+        self(list(queries))
+        self._measure_entropies(
+            [query for query in dict.fromkeys(queries) if self.memory[query].entropy is None]
+        )
+        return np.array([self.memory[query].entropy for query in queries], dtype=float)
+
+    def _imagine(self, queries: list[str]) -> None:
+        codec = self.lm.codec
+        stops = [codec.end_result_id, codec.eos_id]
+        # Queries of like length are read together.
+        queries = sorted(queries, key=len)
+        for start in range(0, len(queries), self.settings.batch_rows):
+            batch = queries[start : start + self.settings.batch_rows]
+            prompts = [query_prompt(codec, query) for query in batch]
+            # One token more than an observation may have, for the tag that closes it.
+            limits = [self.settings.max_observation + 1] * len(batch)
+            written, _ = self.lm.decoder(prompts).decode(stops, limits, 0.0)
+            for query, ids in zip(batch, written, strict=True):
+                words = [token for token in ids if token not in stops]
+                text = codec.decode(words).strip() or NOTHING_FOUND
+                self.memory[query] = Imagined(text, ids)
+
+    def _measure_entropies(self, queries: list[str]) -> None:
+        trajectories = [self._trajectory(query) for query in queries]
+        lengths = [len(trajectory.ids) for trajectory in trajectories]
+        for group in group_by_tokens(lengths, SCORED_TOKENS):
+            batch = pad([trajectories[row] for row in group])
+            entropies = self.lm.backend.entropies(self.lm.network, batch)  # (rows, tokens)
+            means = entropies.sum(1) / batch["mask"].sum(1)
+            for row, mean in zip(group, means, strict=True):
+                self.memory[queries[row]].entropy = float(mean)
+
+    def _trajectory(self, query: str) -> Trajectory:
+        trajectory = Trajectory()
+        trajectory.add(query_prompt(self.lm.codec, query), Role.ACTION, 0)
+        trajectory.add(self.memory[query].ids, Role.OBSERVATION, 1)
+        return trajectory
+
+
+def query_prompt(codec: Codec, query: str) -> list[int]:
+    """Return the ids after which a world model writes the observation of a query."""
+    bos = codec.tokenizer.bos_token_id
+    beginning = [] if bos is None else [bos]
+    action = [codec.search_id, *codec.encode(query), codec.end_search_id]
+    return [*beginning, *action, codec.result_id]
+
+
+def training_trajectory(codec: Codec, example: Example, max_observation: int) -> Trajectory:
+    """Return a real call as a world model learns it: the observation alone carries loss.
+
+    max_observation: tokens of it; what does not fit is cut as it is for the policy.
+    """
+    trajectory = Trajectory()
+    trajectory.add(query_prompt(codec, example.query), Role.ACTION, 0)
+    observation = codec.wrap_observation(codec.fit(example.observation, max_observation))
+    # The opening tag is the last id of the prompt.
+    trajectory.add(observation[1:], Role.OBSERVATION, 1)
+    return trajectory
