@@ -32,7 +32,9 @@ from tasks import open_task
 
 # An array of NumPy, torch or MLX; the losses are written once for all three.
 Array = Any
-Search = Callable[[list[str]], list[Observation]]
+# What the environment says to some actions, each with the trajectory that it ends. A tool looks at
+# the action alone; a simulator may look at whose question it serves.
+Search = Callable[[list[str], list[Trajectory]], list[Observation]]
 
 # In place of a search: the policy writes the observation itself (RL-1).
 Imagine = Literal["imagine"]
@@ -194,7 +196,7 @@ def rollout(
     """Roll out an agent on each prompt: Algorithm 1 of the paper, for a batch.
 
     decoder: makes a backend's Decoder for some prompts; equal prompts share their prefill.
-    search: action texts -> observations, or IMAGINE: the policy writes the observation as well,
+    search: answers actions, or IMAGINE: the policy writes the observation as well,
         greedily, and it still counts as the environment's (role OBSERVATION, mask 0). None where
         max_actions is 0.
     temperature: 0 is greedy.
@@ -293,7 +295,8 @@ def call_tool(controller: Controller, rows: list[Row], search: Search | Imagine 
     if not calling:
         return
     assert callable(search)
-    observations = search([row.query or "" for row in calling])
+    queries = [row.query or "" for row in calling]
+    observations = search(queries, [row.trajectory for row in calling])
     for row, observation in zip(calling, observations, strict=True):
         row.query = None
         controller.read_observation(row, observation)

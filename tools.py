@@ -28,7 +28,7 @@ from typing import Any
 
 from common.errors import UserError, run_guarded
 from data.passages import neutralize
-from data.trajectory import Observation
+from data.trajectory import Observation, Trajectory
 from services.bm25 import BM25, open_index, wikipedia_leads
 from services.retrieval import Retriever
 from services.wikipedia import Wikipedia
@@ -46,10 +46,13 @@ class Library(dict[str, Tool]):
         super().__init__(tools)
         self.counts: Counter[str] = Counter()  # calls of each tool
 
-    def __call__(self, actions: list[str]) -> list[Observation]:
+    def __call__(
+        self, actions: list[str], trajectories: Sequence[Trajectory] = ()
+    ) -> list[Observation]:
         """Return the observation of each action, neutralized.
 
         All calls of one tool go to it as one batch.
+        trajectories: one for each action, which ends it; a tool does not look at them.
         """
         observations: dict[int, Observation] = {}
         batches: dict[str, list[tuple[int, str]]] = {}
@@ -64,11 +67,17 @@ class Library(dict[str, Tool]):
                 batches.setdefault(name, []).append((index, argument))
         for name, calls in batches.items():
             self.counts[name] += len(calls)
-            results = self[name]([argument for _, argument in calls])
+            results = self._run_tool(name, calls, trajectories)
             for (index, _), observation in zip(calls, results, strict=True):
                 text = neutralize(observation.text)
                 observations[index] = Observation(text, observation.provenance)
         return [observations[index] for index in range(len(actions))]
+
+    def _run_tool(
+        self, name: str, calls: list[tuple[int, str]], trajectories: Sequence[Trajectory]
+    ) -> list[Observation]:
+        """Return what a tool says to some calls: (index of the action, argument)."""
+        return self[name]([argument for _, argument in calls])
 
     def report(self) -> str:
         """Return the calls of each tool on one line, with what a tool that reaches out reports."""

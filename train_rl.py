@@ -57,8 +57,10 @@ from environments.environment import (
     internal_environment,
     real_environment,
     scheduled_environment,
+    simulated_environment,
 )
 from environments.mixed import entropy_threshold
+from environments.simulator import SimulatorLibrary
 from model import LM
 from tasks import Task, open_task
 from workflows.agent import answer_questions, trajectory_row
@@ -178,7 +180,7 @@ def run(settings: RLSettings) -> None:
             steps=settings.rl1_steps,
             pool=task.questions(settings.rl1_pool, settings.rl_questions),
             first_question=0,
-            environment=open_environment("rl1", settings, task),
+            environment=open_environment("rl1", settings, task, policy.codec),
             call_cost=settings.rl1_call_cost,
             rate_scale=settings.rl1_scale,
             seed_number=1,
@@ -195,7 +197,7 @@ def run(settings: RLSettings) -> None:
             steps=settings.rl2_steps,
             pool=task.questions("rl2", settings.rl_questions),
             first_question=asked_before,
-            environment=open_environment("rl2", settings, task),
+            environment=open_environment("rl2", settings, task, policy.codec),
             call_cost=settings.call_cost,
             rate_scale=1.0,
             seed_number=2,
@@ -219,15 +221,21 @@ def refuse_contradictions(
             "--max_real_calls: only a mixed environment can go on without the tool; "
             "take --rl1_environment=mixed or --rl2_environment=mixed"
         )
+    if settings.gold_facts and "mixed" in names:
+        raise UserError(
+            "--gold_facts: a simulator that is told the facts is not mixed with the tool; "
+            "take --rl1_environment=distilled"
+        )
     asks_about_sfts_world = settings.rl1_pool == "rl1" and task.search is not task.rl_search
-    if asks_about_sfts_world and settings.rl1_environment in ("distilled", "mixed"):
+    needs_own_world = settings.rl1_environment in ("distilled", "mixed") and not settings.gold_facts
+    if asks_about_sfts_world and needs_own_world:
         raise UserError(
             "--rl1_pool=rl1: its questions are about SFT's world, and the world model imitates the "
             "tool of RL-2's; take --rl1_pool=rl2, or --rl1_environment=internal or real"
         )
 
 
-def open_environment(stage: str, settings: RLSettings, task: Task) -> Environment:
+def open_environment(stage: str, settings: RLSettings, task: Task, codec: Codec) -> Environment:
     """Return the environment of a stage, with the tools of the world that it asks about."""
     library = task.rl_search
     if stage == "rl1" and settings.rl1_pool == "rl1":
@@ -238,10 +246,17 @@ def open_environment(stage: str, settings: RLSettings, task: Task) -> Environmen
     if name == "real":
         return real_environment(library)
     imagined = world_model.load_world_model(settings)
+    steps = settings.rl1_steps if stage == "rl1" else settings.rl2_steps
+    if settings.gold_facts:
+        pool = task.questions(settings.rl1_pool if stage == "rl1" else "rl2", settings.rl_questions)
+        question_of_prompt = {tuple(codec.prompt(question.question)): question for question in pool}
+        simulator = SimulatorLibrary(
+            library, imagined, question_of_prompt, settings.noise_share, steps
+        )
+        return simulated_environment(simulator, library["search"])
     if name == "distilled":
         return distilled_environment(library, imagined)
     if settings.mixed_by == "schedule":
-        steps = settings.rl1_steps if stage == "rl1" else settings.rl2_steps
         return scheduled_environment(
             library, imagined, settings.real_share, steps, settings.max_real_calls
         )

@@ -39,18 +39,28 @@ from common.settings import (
 )
 from data.batches import Batch, language_batches, optimizer_steps
 from data.passages import neutralize
+from data.sft_data import read_trajectories
 from data.trajectory import Trajectory
 from environments.distilled import COST_FILE, Example, WorldModel, training_trajectory
-from environments.examples import ask_tool, gather_examples
+from environments.examples import Examples, ask_tool, gather_examples
+from environments.simulator import simulator_examples
 from model import LM
 from tasks import Task, open_task
-from train_sft import train_steps
+from train_sft import SFTSettings, train_steps
 
 USAGE = "usage: python world_model.py distill  or  python world_model.py fidelity"
 CHECKED_EXAMPLES = 200  # of those it learned from, on which a world model is checked
 HELD_OUT_QUESTIONS = 60  # whose searches calibrate a world model's entropy
 # Other values of these would make another world model.
-WORLD_MODEL_SETTINGS = ("seed", "model", "corpus", "language", "top_k", "max_observation")
+WORLD_MODEL_SETTINGS = (
+    "seed",
+    "model",
+    "corpus",
+    "language",
+    "top_k",
+    "max_observation",
+    "gold_facts",
+)
 
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
@@ -76,6 +86,11 @@ class DistillSettings(
     world_model_epochs: AboveZero = 12
     # It trains at this part of --lr and --muon_lr.
     world_model_scale: float = 1.0
+    # ZeroSearch's form: it learns from SFT's chains alone, and is told the gold facts of the
+    # question that a search serves.
+    gold_facts: bool = False
+    # Share of noisy passages at the end of a stage in that form; it rises from 0.
+    noise_share: ShareOrAll = 0.25
 
 
 # ---- 2. Distilling -------------------------------------------------------------------------------
@@ -115,15 +130,10 @@ def distill(settings: DistillSettings) -> None:
 
     # What the tool says, and what asking it costs.
     started = time.time()
-    gathered = gather_examples(
-        settings.sources,
-        settings.sweep_share,
-        task,
-        lm.codec,
-        runs.run_folder(settings),
-        settings.seed,
-    )
-    held_out = held_out_examples(task, gathered.examples)
+    gathered = examples_to_learn(settings, task, lm)
+    held_out: list[Example] = []
+    if not settings.gold_facts:
+        held_out = held_out_examples(task)
     seconds_of_calls = time.time() - started
 
     # The queries carry no loss; the observations do.
@@ -194,7 +204,22 @@ def steps_of_passes(
     return steps
 
 
-def held_out_examples(task: Task, learned: Sequence[Example]) -> list[Example]:
+def examples_to_learn(settings: DistillSettings, task: Task, lm: LM) -> Examples:
+    """Return the real calls that a world model learns from, and how many were made for it."""
+    root = runs.run_folder(settings)
+    if not settings.gold_facts:
+        return gather_examples(
+            settings.sources, settings.sweep_share, task, lm.codec, root, settings.seed
+        )
+    # The SFT data may be of another size than the settings of this command say.
+    chains = read_trajectories(root / "data" / "coa.jsonl")
+    record = read_run_record(settings.run).stages.get("data")
+    count = record.settings["coa"] if record else SFTSettings.coa
+    questions = task.questions("coa", count)
+    return Examples(simulator_examples(lm.codec, chains, questions), calls=0)
+
+
+def held_out_examples(task: Task) -> list[Example]:
     """Return the searches of a teacher for questions that no stage asks.
 
     They are real calls. Most of their queries are in a full sweep too, as most of a policy's are:
@@ -214,13 +239,15 @@ def held_out_examples(task: Task, learned: Sequence[Example]) -> list[Example]:
 def check_examples(world_model: WorldModel, examples: Sequence[Example]) -> list[HeldOutCall]:
     """Return how a world model fares on some real calls."""
     queries = [example.query for example in examples]
-    entropies = world_model.entropies(queries)
+    hints = [example.hint for example in examples]
+    entropies = world_model.entropies(queries, hints)
     codec = world_model.lm.codec
     budget = world_model.settings.max_observation
     checked = []
-    for example, entropy in zip(examples, entropies, strict=True):
-        real = codec.fit(example.observation, budget)
-        is_exact = world_model.memory[example.query].text == real
+    for example, imagined, entropy in zip(
+        examples, world_model.imagine(queries, hints), entropies, strict=True
+    ):
+        is_exact = imagined.text == codec.fit(example.observation, budget)
         checked.append(HeldOutCall(example.query, is_exact, float(entropy)))
     return checked
 

@@ -9,6 +9,7 @@ reads a query between the tags of a trajectory and writes the observation, greed
 What it writes is read as text and encoded anew as an observation, as a tool's words are.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,11 +32,12 @@ class Example:
 
     query: str
     observation: str
+    hint: str = ""  # what a simulator is told beside the query (simulator.py)
 
 
 @dataclass
 class Imagined:
-    """What a world model says to one query."""
+    """What a world model writes after one prompt."""
 
     text: str
     ids: list[int]  # as the network wrote it, the closing tag included
@@ -49,62 +51,85 @@ class WorldModel:
         """Begin with an empty memory."""
         self.lm = lm
         self.settings = settings
-        self.memory: dict[str, Imagined] = {}  # one query gets one observation, as from a tool
+        # One prompt gets one observation, as one query does from a tool.
+        self.memory: dict[tuple[int, ...], Imagined] = {}
 
     def __call__(self, queries: list[str]) -> list[Observation]:
         """Return the observation of each query; a new one is written, the others are remembered."""
-        self._imagine([query for query in dict.fromkeys(queries) if query not in self.memory])
-        return [Observation(self.memory[query].text, Provenance.IMAGINED) for query in queries]
+        return [
+            Observation(imagined.text, Provenance.IMAGINED) for imagined in self.imagine(queries)
+        ]
 
-    def entropies(self, queries: Sequence[str]) -> np.ndarray:
+    def entropies(self, queries: Sequence[str], hints: Sequence[str] = ()) -> np.ndarray:
         """Return how unsure it is of each query's observation: (queries,), nats a token.
 
         It is the mean, over the tokens of the observation, of the entropy of the distribution that
         each was chosen from.
         """
-        self(list(queries))
+        self.imagine(queries, hints)
+        prompts = self._prompts(queries, hints)
         self._measure_entropies(
-            [query for query in dict.fromkeys(queries) if self.memory[query].entropy is None]
+            [prompt for prompt in dict.fromkeys(prompts) if self.memory[prompt].entropy is None]
         )
-        return np.array([self.memory[query].entropy for query in queries], dtype=float)
+        return np.array([self.memory[prompt].entropy for prompt in prompts], dtype=float)
 
-    def _imagine(self, queries: list[str]) -> None:
+    def imagine(self, queries: Sequence[str], hints: Sequence[str] = ()) -> list[Imagined]:
+        """Return what it writes to each query.
+
+        hints: what it is told beside each query; none where it is told nothing.
+        """
+        prompts = self._prompts(queries, hints)
+        self._write([prompt for prompt in dict.fromkeys(prompts) if prompt not in self.memory])
+        return [self.memory[prompt] for prompt in prompts]
+
+    def _prompts(self, queries: Sequence[str], hints: Sequence[str]) -> list[tuple[int, ...]]:
+        told = list(hints) or [""] * len(queries)
+        return [
+            tuple(query_prompt(self.lm.codec, query, hint))
+            for query, hint in zip(queries, told, strict=True)
+        ]
+
+    def _write(self, prompts: list[tuple[int, ...]]) -> None:
+        """Write the observations of new prompts, those of like length together."""
         codec = self.lm.codec
         stops = [codec.end_result_id, codec.eos_id]
-        # Queries of like length are read together.
-        queries = sorted(queries, key=len)
-        for start in range(0, len(queries), self.settings.batch_rows):
-            batch = queries[start : start + self.settings.batch_rows]
-            prompts = [query_prompt(codec, query) for query in batch]
+        prompts = sorted(prompts, key=len)
+        for start in range(0, len(prompts), self.settings.batch_rows):
+            batch = prompts[start : start + self.settings.batch_rows]
             # One token more than an observation may have, for the tag that closes it.
             limits = [self.settings.max_observation + 1] * len(batch)
-            written, _ = self.lm.decoder(prompts).decode(stops, limits, 0.0)
-            for query, ids in zip(batch, written, strict=True):
+            decoder = self.lm.decoder([list(prompt) for prompt in batch])
+            written, _ = decoder.decode(stops, limits, 0.0)
+            for prompt, ids in zip(batch, written, strict=True):
                 words = [token for token in ids if token not in stops]
                 text = codec.decode(words).strip() or NOTHING_FOUND
-                self.memory[query] = Imagined(text, ids)
+                self.memory[prompt] = Imagined(text, ids)
 
-    def _measure_entropies(self, queries: list[str]) -> None:
-        trajectories = [self._trajectory(query) for query in queries]
+    def _measure_entropies(self, prompts: list[tuple[int, ...]]) -> None:
+        trajectories = []
+        for prompt in prompts:
+            trajectory = Trajectory()
+            trajectory.add(list(prompt), Role.ACTION, 0)
+            trajectory.add(self.memory[prompt].ids, Role.OBSERVATION, 1)
+            trajectories.append(trajectory)
         lengths = [len(trajectory.ids) for trajectory in trajectories]
         for group in group_by_tokens(lengths, SCORED_TOKENS):
             batch = pad([trajectories[row] for row in group])
             entropies = self.lm.backend.entropies(self.lm.network, batch)  # (rows, tokens)
             means = entropies.sum(1) / batch["mask"].sum(1)
             for row, mean in zip(group, means, strict=True):
-                self.memory[queries[row]].entropy = float(mean)
-
-    def _trajectory(self, query: str) -> Trajectory:
-        trajectory = Trajectory()
-        trajectory.add(query_prompt(self.lm.codec, query), Role.ACTION, 0)
-        trajectory.add(self.memory[query].ids, Role.OBSERVATION, 1)
-        return trajectory
+                self.memory[prompts[row]].entropy = float(mean)
 
 
-def query_prompt(codec: Codec, query: str) -> list[int]:
-    """Return the ids after which a world model writes the observation of a query."""
+def query_prompt(codec: Codec, query: str, hint: str = "") -> list[int]:
+    """Return the ids after which a world model writes the observation of a query.
+
+    hint: what a simulator is told before the query.
+    """
     bos = codec.tokenizer.bos_token_id
     beginning = [] if bos is None else [bos]
+    if hint:
+        beginning += codec.encode(hint)
     action = [codec.search_id, *codec.encode(query), codec.end_search_id]
     return [*beginning, *action, codec.result_id]
 
@@ -115,8 +140,13 @@ def training_trajectory(codec: Codec, example: Example, max_observation: int) ->
     max_observation: tokens of it; what does not fit is cut as it is for the policy.
     """
     trajectory = Trajectory()
-    trajectory.add(query_prompt(codec, example.query), Role.ACTION, 0)
+    trajectory.add(query_prompt(codec, example.query, example.hint), Role.ACTION, 0)
     observation = codec.wrap_observation(codec.fit(example.observation, max_observation))
     # The opening tag is the last id of the prompt.
     trajectory.add(observation[1:], Role.OBSERVATION, 1)
     return trajectory
+
+
+def uniform(text: str) -> float:
+    """Return a number in [0, 1) that depends on a text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64

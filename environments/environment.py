@@ -1,7 +1,8 @@
 """Who writes the observations of an RL stage: the policy, a world model, the tool, or both.
 
 internal    the policy itself (SFT-3 taught it to), inside its own trajectory
-distilled   a separate network that imitates the tool (world_model.py distill)
+distilled   a separate network that imitates the tool (world_model.py distill); with --gold_facts
+            a simulator, which is told what it should know (simulator.py)
 real        the tool
 mixed       the world model, and for a part of the queries the tool
 
@@ -14,6 +15,7 @@ from autocoa import IMAGINE, Imagine, Search
 from environments.counted import CountedTool
 from environments.distilled import WorldModel
 from environments.mixed import Confidence, MixedSearch, Schedule
+from environments.simulator import SimulatorLibrary
 from tools import Library, Tool
 
 
@@ -23,7 +25,9 @@ class Environment:
 
     search: Search | Imagine  # what a rollout asks
     tool: CountedTool  # the real tool and its counts; an imagined environment never asks it
-    schedule: Schedule | None = None  # of a mixed environment that goes by steps
+    # What changes from step to step: the tool's share of a mixed environment, or the share of noise
+    # of a simulator.
+    schedule: Schedule | SimulatorLibrary | None = None
 
     def begin_step(self, step: int) -> None:
         """Prepare for the rollouts of a step."""
@@ -46,6 +50,11 @@ def real_environment(library: Library) -> Environment:
 def distilled_environment(library: Library, world_model: WorldModel) -> Environment:
     """Return an environment in which a world model answers all searches."""
     return Environment(_with_search(library, world_model), CountedTool(library["search"]))
+
+
+def simulated_environment(library: SimulatorLibrary, tool: Tool) -> Environment:
+    """Return an environment in which a simulator answers all searches. tool: is never asked."""
+    return Environment(library, CountedTool(tool), library)
 
 
 def scheduled_environment(

@@ -5,14 +5,13 @@ confidence, the world model writes first, and where it is unsure of what it has 
 answer takes its place.
 """
 
-import hashlib
 from collections.abc import Callable
 
 import numpy as np
 
 from data.trajectory import Observation
 from environments.counted import CountedTool
-from environments.distilled import WorldModel
+from environments.distilled import WorldModel, uniform
 
 # Queries -> for each whether the tool should answer it.
 Choose = Callable[[list[str]], list[bool]]
@@ -58,7 +57,7 @@ class Schedule:
     def __call__(self, queries: list[str]) -> list[bool]:
         """Return which queries the tool should answer; within a step a query keeps its answer."""
         share = self.share()
-        return [_uniform(f"{self.step} {query}") < share for query in queries]
+        return [uniform(f"{self.step} {query}") < share for query in queries]
 
 
 class Confidence:
@@ -77,8 +76,3 @@ class Confidence:
 def entropy_threshold(held_out_entropies: list[float], real_share: float) -> float:
     """Return the entropy above which a share of held-out queries lies."""
     return float(np.quantile(held_out_entropies, 1 - real_share))
-
-
-def _uniform(text: str) -> float:
-    """Return a number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64

@@ -454,7 +454,7 @@ def test_rollouts_in_bfloat16(codec: Codec, tmp_path: Path, backend: str) -> Non
         lm.decoder,
         codec,
         [prompt],
-        lambda actions: [Observation("Eva") for _ in actions],
+        lambda actions, _: [Observation("Eva")] * len(actions),
         RolloutSettings(max_len=60),
         temperature=1.0,
         rng=np.random.default_rng(0),

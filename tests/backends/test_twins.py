@@ -696,7 +696,7 @@ def test_rollouts_are_the_same(agent: Any, codec: Codec, temperature: float, sea
     questions = ["Who directed it?", "Who?", "A film", "Who?"] * 3
     prompts = [codec.prompt(question) for question in questions]
 
-    def find(queries: list[str]) -> list[Any]:
+    def find(queries: list[str], _: Any) -> list[Any]:
         return [Observation(f"{query}: Eva Moss Ada") for query in queries]
 
     environment = autocoa.IMAGINE if search == "imagined" else find

@@ -36,7 +36,7 @@ def scripted_tool(queries: list[str]) -> list[Any]:
 
 def says(text: str) -> Any:
     """Return a tool that says the same to every query."""
-    return lambda queries: [Observation(text)] * len(queries)
+    return lambda queries, _: [Observation(text)] * len(queries)
 
 
 def roll_out(
@@ -45,7 +45,7 @@ def roll_out(
     """Roll out a line a row, check what must always hold; return trajectories and calls."""
     calls = []
 
-    def recorded_tool(queries: list[str]) -> Any:
+    def recorded_tool(queries: list[str], _: Any) -> Any:
         calls.append(list(queries))
         return scripted_tool(queries)
 
@@ -304,7 +304,7 @@ def test_a_long_observation_is_fitted(codec: Codec) -> None:
 def test_a_lost_search_stays_marked(codec: Codec, provenance: Any) -> None:
     """A search that failed is read like any other, and the trajectory remembers it."""
     (trajectory,), _ = roll_out(
-        codec, ACTS_ONCE, search=lambda queries: [Observation("The search failed.", provenance)]
+        codec, ACTS_ONCE, search=lambda queries, _: [Observation("The search failed.", provenance)]
     )
     assert trajectory.has_lost_observation
     assert trajectory.observations[0].provenance == provenance
@@ -403,7 +403,7 @@ def test_imagine_without_an_end(codec: Codec) -> None:
     assert codec.is_well_formed(trajectory)
 
 
-def star_or_nothing(queries: list[str]) -> list[Any]:
+def star_or_nothing(queries: list[str], _: Any) -> list[Any]:
     texts = ["Eva Moss is a star" if "A" in query else "Nothing found." for query in queries]
     return [Observation(text) for text in texts]
 
