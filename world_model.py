@@ -269,7 +269,7 @@ def ensure_world_model(settings: DistillSettings) -> None:
         distill(settings)
         return
     for name in WORLD_MODEL_SETTINGS:
-        if record.settings[name] != getattr(settings, name):
+        if name in record.settings and record.settings[name] != getattr(settings, name):
             raise UserError(
                 f"--{name}: {folder} was distilled with {record.settings[name]!r}; repeat that, or "
                 "remove the folder to have another one distilled"
