@@ -11,6 +11,10 @@ search.png           when each row acts: how often it searches for facts that th
                      and does not know, and exact match on both (appendix A)
 actions.png          agent models by number of actions: share of the correct answers, and success
                      rate (paper Fig. 3)
+world_models.png     when imagination pays: exact match against calls of the tool, and the time to
+                     reach one (python -m environments.cost_curve writes what it draws)
+fidelity.png         how often what each model imagines states the asked fact, right or wrong
+                     (python world_model.py fidelity writes what it draws)
 trajectories.html    what the policy wrote, token by token, coloured by who wrote it
 
 Stages that are not there are left out, and so is a stage that is still training.
@@ -26,13 +30,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 from common.errors import UserError
 from common.files import read_jsonl
 from common.runs import run_folder
 from common.settings import RunSettings, main
 from data.trajectory_rows import TrajectoryRow
+from environments.costs import CURVE_FILE, LATENCIES, CostCurve, RowCost, read_curve
+from evaluation.fidelity import ALL, FIDELITY_FILE, GROUPS, FidelityTable, read_fidelity
 from evaluation.figures import RowFigures, read_figures
 from evaluation.table import WorkflowName
 from evaluation.viewer import render_page
@@ -76,10 +82,18 @@ BLUE = "#0072b2"
 ORANGE = "#d55e00"
 GREEN = "#009e73"
 PURPLE = "#cc79a7"
+YELLOW = "#e69f00"
 DARK = "#222222"
 TICKS = "#444444"
 PALE = "#f2f2f2"
 RL_COLORS = {"rl1": BLUE, "rl2": ORANGE, "rl2_alone": GREEN, "rl2_from_sft2": PURPLE}
+KIND_COLORS = {
+    "real": ORANGE,
+    "auxiliary": YELLOW,
+    "internal": PURPLE,
+    "distilled": BLUE,
+    "mixed": GREEN,
+}
 SHADES = plt.get_cmap("Blues")
 SHARE_SHADES = (0.12, 0.95)  # of no action, and of the most
 SUCCESS_SHADES = (0.08, 0.95)  # of a success rate of 0 and of 1
@@ -95,6 +109,11 @@ PAIR_BAR = 0.36
 PAIR_OFFSET = 0.2  # of the two bars of a row, up and down from its middle
 ACTION_BAR = 0.7
 ACTION_BOX = 0.94  # width of a box in the right part of actions.png
+CURVE_WIDTH = 14
+CURVE_MARKER = 11  # diameters of markers, in points
+TIME_MARKER = 6
+FEWEST_CALLS = 300  # the axis of calls is logarithmic from here on; 0 is at its left edge
+CALL_TICKS = (0, 1000, 3000, 10_000, 30_000, 100_000)
 THIN = 0.8  # widths of lines, in points
 MEDIUM = 1.2
 THICK = 1.8
@@ -416,6 +435,153 @@ def _draw_success(axes: Axes, y: int, questions: np.ndarray, correct: np.ndarray
         axes.text(count, y + 0.2, f"of {total}", fontsize=TINY_FONT, **style)
 
 
+# ---- world_models.png ----------------------------------------------------------------------------
+def draw_world_models(curve: CostCurve) -> Figure:
+    """Draw what each way to practise gives, against what it costs in calls and in time.
+
+    A row has its number in all three parts, and its name beside the last.
+    """
+    height = 2 + 0.3 * len(curve.rows)
+    figure = plt.figure(figsize=(CURVE_WIDTH, height))
+    raw, distinct, times = figure.subplots(1, 3, width_ratios=[1, 1, 0.8])
+    distinct.sharey(raw)
+    for number, row in enumerate(curve.rows, 1):
+        color = KIND_COLORS[row.kind]
+        _draw_em(raw, number, row, row.raw_calls, [run.raw_calls for run in row.runs], color)
+        _draw_em(
+            distinct,
+            number,
+            row,
+            row.distinct_calls,
+            [run.distinct_calls for run in row.runs],
+            color,
+        )
+        _draw_times(times, number, row, color)
+    _set_call_axes(raw, distinct, curve)
+    _set_time_axes(times, curve)
+    questions = max(row.em.questions for row in curve.rows)
+    runs = "1 run" if len(curve.runs) == 1 else f"{len(curve.runs)} runs"
+    _set_title(
+        figure,
+        f"What practice gives and costs: {questions:,} questions, {runs}. "
+        "Upright lines: 95% interval; level ones: from the lowest to the highest run",
+    )
+    return figure
+
+
+def _set_call_axes(raw: Axes, distinct: Axes, curve: CostCurve) -> None:
+    """Scale and describe the two parts of EM against calls."""
+    most_calls = max(max(row.raw_calls for row in curve.rows), FEWEST_CALLS)
+    for axes in (raw, distinct):
+        axes.axhline(curve.start_em, color=GREY, linewidth=THIN, linestyle=(0, (4, 3)))
+        axes.set_xscale("symlog", linthresh=FEWEST_CALLS, linscale=0.5)
+        axes.set_xticks(CALL_TICKS, [f"{calls:,}" for calls in CALL_TICKS])
+        axes.set_xlim(-FEWEST_CALLS / 5, 1.5 * most_calls)
+    raw.annotate(
+        "SFT-1&2",
+        (0, curve.start_em),
+        (2, 3),
+        textcoords="offset points",
+        color=GREY,
+        fontsize=SMALL_FONT,
+    )
+    raw.set(
+        title="Searches that the tool answered (raw)",
+        xlabel="calls, those of distillation too",
+        ylabel="exact match after practice, %",
+    )
+    distinct.set(title="Different searches (distinct)", xlabel="calls with a cache before the tool")
+
+
+def _set_time_axes(times: Axes, curve: CostCurve) -> None:
+    """Scale and describe the part of times, in which the rows have their names."""
+    milliseconds = ", ".join(f"{1000 * latency:.0f}" for latency in LATENCIES)
+    times.set_xscale("log")
+    times.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    times.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    times.xaxis.set_minor_locator(NullLocator())
+    names = [f"{row.name}   {number}" for number, row in enumerate(curve.rows, 1)]
+    times.set_yticks(range(1, len(curve.rows) + 1), names)
+    times.set_ylim(len(curve.rows) + 0.6, 0.4)
+    times.set(
+        title=f"Minutes until SFT-1&2 + {curve.target_gain:g} points",
+        xlabel=f"at {milliseconds} ms a call (light to dark); |: a run",
+    )
+    _remove_frame(times)
+
+
+def _draw_em(
+    axes: Axes, number: int, row: RowCost, calls: float, calls_of_runs: list[float], color: str
+) -> None:
+    """Draw the exact match of a row against its calls, as a disc with the row's number."""
+    axes.vlines(calls, row.em.low, row.em.high, color=color, linewidth=THIN, zorder=1)
+    lowest = min(calls_of_runs)
+    axes.hlines(row.em.points, lowest, max(calls_of_runs), color=color, linewidth=THIN, zorder=1)
+    axes.plot(calls, row.em.points, "o", color=color, markersize=CURVE_MARKER)
+    axes.text(
+        calls,
+        row.em.points,
+        str(number),
+        ha="center",
+        va="center_baseline",
+        color="white",
+        fontsize=TINY_FONT,
+        weight="bold",
+    )
+
+
+def _draw_times(axes: Axes, y: int, row: RowCost, color: str) -> None:
+    """Draw the time that a row takes to the target EM: a dot for each latency, a tick for a run."""
+    minutes = [time / 60 for time in row.times if time is not None]
+    if not minutes:
+        axes.text(
+            0.02,
+            y,
+            "not reached",
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            color=GREY,
+            fontsize=SMALL_FONT,
+        )
+        return
+    axes.hlines(y, min(minutes), max(minutes), color=color, linewidth=THIN, alpha=0.5)
+    for run in row.runs:
+        minutes_of_run = [time / 60 for time in run.times if time is not None]
+        axes.plot(minutes_of_run, [y] * len(minutes_of_run), "|", color=DARK, alpha=0.5)
+    for time, opacity in zip(minutes, np.linspace(0.3, 1, len(minutes)), strict=True):
+        axes.plot(time, y, "o", color=color, markersize=TIME_MARKER, alpha=opacity)
+
+
+# ---- fidelity.png --------------------------------------------------------------------------------
+def draw_fidelity(table: FidelityTable) -> Figure:
+    """Draw how often each model states the asked fact right, and another value of it instead."""
+    groups = [group for group in GROUPS if any(group in splits for splits in table.values())]
+    height = 1.3 + 0.5 * len(table)
+    figure, all_axes = plt.subplots(
+        1, max(1, len(groups)), figsize=(WIDTH, height), sharey=True, squeeze=False
+    )
+    for axes, group in zip(all_axes[0], groups, strict=False):
+        by_row = [splits[group][ALL] if group in splits else None for splits in table.values()]
+        measured = [fidelity for fidelity in by_row if fidelity is not None]
+        right = [fidelity.fact_right if fidelity else None for fidelity in by_row]
+        false = [fidelity.falsehoods if fidelity else None for fidelity in by_row]
+        _draw_bars(axes, right, GREEN, -PAIR_OFFSET, scale=100, label="% right")
+        _draw_bars(axes, false, ORANGE, PAIR_OFFSET, scale=100, label="% false")
+        axes.set(xlim=(0, 125), xticks=range(0, 101, 20), xlabel="%")
+        searches = max(fidelity.searches for fidelity in measured)
+        facts = max(fidelity.asked_facts for fidelity in measured)
+        axes.set_title(f"{group}: {searches} searches, {facts} known facts")
+        _remove_frame(axes)
+    all_axes[0, 0].set_yticks(range(len(table)), list(table))
+    all_axes[0, 0].set_ylim(len(table) - 0.5, -0.5)
+    _set_title(
+        figure,
+        "Asked facts in imagined observations: stated right, where the tool states them (green); "
+        "another value stated (orange)",
+    )
+    return figure
+
+
 # ---- the script ----------------------------------------------------------------------------------
 @dataclass
 class RunLogs:
@@ -479,6 +645,10 @@ def run(settings: PlotSettings) -> None:
         _save(draw_search(rows_with_facts), folder / "search.png")
     if logs.agents:
         _save(draw_actions(logs.agents), folder / "actions.png")
+    if (root / FIDELITY_FILE).is_file():
+        _save(draw_fidelity(read_fidelity(root / FIDELITY_FILE)), folder / "fidelity.png")
+    if (root / CURVE_FILE).is_file():
+        _save(draw_world_models(read_curve(root / CURVE_FILE)), folder / "world_models.png")
     if logs.rollouts:
         (folder / "trajectories.html").write_text(render_page(logs.rollouts), encoding="utf-8")
         print(folder / "trajectories.html")

@@ -1,12 +1,16 @@
-"""GRPO in two stages (paper 3.3): in an environment that the policy imagines, then in the real one.
+"""GRPO in two stages (paper 3.3): practice in an imagined environment, then in the real one.
 
     python train_rl.py                          # nano: 4 to 10 minutes on two cores
     python train_rl.py config/smollm2.py --model=.. --train_data=.. --eval_data=.. --corpus=..
 
 Each step: some questions, some rollouts of each; the reward is exact match, less a penalty for a
-malformed trajectory; the advantage is the reward less the mean of the question's rollouts; then
-one policy-gradient step on the tokens that the policy wrote as policy. Observations never carry
-loss, in both stages, although in RL-1 the policy wrote them too.
+malformed trajectory and a little for each call; the advantage is the reward less the mean of the
+question's rollouts; then one policy-gradient step on the tokens that the policy wrote as policy.
+Observations never carry that loss, also where the policy wrote them itself.
+
+Who writes the observations is one setting a stage (environments/environment.py): the policy itself
+(`internal`, the paper's RL-1), a separate network that imitates the tool (`distilled`, the default
+of RL-1), the tool (`real`), or both (`mixed`). A stage logs how many searches the tool answered.
 
 Where this departs from textbook GRPO: advantages are not divided by their standard deviation
 (--advantage_std does it); the loss is a mean over all tokens of a step, not of each trajectory;
@@ -14,11 +18,11 @@ clipping is wider above than below; KL to the policy that RL begins with is opti
 groups whose rollouts all got the same reward are skipped, since their gradient is zero. So are
 those in which a search failed.
 
-The nano path has a world for each stage. RL-1 imagines the world that SFT-3 read about, and its
-questions begin at what the model does not know by heart: where it knows, recalling always beats a
-search whose result it has to make up, and it would stop searching. RL-2 asks the tool about
-another world, where nothing that SFT learned by heart is of use; each call costs a little there
-(--call_cost).
+The nano path has a world for SFT and another for RL-2, where nothing that SFT learned by heart is
+of use. RL-1 asks RL-2's questions too, and RL-2 goes on behind them. Only a policy that imagines
+may do better with the questions of SFT's world (--rl1_pool=rl1): it is the one it has read about.
+Those begin at what the model does not know by heart: where it knows, recalling always beats a
+search whose result it has to make up, and it would stop searching.
 """
 
 import math

@@ -7,6 +7,10 @@
 logged, or Wikipedia's cache (--sources). It writes a Hugging Face folder, out/<run>/world_model,
 with cost.json beside the weights: the calls it took, and the seconds. train_rl.py distills one by
 itself where an environment needs it and there is none.
+
+`fidelity` lets the world models and stages of a run imagine what the tool says to searches whose
+answers are known (environments/fidelity.py). It prints a table and writes out/<run>/fidelity.json,
+figures/fidelity.png and figures/imagined.html, imagined observations beside the real ones.
 """
 
 import dataclasses
@@ -24,11 +28,15 @@ import model
 from autocoa import nll_loss
 from common import memory, runs
 from common.errors import UserError, run_guarded
+from common.files import write_text
+from common.progress import progress_bar
 from common.run_record import read_run_record
 from common.runs import StageRun
 from common.settings import (
     AboveZero,
     CallSources,
+    CommaList,
+    ModelSettings,
     NewModelSettings,
     OptimizerSettings,
     RolloutSettings,
@@ -40,15 +48,55 @@ from common.settings import (
 from data.batches import Batch, language_batches, optimizer_steps
 from data.passages import neutralize
 from data.sft_data import read_trajectories
-from data.trajectory import Trajectory
-from environments.distilled import COST_FILE, Example, WorldModel, training_trajectory
-from environments.examples import Examples, ask_tool, gather_examples
+from data.trajectory import Codec, Trajectory
+from environments.cases import (
+    Case,
+    each_query_once,
+    held_out_cases,
+    policy_cases,
+    spread,
+    training_cases,
+)
+from environments.distilled import (
+    ANSWERED_AT_ONCE,
+    COST_FILE,
+    EXAMPLES_FILE,
+    Example,
+    WorldModel,
+    read_examples,
+    training_trajectory,
+    write_examples,
+)
+from environments.examples import Examples, ask_tool, calls_of, gather_examples
+from environments.fidelity import (
+    Kind,
+    kind_of_row,
+    learned_queries,
+    measure_cases,
+    policy_codec,
+    rows_to_measure,
+)
 from environments.simulator import simulator_examples
+from evaluation.fidelity import (
+    ALL,
+    FIDELITY_FILE,
+    HELD_OUT,
+    POLICY,
+    TRAINING,
+    FidelityTable,
+    Outcome,
+    fidelity_to_json,
+    summarize_splits,
+    table_heading,
+    table_line,
+)
+from evaluation.viewer import ShownModel, compare_texts, render_imagined
 from model import LM
 from tasks import Task, open_task
 from train_sft import SFTSettings, train_steps
 
 USAGE = "usage: python world_model.py distill  or  python world_model.py fidelity"
+SHOWN_SEARCHES = 20  # of each model on the page of imagined observations
 CHECKED_EXAMPLES = 200  # of those it learned from, on which a world model is checked
 HELD_OUT_QUESTIONS = 60  # whose searches calibrate a world model's entropy
 # Other values of these would make another world model.
@@ -76,7 +124,7 @@ class DistillSettings(
     sources: CallSources = field(default_factory=lambda: ["sweep"])
     # Share of the corpus' titles that a sweep asks for.
     sweep_share: ShareOrAll = 1.0
-    # Checkpoint that it begins with. Empty: nano has a new network, else the run's own --model.
+    # Checkpoint that it begins with. Empty: a new network (nano), or the base of the run.
     world_model_from: str = ""
     # Hidden size of a new network.
     world_model_width: AboveZero = 128
@@ -172,6 +220,7 @@ def distill(settings: DistillSettings) -> None:
         held_out=checked,
     )
     stage.keep_text(COST_FILE, json.dumps(asdict(cost), indent=1))
+    stage.keep_text(EXAMPLES_FILE, write_examples(gathered.examples))
     stage.finish()
     print(
         f"{folder}: {cost.calls:,} calls of the tool, {cost.examples:,} different queries to learn "
@@ -185,7 +234,16 @@ def new_world_model(settings: DistillSettings, task: Task) -> LM:
     """Return the network that is to become a world model."""
     if settings.world_model_from:
         lm, _ = model.load_any(settings.world_model_from, settings)
+        if settings.lora_rank and lm.folder is None:
+            raise UserError(
+                f"--world_model_from={settings.world_model_from}: an adapter needs the folder of a "
+                "run's stage under it; train all weights with --lora_rank=0"
+            )
         return lm
+    if settings.model:
+        # A run that began with a checkpoint has it as its base.
+        root = runs.run_folder(settings)
+        return model.load(runs.find_start(root, "base", ["base"]), settings)
     size = dataclasses.replace(
         settings, width=settings.world_model_width, layers=settings.world_model_layers
     )
@@ -279,7 +337,11 @@ def ensure_world_model(settings: DistillSettings) -> None:
 def load_world_model(settings: DistillSettings) -> WorldModel:
     """Return the world model of a run, as a tool."""
     folder = runs.run_folder(settings) / settings.world_model
-    return WorldModel(model.load(folder, settings), settings)
+    world_model = WorldModel(model.load(folder, settings), settings)
+    learned = list(read_examples(folder))
+    if not settings.gold_facts and len(learned) <= ANSWERED_AT_ONCE:
+        world_model(learned)
+    return world_model
 
 
 def held_out_entropies(settings: DistillSettings) -> list[float]:
@@ -296,14 +358,110 @@ def refuse_other_folder(folder: Path) -> None:
         )
 
 
-# ---- 4. Commands ---------------------------------------------------------------------------------
+# ---- 4. Fidelity ---------------------------------------------------------------------------------
+@dataclass(kw_only=True)
+class FidelitySettings(TaskRunSettings, ModelSettings, RolloutSettings):
+    """The settings of `world_model.py fidelity`."""
+
+    # Folders of the run to measure. Empty: all its world models, then SFT-2, SFT-3, RL-1 and RL-2.
+    rows: CommaList = field(default_factory=list)
+    # Searches of each group at most, of different queries.
+    searches: AboveZero = 300
+
+
+def fidelity(settings: FidelitySettings) -> None:
+    """Measure how well the models of a run know what the tool would say."""
+    root = runs.run_folder(settings)
+    rows = rows_to_measure(settings, settings.rows)
+    task = open_task(settings)
+    if not memory.report(model.load(root / rows[0], settings), settings, "eval", None):
+        return
+    chains: list[Trajectory] = []
+    if (root / "data" / "coa.jsonl").is_file():
+        chains = read_trajectories(root / "data" / "coa.jsonl")
+    codec = policy_codec(root, rows)
+    groups = known_searches(codec, chains, task, settings)
+    chain_queries = {query for chain in chains for query in calls_of(codec, chain)}
+
+    print(table_heading())
+    table: FidelityTable = {}
+    examples: list[ShownModel] = []
+    for row in rows:
+        lm = model.load(root / row, settings)
+        kind = kind_of_row(settings, row)
+        learned = chain_queries if kind == Kind.INTERNAL else learned_queries(root / row)
+        table[row] = {}
+        for group, cases in groups.items():
+            # Where SFT has a tool of its own, this is another world than a world model knows.
+            is_other_world = group == TRAINING and task.search is not task.rl_search
+            if is_other_world and kind == Kind.DISTILLED:
+                continue
+            with progress_bar(len(cases), f"{row}, {group}", "search") as bar:
+                outcomes = measure_cases(lm, kind, cases, learned, task, settings, bar)
+            if not outcomes:
+                continue
+            table[row][group] = summarize_splits(outcomes)
+            print(table_line(row, group, table[row][group][ALL]), flush=True)
+            if group == HELD_OUT and (kind != Kind.INTERNAL or row == "sft3"):
+                examples.append(show_outcomes(f"{row}, searches {group}", outcomes))
+    write_text(root / FIDELITY_FILE, fidelity_to_json(table))
+    draw_what_was_measured(root, table, examples)
+
+
+def known_searches(
+    codec: Codec, chains: Sequence[Trajectory], task: Task, settings: FidelitySettings
+) -> dict[str, list[Case]]:
+    """Return searches with known answers by group; a run may have none of some groups.
+
+    chains: those of action that SFT learned from.
+    """
+    root = runs.run_folder(settings)
+    count = settings.searches
+    records = read_run_record(settings.run).stages.values()
+    asked_in_rl = max((record.settings.get("rl_questions", 0) for record in records), default=0)
+    # Chains are in the order of their questions, and few questions have none.
+    groups = {
+        TRAINING: training_cases(codec, chains[:count], task.questions("coa", 2 * count)),
+        HELD_OUT: held_out_cases(codec, task, task.questions("held_out", count), settings),
+        POLICY: policy_cases(codec, root, task.questions("rl2", asked_in_rl), settings),
+    }
+    return {
+        group: spread(each_query_once(cases), count) for group, cases in groups.items() if cases
+    }
+
+
+def show_outcomes(title: str, outcomes: Sequence[Outcome]) -> ShownModel:
+    """Return some imagined observations for the page."""
+    comparisons = [
+        compare_texts(outcome.query, outcome.real, outcome.imagined)
+        for outcome in spread(outcomes, SHOWN_SEARCHES)
+    ]
+    return ShownModel(title, comparisons)
+
+
+def draw_what_was_measured(
+    root: Path, table: FidelityTable, examples: Sequence[ShownModel]
+) -> None:
+    """Write the figure and the page, and print their paths."""
+    # Training, which imports this file, draws nothing and needs no matplotlib.
+    from plot import draw_fidelity
+
+    folder = root / "figures"
+    folder.mkdir(exist_ok=True)
+    draw_fidelity(table).savefig(folder / "fidelity.png")
+    write_text(folder / "imagined.html", render_imagined(examples))
+    print(folder / "fidelity.png")
+    print(folder / "imagined.html")
+
+
+# ---- 5. Commands ---------------------------------------------------------------------------------
 def command(arguments: list[str]) -> None:
     """Run one of the two commands; the word that names it is taken out of the arguments."""
     word = arguments.pop(1) if len(arguments) > 1 else ""
     if word == "distill":
         main(distill, DistillSettings, __doc__)
     elif word == "fidelity":
-        raise UserError(USAGE)
+        main(fidelity, FidelitySettings, __doc__)
     else:
         raise UserError(USAGE)
 

@@ -256,6 +256,7 @@ SCRIPTS = (
     "train_rl.py",
     "world_model.py",
     "eval.py",
+    "environments/cost_curve.py",
     "plot.py",
     "bench.py",
     "services/teacher.py",

@@ -11,10 +11,13 @@ QUICK = {
     "coa": 1200,
     "cot": 200,
     "epochs": 1,
+    "sweep_share": 0.5,
+    "world_model_epochs": 6,
     "rl1_steps": 2,
     "rl2_steps": 3,
     "rl_questions": 240,
     "rl_lr": 1e-4,
     "call_cost": 0.0,
+    "rl1_call_cost": 0.0,
     "eval_questions": 20,
 }

@@ -22,6 +22,12 @@ sft2_scale = 1.0
 sft3_scale = 1.0
 batch_tokens = 12_000
 micro_tokens = 1024
+# The paper's own world model: SFT-3 at full weight, and a policy that imagines in RL-1.
+sft3_epochs = 2
+sft3_observation_coef = 1.0
+rl1_environment = "internal"
+rl1_pool = "rl1"
+rl1_call_cost = 0.0
 rl1_scale = 1.0
 rl_lr = 1e-5
 temperature = 0.6

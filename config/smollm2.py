@@ -23,6 +23,12 @@ sft2_scale = 1.0
 sft3_scale = 1.0
 batch_tokens = 12_000
 micro_tokens = 4000
+# The paper's own world model: SFT-3 at full weight, and a policy that imagines in RL-1.
+sft3_epochs = 2
+sft3_observation_coef = 1.0
+rl1_environment = "internal"
+rl1_pool = "rl1"
+rl1_call_cost = 0.0
 rl1_scale = 1.0
 rl_lr = 1e-6
 # The authors' temperature and KL; they take no cost for a call either.
@@ -44,6 +50,7 @@ QUICK = {
     "coa": 20,
     "cot": 20,
     "epochs": 1,
+    "sft3_epochs": 1,
     "batch_tokens": 3000,
     "micro_tokens": 1500,
     "rl1_steps": 2,

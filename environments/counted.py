@@ -33,7 +33,8 @@ class CountedTool:
         """Return how many raw calls the budget still allows, None where there is no budget."""
         if not self.budget:
             return None
-        return self.budget - self.raw_calls
+        # A resumed stage may have made more than a budget that was lowered since.
+        return max(0, self.budget - self.raw_calls)
 
     def __call__(self, queries: list[str]) -> list[Observation]:
         """Return the observation of each query; each counts as a raw call."""

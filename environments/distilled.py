@@ -10,12 +10,15 @@ What it writes is read as text and encoded anew as an observation, as a tool's w
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from common.batching import group_by_tokens
+from common.files import read_jsonl
 from common.settings import RolloutSettings
 from data.batches import pad
 from data.passages import NOTHING_FOUND
@@ -23,6 +26,10 @@ from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
 from model import LM
 
 COST_FILE = "cost.json"  # in the folder of a world model, and in no other
+EXAMPLES_FILE = "examples.jsonl"  # beside it: the calls that it learned from
+# If it learned no more queries than this, all are answered when it is loaded: in full batches a
+# query takes a tenth of the time.
+ANSWERED_AT_ONCE = 4096
 SCORED_TOKENS = 4000  # tokens that go through the network at once when entropies are measured
 
 
@@ -42,6 +49,24 @@ class Imagined:
     text: str
     ids: list[int]  # as the network wrote it, the closing tag included
     entropy: float | None = None  # mean over these ids, in nats; None until it is measured
+
+
+def write_examples(examples: Sequence[Example]) -> str:
+    """Return the text of EXAMPLES_FILE, a call a line."""
+    lines = [
+        json.dumps({"query": example.query, "observation": example.observation})
+        for example in examples
+    ]
+    return "".join(line + "\n" for line in lines)
+
+
+def read_examples(folder: Path) -> dict[str, str]:
+    """Return the calls that a world model learned from: query -> what the tool said.
+
+    Raises UserError for a file that is missing or damaged.
+    """
+    rows = read_jsonl(folder / EXAMPLES_FILE, "a call", "--world_model")
+    return {row["query"]: row["observation"] for _, row in rows}
 
 
 class WorldModel:

@@ -1,9 +1,11 @@
-"""The trajectory viewer: one page that shows what the policy wrote, coloured by who wrote it.
+"""The viewers: a page of trajectories, coloured by who wrote them, and one of imagined texts.
 
 All texts in it come from a model or a corpus, so the template escapes everything that it is given.
 """
 
+import difflib
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ TRAJECTORIES_OF_A_STAGE = 20  # shown of those that a stage kept
 ROLE_NAMES = [role.name.lower() for role in Role]
 
 TEMPLATE = "viewer.html.jinja"
+IMAGINED_TEMPLATE = "imagined.html.jinja"
+WORD = re.compile(r"\S+\s*")  # a word with the space behind it
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -89,3 +93,58 @@ def _spans(row: TrajectoryRow) -> list[Span]:
         text = "".join(piece for _, _, piece in group)
         spans.append(Span(ROLE_NAMES[role], bool(mask), text))
     return spans
+
+
+# ---- imagined observations -----------------------------------------------------------------------
+@dataclass
+class Piece:
+    """Words in a row that two texts share, or that only one of them has."""
+
+    text: str
+    is_shared: bool
+
+
+@dataclass
+class Comparison:
+    """One imagined observation beside what the tool says."""
+
+    query: str
+    is_exact: bool
+    real: list[Piece]
+    imagined: list[Piece]
+
+
+@dataclass
+class ShownModel:
+    """What one model imagines, as the page shows it."""
+
+    title: str
+    comparisons: list[Comparison]
+
+
+def render_imagined(models: Sequence[ShownModel]) -> str:
+    """Return the page of imagined observations as HTML."""
+    return TEMPLATES.get_template(IMAGINED_TEMPLATE).render(models=models)
+
+
+def compare_texts(query: str, real: str, imagined: str) -> Comparison:
+    """Return two observations, word by word, with what only one of them has apart."""
+    real_words = WORD.findall(real)
+    imagined_words = WORD.findall(imagined)
+    # Spaces make no difference. In short texts no word is too common to be matched (autojunk).
+    matcher = difflib.SequenceMatcher(
+        None,
+        [word.strip() for word in real_words],
+        [word.strip() for word in imagined_words],
+        autojunk=False,
+    )
+    comparison = Comparison(query, imagined == real, [], [])
+    for tag, real_start, real_end, start, end in matcher.get_opcodes():
+        is_shared = tag == "equal"
+        if real_start < real_end:
+            text = "".join(real_words[real_start:real_end])
+            comparison.real.append(Piece(text, is_shared))
+        if start < end:
+            text = "".join(imagined_words[start:end])
+            comparison.imagined.append(Piece(text, is_shared))
+    return comparison

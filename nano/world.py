@@ -19,6 +19,7 @@ What makes a search hard: several entities share a name, "Silver River (film)" a
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -168,6 +169,45 @@ def write_article(
     if entity.kind != "person":
         sentences.insert(0, f"A {entity.kind}.")
     return " ".join(sentences)
+
+
+def _value_pattern(sentence: str, value_type: str) -> re.Pattern[str]:
+    """Return what a sentence of a relation looks like, whoever it is about; group 1 is the value.
+
+    A year begins with a digit and nothing else does: "It was formed in .." says both a band's city
+    and its year.
+    """
+    placeholders = {
+        "value": r"(\d\S*)" if value_type == "year" else r"(\D.*)",
+        "He": "(?:He|She|It)",
+        "His": "(?:His|Her|Its)",
+        "him": "(?:him|her|it)",
+        "a": "an?",
+    }
+    return re.compile(sentence.replace(".", r"\.").format(**placeholders))
+
+
+VALUE_PATTERNS = {
+    name: [_value_pattern(sentence, relation.value_type) for sentence in relation.sentences]
+    for name, relation in RELATIONS.items()
+}
+
+
+def read_values(article: str, relation: str) -> list[str]:
+    """Return the values that an article states for a relation, in the order of its sentences.
+
+    A text that a network made up may state none, or several.
+
+    >>> read_values("A film. Eva Moss directed it. It came out in 1976.", "director")
+    ['Eva Moss']
+    """
+    values = []
+    for sentence in re.split(r"(?<=\.) ", article):
+        for pattern in VALUE_PATTERNS[relation]:
+            match = pattern.fullmatch(sentence)
+            if match is not None:
+                values.append(match[1])
+    return values
 
 
 # ---- names ---------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import random
 from typing import Protocol
 
 from common.settings import NewModelSettings, TaskRunSettings
-from data.questions import Question
+from data.questions import Fact, Lookup, Question
 from data.trajectory import Codec, Trajectory
 from model import LM
 from tasks.nano import NanoTask
@@ -38,6 +38,14 @@ class Task(Protocol):
         """Return for each title of rl_search's corpus some queries that ask for it.
 
         There are none where the tool can't list its titles.
+        """
+        ...
+
+    def stated_values(self, fact: Fact, lookup: Lookup, observation: str) -> list[str]:
+        """Return what an observation says where a look-up of a fact would read it, right or wrong.
+
+        A real question's passages have no fixed form: there it is the golden answer where one of
+        the look-up's pieces of evidence is in the observation, and nothing elsewhere.
         """
         ...
 

@@ -10,13 +10,14 @@ from backends.config import nano_config
 from common.errors import UserError
 from common.progress import tqdm
 from common.settings import NewModelSettings, TaskRunSettings
-from data.questions import Question, sixteenth
+from data.passages import split_observation, title_on_line
+from data.questions import Fact, Lookup, Question, sixteenth
 from data.trajectory import Codec, Trajectory
 from model import LM
 from nano.pretraining import made_up_chain, pretraining_trajectories
 from nano.questions import SETS, draw_question, draw_questions
 from nano.tokenizer import tokenizer_texts, train_tokenizer
-from nano.world import World
+from nano.world import World, read_values
 
 # Seeds of the encyclopedias that pretraining reads about; none is the world of training.
 PRETRAINING_SEEDS = range(1000, 1040)
@@ -127,6 +128,16 @@ class NanoTask:
                 names += [entity.former_name, f"once called {entity.former_name}"]
             queries.append(names)
         return queries
+
+    def stated_values(self, fact: Fact, lookup: Lookup, observation: str) -> list[str]:
+        """Return the values that the passage of the look-up's title states for the fact."""
+        relation = fact.id.partition("|")[2]
+        return [
+            value
+            for passage in split_observation(observation)
+            if passage.title == title_on_line(lookup.title, passage.number)
+            for value in read_values(passage.text, relation)
+        ]
 
     def practice_chains(self, codec: Codec, rng: random.Random, count: int) -> list[Trajectory]:
         """Return made-up chains: three fifths of the chains of thought that SFT wants.

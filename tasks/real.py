@@ -9,7 +9,8 @@ from common.errors import UserError
 from common.settings import NewModelSettings, TaskRunSettings
 from data.flashrag import name_sets, read_questions
 from data.passages import split_passage
-from data.questions import Question, sixteenth
+from data.questions import Fact, Lookup, Question, sixteenth
+from data.teacher import find_evidence
 from data.trajectory import Codec, Trajectory
 from model import LM
 from services.bm25 import BM25
@@ -91,6 +92,10 @@ class RealTask:
             for title in dict.fromkeys(titles)
             if title
         ]
+
+    def stated_values(self, fact: Fact, lookup: Lookup, observation: str) -> list[str]:
+        """Return the golden answer where the observation holds the look-up's evidence."""
+        return fact.answers[:1] if find_evidence(lookup, observation) else []
 
     def practice_chains(self, codec: Codec, rng: random.Random, count: int) -> list[Trajectory]:
         """Return nothing: a checkpoint needs no practice on made-up facts."""

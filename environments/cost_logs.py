@@ -1,0 +1,221 @@
+"""The rows of the cost curve, and what each has spent up to each step, from the logs of a run.
+
+A row is a chain of RL stages. Its calls are those of its stages, and those that the world models
+were distilled with in which they practise.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import read_jsonl
+from common.run_record import RunRecord, read_run_record
+from environments.costs import Point, mean
+from environments.distilled import COST_FILE
+from environments.fidelity import learned_queries
+from evaluation.figures import read_figures
+from evaluation.predictions import read_predictions
+from evaluation.statistics import SetPredictions
+
+# The rows of eval.json from which practice begins, by their folders.
+START_ROWS = {"sft2": "SFT-1&2", "sft3": "SFT-1&2&3"}
+LOOKED_AT = 60  # questions of each set that --eval_every looks at: EVAL_QUESTIONS of train_rl.py
+
+
+# ---- 1. The rows ---------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class CurveRow:
+    """One way to practise: stages that were trained one from the other."""
+
+    name: str
+    kind: str  # who answers for the most part, which colours the row in the figure
+    stages: tuple[str, ...]  # folders of the run, as run.sh --world-models trains them
+
+
+ALL_REAL = CurveRow("all real", "real", ("real_96",))
+CURVE_ROWS = (
+    ALL_REAL,
+    CurveRow("16 real, no more", "real", ("real_16",)),
+    CurveRow("all real + observation loss", "auxiliary", ("auxiliary_96",)),
+    CurveRow("internal 80 + real 16", "internal", ("internal_80", "internal_80_real_16")),
+    CurveRow(
+        "internal 80 in SFT's world + real 16",
+        "internal",
+        ("internal_sft_80", "internal_sft_80_real_16"),
+    ),
+    CurveRow("distilled 80 + real 16", "distilled", ("distilled_80", "distilled_80_real_16")),
+    CurveRow("distilled 96", "distilled", ("distilled_80", "distilled_96")),
+    CurveRow("half of the titles 80 + real 16", "distilled", ("half_80", "half_80_real_16")),
+    CurveRow("a quarter 80 + real 16", "distilled", ("quarter_80", "quarter_80_real_16")),
+    CurveRow("real 16 + 80 in their logs", "distilled", ("real_16", "logs_80")),
+    CurveRow("mixed by schedule", "mixed", ("scheduled_96",)),
+    CurveRow("mixed by confidence", "mixed", ("confident_96",)),
+    CurveRow("half, by confidence", "mixed", ("half_confident_96",)),
+    CurveRow("a quarter, by confidence", "mixed", ("quarter_confident_96",)),
+    CurveRow("real 16 + 80 in logs, by confidence", "mixed", ("real_16", "logs_confident_80")),
+)
+
+
+# ---- 2. What a run has left ----------------------------------------------------------------------
+@dataclass
+class Distillation:
+    """What it cost to make a world model."""
+
+    calls: int  # of the tool, made for it
+    learned: set[str]  # queries that it learned from, in a sweep or in logs
+    held_out: set[str]  # queries that calibrate it
+    seconds: float  # of its calls and of its training
+
+
+@dataclass
+class RunLogs:
+    """What a run says of its rows."""
+
+    name: str
+    root: Path
+    record: RunRecord
+    predictions: dict[str, SetPredictions]  # row of eval.json -> question set -> predictions
+    distillations: dict[str, Distillation]  # folder of a world model -> its cost
+
+    def has(self, row: CurveRow) -> bool:
+        """Whether a row was trained and evaluated."""
+        return row.stages[-1] in self.predictions and all(
+            stage in self.record.stages and (self.root / stage / "log.jsonl").is_file()
+            for stage in row.stages
+        )
+
+    def final(self, row: CurveRow) -> SetPredictions:
+        """Return the predictions of a row when all its stages were done."""
+        return self.predictions[row.stages[-1]]
+
+    def looked_at_em(self, start: str) -> float:
+        """Return the EM of a start folder on the questions that --eval_every looks at, percent."""
+        predictions = self.predictions[START_ROWS[start]]
+        scores = [row["em"] for rows in predictions.values() for row in rows[:LOOKED_AT]]
+        return 100 * mean(scores)
+
+
+def read_run(name: str) -> RunLogs:
+    """Return what a run says of its rows. Raises UserError where it was not evaluated."""
+    root = Path("out", name)
+    if not (root / "eval.json").is_file():
+        raise UserError(f"{root}: not evaluated yet; make the table with: eval.py --run={name}")
+    evaluated = read_figures(root / "eval.json")
+    wanted = [*START_ROWS.values(), *(row.stages[-1] for row in CURVE_ROWS)]
+    found = [row for row in dict.fromkeys(wanted) if row in evaluated]
+    if START_ROWS["sft2"] not in found:
+        raise UserError(f"{root / 'eval.json'}: no row SFT-1&2, from which practice begins")
+    record = read_run_record(name)
+    return RunLogs(
+        name=name,
+        root=root,
+        record=record,
+        predictions={**read_predictions(root / "predictions.jsonl", found, "--runs")},
+        distillations=read_distillations(root, record),
+    )
+
+
+def read_distillations(root: Path, record: RunRecord) -> dict[str, Distillation]:
+    """Return what each world model of a run cost, by its folder."""
+    distillations = {}
+    for folder in record.stages:
+        path = root / folder / COST_FILE
+        if not path.is_file():
+            continue
+        cost = json.loads(path.read_text())
+        learned = learned_queries(root / folder)
+        if learned is None:
+            raise UserError(
+                f"{path.parent}: an older version made it, which did not keep its queries; "
+                "remove the folder to have the world model distilled again"
+            )
+        distillations[folder] = Distillation(
+            calls=cost["calls"],
+            learned=learned,
+            held_out={call["query"] for call in cost["held_out"]},
+            seconds=cost["seconds_of_calls"] + cost["seconds_of_training"],
+        )
+    return distillations
+
+
+def world_model_of(settings: Mapping[str, Any]) -> str:
+    """Return the folder of the world model that a stage of RL practised in, "" for none."""
+    environment = settings[f"{settings['stage']}_environment"]
+    if environment in ("distilled", "mixed"):
+        return settings["world_model"]
+    return ""
+
+
+# ---- 3. The points of a row ----------------------------------------------------------------------
+@dataclass
+class Ledger:
+    """What a row has spent so far."""
+
+    steps: int = 0
+    raw_calls: int = 0
+    queries: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+
+    def add_distillation(self, distillation: Distillation) -> None:
+        """Add what a world model cost.
+
+        One that learned from logs asked for nothing but its held-out queries. Where the logs held
+        more than this row had asked, the queries of other rows are charged too, as one call each.
+        """
+        new_queries = (distillation.learned | distillation.held_out) - self.queries
+        self.raw_calls += max(distillation.calls, len(new_queries))
+        self.queries |= new_queries
+        self.seconds += distillation.seconds
+
+    def point(self, em: float | None) -> Point:
+        """Return what was spent up to now, beside the EM that is measured now."""
+        return Point(self.steps, self.raw_calls, len(self.queries), self.seconds, em)
+
+
+def read_points(logs: RunLogs, row: CurveRow) -> list[Point]:
+    """Return a point for each step of a row, and one where each of its stages begins.
+
+    A world model is paid for when the first stage begins that practises in it.
+    """
+    start = logs.record.stages[row.stages[0]].settings["start"]
+    em: float | None = logs.looked_at_em(start)
+    ledger = Ledger()
+    if start == "sft3":
+        ledger.seconds += read_rows(logs.root / "sft3" / "log.jsonl")[-1]["seconds"]
+    paid: set[str] = set()
+    points = []
+    for stage in row.stages:
+        world_model = world_model_of(logs.record.stages[stage].settings)
+        if world_model and world_model not in paid:
+            ledger.add_distillation(logs.distillations[world_model])
+            paid.add(world_model)
+        points.append(ledger.point(em))
+        points += stage_points(logs.root / stage, ledger)
+        em = points[-1].em
+    return points
+
+
+def stage_points(folder: Path, ledger: Ledger) -> list[Point]:
+    """Return a point for each step of a stage, and add to the ledger what it spent."""
+    calls: dict[int, list[dict[str, Any]]] = {}
+    if (folder / "calls.jsonl").is_file():
+        for call in read_rows(folder / "calls.jsonl"):
+            calls.setdefault(call["step"], []).append(call)
+    points = []
+    for step in read_rows(folder / "log.jsonl"):
+        ledger.steps += 1
+        ledger.seconds += step["seconds_rollout"] + step["seconds_update"]
+        for call in calls.get(step["step"], []):
+            ledger.raw_calls += call["raw_calls"]
+            ledger.queries.add(call["query"])
+        em = step.get("eval_em")
+        points.append(ledger.point(None if em is None else 100 * em))
+    return points
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a log."""
+    return [row for _, row in read_jsonl(path, "a log", "--runs")]
