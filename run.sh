@@ -35,8 +35,8 @@ all_96="--stage=rl2 --rl1_steps=0 --rl2_steps=96"
 
 run train_sft.py
 if [ $world_models = 1 ]; then
-  # A world model of the first 16 steps' calls comes first, while no other stage has called the tool.
-  in_logs="--world_model=world_model_logs --sources=logs"
+  # Practice in a world model of the calls of the first 16 steps.
+  in_logs="--world_model=world_model_logs --sources=logs --logs_of=real_16"
   practise $last_16 --start=sft2 --out=real_16
   practise $first_80 --start=real_16 --out=logs_80 $in_logs
   practise $first_80 --start=real_16 --out=logs_confident_80 --rl1_environment=mixed $in_logs
@@ -44,17 +44,18 @@ fi
 run train_rl.py
 if [ $table = 1 ]; then
   run train_sft.py --stage=sft2 --start=base --out=sft2_alone
-  run train_rl.py --stage=rl2 --start=base --out=rl2_alone --rl2_steps=96
-  run train_rl.py --stage=rl2 --start=sft2 --out=rl2_from_sft2 --rl2_steps=96
+  run train_rl.py --stage=rl2 --start=base --out=rl2_alone --rl1_steps=0 --rl2_steps=96
+  run train_rl.py --stage=rl2 --start=sft2 --out=rl2_from_sft2 --rl1_steps=0 --rl2_steps=96
 fi
 if [ $world_models = 1 ]; then
   practise $all_96 --start=sft2 --out=real_96
   practise $all_96 --start=sft2 --out=auxiliary_96 --observation_coef=0.1
 
   # The paper's: the policy imagines, which SFT-3 taught it; then the same about SFT's world.
-  practise $first_80 --start=sft3 --out=internal_80 --rl1_environment=internal
+  run train_sft.py --stage=sft3 --resume --out=sft3_paper --sft3_epochs=2 --sft3_observation_coef=1
+  practise $first_80 --start=sft3_paper --out=internal_80 --rl1_environment=internal
   practise $last_16 --start=internal_80 --out=internal_80_real_16
-  practise $first_80 --start=sft3 --out=internal_sft_80 --rl1_environment=internal \
+  practise $first_80 --start=sft3_paper --out=internal_sft_80 --rl1_environment=internal \
     --rl1_pool=rl1 --rl1_call_cost=0 --rl1_scale=0.03
   practise $last_16 --start=internal_sft_80 --out=internal_sft_80_real_16
 
@@ -63,6 +64,11 @@ if [ $world_models = 1 ]; then
   practise $last_16 --start=distilled_80 --out=distilled_96 --rl2_environment=distilled
   practise $all_96 --start=sft2 --out=scheduled_96 --rl2_environment=mixed --mixed_by=schedule
   practise $all_96 --start=sft2 --out=confident_96 --rl2_environment=mixed --mixed_by=confidence
+
+  # A simulator that is told the gold facts.
+  told="--world_model=world_model_told --gold_facts --world_model_epochs=1"
+  practise $first_80 --start=sft2 --out=told_80 $told
+  practise $last_16 --start=told_80 --out=told_80_real_16
 
   # World models that have seen a part of the titles.
   half="--world_model=world_model_half --sweep_share=0.5"

@@ -34,41 +34,22 @@ from typing import Any
 
 import numpy as np
 
-import world_model
 from autocoa import Search, group_advantages, grpo_loss, k3, nll_loss, reward
 from common import memory, runs
 from common.batching import group_by_tokens
 from common.errors import UserError
 from common.runs import StageRun
-from common.settings import (
-    AboveZero,
-    AboveZeroFloat,
-    ChosenBy,
-    EnvironmentName,
-    PoolName,
-    ShareOrAll,
-    StageSettings,
-    main,
-)
-from data.batches import Batch, pad
+from common.settings import AboveZero, AboveZeroFloat, StageSettings, main
+from data.batches import Batch, pad, real_observation_mask
 from data.questions import Question
 from data.scores import exact_match
-from data.trajectory import Codec, Provenance, Role, Trajectory
-from environments.environment import (
-    Environment,
-    confident_environment,
-    distilled_environment,
-    internal_environment,
-    real_environment,
-    scheduled_environment,
-    simulated_environment,
-)
-from environments.mixed import entropy_threshold
-from environments.simulator import SimulatorLibrary
+from data.trajectory import Codec, Trajectory
+from environments.choice import EnvironmentSettings, open_environment, prepare_environments
+from environments.environment import Environment
+from environments.fidelity import known_share
 from model import LM
-from tasks import Task, open_task
+from tasks import open_task
 from workflows.agent import answer_questions, trajectory_row
-from world_model import DistillSettings
 
 WARMUP_STEPS = 3  # steps over which the learning rate rises
 EVAL_QUESTIONS = 60  # evaluation questions of each set that --eval_every looks at
@@ -77,37 +58,13 @@ DRIFT_SAMPLES = 10  # trajectories of a step on which KL is watched
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
 @dataclass(kw_only=True)
-class RLSettings(StageSettings, DistillSettings):
+class RLSettings(StageSettings, EnvironmentSettings):
     """The settings of train_rl.py; steps, questions and rollouts are the authors'."""
 
-    # Steps of RL-1.
-    rl1_steps: int = 80
-    # Steps of RL-2.
-    rl2_steps: int = 16
-    # Who answers in RL-1: internal (the policy imagines), distilled (a separate world model), real
-    # (the tool), mixed (world model and tool).
-    rl1_environment: EnvironmentName = "distilled"
-    # Who answers in RL-2, likewise.
-    rl2_environment: EnvironmentName = "real"
-    # Whose questions RL-1 asks. rl1 (nano): about the world that SFT-3 read about. rl2: those of
-    # RL-2, which then goes on behind them.
-    rl1_pool: PoolName = "rl2"
-    # What chooses between world model and tool in a mixed environment: a schedule over the steps,
-    # or the world model's confidence.
-    mixed_by: ChosenBy = "confidence"
-    # Share of the searches that the tool answers in a mixed environment. By schedule it is the mean
-    # of a share that rises over the steps; by confidence, the share of held-out searches of which
-    # the world model is least sure.
-    real_share: ShareOrAll = 1 / 6
-    # Searches that the tool of a mixed stage may answer in all; after them the world model answers
-    # alone. 0: any number.
-    max_real_calls: int = 0
     # Questions of a step.
     questions: AboveZero = 48
     # Rollouts of a question.
     rollouts: AboveZero = 5
-    # Questions of each stage's pool.
-    rl_questions: AboveZero = 4608
     # Temperature of sampling; log-probs in the loss are at the same temperature.
     temperature: AboveZeroFloat = 1.0
     # Learning rate of AdamW, for all weights: Muon would lift the noise of a policy gradient to
@@ -167,10 +124,7 @@ def run(settings: RLSettings) -> None:
     # --dry-run times a step by the simplest loss.
     if not memory.report(policy, settings, "rl", nll_loss):
         return
-    names = [environment_name(stage, settings) for stage in plan.todo]
-    refuse_contradictions(names, settings, task)
-    if "distilled" in names or "mixed" in names:
-        world_model.ensure_world_model(settings)
+    prepare_environments(plan.todo, settings, task)
     plan.prepare_folders(settings)
 
     evaluation = [
@@ -209,64 +163,6 @@ def run(settings: RLSettings) -> None:
             eval_search=task.eval_search,
         )
         train_grpo(policy, reference, settings, second)
-
-
-def environment_name(stage: str, settings: RLSettings) -> EnvironmentName:
-    """Return who answers in a stage."""
-    return settings.rl1_environment if stage == "rl1" else settings.rl2_environment
-
-
-def refuse_contradictions(
-    names: Sequence[EnvironmentName], settings: RLSettings, task: Task
-) -> None:
-    """Raise UserError for settings that do not go with the environments of the stages."""
-    if settings.max_real_calls and "mixed" not in names:
-        raise UserError(
-            "--max_real_calls: only a mixed environment can go on without the tool; "
-            "take --rl1_environment=mixed or --rl2_environment=mixed"
-        )
-    if settings.gold_facts and "mixed" in names:
-        raise UserError(
-            "--gold_facts: a simulator that is told the facts is not mixed with the tool; "
-            "take --rl1_environment=distilled"
-        )
-    asks_about_sfts_world = settings.rl1_pool == "rl1" and task.search is not task.rl_search
-    needs_own_world = settings.rl1_environment in ("distilled", "mixed") and not settings.gold_facts
-    if asks_about_sfts_world and needs_own_world:
-        raise UserError(
-            "--rl1_pool=rl1: its questions are about SFT's world, and the world model imitates the "
-            "tool of RL-2's; take --rl1_pool=rl2, or --rl1_environment=internal or real"
-        )
-
-
-def open_environment(stage: str, settings: RLSettings, task: Task, codec: Codec) -> Environment:
-    """Return the environment of a stage, with the tools of the world that it asks about."""
-    library = task.rl_search
-    if stage == "rl1" and settings.rl1_pool == "rl1":
-        library = task.search
-    name = environment_name(stage, settings)
-    if name == "internal":
-        return internal_environment(library)
-    if name == "real":
-        return real_environment(library)
-    imagined = world_model.load_world_model(settings)
-    steps = settings.rl1_steps if stage == "rl1" else settings.rl2_steps
-    if settings.gold_facts:
-        pool = task.questions(settings.rl1_pool if stage == "rl1" else "rl2", settings.rl_questions)
-        question_of_prompt = {tuple(codec.prompt(question.question)): question for question in pool}
-        simulator = SimulatorLibrary(
-            library, imagined, question_of_prompt, settings.noise_share, steps
-        )
-        return simulated_environment(simulator, library["search"])
-    if name == "distilled":
-        return distilled_environment(library, imagined)
-    if settings.mixed_by == "schedule":
-        return scheduled_environment(
-            library, imagined, settings.real_share, steps, settings.max_real_calls
-        )
-    entropies = world_model.held_out_entropies(settings)
-    threshold = entropy_threshold(entropies, settings.real_share)
-    return confident_environment(library, imagined, threshold, settings.max_real_calls)
 
 
 def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) -> None:
@@ -324,6 +220,12 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
 
         # Log: what the step looked like, and its first group to read.
         row = describe_step(policy.codec, batch)
+        searches = [
+            search
+            for trajectory in batch.trajectories
+            for search in zip(trajectory.queries, trajectory.observations, strict=False)
+        ]
+        row["known_exact"] = known_share(searches, environment.known_answers)
         if settings.eval_every and (step + 1) % settings.eval_every == 0:
             row["eval_em"] = evaluate(policy, stage, settings)
         tokens = sum(len(trajectory.ids) for trajectory in batch.trajectories)
@@ -454,26 +356,6 @@ def update_batches(
     return batches
 
 
-def real_observation_mask(trajectory: Trajectory) -> list[int]:
-    """Return 1 for each token of an observation that the real tool made, and 0 for all others.
-
-    What was imagined, and what a failed search says, is nothing to learn from.
-    """
-    mask = []
-    observation = -1  # the number of the observation that the tokens belong to
-    previous_role = Role.PROMPT
-    for role in trajectory.role:
-        if role == Role.OBSERVATION and previous_role != Role.OBSERVATION:
-            observation += 1
-        is_real = (
-            role == Role.OBSERVATION
-            and trajectory.observations[observation].provenance == Provenance.REAL
-        )
-        mask.append(int(is_real))
-        previous_role = role
-    return mask
-
-
 # ---- 5. What is logged ---------------------------------------------------------------------------
 def drift(
     policy: LM, reference: LM, trajectories: Sequence[Trajectory], settings: RLSettings
@@ -491,7 +373,7 @@ def drift(
     return total / tokens
 
 
-def describe_step(codec: Codec, batch: RolloutBatch) -> dict[str, float]:
+def describe_step(codec: Codec, batch: RolloutBatch) -> dict[str, float | None]:
     """Return what the rollouts of one step looked like: means over its trajectories."""
     trajectories = batch.trajectories
     logprobs = np.concatenate(

@@ -122,6 +122,8 @@ class DistillSettings(
     world_model: str = "world_model"
     # Real calls that it learns from: sweep, logs, cache. Only a sweep makes new ones.
     sources: CallSources = field(default_factory=lambda: ["sweep"])
+    # Stages of the run whose logged calls it learns from. Empty: all of them.
+    logs_of: CommaList = field(default_factory=list)
     # Share of the corpus' titles that a sweep asks for.
     sweep_share: ShareOrAll = 1.0
     # Checkpoint that it begins with. Empty: a new network (nano), or the base of the run.
@@ -267,7 +269,13 @@ def examples_to_learn(settings: DistillSettings, task: Task, lm: LM) -> Examples
     root = runs.run_folder(settings)
     if not settings.gold_facts:
         return gather_examples(
-            settings.sources, settings.sweep_share, task, lm.codec, root, settings.seed
+            settings.sources,
+            settings.sweep_share,
+            settings.logs_of,
+            task,
+            lm.codec,
+            root,
+            settings.seed,
         )
     # The SFT data may be of another size than the settings of this command say.
     chains = read_trajectories(root / "data" / "coa.jsonl")
@@ -414,6 +422,7 @@ def known_searches(
     """Return searches with known answers by group; a run may have none of some groups.
 
     chains: those of action that SFT learned from.
+    Raises UserError where there is none at all.
     """
     root = runs.run_folder(settings)
     count = settings.searches
@@ -425,6 +434,11 @@ def known_searches(
         HELD_OUT: held_out_cases(codec, task, task.questions("held_out", count), settings),
         POLICY: policy_cases(codec, root, task.questions("rl2", asked_in_rl), settings),
     }
+    if not any(groups.values()):
+        raise UserError(
+            f"{root}: there is no search whose answer is known: a teacher finds nothing for "
+            "held-out questions, and no chain and no call of RL is kept; give more questions"
+        )
     return {
         group: spread(each_query_once(cases), count) for group, cases in groups.items() if cases
     }

@@ -255,6 +255,7 @@ SCRIPTS = (
     "train_sft.py",
     "train_rl.py",
     "world_model.py",
+    "environments/choice.py",
     "eval.py",
     "environments/cost_curve.py",
     "plot.py",

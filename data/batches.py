@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from common.batching import group_by_tokens
-from data.trajectory import Role, Trajectory
+from data.trajectory import Provenance, Role, Trajectory
 
 # What a loss reads, by name: arrays of (rows, tokens), and numbers such as "norm". The arrays are
 # NumPy's here and the backend's own inside a loss.
@@ -118,4 +118,24 @@ def _mask_with_observations(trajectory: Trajectory, weight: float) -> list[float
     for position, role in enumerate(trajectory.role):
         if role == Role.OBSERVATION:
             mask[position] = weight
+    return mask
+
+
+def real_observation_mask(trajectory: Trajectory) -> list[int]:
+    """Return 1 for each token of an observation that the real tool made, and 0 for all others.
+
+    What was imagined, and what a failed search says, is nothing to learn from.
+    """
+    mask = []
+    observation = -1  # the number of the observation that the tokens belong to
+    previous_role = Role.PROMPT
+    for role in trajectory.role:
+        if role == Role.OBSERVATION and previous_role != Role.OBSERVATION:
+            observation += 1
+        is_real = (
+            role == Role.OBSERVATION
+            and trajectory.observations[observation].provenance == Provenance.REAL
+        )
+        mask.append(int(is_real))
+        previous_role = role
     return mask

@@ -25,9 +25,9 @@ from common.settings import CommaList, RunSettings, main
 from environments.cost_logs import (
     ALL_REAL,
     CURVE_ROWS,
-    START_ROWS,
     CurveRow,
     RunLogs,
+    eval_row,
     read_points,
     read_run,
 )
@@ -78,7 +78,7 @@ def pool_row(runs: Sequence[RunLogs], row: CurveRow, target_gain: float) -> RowC
         points_of_runs.append(measured_points(points))
     pooled = mean_points(points_of_runs)
     target = mean([logs.looked_at_em("sft2") for logs in runs]) + target_gain
-    start_row = START_ROWS["sft2"]
+    start_row = eval_row("sft2")
     real_runs = [logs for logs in runs if logs.has(ALL_REAL)]
     gain_over_real = None
     if real_runs and row != ALL_REAL:
@@ -167,7 +167,7 @@ def run(settings: CostCurveSettings) -> None:
             f"--runs: {', '.join(names)}: no row is trained and evaluated; "
             "train them with: bash run.sh --world-models"
         )
-    start = em_of([logs.predictions[START_ROWS["sft2"]] for logs in runs])
+    start = em_of([logs.predictions[eval_row("sft2")] for logs in runs])
     curve = CostCurve(names, settings.target_gain, start.points, rows)
     print(
         f"{start.questions} questions, {len(names)} runs; SFT-1&2 has {start.points:.1f} "

@@ -20,8 +20,10 @@ from evaluation.figures import read_figures
 from evaluation.predictions import read_predictions
 from evaluation.statistics import SetPredictions
 
-# The rows of eval.json from which practice begins, by their folders.
-START_ROWS = {"sft2": "SFT-1&2", "sft3": "SFT-1&2&3"}
+# Folders that have another name as rows of eval.json.
+ROW_NAMES = {"sft2": "SFT-1&2", "sft3": "SFT-1&2&3", "rl2": "SFT-1&2&3+RL-1&2"}
+# Folders from which practice begins.
+STARTS = ("sft2", "sft3", "sft3_paper")
 LOOKED_AT = 60  # questions of each set that --eval_every looks at: EVAL_QUESTIONS of train_rl.py
 
 
@@ -46,11 +48,13 @@ CURVE_ROWS = (
         "internal",
         ("internal_sft_80", "internal_sft_80_real_16"),
     ),
+    CurveRow("default recipe: SFT-3, distilled 80 + real 16", "distilled", ("rl1", "rl2")),
     CurveRow("distilled 80 + real 16", "distilled", ("distilled_80", "distilled_80_real_16")),
     CurveRow("distilled 96", "distilled", ("distilled_80", "distilled_96")),
     CurveRow("half of the titles 80 + real 16", "distilled", ("half_80", "half_80_real_16")),
     CurveRow("a quarter 80 + real 16", "distilled", ("quarter_80", "quarter_80_real_16")),
     CurveRow("real 16 + 80 in their logs", "distilled", ("real_16", "logs_80")),
+    CurveRow("told the facts 80 + real 16", "distilled", ("told_80", "told_80_real_16")),
     CurveRow("mixed by schedule", "mixed", ("scheduled_96",)),
     CurveRow("mixed by confidence", "mixed", ("confident_96",)),
     CurveRow("half, by confidence", "mixed", ("half_confident_96",)),
@@ -82,20 +86,25 @@ class RunLogs:
 
     def has(self, row: CurveRow) -> bool:
         """Whether a row was trained and evaluated."""
-        return row.stages[-1] in self.predictions and all(
+        return eval_row(row.stages[-1]) in self.predictions and all(
             stage in self.record.stages and (self.root / stage / "log.jsonl").is_file()
             for stage in row.stages
         )
 
     def final(self, row: CurveRow) -> SetPredictions:
         """Return the predictions of a row when all its stages were done."""
-        return self.predictions[row.stages[-1]]
+        return self.predictions[eval_row(row.stages[-1])]
 
     def looked_at_em(self, start: str) -> float:
         """Return the EM of a start folder on the questions that --eval_every looks at, percent."""
-        predictions = self.predictions[START_ROWS[start]]
+        predictions = self.predictions[eval_row(start)]
         scores = [row["em"] for rows in predictions.values() for row in rows[:LOOKED_AT]]
         return 100 * mean(scores)
+
+
+def eval_row(folder: str) -> str:
+    """Return the name of a folder as a row of eval.json."""
+    return ROW_NAMES.get(folder, folder)
 
 
 def read_run(name: str) -> RunLogs:
@@ -104,9 +113,10 @@ def read_run(name: str) -> RunLogs:
     if not (root / "eval.json").is_file():
         raise UserError(f"{root}: not evaluated yet; make the table with: eval.py --run={name}")
     evaluated = read_figures(root / "eval.json")
-    wanted = [*START_ROWS.values(), *(row.stages[-1] for row in CURVE_ROWS)]
-    found = [row for row in dict.fromkeys(wanted) if row in evaluated]
-    if START_ROWS["sft2"] not in found:
+    folders = [*STARTS, *(row.stages[-1] for row in CURVE_ROWS)]
+    wanted = dict.fromkeys(eval_row(folder) for folder in folders)
+    found = [row for row in wanted if row in evaluated]
+    if eval_row("sft2") not in found:
         raise UserError(f"{root / 'eval.json'}: no row SFT-1&2, from which practice begins")
     record = read_run_record(name)
     return RunLogs(
@@ -127,6 +137,9 @@ def read_distillations(root: Path, record: RunRecord) -> dict[str, Distillation]
             continue
         cost = json.loads(path.read_text())
         learned = learned_queries(root / folder)
+        if record.stages[folder].settings.get("gold_facts"):
+            # A simulator learns from SFT's searches, which cost nothing new.
+            learned = set()
         if learned is None:
             raise UserError(
                 f"{path.parent}: an older version made it, which did not keep its queries; "
@@ -183,8 +196,8 @@ def read_points(logs: RunLogs, row: CurveRow) -> list[Point]:
     start = logs.record.stages[row.stages[0]].settings["start"]
     em: float | None = logs.looked_at_em(start)
     ledger = Ledger()
-    if start == "sft3":
-        ledger.seconds += read_rows(logs.root / "sft3" / "log.jsonl")[-1]["seconds"]
+    if start != "sft2":
+        ledger.seconds += read_rows(logs.root / start / "log.jsonl")[-1]["seconds"]
     paid: set[str] = set()
     points = []
     for stage in row.stages:

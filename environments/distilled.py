@@ -76,6 +76,7 @@ class WorldModel:
         """Begin with an empty memory."""
         self.lm = lm
         self.settings = settings
+        self.stops = [lm.codec.end_result_id, lm.codec.eos_id]
         # One prompt gets one observation, as one query does from a tool.
         self.memory: dict[tuple[int, ...], Imagined] = {}
 
@@ -117,18 +118,38 @@ class WorldModel:
     def _write(self, prompts: list[tuple[int, ...]]) -> None:
         """Write the observations of new prompts, those of like length together."""
         codec = self.lm.codec
-        stops = [codec.end_result_id, codec.eos_id]
         prompts = sorted(prompts, key=len)
         for start in range(0, len(prompts), self.settings.batch_rows):
             batch = prompts[start : start + self.settings.batch_rows]
-            # One token more than an observation may have, for the tag that closes it.
-            limits = [self.settings.max_observation + 1] * len(batch)
-            decoder = self.lm.decoder([list(prompt) for prompt in batch])
-            written, _ = decoder.decode(stops, limits, 0.0)
-            for prompt, ids in zip(batch, written, strict=True):
-                words = [token for token in ids if token not in stops]
+            for prompt, ids in zip(batch, self._continue(batch), strict=True):
+                words = [token for token in ids if token not in self.stops]
                 text = codec.decode(words).strip() or NOTHING_FOUND
                 self.memory[prompt] = Imagined(text, ids)
+
+    def _continue(self, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+        """Return what the network writes after each prompt, greedily.
+
+        Some observations are several times as long as others. So a pass ends when half of the rows
+        are done, and the others go on without them.
+        """
+        decoder = self.lm.decoder([list(prompt) for prompt in prompts])
+        written: list[list[int]] = [[] for _ in prompts]
+        rows = list(range(len(prompts)))  # those that still write, in the order of the decoder
+        # One token more than an observation may have, for the tag that closes it.
+        most = self.settings.max_observation + 1
+        while rows:
+            limits = [most - len(written[row]) for row in rows]
+            new_ids, _ = decoder.decode(self.stops, limits, 0.0, writing_share=0.5)
+            for row, ids in zip(rows, new_ids, strict=True):
+                written[row] = written[row] + ids
+            is_writing = [
+                written[row][-1] not in self.stops and len(written[row]) < most for row in rows
+            ]
+            rows = [row for row, writes in zip(rows, is_writing, strict=True) if writes]
+            if rows:
+                decoder.keep([place for place, writes in enumerate(is_writing) if writes])
+                decoder.feed([[] for _ in rows])
+        return written
 
     def _measure_entropies(self, prompts: list[tuple[int, ...]]) -> None:
         trajectories = []

@@ -9,7 +9,7 @@ mixed       the world model, and for a part of the queries the tool
 Whoever searches, the calculator is always the real one, and is not counted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from autocoa import IMAGINE, Imagine, Search
 from environments.counted import CountedTool
@@ -28,6 +28,9 @@ class Environment:
     # What changes from step to step: the tool's share of a mixed environment, or the share of noise
     # of a simulator.
     schedule: Schedule | SimulatorLibrary | None = None
+    # What the tool is known to say without a new call, query -> observation: on these queries
+    # imagined observations are checked while RL runs.
+    known_answers: dict[str, str] = field(default_factory=dict)
 
     def begin_step(self, step: int) -> None:
         """Prepare for the rollouts of a step."""

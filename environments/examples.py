@@ -9,7 +9,7 @@ Only a sweep costs calls.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +35,18 @@ class Examples:
 
 
 def gather_examples(
-    sources: Iterable[str], sweep_share: float, task: Task, codec: Codec, root: Path, seed: int
+    sources: Iterable[str],
+    sweep_share: float,
+    logs_of: Sequence[str],
+    task: Task,
+    codec: Codec,
+    root: Path,
+    seed: int,
 ) -> Examples:
     """Return the examples of some sources; of one query the first source's counts.
 
     sweep_share: of the titles that a sweep asks for.
+    logs_of: stages whose logs are read; none: all.
     root: folder of the run, whose logs are read.
     Raises UserError where a source has none.
     """
@@ -52,7 +59,7 @@ def gather_examples(
             found = ask_tool(tool, queries)
             calls += len(queries)
         elif source == "logs":
-            found = logged_calls(root, codec, sft_has_same_tool=task.search is task.rl_search)
+            found = logged_calls(root, codec, logs_of, task.search is task.rl_search)
         else:
             found = cached_calls(tool)
         for query, observation in found.items():
@@ -85,14 +92,21 @@ def ask_tool(tool: Tool, queries: list[str]) -> dict[str, str]:
     }
 
 
-def logged_calls(root: Path, codec: Codec, sft_has_same_tool: bool) -> dict[str, str]:
-    """Return the real calls that the stages of a run have logged. Raises UserError for none."""
+def logged_calls(
+    root: Path, codec: Codec, stages: Sequence[str], sft_has_same_tool: bool
+) -> dict[str, str]:
+    """Return the real calls that the stages of a run have logged.
+
+    stages: folders of RL stages; none: all, and the chains of SFT where its tool was the same.
+    Raises UserError for a stage that logged nothing, and where there is no call.
+    """
     calls: dict[str, str] = {}
-    for path in sorted(root.glob("*/calls.jsonl")):
-        for _, row in read_jsonl(path, "a call", "--run"):
+    paths = [root / stage / "calls.jsonl" for stage in stages]
+    for path in paths or sorted(root.glob("*/calls.jsonl")):
+        for _, row in read_jsonl(path, "a call", "--logs_of"):
             if row.get("provenance") == Provenance.REAL:
                 calls[row["query"]] = row["text"]
-    if sft_has_same_tool:
+    if sft_has_same_tool and not stages:
         for trajectory in read_trajectories(root / "data" / "coa.jsonl"):
             calls |= calls_of(codec, trajectory)
     if not calls:

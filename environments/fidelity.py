@@ -69,10 +69,7 @@ def rows_to_measure(settings: RunSettings, wanted: list[str]) -> list[str]:
     rows = world_models + list(INTERNAL_ROWS)
     rows = [row for row in rows if (root / row / "config.json").is_file()]
     if not rows:
-        raise UserError(
-            f"{root}: there is no model to measure; make one with: "
-            f"python train_sft.py --run={settings.run}"
-        )
+        runs.find_start(root, "sft3", INTERNAL_ROWS)
     return rows
 
 
@@ -102,7 +99,7 @@ def measure_cases(
     lm: LM,
     kind: Kind,
     cases: Sequence[Case],
-    learned_queries: set[str] | None,
+    learned: set[str] | None,
     task: Task,
     settings: RolloutSettings,
     bar: tqdm,
@@ -111,7 +108,7 @@ def measure_cases(
 
     A simulator is told the gold facts, so it is asked only where they are known.
 
-    learned_queries: those that it learned from; None where that is not recorded.
+    learned: the queries that it learned from; None where they are not recorded.
     """
     codec = lm.codec
     if kind == Kind.SIMULATOR:
@@ -133,7 +130,7 @@ def measure_cases(
                 real_nll=-log_likelihoods[row],
                 real_tokens=len(real[row]),
                 fact=_fact_outcome(task, case, imagined),
-                is_seen=None if learned_queries is None else case.query in learned_queries,
+                is_seen=None if learned is None else case.query in learned,
             )
         )
     return outcomes

@@ -11,7 +11,17 @@ from conftest import ROOT
 
 from data.trajectory import Codec
 
-FOLDERS = ("backends", "common", "data", "evaluation", "nano", "services", "tasks", "workflows")
+FOLDERS = (
+    "backends",
+    "common",
+    "data",
+    "environments",
+    "evaluation",
+    "nano",
+    "services",
+    "tasks",
+    "workflows",
+)
 PATHS = sorted(ROOT.glob("*.py")) + sorted(
     path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")
 )

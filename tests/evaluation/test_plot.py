@@ -18,7 +18,8 @@ import plot
 from common.errors import UserError
 from data.trajectory import Role
 from data.trajectory_rows import TrajectoryRow
-from evaluation.figures import ActingFigures, RowFigures, SetFigures, row_to_json
+from environments.costs import CURVE_FILE, CostCurve, RowCost, RunCost, curve_to_json
+from evaluation.figures import ActingFigures, Gain, RowFigures, SetFigures, row_to_json
 from evaluation.viewer import ROLE_NAMES, TRAJECTORIES_OF_A_STAGE, render_page
 from plot import PlotSettings
 
@@ -247,6 +248,57 @@ def test_shares_and_success_by_actions() -> None:
     assert texts == ["100%", "of 5", "50%", "of 30"]
     pale = plot.matplotlib.colors.to_rgba(plot.PALE)
     assert [bar.get_facecolor() == pale for bar in right.patches] == [True, False]
+
+
+def cost_row(name: str, kind: str, raw_calls: float, times: list[float | None]) -> RowCost:
+    """Return a row of the cost curve with an EM of 80%, and one run in which all calls doubled."""
+    gain = Gain(80.0, 78.0, 82.0, questions=60)
+    run = RunCost("seed1", 80.0, 2 * raw_calls, raw_calls, 600.0, times)
+    return RowCost(
+        name,
+        kind,
+        gain,
+        gain_over_start=gain,
+        gain_over_real=None,
+        raw_calls=raw_calls,
+        distinct_calls=raw_calls / 2,
+        seconds=600.0,
+        points=[],
+        times=times,
+        times_without_cache=times,
+        runs=[run],
+    )
+
+
+def test_what_practice_gives_and_costs(root: Path) -> None:
+    """EM against both counts of calls, none too; minutes to the target, or that it is not reached.
+
+    cost_curve.json is drawn where it is there.
+    """
+    rows = [
+        cost_row("all real", "real", 40_000, [600.0, 660.0, 1200.0]),
+        cost_row("internal", "internal", 0, [None, None, None]),
+    ]
+    curve = CostCurve(["seed0", "seed1"], target_gain=3.0, start_em=75.0, rows=rows)
+    figure: Any = plot.draw_world_models(curve)
+    raw, distinct, times = figure.axes
+    discs = [line for line in raw.get_lines() if line.get_marker() == "o"]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in discs] == [
+        (40_000, 80.0),
+        (0, 80.0),
+    ]
+    assert [text.get_text() for text in distinct.texts] == ["1", "2"]
+    left, right = raw.get_xlim()
+    assert left < 0 < 80_000 > right > 40_000
+    dots = [line.get_xdata()[0] for line in times.get_lines() if line.get_marker() == "o"]
+    assert dots == [10.0, 11.0, 20.0]
+    assert [text.get_text() for text in times.texts] == ["not reached"]
+    assert "60 questions, 2 runs" in figure.get_suptitle()
+
+    write_logs(root)
+    (root / CURVE_FILE).write_text(curve_to_json(curve))
+    plot.run(PlotSettings())
+    assert "world_models.png" in drawn(root)
 
 
 # ---- the viewer ----------------------------------------------------------------------------------

@@ -1,0 +1,331 @@
+"""The cost curve: calls, seconds and times, against numbers that are counted by hand."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+import train_rl
+from common.errors import UserError
+from environments import cost_logs
+from environments.cost_curve import CostCurveSettings, run
+from environments.cost_logs import ALL_REAL, CURVE_ROWS, LOOKED_AT, CurveRow, read_points, read_run
+from environments.costs import (
+    LATENCIES,
+    Point,
+    curve_to_json,
+    mean_points,
+    measured_points,
+    read_curve,
+    seconds_with_latency,
+    time_to,
+    times_to,
+)
+from evaluation.figures import ActingFigures, RowFigures, SetFigures, row_to_json
+
+ROWS = {row.stages[-1]: row for row in CURVE_ROWS}
+PAPER = ROWS["internal_80_real_16"]
+DISTILLED = ROWS["distilled_80_real_16"]
+LOGS = ROWS["logs_80"]
+HALF_MIXED = ROWS["half_confident_96"]
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class MadeUpRun:
+    """The folder of a run in which each step of RL takes 10 s of rollouts and 5 s of update."""
+
+    def __init__(self, name: str) -> None:
+        self.root = Path("out", name)
+        self.stages: dict[str, Any] = {}
+        self.scores: dict[str, list[float]] = {}
+
+    def add_world_model(self, folder: str, learned: str, calls: int) -> None:
+        """Add one that learned from some queries, a letter each, and asked for d in addition.
+
+        calls: how many calls of the tool were made for it.
+        """
+        cost = {
+            "calls": calls,
+            "seconds_of_calls": 1.0,
+            "seconds_of_training": 2.0,
+            "held_out": [{"query": "d"}],
+        }
+        write_rows(self.root / folder / "cost.json", [cost])
+        rows = [{"query": query, "observation": "A film."} for query in learned]
+        write_rows(self.root / folder / "examples.jsonl", rows)
+        self._record(folder, {})
+
+    def add_stage(
+        self,
+        folder: str,
+        stage: str,
+        start: str,
+        environment: str,
+        ems: list[float | None],
+        calls: Sequence[tuple[int, str, int]] = (),
+        world_model: str = "",
+    ) -> None:
+        """Add a stage of RL. ems: after each step; calls: (step, query, raw calls)."""
+        log = []
+        for step, em in enumerate(ems):
+            row = {"step": step, "seconds_rollout": 10.0, "seconds_update": 5.0}
+            log.append(row if em is None else row | {"eval_em": em})
+        write_rows(self.root / folder / "log.jsonl", log)
+        if calls:
+            rows = [
+                {"step": step, "query": query, "raw_calls": raw_calls}
+                for step, query, raw_calls in calls
+            ]
+            write_rows(self.root / folder / "calls.jsonl", rows)
+        environments = {"rl1_environment": "real", "rl2_environment": "real"}
+        environments[f"{stage}_environment"] = environment
+        self._record(
+            folder, {"stage": stage, "start": start, "world_model": world_model, **environments}
+        )
+
+    def _record(self, folder: str, settings: dict[str, Any]) -> None:
+        self.stages[folder] = {"given": {}, "settings": settings, "settings_class": "RLSettings"}
+
+    def write(self) -> None:
+        """Write what the run remembers, and its evaluation by self.scores."""
+        record = {"given": {}, "stages": self.stages}
+        self.root.mkdir(parents=True, exist_ok=True)
+        (self.root / "settings.json").write_text(json.dumps(record))
+        means = SetFigures(em=0, f1=0, cover=0, overlap=0, malformed=0, forced=0, actions=0)
+        acting = ActingFigures(None, None, None, None, None)
+        figures = row_to_json(RowFigures({"single": means}, means, acting, 0, 0, by_actions={}))
+        rows = dict.fromkeys(self.scores, figures)
+        (self.root / "eval.json").write_text(json.dumps({"rows": rows}))
+        predictions = [
+            {"row": row, "set": "single", "id": str(number), "question": "Who?", "em": score}
+            for row, scores in self.scores.items()
+            for number, score in enumerate(scores)
+        ]
+        write_rows(self.root / "predictions.jsonl", predictions)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def made_up_run(name: str) -> MadeUpRun:
+    """Return a run with three rows; SFT-1&2 is right on one of four questions."""
+    made_up = MadeUpRun(name)
+    made_up.scores = {"SFT-1&2": [1.0, 0.0, 0.0, 0.0], "SFT-1&2&3": [0.0, 0.0, 0.0, 0.0]}
+    calls = [(0, "a", 3), (0, "e", 2), (1, "e", 1), (1, "f", 1)]
+    made_up.add_stage("real_96", "rl2", "sft2", "real", [None, 0.5], calls)
+    made_up.scores["real_96"] = [1.0, 1.0, 0.0, 0.0]
+
+    made_up.add_world_model("world_model", learned="abc", calls=4)
+    made_up.add_stage(
+        "distilled_80", "rl1", "sft2", "distilled", [None, 0.5], world_model="world_model"
+    )
+    made_up.add_stage("distilled_80_real_16", "rl2", "distilled_80", "real", [None, 0.75], calls)
+    made_up.scores["distilled_80_real_16"] = [1.0, 1.0, 1.0, 0.0]
+
+    write_rows(made_up.root / "sft3" / "log.jsonl", [{"seconds": 7.0}, {"seconds": 20.0}])
+    made_up.add_stage("internal_80", "rl1", "sft3", "internal", [None, 0.25])
+    made_up.add_stage("internal_80_real_16", "rl2", "internal_80", "real", [None, 0.25], calls)
+    made_up.scores["internal_80_real_16"] = [1.0, 0.0, 0.0, 0.0]
+    return made_up
+
+
+def points_of(row: CurveRow) -> list[Point]:
+    return measured_points(read_points(read_run("seed0"), row))
+
+
+# ---- what a row has spent ------------------------------------------------------------------------
+def test_calls_of_all_stages_and_of_distillation(folder: Path) -> None:
+    """Distilling comes before the first step; what it asked is not asked for anew with a cache."""
+    made_up_run("seed0").write()
+    assert points_of(DISTILLED) == [
+        Point(steps=0, raw_calls=4, distinct_calls=4, seconds=3.0, em=25.0),
+        Point(steps=2, raw_calls=4, distinct_calls=4, seconds=33.0, em=50.0),
+        # The second stage begins where the first ended.
+        Point(steps=2, raw_calls=4, distinct_calls=4, seconds=33.0, em=50.0),
+        Point(steps=4, raw_calls=11, distinct_calls=6, seconds=63.0, em=75.0),
+    ]
+
+
+def test_practice_with_the_tool_alone(folder: Path) -> None:
+    """Raw calls are rollouts' searches: three that ask the same count three."""
+    made_up_run("seed0").write()
+    points = read_points(read_run("seed0"), ALL_REAL)
+    assert points == [
+        Point(steps=0, raw_calls=0, distinct_calls=0, seconds=0.0, em=25.0),
+        Point(steps=1, raw_calls=5, distinct_calls=2, seconds=15.0, em=None),
+        Point(steps=2, raw_calls=7, distinct_calls=3, seconds=30.0, em=50.0),
+    ]
+
+
+def test_a_world_model_is_paid_for_once(folder: Path) -> None:
+    """Guards: two stages in one world model that count what it cost twice."""
+    made_up = made_up_run("seed0")
+    made_up.add_stage(
+        "distilled_96", "rl2", "distilled_80", "distilled", [0.5], world_model="world_model"
+    )
+    made_up.scores["distilled_96"] = [1.0, 0.0, 0.0, 0.0]
+    made_up.write()
+    assert points_of(ROWS["distilled_96"])[-1] == Point(3, 4, 4, 48.0, 50.0)
+
+
+def test_the_papers_row_starts_at_sft3_and_pays_for_it(folder: Path) -> None:
+    """Guards: an imagination that is had for nothing, or that starts at SFT-1&2's EM."""
+    made_up_run("seed0").write()
+    points = points_of(PAPER)
+    assert points[0] == Point(steps=0, raw_calls=0, distinct_calls=0, seconds=20.0, em=0.0)
+    assert points[-1] == Point(steps=4, raw_calls=7, distinct_calls=3, seconds=80.0, em=25.0)
+
+
+def test_a_mixed_environment_needs_its_own_world_model(folder: Path) -> None:
+    """It pays for the one that its settings name, and its own calls."""
+    made_up = made_up_run("seed0")
+    made_up.add_world_model("world_model_half", learned="abc", calls=4)
+    made_up.add_stage(
+        "half_confident_96", "rl2", "sft2", "mixed", [0.5], [(0, "z", 2)], "world_model_half"
+    )
+    made_up.scores["half_confident_96"] = [1.0, 0.0, 0.0, 0.0]
+    made_up.write()
+    assert points_of(HALF_MIXED)[-1] == Point(1, 6, 5, 18.0, 50.0)
+
+
+@pytest.mark.parametrize(("learned", "calls_of_others"), [("ae", 0), ("aexyz", 3)])
+def test_a_world_model_of_logs(folder: Path, learned: str, calls_of_others: int) -> None:
+    """It costs the row's own calls; those that it learned from other rows' logs are charged."""
+    made_up = made_up_run("seed0")
+    made_up.add_stage("real_16", "rl2", "sft2", "real", [None], [(0, "a", 3), (0, "e", 2)])
+    made_up.add_world_model("world_model_logs", learned, calls=1)
+    made_up.add_stage("logs_80", "rl1", "real_16", "distilled", [0.5], (), "world_model_logs")
+    made_up.scores["logs_80"] = [1.0, 0.0, 0.0, 0.0]
+    made_up.write()
+    points = read_points(read_run("seed0"), LOGS)
+    # It is paid for when the second stage begins.
+    assert [point.raw_calls for point in points[:2]] == [0, 5]
+    assert points[-1] == Point(2, 6 + calls_of_others, 3 + calls_of_others, 33.0, 50.0)
+
+
+def test_a_world_model_that_did_not_keep_its_queries(folder: Path) -> None:
+    """Guards: distinct calls that are counted twice since nobody knows what was asked before."""
+    made_up = made_up_run("seed0")
+    made_up.write()
+    (made_up.root / "world_model" / "examples.jsonl").unlink()
+    with pytest.raises(UserError, match=r"world_model: .* did not keep its queries"):
+        read_run("seed0")
+
+
+def test_the_start_is_measured_on_the_questions_of_the_curve(folder: Path) -> None:
+    """Those that --eval_every looks at: the first of each set."""
+    made_up = made_up_run("seed0")
+    made_up.scores["SFT-1&2"] = [1.0] * LOOKED_AT + [0.0] * 40
+    made_up.write()
+    assert points_of(ALL_REAL)[0].em == 100.0
+    assert train_rl.EVAL_QUESTIONS == LOOKED_AT
+
+
+# ---- times ---------------------------------------------------------------------------------------
+def test_latency_is_paid_for_each_call() -> None:
+    """With a cache for each different query, without one for each search of a rollout."""
+    points = [Point(0, 10, 4, 1.0, 20.0), Point(16, 110, 24, 61.0, 40.0)]
+    assert seconds_with_latency(points, 0.5) == [3.0, 73.0]
+    assert seconds_with_latency(points, 0.5, has_cache=False) == [6.0, 116.0]
+    # 30% is half of the way.
+    assert LATENCIES == (0.0, 0.05, 0.5)
+    assert times_to(points, 30.0) == pytest.approx([31.0, 31.7, 38.0])
+    assert times_to(points, 30.0, has_cache=False) == pytest.approx([31.0, 34.0, 61.0])
+
+
+def test_the_first_time_that_a_curve_reaches_an_em() -> None:
+    """Linear between points; a curve that falls again has reached it; one may begin above it."""
+    seconds = [0.0, 10.0, 20.0, 40.0]
+    ems = [50.0, 60.0, 55.0, 75.0]
+    assert time_to(seconds, ems, 58.0) == pytest.approx(8.0)
+    assert time_to(seconds, ems, 60.0) == pytest.approx(10.0)
+    assert time_to(seconds, ems, 65.0) == pytest.approx(30.0)
+    assert time_to(seconds, ems, 45.0) == 0.0
+    assert time_to(seconds, ems, 75.1) is None
+    assert time_to([], [], 1.0) is None
+
+
+def test_runs_that_were_looked_at_alike_are_pooled() -> None:
+    first = [Point(0, 0, 0, 0.0, 20.0), Point(16, 100, 10, 60.0, 40.0)]
+    second = [Point(0, 0, 0, 0.0, 30.0), Point(16, 200, 30, 80.0, 60.0)]
+    assert mean_points([first, second]) == [
+        Point(0, 0, 0, 0.0, 25.0),
+        Point(16, 150, 20, 70.0, 50.0),
+    ]
+    with pytest.raises(UserError, match="--eval_every"):
+        mean_points([first, second[:1]])
+
+
+# ---- the script ----------------------------------------------------------------------------------
+def test_the_table_of_two_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that a run lacks are left out; plot.py reads what is written."""
+    made_up_run("seed0").write()
+    other = made_up_run("seed1")
+    other.scores["real_96"] = [1.0, 1.0, 1.0, 1.0]
+    del other.scores["internal_80_real_16"]
+    other.write()
+    run(CostCurveSettings(run="seed0", runs=["seed0", "seed1"], target_gain=25.0))
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    cells = {line[0].removeprefix("| "): line for line in lines[2:]}
+    assert list(cells) == [ALL_REAL.name, PAPER.name, DISTILLED.name]
+    # Both runs are right on 2 questions, one on the other 2 as well: 75% of 4 questions.
+    assert cells[ALL_REAL.name][1].startswith("75.0 (")
+    assert cells[ALL_REAL.name][2].startswith("+50.0 (")
+    assert cells[PAPER.name][3].startswith("-25.0 (")
+    # The target of 50% is reached at the end of the first stage, 33 s and 4 calls in.
+    assert [cell.rstrip(" |") for cell in cells[DISTILLED.name][4:]] == [
+        "11",
+        "6",
+        "1.1",
+        "0.6",
+        "0.6, 0.6",
+        "0.6, 0.6",
+    ]
+    assert cells[PAPER.name][-1] == "never, never |"
+
+    curve = read_curve(Path("out", "seed0", "cost_curve.json"))
+    assert curve_to_json(curve) == Path("out", "seed0", "cost_curve.json").read_text()
+    assert [len(row.runs) for row in curve.rows] == [2, 1, 2]
+    assert curve.start_em == 25.0
+    assert curve.rows[2].times == pytest.approx([33.0, 33.2, 35.0])
+
+
+def test_a_run_without_rows(folder: Path) -> None:
+    """Each is one line that says what to do."""
+    with pytest.raises(UserError, match=r"eval\.py --run=nano"):
+        run(CostCurveSettings())
+    made_up = MadeUpRun("nano")
+    made_up.scores = {"SFT-1&2": [1.0]}
+    made_up.write()
+    with pytest.raises(UserError, match=r"run\.sh --world-models"):
+        run(CostCurveSettings())
+    Path("out", "nano", "cost_curve.json").write_text("{}")
+    with pytest.raises(UserError, match=r"python -m environments\.cost_curve --run=nano"):
+        read_curve(Path("out", "nano", "cost_curve.json"))
+
+
+def test_run_sh_trains_the_rows() -> None:
+    """Guards: a row of the table that no command trains, or from another folder than it says."""
+    commands = re.sub(r"\\\n\s*", "", (ROOT / "run.sh").read_text())
+    # What train_rl.py trains without a word.
+    starts = {"rl1": "sft3", "rl2": "rl1"}
+    for line in commands.splitlines():
+        if line.strip().startswith("practise "):
+            options = dict(re.findall(r"--(start|out)=(\w+)", line))
+            starts[options["out"]] = options["start"]
+    assert set(starts) == {stage for row in CURVE_ROWS for stage in row.stages}
+    for row in CURVE_ROWS:
+        assert starts[row.stages[0]] in cost_logs.STARTS
+        assert [starts[stage] for stage in row.stages[1:]] == list(row.stages[:-1])
