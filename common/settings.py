@@ -256,6 +256,7 @@ SCRIPTS = (
     "train_rl.py",
     "world_model.py",
     "environments/choice.py",
+    "environments/fidelity_report.py",
     "eval.py",
     "environments/cost_curve.py",
     "plot.py",

@@ -17,12 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.batching import group_by_tokens
 from common.files import read_jsonl
 from common.settings import RolloutSettings
-from data.batches import pad
-from data.passages import NOTHING_FOUND
 from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
+from environments.imagining import imagine, observation_text, sum_over_continuations
 from model import LM
 
 COST_FILE = "cost.json"  # in the folder of a world model, and in no other
@@ -30,7 +28,6 @@ EXAMPLES_FILE = "examples.jsonl"  # beside it: the calls that it learned from
 # If it learned no more queries than this, all are answered when it is loaded: in full batches a
 # query takes a tenth of the time.
 ANSWERED_AT_ONCE = 4096
-SCORED_TOKENS = 4000  # tokens that go through the network at once when entropies are measured
 
 
 @dataclass
@@ -76,7 +73,6 @@ class WorldModel:
         """Begin with an empty memory."""
         self.lm = lm
         self.settings = settings
-        self.stops = [lm.codec.end_result_id, lm.codec.eos_id]
         # One prompt gets one observation, as one query does from a tool.
         self.memory: dict[tuple[int, ...], Imagined] = {}
 
@@ -116,55 +112,15 @@ class WorldModel:
         ]
 
     def _write(self, prompts: list[tuple[int, ...]]) -> None:
-        """Write the observations of new prompts, those of like length together."""
-        codec = self.lm.codec
-        prompts = sorted(prompts, key=len)
-        for start in range(0, len(prompts), self.settings.batch_rows):
-            batch = prompts[start : start + self.settings.batch_rows]
-            for prompt, ids in zip(batch, self._continue(batch), strict=True):
-                words = [token for token in ids if token not in self.stops]
-                text = codec.decode(words).strip() or NOTHING_FOUND
-                self.memory[prompt] = Imagined(text, ids)
-
-    def _continue(self, prompts: list[tuple[int, ...]]) -> list[list[int]]:
-        """Return what the network writes after each prompt, greedily.
-
-        Some observations are several times as long as others. So a pass ends when half of the rows
-        are done, and the others go on without them.
-        """
-        decoder = self.lm.decoder([list(prompt) for prompt in prompts])
-        written: list[list[int]] = [[] for _ in prompts]
-        rows = list(range(len(prompts)))  # those that still write, in the order of the decoder
-        # One token more than an observation may have, for the tag that closes it.
-        most = self.settings.max_observation + 1
-        while rows:
-            limits = [most - len(written[row]) for row in rows]
-            new_ids, _ = decoder.decode(self.stops, limits, 0.0, writing_share=0.5)
-            for row, ids in zip(rows, new_ids, strict=True):
-                written[row] = written[row] + ids
-            is_writing = [
-                written[row][-1] not in self.stops and len(written[row]) < most for row in rows
-            ]
-            rows = [row for row, writes in zip(rows, is_writing, strict=True) if writes]
-            if rows:
-                decoder.keep([place for place, writes in enumerate(is_writing) if writes])
-                decoder.feed([[] for _ in rows])
-        return written
+        """Write the observations of new prompts."""
+        for prompt, ids in zip(prompts, imagine(self.lm, prompts, self.settings), strict=True):
+            self.memory[prompt] = Imagined(observation_text(self.lm.codec, ids), ids)
 
     def _measure_entropies(self, prompts: list[tuple[int, ...]]) -> None:
-        trajectories = []
-        for prompt in prompts:
-            trajectory = Trajectory()
-            trajectory.add(list(prompt), Role.ACTION, 0)
-            trajectory.add(self.memory[prompt].ids, Role.OBSERVATION, 1)
-            trajectories.append(trajectory)
-        lengths = [len(trajectory.ids) for trajectory in trajectories]
-        for group in group_by_tokens(lengths, SCORED_TOKENS):
-            batch = pad([trajectories[row] for row in group])
-            entropies = self.lm.backend.entropies(self.lm.network, batch)  # (rows, tokens)
-            means = entropies.sum(1) / batch["mask"].sum(1)
-            for row, mean in zip(group, means, strict=True):
-                self.memory[prompts[row]].entropy = float(mean)
+        written = [self.memory[prompt].ids for prompt in prompts]
+        sums = sum_over_continuations(self.lm, self.lm.backend.entropies, prompts, written)
+        for prompt, total in zip(prompts, sums, strict=True):
+            self.memory[prompt].entropy = total / len(self.memory[prompt].ids)
 
 
 def query_prompt(codec: Codec, query: str, hint: str = "") -> list[int]:

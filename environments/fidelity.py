@@ -5,31 +5,28 @@ sees the query alone, and a simulator the gold facts too. What is counted stands
 evaluation/fidelity.py, and the searches in environments/cases.py.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum, auto
 from pathlib import Path
 
 import numpy as np
 
 from common import runs
-from common.batching import group_by_tokens
 from common.errors import UserError
 from common.progress import tqdm
 from common.run_record import read_run_record
 from common.settings import RolloutSettings, RunSettings
-from data.batches import Batch, pad
-from data.passages import NOTHING_FOUND
 from data.scores import exact_match
 from data.sft_data import read_codec
-from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
+from data.trajectory import Codec, Observation, Provenance
 from environments.cases import AskedFact, Case
 from environments.distilled import (
     COST_FILE,
     EXAMPLES_FILE,
-    SCORED_TOKENS,
     query_prompt,
     read_examples,
 )
+from environments.imagining import imagine, observation_text, sum_over_continuations
 from environments.simulator import USEFUL, hint_of
 from evaluation.fidelity import FactOutcome, Outcome, Statement
 from model import LM
@@ -38,9 +35,6 @@ from tools import split_action
 
 # Stages that are measured: the first was never trained on observations.
 INTERNAL_ROWS = ("sft2", "sft3", "rl1", "rl2")
-
-# network, batch -> a number for each token, 0 where the mask is 0: (rows, tokens).
-Score = Callable[[object, Batch], np.ndarray]
 
 
 # ---- the models of a run -------------------------------------------------------------------------
@@ -114,10 +108,10 @@ def measure_cases(
     if kind == Kind.SIMULATOR:
         cases = [case for case in cases if case.question is not None]
     prompts = [case_prompt(codec, kind, case) for case in cases]
-    written = _imagine(lm, prompts, settings, bar)
+    written = imagine(lm, prompts, settings, bar)
     real = [codec.wrap_observation(case.real)[1:] for case in cases]
-    entropies = _sum_over_continuations(lm, lm.backend.entropies, prompts, written)
-    log_likelihoods = _sum_over_continuations(lm, lm.backend.score, prompts, real)
+    entropies = sum_over_continuations(lm, lm.backend.entropies, prompts, written)
+    log_likelihoods = sum_over_continuations(lm, lm.backend.score, prompts, real)
     outcomes = []
     for row, case in enumerate(cases):
         imagined = observation_text(codec, written[row])
@@ -144,51 +138,6 @@ def case_prompt(codec: Codec, kind: Kind, case: Case) -> list[int]:
     if kind == Kind.SIMULATOR and case.question is not None:
         hint = hint_of(case.question, USEFUL)
     return query_prompt(codec, case.query, hint)
-
-
-def _imagine(
-    lm: LM, prompts: Sequence[list[int]], settings: RolloutSettings, bar: tqdm
-) -> list[list[int]]:
-    """Return the ids that a model writes after each prompt, with the tag that closes them."""
-    stops = [lm.codec.end_result_id, lm.codec.eos_id]
-    written: list[list[int]] = [[] for _ in prompts]
-    # Prompts of like length are read together.
-    shortest_first = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for start in range(0, len(prompts), settings.batch_rows):
-        rows = shortest_first[start : start + settings.batch_rows]
-        # One token more than an observation may have, for the tag that closes it.
-        limits = [settings.max_observation + 1] * len(rows)
-        decoder = lm.decoder([prompts[row] for row in rows])
-        batch, _ = decoder.decode(stops, limits, 0.0)
-        for row, ids in zip(rows, batch, strict=True):
-            written[row] = ids
-        bar.update(len(rows))
-    return written
-
-
-def observation_text(codec: Codec, ids: list[int]) -> str:
-    """Return what a model imagined as a policy would read it."""
-    words = [token for token in ids if token not in (codec.end_result_id, codec.eos_id)]
-    return codec.decode(words).strip() or NOTHING_FOUND
-
-
-def _sum_over_continuations(
-    lm: LM, score: Score, prompts: Sequence[list[int]], continuations: Sequence[list[int]]
-) -> list[float]:
-    """Return for each continuation of a prompt the sum of a score over its tokens."""
-    trajectories = []
-    for prompt, ids in zip(prompts, continuations, strict=True):
-        trajectory = Trajectory()
-        trajectory.add(prompt, Role.PROMPT, 0)
-        trajectory.add(ids, Role.OBSERVATION, 1)
-        trajectories.append(trajectory)
-    sums = [0.0] * len(trajectories)
-    lengths = [len(trajectory.ids) for trajectory in trajectories]
-    for group in group_by_tokens(lengths, SCORED_TOKENS):
-        batch = pad([trajectories[row] for row in group])
-        for row, total in zip(group, score(lm.network, batch).sum(1), strict=True):
-            sums[row] = float(total)
-    return sums
 
 
 def _fact_outcome(task: Task, case: Case, imagined: str) -> FactOutcome | None:
