@@ -189,10 +189,14 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
         # has the figures of the last one; they are 0 where all groups are skipped.
         advantages = group_advantages(batch.rewards, settings.advantage_std).ravel()
         skipped = groups_to_skip(batch)
-        learned = np.flatnonzero(~skipped.repeat(settings.rollouts))
+        teaches = ~skipped.repeat(settings.rollouts)
         if settings.observation_coef:
             # What the tool said is learned from all groups.
-            learned = np.arange(len(batch.trajectories))
+            says_something = [
+                any(real_observation_mask(trajectory)) for trajectory in batch.trajectories
+            ]
+            teaches = teaches | np.array(says_something)
+        learned = np.flatnonzero(teaches)
         warmup = min(1.0, (step + 1) / WARMUP_STEPS)
         rate = settings.rl_lr * (stage.rate_scale * warmup)
         figures = {"loss": 0.0, "grad_norm": 0.0}

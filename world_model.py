@@ -136,12 +136,16 @@ class Cost:
 
 def distill(settings: DistillSettings) -> None:
     """Train a network to say what the tool says, query -> observation."""
+    folder = runs.run_folder(settings) / settings.world_model
+    refuse_other_folder(folder)
+    if settings.resume and (folder / COST_FILE).is_file():
+        print(f"{settings.world_model}: in {folder.parent} already")
+        return
+    runs.refuse_other_seed(settings, folder)
     task = open_task(settings)
     lm = new_world_model(settings, task)
     if not memory.report(lm, settings, "sft", nll_loss):
         return
-    folder = runs.run_folder(settings) / settings.world_model
-    refuse_other_folder(folder)
     runs.prepare_stage_folders(settings, [folder.name], "")
 
     # What the tool says, and what asking it costs.
@@ -312,9 +316,10 @@ def load_world_model(settings: DistillSettings) -> WorldModel:
     """Return the world model of a run, as a tool."""
     folder = runs.run_folder(settings) / settings.world_model
     world_model = WorldModel(model.load(folder, settings), settings)
-    learned = list(read_examples(folder))
-    if not settings.gold_facts and len(learned) <= ANSWERED_AT_ONCE:
-        world_model(learned)
+    if not settings.gold_facts:
+        learned = list(read_examples(folder))
+        if len(learned) <= ANSWERED_AT_ONCE:
+            world_model(learned)
     return world_model
 
 

@@ -220,19 +220,25 @@ def plan_rl(settings: StageSettings) -> StagePlan:
 
 def _checked(plan: StagePlan, settings: StageSettings) -> StagePlan:
     """Return the plan; raise UserError where --resume meets a checkpoint of another seed."""
-    if not plan.todo or not settings.resume:
-        return plan
-    folder = plan.folder_of(plan.todo[0])
+    if plan.todo:
+        refuse_other_seed(settings, plan.folder_of(plan.todo[0]))
+    return plan
+
+
+def refuse_other_seed(settings: TrainingSettings, folder: Path) -> None:
+    """Raise UserError where --resume would go on with a checkpoint of another seed.
+
+    folder: of the stage that goes on.
+    """
     record = read_run_record(settings.run).stages.get(folder.name)
-    if record is None or not _is_saved(checkpoint_of(folder)):
-        return plan
+    if not settings.resume or record is None or not _is_saved(checkpoint_of(folder)):
+        return
     begun_with = record.settings["seed"]
     if begun_with != settings.seed:
         raise UserError(
             f"--seed: {checkpoint_of(folder)} was begun with {begun_with}, not {settings.seed}; "
             "repeat that, or leave --resume out to train the stage anew"
         )
-    return plan
 
 
 def stages_to_do(settings: StageSettings, folders: Sequence[str], start: str) -> list[str]:

@@ -49,9 +49,9 @@ class EnvironmentSettings(DistillSettings):
     # What chooses between world model and tool in a mixed environment: a schedule over the steps,
     # or the world model's confidence.
     mixed_by: ChosenBy = "confidence"
-    # Share of the searches that the tool answers in a mixed environment. By schedule it is the mean
-    # of a share that rises over the steps; by confidence, the share of held-out searches of which
-    # the world model is least sure.
+    # Share of the searches that the tool answers in a mixed environment. By schedule it is a mean,
+    # and the share rises over the steps; by confidence, it is the share of held-out searches of
+    # which the world model is least sure.
     real_share: ShareOrAll = 1 / 6
     # Searches that the tool of a mixed stage may answer in all; after them the world model answers
     # alone. 0: any number.
@@ -89,8 +89,10 @@ def open_environment(
     calls: dict[str, str] = {}
     if name in ("distilled", "mixed") and not settings.gold_facts:
         calls = read_examples(runs.run_folder(settings) / settings.world_model)
-    elif name == "internal" and stage == "rl1" and settings.rl1_pool == "rl1":
-        for chain in read_trajectories(runs.run_folder(settings) / "data" / "coa.jsonl"):
+    chains_file = runs.run_folder(settings) / "data" / "coa.jsonl"
+    imagines_sfts_world = name == "internal" and stage == "rl1" and settings.rl1_pool == "rl1"
+    if imagines_sfts_world and chains_file.is_file():
+        for chain in read_trajectories(chains_file):
             calls |= calls_of(codec, chain)
     environment.known_answers = {
         query: codec.fit(observation, settings.max_observation)
@@ -136,7 +138,8 @@ def _refuse_contradictions(
 ) -> None:
     """Raise UserError for settings that do not go with the environments of the stages."""
     names = [environment_name(stage, settings) for stage in stages]
-    if settings.max_real_calls and "mixed" not in names:
+    environments = (settings.rl1_environment, settings.rl2_environment)
+    if settings.max_real_calls and "mixed" not in environments:
         raise UserError(
             "--max_real_calls: only a mixed environment can go on without the tool; "
             "take --rl1_environment=mixed or --rl2_environment=mixed"

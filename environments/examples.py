@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import read_jsonl
+from common.run_record import read_run_record
 from data.passages import neutralize
 from data.sft_data import read_trajectories
 from data.trajectory import Codec, Provenance, Role, Trajectory
@@ -102,7 +103,13 @@ def logged_calls(
     """
     calls: dict[str, str] = {}
     paths = [root / stage / "calls.jsonl" for stage in stages]
-    for path in paths or sorted(root.glob("*/calls.jsonl")):
+    if not stages:
+        paths = [
+            path
+            for path in sorted(root.glob("*/calls.jsonl"))
+            if sft_has_same_tool or not _asked_about_sfts_world(root, path.parent.name)
+        ]
+    for path in paths:
         for _, row in read_jsonl(path, "a call", "--logs_of"):
             if row.get("provenance") == Provenance.REAL:
                 calls[row["query"]] = row["text"]
@@ -112,6 +119,14 @@ def logged_calls(
     if not calls:
         raise UserError(f"--sources=logs: no call is logged in {root}; {MAKE_CALLS}")
     return calls
+
+
+def _asked_about_sfts_world(root: Path, stage: str) -> bool:
+    """Whether the questions of an RL stage were those of RL-1's own pool."""
+    record = read_run_record(root.name).stages.get(stage)
+    if record is None or record.settings.get("rl1_pool") != "rl1":
+        return False
+    return record.settings["stage"] == "rl1" or stage == "rl1"
 
 
 def calls_of(codec: Codec, trajectory: Trajectory) -> dict[str, str]:

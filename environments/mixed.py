@@ -45,14 +45,15 @@ class Schedule:
     """Chooses a share of the queries, which rises evenly over the steps of a stage."""
 
     def __init__(self, real_share: float, steps: int) -> None:
-        """Begin at step 0. real_share: the mean share over the stage."""
+        """Begin at step 0. real_share: the mean share over the stage, up to a half."""
         self.real_share = real_share
         self.steps = steps
         self.step = 0
 
     def share(self) -> float:
         """Return the share of this step: it rises from 0 to twice the mean, and to all at most."""
-        return min(1.0, 2 * self.real_share * self.step / max(1, self.steps - 1))
+        progress = (self.step + 0.5) / self.steps
+        return min(1.0, 2 * self.real_share * progress)
 
     def __call__(self, queries: list[str]) -> list[bool]:
         """Return which queries the tool should answer; within a step a query keeps its answer."""

@@ -1,5 +1,6 @@
 """The scripts as a user runs them, tiny, start to end, in a folder of its own."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -8,6 +9,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, read_rows, run_here, run_in_shell, strict_json, tiny_lm
+from conftest import CPU, ROOT, read_rows, run_here, run_in_shell, strict_json, tiny_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import backends.torch as torch_backend
@@ -23,28 +25,28 @@ import bench
 import model
 import train_rl
 import train_sft
-import world_model
 from common import runs
 from common.errors import UserError
 from common.settings import read_settings
 from data.scores import exact_match
 from data.sft_data import read_sft_data
 from data.trajectory import Role
+from environments.distilled import COST_FILE, EXAMPLES_FILE, read_examples
 from tasks import open_task
 
 TINY = (
     "--run=tiny --width=64 --layers=2 --base_tokens=120000 --batch_tokens=2000 --coa=500 --cot=40"
     " --pairs=40 --epochs=2 --max_len=200 --rl1_steps=2 --rl2_steps=2 --questions=6 --rollouts=3"
-    " --rl_questions=20 --eval_questions=4"
+    " --rl_questions=20 --eval_questions=4 --world_model_width=64 --world_model_layers=2"
+    " --sweep_share=0.05 --world_model_epochs=3"
 ).split()
 STAGES = ("base", "sft1", "sft2", "sft3", "rl1", "rl2")
-STAGE_FILES = {
+MODEL_FILES = {
     "config.json",
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
     "log.jsonl",
-    "rollouts.jsonl",
 }
 SETS = {"single", "typed", "bridge", "compare", "chain", "compose"}
 ROWS = [
@@ -92,10 +94,14 @@ def succeed(cwd: Path, script: str, *arguments: Any) -> Any:
 
 # ---- folders and files ---------------------------------------------------------------------------
 def test_nothing_is_left_over(whole_run: Any) -> None:
-    """All stages and files, nothing partial, and nothing written elsewhere."""
+    """All stages and files, nothing partial, and nothing written elsewhere.
+
+    RL-1 is in a distilled environment, so RL-2 alone has calls of the tool.
+    """
     assert [path.name for path in whole_run.cwd.iterdir()] == ["out"]
     expected = {
         *STAGES,
+        "world_model",
         "data",
         "eval.json",
         "known.json",
@@ -105,7 +111,12 @@ def test_nothing_is_left_over(whole_run: Any) -> None:
     }
     assert {path.name for path in whole_run.root.iterdir()} == expected
     for stage in STAGES:
-        assert {path.name for path in (whole_run.root / stage).iterdir()} == STAGE_FILES
+        files = MODEL_FILES | {"rollouts.jsonl"}
+        if stage == "rl2":
+            files = files | {"calls.jsonl"}
+        assert {path.name for path in (whole_run.root / stage).iterdir()} == files
+    files = {path.name for path in (whole_run.root / "world_model").iterdir()}
+    assert files == MODEL_FILES | {COST_FILE, EXAMPLES_FILE}
     # In a file a progress bar is a line now and then.
     for script in (whole_run.train_sft, whole_run.train_rl, whole_run.eval):
         assert script.err.count("\r") < 60
@@ -115,13 +126,15 @@ def test_a_run_remembers_its_settings(whole_run: Any) -> None:
     """Each stage was trained with what the first command was given, and that is recorded."""
     record = strict_json((whole_run.root / "settings.json").read_text())
     assert record["given"]["coa"] == 500
-    assert list(record["stages"]) == ["base", "data", "sft1", "sft2", "sft3", "rl1", "rl2"]
+    supervised = ["base", "data", "sft1", "sft2", "sft3"]
+    assert list(record["stages"]) == [*supervised, "world_model", "rl1", "rl2"]
+    assert record["stages"]["world_model"]["settings"]["world_model_width"] == 64
     assert record["stages"]["rl1"]["settings"]["questions"] == 6
     assert record["stages"]["rl1"]["settings"]["max_len"] == 200
     assert len(read_rows(whole_run.root / "rl1" / "log.jsonl")) == 2
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "world_model"])
 def test_a_stage_loads_in_transformers(whole_run: Any, stage: Any) -> None:
     """With the same logits and the same tokens as in this project."""
     folder = whole_run.root / stage
@@ -149,7 +162,7 @@ def test_each_stage_moves_the_weights(whole_run: Any) -> None:
 
 
 # ---- logs and samples ----------------------------------------------------------------------------
-@pytest.mark.parametrize("stage", ["base", "sft2", "sft3"])
+@pytest.mark.parametrize("stage", ["base", "sft2", "sft3", "world_model"])
 def test_logs_of_supervised_stages(whole_run: Any, stage: str) -> None:
     """A line a step, finite figures, and a loss that falls."""
     log = read_rows(whole_run.root / stage / "log.jsonl")
@@ -179,6 +192,8 @@ def test_logs_of_rl(whole_run: Any, stage: str) -> None:
         "malformed",
         "forced",
         "skipped_groups",
+        "real_calls",
+        "distinct_calls",
         "tokens_per_second",
         "seconds_rollout",
         "seconds_update",
@@ -193,6 +208,43 @@ def test_logs_of_rl(whole_run: Any, stage: str) -> None:
         assert 0 <= row["malformed"] <= 1
         assert row["kl"] >= 0
         assert row["entropy"] > 0
+
+
+def test_calls_of_the_tool_are_counted(whole_run: Any) -> None:
+    """None in RL-1, and in RL-2 those of its rollouts, of which calls.jsonl has each."""
+    for row in read_rows(whole_run.root / "rl1" / "log.jsonl"):
+        assert (row["real_calls"], row["distinct_calls"]) == (0, 0)
+    log = read_rows(whole_run.root / "rl2" / "log.jsonl")
+    calls = read_rows(whole_run.root / "rl2" / "calls.jsonl")
+    for row in log:
+        made = [call for call in calls if call["step"] <= row["step"]]
+        assert row["real_calls"] == sum(call["raw_calls"] for call in made)
+        assert row["distinct_calls"] == sum("text" in call for call in made)
+    # Each rollout's actions are searches here, but for a few that call another tool.
+    actions = 18 * sum(row["actions"] for row in log)
+    assert 0.8 * actions < log[-1]["real_calls"] <= actions
+    assert 0 < log[-1]["distinct_calls"] <= log[-1]["real_calls"]
+    line = f"rl2: {log[-1]['real_calls']} searches were answered by the tool, "
+    assert f"{line}{log[-1]['distinct_calls']} different ones" in whole_run.train_rl.out
+
+
+def test_what_a_world_model_cost(whole_run: Any) -> None:
+    """Calls of the sweep and of the held-out searches, tokens, and how well it imitates."""
+    folder = whole_run.root / "world_model"
+    cost = strict_json((folder / COST_FILE).read_text())
+    assert cost["sources"] == ["sweep"]
+    assert len(read_examples(folder)) == len(read_rows(folder / EXAMPLES_FILE)) == cost["examples"]
+    assert cost["calls"] == cost["examples"] + len(cost["held_out"])
+    assert f"out/tiny/world_model: {cost['calls']:,} calls of the tool" in whole_run.train_rl.out
+    log = read_rows(folder / "log.jsonl")
+    # Three passes.
+    assert sum(row["tokens"] for row in log) == pytest.approx(3 * cost["tokens"], rel=0.02)
+    for call in cost["held_out"]:
+        assert call["entropy"] > 0
+    exact = [call["is_exact"] for call in cost["held_out"]]
+    assert cost["exact_on_held_out"] == pytest.approx(np.mean(exact))
+    assert 0 <= cost["exact_on_learned"] <= 1
+    assert cost["seconds_of_training"] > 0
 
 
 def test_a_stage_says_what_a_step_takes(whole_run: Any) -> None:
@@ -373,31 +425,12 @@ def test_ask_one_question(whole_run: Any) -> None:
     assert "rl2" in printed
 
 
-def test_fidelity_of_the_world_model(
-    copied_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """world_model.py measures each stage from SFT-2 on, and writes what it prints."""
-    monkeypatch.chdir(copied_run.cwd)
-    monkeypatch.setattr(world_model, "TRAINING_CHAINS", 20)
-    monkeypatch.setattr(sys, "argv", ["x", "--run=tiny", "--eval_questions=1"])
-    world_model.run(read_settings(world_model.FidelitySettings, "doc"))
-    printed = capsys.readouterr().out
-    result = strict_json((copied_run.root / "world_model.json").read_text())
-    assert list(result) == ["sft2", "sft3", "rl1", "rl2"]
-    for stage, figures in result.items():
-        assert stage in printed
-        for on in ("training", "unseen"):
-            assert figures[on]["nll"] > 0
-            assert 0 <= figures[on]["title"] <= 1
-            assert 0 <= figures[on]["words"] <= 1
-            assert figures[on]["searches"] > 0
-    assert result["sft3"]["training"]["nll"] < result["sft2"]["training"]["nll"]
-
-
 # ---- again, and on from where it stopped ---------------------------------------------------------
 def test_a_stage_again_is_the_same(copied_run: Any) -> None:
     """The same start and seed: the same losses and weights, in another folder."""
-    succeed(copied_run.cwd, "train_rl.py", "--run=tiny", "--stage=rl1", "--out=again")
+    printed = succeed(copied_run.cwd, "train_rl.py", "--run=tiny", "--stage=rl1", "--out=again")
+    # The world model is the one that is there.
+    assert "world_model" not in printed
     logs = [read_rows(copied_run.root / stage / "log.jsonl") for stage in ("rl1", "again")]
     first, again = ([(row["loss"], row["reward"]) for row in log] for log in logs)
     assert first == again
@@ -430,6 +463,21 @@ def test_an_interrupted_run_goes_on(whole_run: Any, tmp_path: Path) -> None:
         assert (root / file).read_bytes() == (whole_run.root / file).read_bytes(), file
 
 
+@contextlib.contextmanager
+def stopped_behind(monkeypatch: pytest.MonkeyPatch, steps_kept: int) -> Iterator[None]:
+    """Stop a stage behind a step; one more is trained and logged, and not kept."""
+    save_if_due = runs.Checkpoint.save_if_due
+
+    def stop(self: Any, steps: int) -> None:
+        if steps > steps_kept:
+            raise KeyboardInterrupt
+        save_if_due(self, steps)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs.Checkpoint, "save_if_due", stop)
+        yield
+
+
 @pytest.mark.parametrize(
     ("script", "settings_class", "stage", "stop_behind"),
     [
@@ -449,28 +497,17 @@ def test_a_stage_goes_on_from_its_checkpoint(
 ) -> None:
     """Stopped inside a stage, --resume ends with the weights, log and rollouts of a whole run."""
     root = tmp_path / "out" / "tiny"
-    shutil.copytree(whole_run.root / "data", root / "data")
-    for name in STAGES[: STAGES.index(stage)]:
+    for name in ("data", "world_model", *STAGES[: STAGES.index(stage)]):
         shutil.copytree(whole_run.root / name, root / name)
     shutil.copy(whole_run.root / "settings.json", root / "settings.json")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x", "--run=tiny", "--save_minutes=0", "--resume"])
-    save_if_due = runs.Checkpoint.save_if_due
-
-    def stop(self: Any, steps: int) -> None:
-        # One more step is trained and logged, and not kept.
-        if steps > stop_behind:
-            raise KeyboardInterrupt
-        save_if_due(self, steps)
-
-    monkeypatch.setattr(runs.Checkpoint, "save_if_due", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_behind(monkeypatch, stop_behind):
         script.run(read_settings(settings_class, "doc"))
     assert not (root / stage).exists()
     partial_log = read_rows(root / f"{stage}.partial" / "log.jsonl")
     assert len(partial_log) == stop_behind + 1
 
-    monkeypatch.setattr(runs.Checkpoint, "save_if_due", save_if_due)
     script.run(read_settings(settings_class, "doc"))
     for file in ("model.safetensors", "rollouts.jsonl"):
         assert (root / stage / file).read_bytes() == (whole_run.root / stage / file).read_bytes()
@@ -479,6 +516,81 @@ def test_a_stage_goes_on_from_its_checkpoint(
     assert resumed == whole
     assert not list(root.glob("*.checkpoint"))
     assert not list(root.glob("*.partial"))
+
+
+def test_a_mixed_stage_goes_on_with_its_counts(
+    copied_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped and resumed it ends with the weights, calls and counts of a whole stage.
+
+    By confidence, with a budget, and with a loss on what the tool said.
+    """
+    monkeypatch.chdir(copied_run.cwd)
+    arguments = [
+        "--run=tiny",
+        "--stage=rl1",
+        "--rl1_environment=mixed",
+        "--real_share=0.4",
+        "--max_real_calls=12",
+        "--observation_coef=0.1",
+        "--save_minutes=0",
+    ]
+    succeed(copied_run.cwd, "train_rl.py", *arguments, "--out=whole")
+    monkeypatch.setattr(sys, "argv", ["x", *arguments, "--out=resumed", "--resume"])
+    with stopped_behind(monkeypatch, 1):
+        train_rl.run(read_settings(train_rl.RLSettings, "doc"))
+    train_rl.run(read_settings(train_rl.RLSettings, "doc"))
+
+    whole = copied_run.root / "whole"
+    resumed = copied_run.root / "resumed"
+    for file in ("model.safetensors", "rollouts.jsonl", "calls.jsonl"):
+        assert (resumed / file).read_bytes() == (whole / file).read_bytes(), file
+    counts = []
+    for folder in (whole, resumed):
+        log = read_rows(folder / "log.jsonl")
+        counts.append([(row["real_calls"], row["distinct_calls"], row["loss"]) for row in log])
+    assert counts[0] == counts[1]
+    calls = read_rows(whole / "calls.jsonl")
+    raw_calls = sum(row["raw_calls"] for row in calls)
+    distinct_calls = sum("text" in row for row in calls)
+    assert (raw_calls, distinct_calls) == counts[0][-1][:2]
+    assert 0 < raw_calls <= 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_real_calls=5"], "--max_real_calls: only a mixed environment"),
+        (["--rl1_pool=rl1"], "--rl1_pool=rl1: its questions are about SFT's world"),
+        (["--seed=5"], "--seed: out/tiny/world_model was distilled with 0; repeat that, or remove"),
+        (["--top_k=1"], "--top_k: out/tiny/world_model was distilled with "),
+        (["--world_model=sft2"], "--world_model: out/tiny/sft2 holds a stage of the run"),
+    ],
+)
+def test_environments_that_are_refused(copied_run: Any, arguments: list[str], message: str) -> None:
+    """One line says why, and nothing is trained, written or removed."""
+    (copied_run.root / "rl1.checkpoint").mkdir()
+    before = sorted(copied_run.cwd.rglob("*"))
+    record = (copied_run.root / "settings.json").read_bytes()
+    done = run_here(copied_run.cwd, "train_rl.py", "--run=tiny", *arguments)
+    assert done.status == 2
+    (line,) = done.err.splitlines()
+    assert message in line
+    assert sorted(copied_run.cwd.rglob("*")) == before
+    assert (copied_run.root / "settings.json").read_bytes() == record
+
+
+def test_a_world_model_of_logged_calls(copied_run: Any) -> None:
+    """RL-2's calls are what it learns from; only the searches that calibrate it are made."""
+    arguments = ["--run=tiny", "--sources=logs", "--world_model=from_logs"]
+    printed = succeed(copied_run.cwd, "world_model.py", "distill", *arguments)
+    cost = strict_json((copied_run.root / "from_logs" / COST_FILE).read_text())
+    calls = read_rows(copied_run.root / "rl2" / "calls.jsonl")
+    assert cost["examples"] == len({call["query"] for call in calls})
+    assert cost["calls"] == len(cost["held_out"])
+    assert "out/tiny/from_logs" in printed
+    # It has another name than the run's own, which stays.
+    assert (copied_run.root / "world_model" / COST_FILE).is_file()
 
 
 @pytest.mark.parametrize(
@@ -565,12 +677,28 @@ def test_bench(
 
 
 def test_defaults_are_the_paper_counts() -> None:
-    """1,500 pairs; 5,000 + 1,000 trajectories, 2 epochs; 80 + 16 steps of 48 x 5 over 4,608."""
+    """1,500 pairs; 5,000 + 1,000 trajectories, 2 epochs; 80 + 16 steps of 48 x 5 over 4,608.
+
+    The world model is where the defaults depart: a separate network, and a lighter SFT-3.
+    """
     sft = train_sft.SFTSettings()
     assert (sft.pairs, sft.coa, sft.cot, sft.epochs, sft.alpha) == (1500, 5000, 1000, 2, 0.2)
+    assert (sft.sft3_epochs, sft.sft3_observation_coef) == (1, 0.1)
     rl = train_rl.RLSettings()
     assert (rl.rl1_steps, rl.rl2_steps, rl.questions, rl.rollouts) == (80, 16, 48, 5)
     assert rl.rl_questions == 4608
+    assert (rl.rl1_environment, rl.rl2_environment, rl.rl1_pool) == ("distilled", "real", "rl2")
+    assert rl.observation_coef == 0
+
+
+def test_the_paper_recipe_is_a_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SFT-3 at full weight for two epochs, and a policy that imagines in RL-1, at no cost."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", str(ROOT / "config" / "paper.py")])
+    sft = read_settings(train_sft.SFTSettings, "doc")
+    assert (sft.sft3_epochs, sft.sft3_observation_coef) == (2, 1)
+    rl = read_settings(train_rl.RLSettings, "doc")
+    assert (rl.rl1_environment, rl.rl1_pool, rl.rl1_call_cost) == ("internal", "rl1", 0)
 
 
 # ---- slow ----------------------------------------------------------------------------------------
@@ -613,6 +741,8 @@ def test_both_backends_learn_the_same(tmp_path: Path) -> None:
         "--run=p --width=64 --layers=2 --base_tokens=1800000 --coa=1200 --cot=60 --pairs=60"
         " --epochs=2 --max_len=200 --rl1_steps=8 --rl2_steps=20 --questions=12 --rollouts=4"
         " --rl_questions=192 --rl_lr=7e-5 --call_cost=0 --eval_questions=40"
+        " --rl1_environment=internal --rl1_pool=rl1 --rl1_call_cost=0"
+        " --sft3_epochs=2 --sft3_observation_coef=1"
     ).split()
     found = {}
     for backend in ("torch", "mlx"):

@@ -61,7 +61,19 @@ def slow_grpo(logp: Any, batch: Any) -> Any:
                 reference = math.exp(batch["ref"][row][column])
                 quotient = reference / math.exp(logp[row][column])
                 total += batch["beta"] * (quotient - math.log(quotient) - 1)
-    return total / batch["norm"]
+    total /= batch["norm"]
+    if batch["observation_coef"]:
+        total += batch["observation_coef"] * slow_observation_loss(logp, batch)
+    return total
+
+
+def slow_observation_loss(logp: Any, batch: Any) -> Any:
+    total = 0.0
+    for row, mask in zip(logp, batch["observation_mask"], strict=True):
+        for logprob, is_observed in zip(row, mask, strict=True):
+            if is_observed:
+                total += -logprob
+    return total / batch["observation_norm"]
 
 
 def example(name: str) -> Any:
@@ -84,6 +96,14 @@ def example(name: str) -> Any:
         batch["clip_high"] = 0.28
         batch["beta"] = 0.5 if name == "grpo with KL" else 0.0
         batch["ref"] = logp + rng.uniform(-0.5, 0.5, logp.shape)
+        batch["observation_coef"] = 0.0
+    if "observations" in name:
+        # None of the policy's tokens, and no first token.
+        is_observed = (rng.random(mask.shape) < 0.7) & (mask == 0)
+        is_observed[:, 0] = False
+        batch["observation_mask"] = is_observed.astype(float)
+        batch["observation_norm"] = 5.0
+        batch["observation_coef"] = 0.3
     return logp, batch
 
 
@@ -92,6 +112,8 @@ LOSSES = {
     "contrastive": (autocoa.contrastive_loss, slow_contrastive),
     "grpo": (autocoa.grpo_loss, slow_grpo),
     "grpo with KL": (autocoa.grpo_loss, slow_grpo),
+    "grpo with observations": (autocoa.grpo_loss, slow_grpo),
+    "observations": (autocoa.observation_loss, slow_observation_loss),
 }
 
 
@@ -137,7 +159,13 @@ def test_gradient(name: Any) -> None:
     for index in np.ndindex(logp.shape):
         slope = (moved(index, 1e-6) - moved(index, -1e-6)) / 2e-6
         assert gradient[index].item() == pytest.approx(slope, abs=1e-6)
-    assert not gradient[torch.as_tensor(batch["mask"]) == 0].any()
+    is_learned = batch["mask"] > 0
+    if name == "observations":
+        is_learned = np.zeros_like(is_learned)
+    if "observation_mask" in batch:
+        is_learned = is_learned | (batch["observation_mask"] > 0)
+    assert is_learned.any()
+    assert not gradient[torch.as_tensor(~is_learned)].any()
 
 
 @pytest.mark.parametrize(
@@ -167,6 +195,7 @@ def test_clipping_by_hand(ratio: float, advantage: int, slope: float) -> None:
         "clip_high": 0.28,
         "beta": 0.0,
         "norm": 1.0,
+        "observation_coef": 0.0,
     }
     autocoa.grpo_loss(torch, logp, to_torch(batch)).backward()
     assert logp.grad is not None
@@ -231,15 +260,19 @@ def batches_of(name: str, chains: Any, micro_tokens: Any) -> Any:
     settings = RLSettings(
         micro_tokens=micro_tokens, temperature=1.0, kl=0.0, clip_low=5.0, clip_high=5.0
     )
+    if name == "grpo with observations":
+        settings.observation_coef = 0.5
     advantages = np.array([0.5, -0.5, 0.25, -0.25, 1.0, -1.0])
+    none_skipped = np.zeros(6, bool)
     no_reference: Any = None
-    return update_batches(chains, advantages, no_reference, settings)
+    return update_batches(chains, advantages, none_skipped, no_reference, settings)
 
 
 SCRIPT_LOSSES = {
     "nll": autocoa.nll_loss,
     "contrastive": autocoa.contrastive_loss,
     "grpo": autocoa.grpo_loss,
+    "grpo with observations": autocoa.grpo_loss,
 }
 
 
@@ -315,7 +348,7 @@ def chain_that_ends_in_observation(codec: Codec, text: str) -> Any:
     return chain
 
 
-@pytest.mark.parametrize("name", SCRIPT_LOSSES)
+@pytest.mark.parametrize("name", ["nll", "contrastive", "grpo"])
 def test_observations_carry_no_loss(codec: Codec, lm: LM, name: Any) -> None:
     """Other tokens in an observation at the end of a trajectory change nothing.
 
@@ -338,6 +371,33 @@ def test_observations_carry_no_loss(codec: Codec, lm: LM, name: Any) -> None:
         learned, _ = step(text, learns_observations=True)
         other_learned, _ = step(other_text, learns_observations=True)
         assert learned != pytest.approx(other_learned, abs=1e-3)
+
+
+def test_observations_are_learned_beside_the_policy(codec: Codec, lm: LM) -> None:
+    """With a coefficient, a step of RL adds the next-token loss of what the tool said.
+
+    It is the difference to the step without, and the gradients add up likewise.
+    """
+    chains = sampled_chains(codec)
+    plain, plain_gradient = loss_and_gradient(
+        lm.network, autocoa.grpo_loss, batches_of("grpo", chains, 500)
+    )
+    both, both_gradient = loss_and_gradient(
+        lm.network, autocoa.grpo_loss, batches_of("grpo with observations", chains, 500)
+    )
+    observed = []
+    for chain in chains:
+        mask = [float(role == Role.OBSERVATION) for role in chain.role]
+        observed.append(Trajectory(chain.ids, mask, chain.role))
+    observation, observation_gradient = loss_and_gradient(
+        lm.network, autocoa.nll_loss, language_batches(observed, 500)
+    )
+    assert observation > 1
+    assert both == pytest.approx(plain + 0.5 * observation, abs=1e-5)
+    expected = {
+        name: plain_gradient[name] + 0.5 * part for name, part in observation_gradient.items()
+    }
+    torch.testing.assert_close(both_gradient, expected, atol=1e-5, rtol=1e-3)
 
 
 def test_observations_are_learned_by_role(codec: Codec) -> None:

@@ -38,7 +38,7 @@ from common.errors import UserError
 from common.memory import training_bytes
 from common.settings import ModelSettings, RolloutSettings
 from data.batches import language_batches, pad
-from data.trajectory import Codec, Observation
+from data.trajectory import Codec, Observation, Role
 from model import LM
 from train_rl import RLSettings, update_batches
 
@@ -568,7 +568,8 @@ def test_gradient_of_clipped_grpo(codec: Codec) -> None:
     advantages = np.array([0.5, -0.5, 0.25, -0.25, 1.0, -1.0])
 
     def step(policy: Any, kl_reference: Any) -> Any:
-        batches = update_batches(chains, advantages, kl_reference, settings)
+        none_skipped = np.zeros(6, bool)
+        batches = update_batches(chains, advantages, none_skipped, kl_reference, settings)
         assert sum(len(batch["ids"]) for batch in batches) == 6
         assert all("ref" in batch for batch in batches)
         return loss_and_gradients(policy, autocoa.grpo_loss, batches, 0.7)
@@ -577,6 +578,82 @@ def test_gradient_of_clipped_grpo(codec: Codec) -> None:
     loss, gradients = step(mlx_twin(lm), mlx_twin(reference))
     assert expected_loss == pytest.approx(loss, rel=2e-6)
     assert_gradients_agree(gradients, expected)
+
+
+def loss_on_all_logits(network: Any, chains: Any, advantages: Any, coefficient: float) -> Any:
+    """Return RL's loss, written again: a row at a time, with the logits of every token.
+
+    The policy's tokens are at temperature 0.7, those of observations at 1.
+    """
+    policy_total: Any = 0.0
+    observation_total: Any = 0.0
+    policy_tokens = 0.0
+    observation_tokens = 0.0
+    for chain, advantage in zip(chains, advantages, strict=True):
+        ids = torch.tensor([chain.ids])
+        logits = network.logits(network(ids[:, :-1]))[0]
+        targets = ids[0, 1:, None]
+        policy_logp = (logits / 0.7).log_softmax(-1).gather(1, targets)[:, 0]
+        world_logp = logits.log_softmax(-1).gather(1, targets)[:, 0]
+        mask = torch.tensor(chain.mask[1:])
+        is_observed = torch.tensor([float(role == Role.OBSERVATION) for role in chain.role[1:]])
+        ratio = (policy_logp - torch.tensor(chain.logprobs[1:])).exp()
+        surrogate = torch.minimum(ratio * advantage, ratio.clip(0.8, 1.28) * advantage)
+        policy_total = policy_total - (surrogate * mask).sum()
+        observation_total = observation_total - (world_logp * is_observed).sum()
+        policy_tokens += mask.sum()
+        observation_tokens += is_observed.sum()
+    return policy_total / policy_tokens + coefficient * observation_total / observation_tokens
+
+
+def test_observations_are_learned_at_temperature_1(codec: Codec) -> None:
+    """The policy's tokens at RL's 0.7: loss and gradients of both twins, in several micro-batches.
+
+    Against a loss on all logits, without masks or heads on masked positions. Guards: an auxiliary
+    loss at the temperature of sampling, and normalisers of a micro-batch.
+    """
+    lm = tiny_lm(codec, noise=0.1)
+    chains = sampled_chains(codec)
+    rng = np.random.default_rng(0)
+    for chain in chains:
+        logp = torch_backend.score(lm.network, pad([chain]), 0.7)[0]
+        change = rng.uniform(-0.4, 0.4, logp.shape)
+        chain.logprobs = (logp + change * np.array(chain.mask)).tolist()
+    advantages = np.array([0.5, -0.5, 0.25, -0.25, 1.0, -1.0])
+    lm.network.zero_grad()
+    expected_loss = loss_on_all_logits(lm.network, chains, advantages, 0.4)
+    expected_loss.backward()
+    expected = {name: np.array(weight.grad) for name, weight in lm.network.named_parameters()}
+
+    settings = RLSettings(micro_tokens=150, temperature=0.7, observation_coef=0.4)
+    batches = update_batches(chains, advantages, np.zeros(6, bool), lm, settings)
+    assert len(batches) > 1
+    for one in (lm, mlx_twin(lm)):
+        loss, gradients = loss_and_gradients(one, autocoa.grpo_loss, batches, 0.7)
+        assert loss == pytest.approx(expected_loss.item(), rel=1e-5)
+        assert_gradients_agree(gradients, expected)
+
+
+def test_entropies_equal_those_of_the_logits(codec: Codec) -> None:
+    """Nats of the distribution behind each learned token, at temperature 1; 0 elsewhere."""
+    lm = tiny_lm(codec, noise=0.1)
+    chains = sampled_chains(codec)
+    batch = pad(chains)
+    expected = np.zeros(batch["ids"].shape)
+    for row, chain in enumerate(chains):
+        logits = torch_logits(lm.network, np.array([chain.ids]))[0].astype(np.float64)
+        probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+        probabilities /= probabilities.sum(-1, keepdims=True)
+        for position in range(1, len(chain.ids)):
+            before = probabilities[position - 1]
+            if chain.mask[position]:
+                expected[row, position] = -(before * np.log(before)).sum()
+    assert expected.max() > 1
+    for one in (lm, mlx_twin(lm)):
+        entropies = one.backend.entropies(one.network, batch)
+        np.testing.assert_allclose(entropies, expected, atol=1e-4)
+        nothing = one.backend.entropies(one.network, {**batch, "mask": 0 * batch["mask"]})
+        assert not nothing.any()
 
 
 def assert_moments_agree(optimizer: Any, reference: Any) -> None:

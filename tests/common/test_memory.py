@@ -209,7 +209,12 @@ def test_what_each_script_holds(
         ("train_rl.py", [], ["optimizer step", "rollouts", "step of 10 rollouts"]),
         ("eval.py", [], ["rollouts"]),
         ("autocoa.py", ["--ask=Who?", "--start=sft3"], ["rollouts"]),
-        ("world_model.py", [], ["rollouts"]),
+        ("world_model.py", ["fidelity"], ["rollouts"]),
+        (
+            "world_model.py",
+            ["distill", "--world_model_width=64", "--world_model_layers=2"],
+            ["optimizer step"],
+        ),
     ],
 )
 def test_dry_run(
@@ -225,7 +230,7 @@ def test_dry_run(
     for stage in ("base", "sft3"):
         tiny_lm(codec).save(root / stage)
     before = sorted(tmp_path.rglob("*"))
-    arguments = ["--run=t", "--dry-run", "--width=64", "--layers=2", "--questions=2", *more]
+    arguments = [*more, "--run=t", "--dry-run", "--width=64", "--layers=2", "--questions=2"]
     budgets = ["--max_len=100", "--batch_rows=16", "--eval_questions=2"]
     done = run_here(tmp_path, script, *arguments, *budgets)
     assert done.status == 0, done.err

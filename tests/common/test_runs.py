@@ -332,6 +332,45 @@ def test_the_log_of_a_resumed_stage(tmp_path: Path) -> None:
     assert read_rows(path) == []
 
 
+def test_the_calls_of_a_resumed_stage(tmp_path: Path) -> None:
+    """It takes back those of the steps that are done, and a stage that asks nothing has no file.
+
+    Guards: calls of a step that is made again, counted twice.
+    """
+    log = StageLog(tmp_path / "rl2")
+    assert log.calls == []
+    for step in range(3):
+        log.write(step=step)
+        log.append("calls.jsonl", [{"step": step, "query": "A"}, {"step": step, "query": "B"}])
+    path = tmp_path / "rl2.partial" / "calls.jsonl"
+    with open(path, "a") as file:
+        file.write('{"step": 3, "qu')
+    log = StageLog(tmp_path / "rl2", steps_done=2)
+    expected = [{"step": step, "query": query} for step in (0, 1) for query in ("A", "B")]
+    assert log.calls == expected
+    assert read_rows(path) == expected
+    assert not (path.parent / "rollouts.jsonl").exists()
+    assert StageLog(tmp_path / "rl2").calls == []
+    assert not path.exists()
+
+
+def test_what_a_stage_leaves_beside_its_weights(root: Path, codec: Codec) -> None:
+    """Calls where the tool was asked, and texts of its own; they are there when it is complete."""
+    lm = tiny_lm(codec)
+    optimizer = lm.backend.Optimizer(lm.network, False)
+    stage = StageRun(lm, optimizer, root / "rl2", StageSettings(), 2)
+    for step in stage.steps():
+        stage.keep_calls([])
+        stage.log("", step=step)
+    assert not (root / "rl2.partial" / "calls.jsonl").exists()
+    stage.keep_calls([{"step": 1, "query": "A"}])
+    stage.keep_text("cost.json", "{}")
+    stage.finish()
+    assert read_rows(root / "rl2" / "calls.jsonl") == [{"step": 1, "query": "A"}]
+    assert (root / "rl2" / "cost.json").read_text() == "{}"
+    assert names(root, "rl2*") == ["rl2"]
+
+
 @pytest.mark.parametrize("steps", [4, 1])
 def test_steps_are_not_optimizer_steps(codec: Codec, tmp_path: Path, steps: int) -> None:
     """A checkpoint counts the steps of its stage.

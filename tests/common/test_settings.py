@@ -18,27 +18,30 @@ from common import run_record, runs, settings
 from common.errors import UserError
 from common.setting_values import Bounds
 from common.settings import ModelSettings, StageSettings, main, read_settings
+from environments.fidelity_report import FidelitySettings
 from eval import EvalSettings
 from plot import PlotSettings
 from services.teacher import TeacherSettings
 from train_rl import RLSettings
 from train_sft import SFTSettings
-from world_model import FidelitySettings
+from world_model import DistillSettings
 
 SCRIPT_SETTINGS = [
     SFTSettings,
     RLSettings,
     EvalSettings,
     AskSettings,
+    DistillSettings,
     FidelitySettings,
     PlotSettings,
     BenchSettings,
     TeacherSettings,
 ]
 ABOVE_ZERO = (
-    "vocab_size width layers base_tokens train_scale epochs batch_tokens micro_tokens questions "
-    "rollouts rl_questions temperature minibatches top_k max_actions tries max_len max_answer "
-    "max_thought max_observation eval_questions batch_rows"
+    "vocab_size width layers base_tokens train_scale epochs sft3_epochs batch_tokens micro_tokens "
+    "world_model_width world_model_layers world_model_epochs searches questions rollouts "
+    "rl_questions temperature minibatches top_k max_actions tries max_len max_answer max_thought "
+    "max_observation eval_questions batch_rows"
 ).split()
 
 
@@ -141,6 +144,11 @@ def test_settings_of_other_scripts_are_read(read: Any) -> None:
         (["--dtype=float16"], "--dtype: 'float16' is not one of float32, bfloat16"),
         (["--bits=8"], "--bits: 8 is not one of 4, 16"),
         (["--bits=four"], "--bits: 'four' is not a whole number"),
+        (["--real_share=1.5"], "--real_share: 1.5 is out of range; it must be at most 1"),
+        (["--rl1_environment=dream"], "'dream' is not one of internal, distilled, real, mixed"),
+        (["--mixed_by=chance"], "--mixed_by: 'chance' is not one of schedule, confidence"),
+        (["--rl1_pool=coa"], "--rl1_pool: 'coa' is not one of rl1, rl2"),
+        (["--sources=sweep,web"], "--sources: 'web' is not one of sweep, logs, cache"),
         (["--lora_targets=q_proj,lm_head"], "--lora_targets: 'lm_head' is not one of q_proj, k_"),
     ],
 )
@@ -160,6 +168,8 @@ def test_what_must_be_above_zero() -> None:
     }
     assert sorted(name for name, bound in bounds.items() if bound.above_zero) == sorted(ABOVE_ZERO)
     assert [name for name, bound in bounds.items() if bound.below_one] == ["lora_dropout"]
+    shares = sorted(name for name, bound in bounds.items() if bound.at_most_one)
+    assert shares == ["noise_share", "real_share", "sft3_observation_coef", "sweep_share"]
 
 
 @pytest.mark.parametrize("settings_class", SCRIPT_SETTINGS)
@@ -495,7 +505,7 @@ def test_settings_are_cheap_to_import() -> None:
         ("train_rl.py", ["--stage=rl2", "--start=sft2"], "sft2", "train_sft.py"),
         ("train_sft.py", ["--stage=sft2"], "sft1", "train_sft.py"),
         ("eval.py", [], "base", "train_sft.py"),
-        ("world_model.py", [], "", "train_sft.py"),
+        ("world_model.py", ["fidelity"], "", "train_sft.py"),
         ("autocoa.py", ["--ask=Who?"], "", "train_sft.py"),
     ],
 )
@@ -503,8 +513,8 @@ def test_a_missing_predecessor(
     failed: Any, script: str, arguments: list[Any], missing: str, command: str
 ) -> None:
     """The line names the folder and the command that makes it, for this run."""
-    line = failed(script, "--run=mine", *arguments)
-    assert f"out/mine/{missing}" in line
+    line = failed(script, *arguments, "--run=mine")
+    assert str(Path("out", "mine", missing)) in line
     assert f"python {command}" in line
     assert "--run=mine" in line
 
@@ -551,6 +561,8 @@ def test_a_folder_without_its_stage(failed: Any, script: str, argument: str) -> 
     [
         ("tools.py", [], "usage: python tools.py ask CORPUS QUERY .."),
         ("tools.py", ["none.jsonl"], "usage: python tools.py ask CORPUS QUERY .."),
+        ("world_model.py", [], "usage: python world_model.py distill  or  python world_model.py f"),
+        ("world_model.py", ["--run=x"], "usage: python world_model.py distill  or  python world_m"),
         ("nano.show", ["seven"], "usage: python -m nano.show --seed=N; shows"),
         ("nano.show", ["--seed=-1"], "usage: python -m nano.show --seed=N; shows"),
     ],

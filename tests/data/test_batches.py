@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from autocoa import nll_loss
 from common.batching import group_by_tokens
 from data.batches import (
     language_batches,
@@ -136,3 +137,49 @@ def test_observations_are_learned_by_role(codec: Codec) -> None:
         expected.append(1 if role == Role.OBSERVATION else old)
     assert learned.mask == expected
     assert expected != mask
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.5, 0])
+def test_a_weight_of_observations(codec: Codec, weight: float) -> None:
+    """Observations have it, all other tokens keep their own mask."""
+    parts = [("search", "A"), ("result", "B"), ("given", "Hm"), ("answer", "Eva")]
+    trajectory = codec.build("Who?", parts)
+    (learned,) = learn_observations([trajectory], weight)
+    for position, role in enumerate(trajectory.role):
+        expected = weight if role == Role.OBSERVATION else trajectory.mask[position]
+        assert learned.mask[position] == expected
+
+
+@pytest.mark.parametrize("weight", [1, 0.1])
+def test_the_loss_with_a_weight_is_a_weighted_mean(codec: Codec, weight: float) -> None:
+    """Over the tokens of a whole step, whatever the micro-batches. NumPy by hand.
+
+    A weight of 1 is the mean over all learned tokens, as without a weight.
+    """
+    trajectories = []
+    for words in (1, 4, 9):
+        parts = [("search", "A"), ("result", "Eva " * words), ("answer", "Eva")]
+        trajectories.append(codec.build("Who?", parts))
+    rng = np.random.default_rng(0)
+    logprob_of_token = -rng.uniform(0.1, 3, len(codec.tokenizer))
+
+    weighted_sum = 0.0
+    weights = 0.0
+    for trajectory in trajectories:
+        for token, role in zip(trajectory.ids, trajectory.role, strict=True):
+            if role == Role.PROMPT:
+                continue
+            token_weight = weight if role == Role.OBSERVATION else 1.0
+            weighted_sum += token_weight * -logprob_of_token[token]
+            weights += token_weight
+
+    def step_loss(learned: list[Trajectory], micro_tokens: int) -> float:
+        batches = language_batches(learned, micro_tokens)
+        return sum(nll_loss(np, logprob_of_token[batch["ids"]], batch) for batch in batches)
+
+    learned = learn_observations(trajectories, weight)
+    for micro_tokens in (20, 1000):
+        loss = step_loss(learned, micro_tokens)
+        assert loss == pytest.approx(weighted_sum / weights, rel=1e-6)
+    if weight == 1:
+        assert step_loss(learn_observations(trajectories), 20) == step_loss(learned, 20)

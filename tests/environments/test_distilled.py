@@ -213,7 +213,7 @@ def test_entropies_are_those_of_what_it_wrote(
     for one in (lm, taught):
         other = one if backend == "torch" else mlx_twin(one)
         # Several groups of rows.
-        monkeypatch.setattr("environments.distilled.SCORED_TOKENS", 40)
+        monkeypatch.setattr("environments.imagining.SCORED_TOKENS", 40)
         world_model = WorldModel(other, SHORT)
         entropies = world_model.entropies(queries)
         assert entropies.shape == (6,)

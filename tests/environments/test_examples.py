@@ -1,6 +1,7 @@
 """What a world model is distilled from (environments/examples.py)."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,9 +37,14 @@ def task_of(search: Any, titles: Any = (), has_one_tool: bool = False) -> Any:
 
 
 def gather(
-    codec: Codec, root: Path, task: Any, *sources: str, share: float = 1.0, seed: int = 0
+    codec: Codec,
+    root: Path,
+    task: Any,
+    *sources: str,
+    share: float = 1.0,
+    logs_of: Sequence[str] = (),
 ) -> Examples:
-    return gather_examples(sources, share, task, codec, root, seed)
+    return gather_examples(sources, share, logs_of, task, codec, root, seed=0)
 
 
 def write_calls(root: Path, stage: str, *rows: dict[str, Any]) -> None:
@@ -70,7 +76,7 @@ def write_chain(codec: Codec, root: Path) -> None:
 
 
 def read_chain_calls(codec: Codec, root: Path) -> dict[str, str]:
-    return logged_calls(root, codec, sft_has_same_tool=True)
+    return logged_calls(root, codec, stages=[], sft_has_same_tool=True)
 
 
 # ---- sweep ---------------------------------------------------------------------------------------
@@ -130,6 +136,7 @@ def test_calls_of_the_stages_are_examples(codec: Codec, tmp_path: Path) -> None:
         call("A", "A 1: One."),
         {"query": "A"},  # an answer that was given again
         call("B", "The search failed.", Provenance.FAILED),
+        call("C", "This search is not in the cache.", Provenance.MISSED),
     )
     write_calls(tmp_path, "rl2", call("B", "B 1: Two."))
     tool = RecordedTool()
@@ -152,6 +159,19 @@ def test_chains_of_sft_count_where_the_tool_is_the_same(codec: Codec, tmp_path: 
         Example("Silver River", "Silver River 1: A film."),
         Example("Iron Hill", "Nothing found."),
     ]
+
+
+def test_the_logs_of_some_stages(codec: Codec, tmp_path: Path) -> None:
+    """Of those alone, without SFT's chains; a stage that logged nothing is named."""
+    write_chain(codec, tmp_path)
+    write_calls(tmp_path, "rl1", call("A", "A 1: One."))
+    write_calls(tmp_path, "rl2", call("B", "B 1: Two."))
+    write_calls(tmp_path, "other", call("C", "C 1: Three."))
+    task = task_of(RecordedTool(), has_one_tool=True)
+    found = gather(codec, tmp_path, task, "logs", logs_of=["rl2", "rl1"])
+    assert [example.query for example in found.examples] == ["B", "A"]
+    with pytest.raises(UserError, match=r"--logs_of: no such file: .*sft2/calls\.jsonl"):
+        gather(codec, tmp_path, task, "logs", logs_of=["sft2"])
 
 
 def test_sums_of_a_chain_are_left_out(codec: Codec, tmp_path: Path) -> None:

@@ -77,30 +77,32 @@ def test_a_search_that_fails_in_a_mixed_environment_is_lost() -> None:
 
 # ---- by schedule ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("real_share", [0.1, 1 / 6, 0.5])
-def test_the_share_rises_from_nothing(real_share: float) -> None:
-    """Evenly over the steps, and its mean is what the setting says."""
-    schedule = Schedule(real_share, steps=21)
+@pytest.mark.parametrize("steps", [1, 2, 21])
+def test_the_share_rises_from_nothing(real_share: float, steps: int) -> None:
+    """Evenly over the steps, and its mean is what the setting says, of one step too."""
+    schedule = Schedule(real_share, steps)
     shares = []
-    for step in range(21):
+    for step in range(steps):
         schedule.step = step
         shares.append(schedule.share())
-    assert shares[0] == 0
-    assert shares[-1] == pytest.approx(2 * real_share)
-    np.testing.assert_allclose(np.diff(shares), np.diff(shares)[0], atol=1e-12)
     assert np.mean(shares) == pytest.approx(real_share)
+    np.testing.assert_allclose(np.diff(shares), 2 * real_share / steps)
+    assert shares[0] == pytest.approx(real_share / steps)
 
 
-def test_a_stage_of_one_step_can_be_scheduled() -> None:
-    """Its only step is the first."""
-    assert Schedule(0.5, steps=1).share() == 0
+def test_a_share_is_all_at_most() -> None:
+    """Above a half, the tool answers everything before the stage ends."""
+    schedule = Schedule(0.9, steps=10)
+    schedule.step = 9
+    assert schedule.share() == 1
 
 
-@pytest.mark.parametrize("step", [0, 5, 10])
+@pytest.mark.parametrize("step", [0, 5, 9])
 def test_a_schedule_chooses_its_share_of_the_queries(step: int) -> None:
     """Of 2,000 different queries, within three standard deviations."""
-    schedule = Schedule(0.25, steps=11)
+    schedule = Schedule(0.25, steps=10)
     schedule.step = step
-    share = 0.05 * step
+    share = 0.05 * (step + 0.5)
     deviation = np.sqrt(share * (1 - share) / len(QUERIES))
     assert np.mean(schedule(QUERIES)) == pytest.approx(share, abs=3 * deviation)
 
@@ -110,7 +112,7 @@ def test_a_query_keeps_its_answer_within_a_step() -> None:
 
     In another step other queries are chosen. Guards: always the same ones.
     """
-    schedule = Schedule(0.25, steps=11)
+    schedule = Schedule(0.25, steps=10)
     schedule.step = 5
     chosen = schedule(QUERIES)
     assert schedule(QUERIES[::-1]) == chosen[::-1]
@@ -118,7 +120,7 @@ def test_a_query_keeps_its_answer_within_a_step() -> None:
     schedule.step = 6
     other = schedule(QUERIES)
     both = np.mean(np.array(chosen) & np.array(other))
-    assert both == pytest.approx(0.25 * 0.30, abs=0.02)
+    assert both == pytest.approx(0.275 * 0.325, abs=0.02)
 
 
 # ---- by confidence -------------------------------------------------------------------------------

@@ -7,17 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import tiny_lm
+from conftest import read_rows, tiny_lm
 
 import backends.torch as torch_backend
 import model
 import train_rl
-from autocoa import IMAGINE, contrastive_loss, grpo_loss
-from common import memory
+from autocoa import IMAGINE, contrastive_loss, grpo_loss, nll_loss
+from common import memory, runs
 from common.errors import UserError
-from data.batches import pad, pair_batches
+from data.batches import language_batches, pad, pair_batches, real_observation_mask
 from data.questions import Question
-from data.trajectory import Codec, Observation, Provenance, Trajectory
+from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
+from environments import choice
+from environments.environment import internal_environment, scheduled_environment
 from model import LM
 from tools import Library
 from train_rl import RLSettings, RLStage, RolloutBatch
@@ -39,16 +41,29 @@ def sampled(codec: Codec, lm: LM, answers: Any) -> Any:
     return trajectories
 
 
+def find_nothing(queries: list[str]) -> list[Observation]:
+    """Stand for the real tool."""
+    return [Observation("Nothing found.") for _ in queries]
+
+
+def find_in_sfts_world(queries: list[str]) -> list[Observation]:
+    """Stand for the tool of another world."""
+    return find_nothing(queries)
+
+
 def stage(name: str = "rl1", steps: int = 1, number: int = 1) -> Any:
     """Return a stage of the run nano whose pool is one question."""
     return RLStage(
         folder=Path("out", "nano", name),
         steps=steps,
         pool=[question()],
-        search=IMAGINE,
+        first_question=0,
+        environment=internal_environment(Library({"search": find_nothing})),
         call_cost=0.0,
         rate_scale=1.0,
         seed_number=number,
+        evaluation=[],
+        eval_search=Library({"search": find_nothing}),
     )
 
 
@@ -63,9 +78,11 @@ def record_updates(monkeypatch: pytest.MonkeyPatch) -> Any:
     updates = []
     update_batches = train_rl.update_batches
 
-    def recorded(trajectories: Any, advantages: Any, reference: Any, settings: Any) -> Any:
+    def recorded(
+        trajectories: Any, advantages: Any, is_skipped: Any, reference: Any, settings: Any
+    ) -> Any:
         updates.append((trajectories, advantages))
-        return update_batches(trajectories, advantages, reference, settings)
+        return update_batches(trajectories, advantages, is_skipped, reference, settings)
 
     monkeypatch.setattr(train_rl, "update_batches", recorded)
     return updates
@@ -116,6 +133,34 @@ def test_steps_take_questions_in_turn(
     assert asked == [["A?", "B?"], ["C?", "A?"]]
 
 
+def test_a_stage_goes_on_behind_the_questions_of_the_one_before(
+    codec: Codec, lm: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: an RL-2 that asks again what RL-1 has asked of the same pool."""
+    asked = []
+
+    def answer_questions(
+        policy: Any, texts: Any, search: Any, settings: Any, temperature: Any, rng: Any
+    ) -> list[Any]:
+        asked.append(list(texts))
+        return [codec.build(text, [("answer", "Eva")]) for text in texts]
+
+    monkeypatch.setattr(train_rl, "answer_questions", answer_questions)
+    second = stage("rl2", number=2)
+    second.pool = [question(text) for text in ("A?", "B?", "C?", "D?", "E?")]
+    second.first_question = 3
+    for step in range(2):
+        train_rl.sample_rollouts(
+            lm, RLSettings(questions=2, rollouts=1), second, step, np.random.default_rng(0)
+        )
+    assert asked == [["D?", "E?"], ["A?", "B?"]]
+
+
+def imagine(queries: list[str]) -> list[Observation]:
+    """Stand for a world model."""
+    return [Observation("A film.", Provenance.IMAGINED) for _ in queries]
+
+
 class RecordedRun:
     """Stands for all that train_rl.run calls, and keeps what it was asked for."""
 
@@ -123,8 +168,15 @@ class RecordedRun:
         self.events: list[str] = []  # of the reference, in order
         self.loaded: list[str] = []  # folders that weights were read from
         self.stages: list[RLStage] = []
-        self.tool = Library({})
-        self.policy = types.SimpleNamespace(resume=lambda folder: self.load(folder, None))
+        self.distilled = 0  # how often a world model was asked for
+        self.search = Library({"search": find_in_sfts_world})
+        self.rl_search = Library({"search": find_nothing})
+        self.eval_search = Library({"search": find_nothing})
+        self.evaluation = {"single": [question(f"{number}?") for number in range(70)]}
+        self.policy = types.SimpleNamespace(
+            resume=lambda folder: self.load(folder, None),
+            codec=types.SimpleNamespace(fit=lambda text, budget: text[:budget]),
+        )
         self.reference = types.SimpleNamespace(
             begin_stage=lambda *arguments: self.events.append("adapter"), copy=self.copy
         )
@@ -132,10 +184,14 @@ class RecordedRun:
         monkeypatch.setattr(model, "load", self.load)
         monkeypatch.setattr(train_rl, "train_grpo", self.train_grpo)
         monkeypatch.setattr(memory, "report", lambda *arguments: True)
+        monkeypatch.setattr(choice, "ensure_world_model", self.ensure_world_model)
+        monkeypatch.setattr(choice, "load_world_model", lambda settings: imagine)
+        monkeypatch.setattr(choice, "held_out_entropies", lambda settings: [0.0, 1.0])
+        monkeypatch.setattr(choice, "read_examples", lambda folder: {"A": "A 1: A film."})
+        monkeypatch.setattr(choice, "read_trajectories", lambda path: [])
 
-    @property
-    def rl_search(self) -> Library:
-        return self.tool
+    def ensure_world_model(self, settings: RLSettings) -> None:
+        self.distilled += 1
 
     def questions(self, pool: str, count: int) -> Any:
         return pool, count
@@ -153,6 +209,16 @@ class RecordedRun:
         self.stages.append(stage)
 
 
+@pytest.fixture
+def trained_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return out/nano of an empty folder, in which SFT and RL-1 are done."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("sft2", "sft3", "rl1"):
+        (tmp_path / "out/nano" / name).mkdir(parents=True)
+        (tmp_path / "out/nano" / name / "config.json").write_text("{}")
+    return tmp_path / "out" / "nano"
+
+
 @pytest.mark.parametrize(
     ("given", "stages", "loaded"),
     [
@@ -164,42 +230,137 @@ class RecordedRun:
         ({"start": "sft2", "resume": True}, ["rl2"], ["sft2", "rl1"]),
     ],
 )
-def test_the_two_environments(
+def test_the_two_stages(
+    trained_folders: Path,
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
     given: dict[str, Any],
     stages: list[str],
     loaded: list[str],
 ) -> None:
-    """RL-1 imagines, RL-2 has the tool; each has questions of its own.
+    """RL-1 asks a world model and RL-2 the tool, of one pool in which RL-2 goes on behind RL-1.
 
     The adapter is made before the reference is copied (guards: a second base in memory). The
     reference is what the command begins with; --resume after RL-1 goes on from RL-1 with the same
-    reference.
+    reference. A world model is made where a stage needs one, and nowhere else.
     """
-    monkeypatch.chdir(tmp_path)
-    for name in ("sft2", "sft3", "rl1"):
-        (tmp_path / "out/nano" / name).mkdir(parents=True)
-        (tmp_path / "out/nano" / name / "config.json").write_text("{}")
     if given == {"start": "sft2"}:
-        (tmp_path / "out/nano/rl1/config.json").unlink()
+        (trained_folders / "rl1" / "config.json").unlink()
     recorded = RecordedRun(monkeypatch)
-    settings = RLSettings(rl1_steps=3, rl2_steps=2, questions=4, rl_questions=10, **given)
+    settings = RLSettings(
+        rl1_steps=3, rl2_steps=2, questions=4, rl_questions=10, call_cost=0.2, **given
+    )
     train_rl.run(settings)
 
     assert [stage.folder.name for stage in recorded.stages] == stages
     assert recorded.events == ["adapter", "copy"]
     assert recorded.loaded == loaded
+    assert recorded.distilled == ("rl1" in stages)
     for stage in recorded.stages:
+        assert stage.pool == ("rl2", 10)
+        assert len(stage.evaluation) == train_rl.EVAL_QUESTIONS
+        assert stage.eval_search is recorded.eval_search
+        provenances = {
+            observation.provenance for observation in stage.environment.search(["A", "B"])
+        }
         if stage.folder.name == "rl1":
-            assert (stage.steps, stage.search, stage.call_cost) == (3, IMAGINE, 0.0)
-            assert stage.pool == ("rl1", 10)
+            assert (stage.steps, stage.first_question, stage.call_cost) == (3, 0, 0.1)
+            assert provenances == {Provenance.IMAGINED}
+            assert stage.environment.known_answers == {"A": "A 1: A film."}
+            assert stage.environment.tool.raw_calls == 0
             assert stage.rate_scale == settings.rl1_scale
         else:
-            assert (stage.steps, stage.search) == (2, recorded.tool)
-            assert stage.call_cost == settings.call_cost
-            assert stage.pool == ("rl2", 10)
+            assert (stage.steps, stage.first_question, stage.call_cost) == (2, 12, 0.2)
+            assert provenances == {Provenance.REAL}
+            assert stage.environment.known_answers == {}
+            assert stage.environment.tool.raw_calls == 2
             assert stage.rate_scale == 1.0
+
+
+def test_the_paper_recipe_imagines_about_its_own_world(
+    trained_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With RL-1's own pool the policy imagines, RL-2's pool begins at its start, no world model."""
+    recorded = RecordedRun(monkeypatch)
+    train_rl.run(RLSettings(rl1_environment="internal", rl1_pool="rl1", rl_questions=10))
+    first, second = recorded.stages
+    assert first.environment.search == IMAGINE
+    assert first.pool == ("rl1", 10)
+    assert second.pool == ("rl2", 10)
+    assert second.first_question == 0
+    assert recorded.distilled == 0
+
+
+@pytest.mark.parametrize("pool", ["rl1", "rl2"])
+def test_a_real_environment_is_of_the_world_that_is_asked_about(
+    trained_folders: Path, monkeypatch: pytest.MonkeyPatch, pool: Any
+) -> None:
+    """RL-1's own questions are about SFT's world. Guards: questions that no search can answer."""
+    recorded = RecordedRun(monkeypatch)
+    train_rl.run(RLSettings(stage="rl1", rl1_environment="real", rl1_pool=pool))
+    (first,) = recorded.stages
+    first.environment.search(["A"])
+    worlds = {"rl1": recorded.search, "rl2": recorded.rl_search}
+    assert first.environment.tool.tool is worlds[pool]["search"]
+
+
+@pytest.mark.parametrize(
+    ("given", "is_same_tool", "message"),
+    [
+        ({"max_real_calls": 9}, False, "--max_real_calls: only a mixed environment"),
+        ({"rl1_pool": "rl1"}, False, "--rl1_pool=rl1: .* imitates the tool of RL-2's"),
+        (
+            {"rl1_pool": "rl1", "rl1_environment": "mixed"},
+            False,
+            "--rl1_pool=rl1: .*take --rl1_pool=rl2",
+        ),
+        ({"rl1_pool": "rl1"}, True, ""),
+        ({"rl1_pool": "rl1", "rl1_environment": "internal"}, False, ""),
+        ({"rl1_pool": "rl1", "rl1_environment": "real"}, False, ""),
+        ({"max_real_calls": 9, "rl1_environment": "mixed"}, False, ""),
+        ({"max_real_calls": 9, "rl2_environment": "mixed"}, False, ""),
+        ({"gold_facts": True, "rl2_environment": "mixed"}, False, "--gold_facts: .*not mixed"),
+    ],
+)
+def test_settings_that_contradict_the_environments(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], is_same_tool: bool, message: str
+) -> None:
+    """Refused with the way out; a real run has one tool, and may ask RL-1's own pool anywhere."""
+    search = Library({"search": find_nothing})
+    rl_search = search if is_same_tool else Library({"search": find_nothing})
+    task: Any = types.SimpleNamespace(search=search, rl_search=rl_search)
+    distilled = []
+    monkeypatch.setattr(choice, "ensure_world_model", distilled.append)
+    settings = RLSettings(**given)
+    if not message:
+        choice.prepare_environments(["rl1", "rl2"], settings, task)
+        return
+    with pytest.raises(UserError, match=message) as error:
+        choice.prepare_environments(["rl1", "rl2"], settings, task)
+    assert "\n" not in str(error.value)
+    assert distilled == []
+
+
+def test_a_stage_that_is_not_trained_contradicts_nothing(
+    trained_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RL-2 alone in the tool's environment, whatever RL-1 would be."""
+    recorded = RecordedRun(monkeypatch)
+    train_rl.run(RLSettings(stage="rl2", rl1_pool="rl1"))
+    assert [stage.folder.name for stage in recorded.stages] == ["rl2"]
+    assert recorded.distilled == 0
+
+
+def test_a_refused_command_distills_nothing(
+    trained_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: minutes of a world model before a contradiction is said, and folders removed."""
+    recorded = RecordedRun(monkeypatch)
+    (trained_folders / "rl1.checkpoint").mkdir()
+    with pytest.raises(UserError, match="--max_real_calls"):
+        train_rl.run(RLSettings(max_real_calls=3))
+    assert recorded.distilled == 0
+    assert recorded.stages == []
+    assert (trained_folders / "rl1.checkpoint").is_dir()
 
 
 def test_groups_that_agree_are_skipped_and_counted(
@@ -287,12 +448,15 @@ def test_batches_carry_each_row_its_own(codec: Codec, lm: LM) -> None:
     trajectories = sampled(codec, lm, ["Eva " * count for count in (9, 1, 5, 3, 7, 2)])
     advantages = np.arange(6) / 10
     settings = RLSettings(micro_tokens=70, kl=0.1)
-    batches = train_rl.update_batches(trajectories, advantages, lm, settings)
+    none_skipped = np.zeros(6, bool)
+    batches = train_rl.update_batches(trajectories, advantages, none_skipped, lm, settings)
     assert len(batches) > 2
     rows = 0
     for batch in batches:
         assert batch["norm"] == sum(sum(trajectory.mask) for trajectory in trajectories)
         assert batch["beta"] == 0.1
+        assert batch["observation_coef"] == 0
+        assert "observation_mask" not in batch
         for row in range(len(batch["ids"])):
             trajectory = trajectories[round(10 * batch["advantage"][row, 0])]
             length = len(trajectory.ids)
@@ -305,6 +469,215 @@ def test_batches_carry_each_row_its_own(codec: Codec, lm: LM) -> None:
             np.testing.assert_allclose(batch["ref"][row, :length], of_policy, atol=1e-4)
             rows += 1
     assert rows == 6
+
+
+# ---- what the real tool said -------------------------------------------------------------------
+def observed(codec: Codec, *provenances: Provenance) -> Trajectory:
+    """Return a trajectory with an observation of each provenance."""
+    parts: list[Any] = []
+    for number in range(len(provenances)):
+        parts += [("think", "Hm"), ("search", "Silver River"), ("result", f"Eva Moss {number}")]
+    trajectory = codec.build("Who directed it?", [*parts, ("answer", "Eva")])
+    trajectory.logprobs = [-0.5 * is_learned for is_learned in trajectory.mask]
+    for observation, provenance in zip(trajectory.observations, provenances, strict=True):
+        observation.provenance = provenance
+    return trajectory
+
+
+def tokens_of_observation(codec: Codec, trajectory: Trajectory, number: int) -> list[int]:
+    """Return the positions of an observation, its tags included, found by the tags alone."""
+    starts = [i for i, token in enumerate(trajectory.ids) if token == codec.result_id]
+    ends = [i for i, token in enumerate(trajectory.ids) if token == codec.end_result_id]
+    return list(range(starts[number], ends[number] + 1))
+
+
+def test_only_what_the_tool_said_is_learned(codec: Codec) -> None:
+    """What was imagined, and what a failed search says, is nothing to learn from."""
+    trajectory = observed(
+        codec,
+        Provenance.IMAGINED,
+        Provenance.REAL,
+        Provenance.FAILED,
+        Provenance.REAL,
+        Provenance.MISSED,
+    )
+    expected = np.zeros(len(trajectory.ids))
+    expected[tokens_of_observation(codec, trajectory, 1)] = 1
+    expected[tokens_of_observation(codec, trajectory, 3)] = 1
+    assert real_observation_mask(trajectory) == expected.tolist()
+
+
+def test_an_observation_that_no_token_shows_is_not_learned(codec: Codec) -> None:
+    """The last one did not fit: the mask is of the others, each by its own provenance."""
+    trajectory = observed(codec, Provenance.REAL, Provenance.IMAGINED)
+    trajectory.queries.append("Iron Hill")
+    trajectory.observations.append(Observation("A band."))
+    expected = np.zeros(len(trajectory.ids))
+    expected[tokens_of_observation(codec, trajectory, 0)] = 1
+    assert real_observation_mask(trajectory) == expected.tolist()
+
+
+def test_skipped_groups_teach_their_observations_alone(codec: Codec, lm: LM) -> None:
+    """Their policy tokens carry no loss and are not counted; each normaliser counts its own."""
+    trajectories = [
+        observed(codec, Provenance.REAL),
+        observed(codec, Provenance.IMAGINED, Provenance.REAL),
+        observed(codec, Provenance.IMAGINED),
+    ]
+    is_skipped = np.array([True, False, True])
+    settings = RLSettings(observation_coef=0.1, micro_tokens=40)
+    advantages = np.array([0.1, 0.2, 0.3])
+    batches = train_rl.update_batches(trajectories, advantages, is_skipped, lm, settings)
+    assert len(batches) > 1
+    rows = 0
+    for batch in batches:
+        assert batch["norm"] == sum(trajectories[1].mask)
+        real = [real_observation_mask(trajectory) for trajectory in trajectories]
+        assert batch["observation_norm"] == sum(map(sum, real))
+        assert batch["observation_coef"] == 0.1
+        for row, advantage in enumerate(batch["advantage"][:, 0]):
+            number = round(10 * advantage) - 1
+            length = len(trajectories[number].ids)
+            policy_mask = batch["mask"][row, :length].tolist()
+            if is_skipped[number]:
+                assert policy_mask == [0] * length
+            else:
+                assert policy_mask == trajectories[number].mask
+            assert batch["observation_mask"][row, :length].tolist() == real[number]
+            assert not batch["observation_mask"][row, length:].any()
+            rows += 1
+    assert rows == 3
+
+
+def test_all_groups_are_learned_from_where_observations_are(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group that agrees still makes what the tool said more likely; without the loss it doesn't.
+
+    The answers of that group are as likely as before, but for what observations teach by the way.
+    """
+    monkeypatch.chdir(tmp_path)
+    gains = []
+    for observation_coef in (0.0, 1.0):
+        lm = tiny_lm(codec)
+        trajectories = sampled(codec, lm, ["Eva", "Ada"])
+        observation = pad(trajectories[:1])
+        observation["mask"] = np.array(
+            [[float(role == Role.OBSERVATION) for role in trajectories[0].role]], np.float32
+        )
+        before = torch_backend.score(lm.network, observation).sum()
+        replay(monkeypatch, trajectories, [[1.0, 1.0]])
+        updates = record_updates(monkeypatch)
+        settings = RLSettings(
+            questions=1, rollouts=2, observation_coef=observation_coef, rl_lr=1e-3
+        )
+        train_rl.train_grpo(lm, lm.copy(), settings, stage(steps=4))
+        gains.append(torch_backend.score(lm.network, observation).sum() - before)
+        assert len(updates) == (4 if observation_coef else 0)
+    assert gains[0] == 0
+    assert gains[1] > 0.1
+
+
+def test_without_the_coefficient_a_step_is_the_plain_policy_gradient(codec: Codec) -> None:
+    """Byte for byte the weights of a loss that knows of no observations."""
+    lm = tiny_lm(codec, noise=0.1)
+    plain = lm.copy()
+    trajectories = sampled(codec, lm, ["Eva", "Ada", "Eva Moss", "Carl Hart"])
+    batches = train_rl.update_batches(
+        trajectories, np.array([0.5, -0.5, 1.0, -1.0]), np.zeros(4, bool), lm, RLSettings()
+    )
+
+    def plain_loss(xp: Any, logp: Any, batch: Any) -> Any:
+        ratio = xp.exp((logp - batch["old"]) * batch["mask"])
+        clipped = xp.clip(ratio, 1 - batch["clip_low"], 1 + batch["clip_high"])
+        loss = -xp.minimum(ratio * batch["advantage"], clipped * batch["advantage"])
+        return (loss * batch["mask"]).sum() / batch["norm"]
+
+    plain_keys = {"ids", "mask", "old", "advantage", "clip_low", "clip_high", "norm"}
+    plain_batches = [{key: batch[key] for key in plain_keys} for batch in batches]
+    for one, loss, its_batches in (
+        (lm, grpo_loss, batches),
+        (plain, plain_loss, plain_batches),
+    ):
+        optimizer = torch_backend.Optimizer(one.network)
+        for _ in range(3):
+            torch_backend.train_step(one.network, optimizer, loss, its_batches, 1e-3, 1e-3)
+    expected = dict(plain.network.named_parameters())
+    for name, weight in lm.network.named_parameters():
+        assert (weight == expected[name]).all(), name
+
+
+# ---- over a checkpoint ---------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def searching_policy(codec: Codec) -> LM:
+    """Return a tiny network that has learned a little to search and to answer."""
+    lm = tiny_lm(codec)
+    chain = codec.build("Who directed it?", [*PARTS, ("answer", "Eva")])
+    optimizer = torch_backend.Optimizer(lm.network)
+    for _ in range(25):
+        batches = language_batches([chain], 1000)
+        torch_backend.train_step(lm.network, optimizer, nll_loss, batches, 3e-3, 1e-2)
+    return lm
+
+
+def train_mixed(policy: LM, name: str, budget: int, steps_kept: int = 0) -> list[Any]:
+    """Train four steps of a mixed stage, and return its log.
+
+    steps_kept: stop behind these steps and one more, and go on from the checkpoint; 0: in one go.
+    """
+    settings = RLSettings(
+        questions=2, rollouts=4, max_len=90, resume=True, save_minutes=0.0, rl_lr=1e-3
+    )
+
+    def train() -> None:
+        mixed = stage(name, steps=4)
+        tools = Library({"search": find_nothing})
+        world: Any = imagine
+        mixed.environment = scheduled_environment(tools, world, 0.4, 4, budget)
+        train_rl.train_grpo(policy.copy(), policy, settings, mixed)
+
+    save_if_due = runs.Checkpoint.save_if_due
+
+    def stop(checkpoint: Any, steps: int) -> None:
+        if steps > steps_kept:
+            raise KeyboardInterrupt
+        save_if_due(checkpoint, steps)
+
+    if steps_kept:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(runs.Checkpoint, "save_if_due", stop)
+            train()
+    train()
+    return read_rows(Path("out", "nano", name, "log.jsonl"))
+
+
+def test_a_budget_holds_over_a_checkpoint(
+    searching_policy: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixed stage that is stopped and resumed is the whole one: weights, calls and counts.
+
+    The budget is spent behind the interruption, in both. Guards: a budget that begins anew with
+    --resume, and calls of the step that is made again, counted twice.
+    """
+    monkeypatch.chdir(tmp_path)
+    calls_of_free_stage = [
+        row["real_calls"] for row in train_mixed(searching_policy, "free", budget=0)
+    ]
+    assert 0 < calls_of_free_stage[0] < calls_of_free_stage[1] < calls_of_free_stage[2]
+    budget = calls_of_free_stage[1] + 1
+    logs = [
+        train_mixed(searching_policy, "whole", budget),
+        train_mixed(searching_policy, "resumed", budget, steps_kept=2),
+    ]
+    counts = [[(row["real_calls"], row["distinct_calls"]) for row in log] for log in logs]
+    assert counts[0] == counts[1]
+    first = calls_of_free_stage[0]
+    assert [real for real, _ in counts[0]] == [first, budget - 1, budget, budget]
+    for file in ("model.safetensors", "calls.jsonl", "rollouts.jsonl"):
+        whole, resumed = (tmp_path / "out/nano" / name / file for name in ("whole", "resumed"))
+        assert whole.read_bytes() == resumed.read_bytes(), file
+    calls = read_rows(tmp_path / "out/nano/resumed/calls.jsonl")
+    assert sum(call["raw_calls"] for call in calls) == budget
 
 
 @pytest.mark.parametrize(("minibatches", "sizes"), [(1, [7]), (3, [3, 2, 2]), (9, [1] * 7)])
@@ -335,7 +708,9 @@ def test_grpo_learns_the_right_way(codec: Codec) -> None:
     settings = RLSettings()
     assert train_rl.drift(lm, start, [good, bad], settings) == pytest.approx(0, abs=1e-6)
     optimizer = torch_backend.Optimizer(lm.network)
-    batches = train_rl.update_batches([good, bad], np.array([0.5, -0.5]), start, settings)
+    batches = train_rl.update_batches(
+        [good, bad], np.array([0.5, -0.5]), np.zeros(2, bool), start, settings
+    )
     for _ in range(5):
         torch_backend.train_step(lm.network, optimizer, grpo_loss, batches, 1e-3, 2e-3)
     assert logprob(lm, good) > good_before + 0.1

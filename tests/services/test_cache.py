@@ -122,6 +122,25 @@ def test_a_damaged_row_counts_as_missing(tmp_path: Path, answer: Any) -> None:
     assert cache.get("a") is None
 
 
+@pytest.mark.parametrize("damage", ['[["t", ', b"\xff\xfe"])
+@pytest.mark.parametrize("column", ["asked", "said"])
+def test_all_answers_are_listed(tmp_path: Path, column: str, damage: Any) -> None:
+    """Each key with its answer, in the order of the keys; a damaged row is left out."""
+    cache = Cache(tmp_path / "c.sqlite")
+    assert cache.items() == []
+    cache.put("river", 2, "en", answer=[["title", "text"]])
+    cache.put("hill", 2, "en", answer=[])
+    cache.put("broken", answer=1)
+    cache.put("hill", 2, "en", answer=[["z"]])
+    cache.database.execute(
+        f"UPDATE answers SET {column} = ? WHERE asked = ?", (damage, '["broken"]')
+    )
+    assert cache.items() == [
+        (["hill", 2, "en"], [["z"]]),
+        (["river", 2, "en"], [["title", "text"]]),
+    ]
+
+
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match=r"out: .*must be a folder"):

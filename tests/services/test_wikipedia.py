@@ -173,6 +173,26 @@ def test_another_top_k_is_another_question(wiki: Any, open_search: Any) -> None:
     assert len(wiki.requests) > count
 
 
+def test_what_the_cache_holds(wiki: Any, open_search: Any) -> None:
+    """The observation of each query, as a search gives it, for this top_k and language alone.
+
+    Nothing is asked for it, and a search that failed is not among them.
+    """
+    search = open_search(threads=1)
+    assert search.cached_observations() == {}
+    search(["A  River", "nothing"])
+    wiki.faults = ["503"] * TRIES
+    assert search(["b river"]) == [FAILED]
+    open_search(top_k=1)(["c river"])
+    search.cache.put("fluss", 2, "de", answer=[["Fluss", "Ein Fluss."]])
+    count = len(wiki.requests)
+    expected = {"a river": RIVER.text, "nothing": NOTHING.text}
+    assert search.cached_observations() == expected
+    assert open_search("replay").cached_observations() == expected
+    assert list(open_search(top_k=1).cached_observations()) == ["c river"]
+    assert len(wiki.requests) == count
+
+
 def test_refresh_asks_again_once(wiki: Any, open_search: Any) -> None:
     open_search()(["a river"])
     count = len(wiki.requests)
