@@ -26,6 +26,7 @@ import numpy as np
 
 import model
 from autocoa import nll_loss
+from backends.adapter_files import CONFIG_FILE
 from common import memory, runs
 from common.errors import UserError, run_guarded
 from common.run_record import read_run_record
@@ -144,7 +145,10 @@ def distill(settings: DistillSettings) -> None:
     runs.refuse_other_seed(settings, folder)
     task = open_task(settings)
     lm = new_world_model(settings, task)
-    if not memory.report(lm, settings, "sft", nll_loss):
+    # A new network has nothing that an adapter could go onto: all its weights are trained.
+    is_new = not (settings.world_model_from or settings.model)
+    counted = dataclasses.replace(settings, lora_rank=0, bits=16) if is_new else settings
+    if not memory.report(lm, counted, "sft", nll_loss):
         return
     runs.prepare_stage_folders(settings, [folder.name], "")
 
@@ -162,7 +166,10 @@ def distill(settings: DistillSettings) -> None:
         training_trajectory(lm.codec, example, settings.max_observation)
         for example in gathered.examples
     ]
-    lm.begin_stage(settings, settings.seed, folder.name)
+    if is_new:
+        lm.network.recompute = settings.checkpointing
+    else:
+        lm.begin_stage(settings, settings.seed, folder.name)
     optimizer = lm.backend.Optimizer(lm.network, muon=settings.muon, seed=settings.seed)
     steps = steps_of_passes(texts, settings)
     stage = StageRun(lm, optimizer, folder, settings, len(steps))
@@ -315,6 +322,9 @@ def ensure_world_model(settings: DistillSettings) -> None:
 def load_world_model(settings: DistillSettings) -> WorldModel:
     """Return the world model of a run, as a tool."""
     folder = runs.run_folder(settings) / settings.world_model
+    if not (folder / CONFIG_FILE).is_file():
+        # The settings of an adapter are not those of whole weights.
+        settings = dataclasses.replace(settings, lora_rank=0, bits=16)
     world_model = WorldModel(model.load(folder, settings), settings)
     if not settings.gold_facts:
         learned = list(read_examples(folder))

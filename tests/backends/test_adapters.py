@@ -637,7 +637,8 @@ def test_a_frozen_base_never_takes_four_bytes(codec: Codec, backend: str) -> Non
 TINY = (
     "--run=t --width=64 --layers=2 --base_tokens=60000 --coa=60 --cot=10 --pairs=8 --epochs=1"
     " --max_len=200 --rl1_steps=1 --rl2_steps=1 --questions=3 --rollouts=2 --rl_questions=6"
-    " --eval_questions=1"
+    " --eval_questions=1 --world_model_width=64 --world_model_layers=2 --sweep_share=0.02"
+    " --world_model_epochs=1"
 ).split()
 STAGES = ["sft1", "sft2", "sft3", "rl1", "rl2"]
 
@@ -713,6 +714,8 @@ def test_the_scripts_with_an_adapter(
     run("train_rl.py")
     assert begun_stages == STAGES
     assert all((root / stage / weights_name).is_file() for stage in STAGES)
+    # A new network has nothing that an adapter could go onto.
+    assert (root / "world_model" / "model.safetensors").is_file()
     if not merge:
         for stage in ("sft2", "rl2"):
             content = json.loads((root / stage / "adapter_config.json").read_text())

@@ -32,7 +32,7 @@ from workflows.words import beginning_of_text
 
 def says(text: str) -> Any:
     """Return a tool that says the same to every query."""
-    return lambda queries: [Observation(text)] * len(queries)
+    return lambda queries, _=None: [Observation(text)] * len(queries)
 
 
 def replace_decoder(monkeypatch: pytest.MonkeyPatch, lm: LM, write: Any) -> None:
