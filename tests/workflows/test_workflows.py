@@ -117,7 +117,7 @@ def test_a_workflow_calls_as_often_as_an_agent(
     replace_decoder(monkeypatch, lm, write)
     queries = []
 
-    def tool(actions: list[str]) -> Any:
+    def tool(actions: list[str], _: Any = None) -> Any:
         queries.extend(actions)
         return [Observation("Silver River 1: A film.")] * len(actions)
 
