@@ -246,3 +246,30 @@ def test_what_evaluation_needs(user: Any, argument: str, message: str) -> None:
     done = run_here(user.cwd, "eval.py", argument, "--eval_questions=1")
     assert done.status == 2
     assert message in done.err
+
+
+@pytest.mark.parametrize("more", [[], ["--lora_rank=2"]])
+def test_a_world_model_of_a_checkpoint(user: Any, tmp_path: Path, more: list[str]) -> None:
+    """It goes on from the run's base, whole or as an adapter, and answers in RL-1.
+
+    SFT has the same tool as RL here, so that the searches of its chains are logged calls.
+    """
+    shutil.copytree(user.cwd, tmp_path, dirs_exist_ok=True)
+    root = tmp_path / "out" / "real"
+    arguments = ["--run=real", "--world_model_epochs=1", "--world_model=small", *more]
+    done = run_here(tmp_path, "world_model.py", "distill", *arguments, "--sources=logs,sweep")
+    assert done.status == 0, done.err
+    cost = strict_json((root / "small" / "cost.json").read_text())
+    assert cost["sources"] == ["logs", "sweep"]
+    learned = {row["query"] for row in read_rows(root / "small" / "examples.jsonl")}
+    # The sweep asks for titles; what the teacher asked besides are questions.
+    assert set(PEOPLE) <= learned
+    assert any(query.endswith("?") for query in learned)
+    weights = "adapter_model.safetensors" if more else "model.safetensors"
+    assert (root / "small" / weights).is_file()
+
+    stage = ["--stage=rl1", "--start=base", "--out=imagined", "--rl1_environment=distilled"]
+    done = run_here(tmp_path, "train_rl.py", *arguments, *stage, "--rl1_pool=rl2")
+    assert done.status == 0, done.err
+    (step,) = read_rows(root / "imagined" / "log.jsonl")
+    assert step["real_calls"] == 0
