@@ -34,12 +34,11 @@ import model
 from common import memory
 from common.errors import UserError
 from common.files import write_text
-from common.runs import find_start, run_folder
+from common.runs import COST_FILE, find_start, run_folder
 from common.settings import CommaList, main
 from data.questions import Question
 from data.scores import cover_match, exact_match, f1, overlap_match
 from data.trajectory import Observation, Provenance
-from environments.distilled import COST_FILE
 from evaluation.figures import RowFigures, gain_to_json, row_to_json
 from evaluation.predictions import (
     AnswerSettings,

@@ -30,7 +30,7 @@ from backends.adapter_files import CONFIG_FILE
 from common import memory, runs
 from common.errors import UserError, run_guarded
 from common.run_record import read_run_record
-from common.runs import StageRun
+from common.runs import COST_FILE, StageRun
 from common.settings import (
     AboveZero,
     CallSources,
@@ -49,7 +49,6 @@ from data.sft_data import read_trajectories
 from data.trajectory import Trajectory
 from environments.distilled import (
     ANSWERED_AT_ONCE,
-    COST_FILE,
     EXAMPLES_FILE,
     Example,
     WorldModel,

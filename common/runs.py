@@ -52,6 +52,7 @@ DATA_SETTINGS = (
     "max_observation",
     "max_len",
 )
+COST_FILE = "cost.json"  # in the folder of a distilled world model, which is no stage
 LOG_FILES = ("log.jsonl", "rollouts.jsonl", "calls.jsonl")
 
 
@@ -304,8 +305,10 @@ def find_start(root: Path, start: str, stages: Sequence[str]) -> Path:
     if start in stages:
         script = "train_rl.py" if start.startswith("rl") else "train_sft.py"
         raise UserError(f"{folder} is missing; make it with: {command_line(script)}")
-    found = ", ".join(sorted(path.parent.name for path in root.glob("*/config.json")))
-    raise UserError(f"{folder} is missing; --start can be one of: {found or 'nothing yet'}")
+    folders = [path.parent for path in root.glob("*/config.json")]
+    stages_there = sorted(path.name for path in folders if not (path / COST_FILE).is_file())
+    found = ", ".join(stages_there) or "nothing yet"
+    raise UserError(f"{folder} is missing; --start can be one of: {found}")
 
 
 def command_line(script: str) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 from common.errors import UserError
 from common.files import read_jsonl
 from common.run_record import RunRecord, read_run_record
+from common.runs import COST_FILE
 from environments.costs import Point, mean
-from environments.distilled import COST_FILE
 from environments.fidelity import learned_queries
 from evaluation.figures import read_figures
 from evaluation.predictions import read_predictions

@@ -23,8 +23,7 @@ from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
 from environments.imagining import imagine, observation_text, sum_over_continuations
 from model import LM
 
-COST_FILE = "cost.json"  # in the folder of a world model, and in no other
-EXAMPLES_FILE = "examples.jsonl"  # beside it: the calls that it learned from
+EXAMPLES_FILE = "examples.jsonl"  # in its folder: the calls that it learned from
 # If it learned no more queries than this, all are answered when it is loaded: in full batches a
 # query takes a tenth of the time.
 ANSWERED_AT_ONCE = 4096

@@ -15,13 +15,13 @@ from common import runs
 from common.errors import UserError
 from common.progress import tqdm
 from common.run_record import read_run_record
+from common.runs import COST_FILE
 from common.settings import RolloutSettings, RunSettings
 from data.scores import exact_match
 from data.sft_data import read_codec
 from data.trajectory import Codec, Observation, Provenance
 from environments.cases import AskedFact, Case
 from environments.distilled import (
-    COST_FILE,
     EXAMPLES_FILE,
     query_prompt,
     read_examples,

@@ -27,11 +27,12 @@ import train_rl
 import train_sft
 from common import runs
 from common.errors import UserError
+from common.runs import COST_FILE
 from common.settings import read_settings
 from data.scores import exact_match
 from data.sft_data import read_sft_data
 from data.trajectory import Role
-from environments.distilled import COST_FILE, EXAMPLES_FILE, read_examples
+from environments.distilled import EXAMPLES_FILE, read_examples
 from tasks import open_task
 
 TINY = (

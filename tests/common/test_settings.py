@@ -538,9 +538,11 @@ def test_a_start_that_no_command_makes(failed: Any, tmp_path: Path) -> None:
     line = failed("train_rl.py", "--run=mine", "--stage=rl2", "--start=nosuch")
     assert "out/mine/nosuch is missing; --start can be one of: nothing yet" in line
     assert "python" not in line
-    for name in ("sft3", "sft2_alone"):
+    for name in ("sft3", "sft2_alone", "world_model"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
+    # A world model is nothing to begin with.
+    (tmp_path / "world_model" / "cost.json").write_text("{}")
     with pytest.raises(
         UserError, match=r"nosuch is missing; --start can be one of: sft2_al.*sft3$"
     ):
