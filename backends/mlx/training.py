@@ -56,10 +56,15 @@ def entropies(network: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
     rows, columns = np.nonzero(batch["mask"][:, 1:])
     measured = np.zeros(batch["ids"].shape, np.float32)
     if rows.size:
-        x = network(mx.array(batch["ids"])[:, :-1])
-        logits = network.logits(x[mx.array(rows), mx.array(columns)])  # (masked, vocab)
-        log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        values = -(mx.exp(log_probabilities) * log_probabilities).sum(-1)
+        ids = mx.array(batch["ids"])
+        row = mx.array(rows)
+        column = mx.array(columns)
+        x = network(ids[:, :-1])
+        logits = network.logits(x[row, column])  # (masked, vocab)
+        log_sums = mx.logsumexp(logits, axis=-1, keepdims=True)
+        log_probabilities = logits - log_sums
+        probabilities = mx.exp(log_probabilities)
+        values = -(probabilities * log_probabilities).sum(-1)
         measured[rows, columns + 1] = np.array(values)
     return measured
 
@@ -89,8 +94,9 @@ def train_step(
         temperatures: float | mx.array = temperature
         if "observation_mask" in arrays:
             # The auxiliary loss is at temperature 1, and its tokens are none of the policy's.
-            mask = mask + arrays["observation_mask"]
-            temperatures = mx.where(arrays["observation_mask"] > 0, 1.0, temperature)
+            observation_mask = arrays["observation_mask"]
+            mask = mask + observation_mask
+            temperatures = mx.where(observation_mask > 0, 1.0, temperature)
         token_logprobs = logprobs(network, arrays["ids"], mask, temperatures)
         return loss_function(mx, token_logprobs, arrays)
 

@@ -92,8 +92,9 @@ def train_step(
         temperatures: float | Tensor = temperature
         if "observation_mask" in tensors:
             # The auxiliary loss is at temperature 1, and its tokens are none of the policy's.
-            mask = mask + tensors["observation_mask"]
-            temperatures = torch.where(tensors["observation_mask"] > 0, 1.0, temperature)
+            observation_mask = tensors["observation_mask"]
+            mask = mask + observation_mask
+            temperatures = torch.where(observation_mask > 0, 1.0, temperature)
         token_logprobs = logprobs(network, tensors["ids"], mask, temperatures)
         loss = loss_function(torch, token_logprobs, tensors)
         loss.backward()
