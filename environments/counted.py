@@ -5,6 +5,7 @@ asked of the tool itself; its answer is kept, and given again for nothing. So a 
 the tool, and what real practice costs with a cache is the number of distinct calls.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,8 +44,8 @@ class CountedTool:
         new = list(dict.fromkeys(query for query in queries if query not in self.answers))
         found = dict(zip(new, self.tool(new), strict=True))
         self.raw_calls += len(queries)
-        for query in dict.fromkeys(queries):
-            self._note_call(query, queries.count(query), found.get(query))
+        for query, count in Counter(queries).items():
+            self._note_call(query, count, found.get(query))
         # A failed search is no answer: the tool is asked again.
         self.answers.update(
             {query: observation for query, observation in found.items() if not observation.is_lost}

@@ -6,7 +6,8 @@ distilled   a separate network that imitates the tool (world_model.py distill); 
 real        the tool
 mixed       the world model, and for a part of the queries the tool
 
-Whoever searches, the calculator is always the real one, and is not counted.
+Whoever searches, the calculator is the real one, and is not counted. Only a policy that imagines
+makes up its sums too.
 """
 
 from dataclasses import dataclass, field
