@@ -60,7 +60,7 @@ class FidelitySettings(TaskRunSettings, ModelSettings, RolloutSettings):
 
     # Folders of the run to measure. Empty: all its world models, then SFT-2, SFT-3, RL-1 and RL-2.
     rows: CommaList = field(default_factory=list)
-    # Searches of each group at most, of different queries.
+    # Searches of each group at most. Those of a policy are counted as often as they were made.
     searches: AboveZero = 300
 
 
@@ -126,9 +126,11 @@ def known_searches(
             f"{root}: there is no search whose answer is known: a teacher finds nothing for "
             "held-out questions, and no chain and no call of RL is kept; give more questions"
         )
-    return {
-        group: spread(each_query_once(cases), count) for group, cases in groups.items() if cases
-    }
+    # A teacher's query counts once. A policy's counts as often as it is asked, since what matters is
+    # how much of its practice is right.
+    groups[TRAINING] = each_query_once(groups[TRAINING])
+    groups[HELD_OUT] = each_query_once(groups[HELD_OUT])
+    return {group: spread(cases, count) for group, cases in groups.items() if cases}
 
 
 def show_outcomes(title: str, outcomes: Sequence[Outcome]) -> ShownModel:
