@@ -74,9 +74,11 @@ def group_advantages(rewards: np.ndarray, divide_by_std: bool = False) -> np.nda
 
 
 # ---- 2. Losses -----------------------------------------------------------------------------------
-# xp is numpy, torch or mlx.core. logp (B, T) is the log-probability of each token; the batch holds
-# `mask` (B, T) and `norm`, which makes micro-batches add up to the mean of a whole optimizer step.
-# All losses are called alike, so nll_loss has xp too.
+# xp is numpy, torch or mlx.core. A micro-batch holds texts as tries (data/batches.py), in which a
+# token that several texts begin with stands once: a node. logp (nodes,) is the log-probability of
+# each. The batch holds `mask` (nodes,), 1 where a token is learned, and `norm`, which makes
+# micro-batches add up to the mean of a whole optimizer step. All losses are called alike, so
+# nll_loss has xp too.
 def nll_loss(xp: Any, logp: Array, batch: Batch) -> Array:
     """Return the next-token loss of SFT-2 and SFT-3, a mean over the tokens that are learned."""
     return -(logp * batch["mask"]).sum() / batch["norm"]
@@ -86,10 +88,12 @@ def contrastive_loss(xp: Any, logp: Array, batch: Batch) -> Array:
     """Return the loss of SFT-1: -log sigmoid(P(chosen|c) - P(rejected|c)) - alpha P(chosen|c).
 
     P is the mean log-probability of a continuation's tokens (paper 3.2). Without the last term
-    both probabilities would fall together. Rows 0..n-1 of the batch are chosen, rows n..2n-1 are
-    the rejected ones of the same pairs, and `mask` marks the continuations.
+    both probabilities would fall together.
+
+    batch: `rows` (2 n, nodes), each the mean over one continuation's nodes: n chosen ones, then the
+    rejected ones of the same pairs.
     """
-    score = (logp * batch["mask"]).sum(1) / batch["mask"].sum(1)  # (2n,)
+    score = batch["rows"] @ logp  # (2 n,)
     pairs = score.shape[0] // 2
     gap = score[:pairs] - score[pairs:]
     # logaddexp(0, -gap) is -log sigmoid(gap), without overflow.
@@ -100,31 +104,42 @@ def contrastive_loss(xp: Any, logp: Array, batch: Batch) -> Array:
 def grpo_loss(xp: Any, logp: Array, batch: Batch) -> Array:
     """Return the clipped policy gradient, a mean over the policy's tokens, and the KL penalty.
 
+    A token's loss is -min(r A, clip(r) A), where r is the ratio of its new to its old probability,
+    and A the advantage of its rollout. That is -A min(r, 1 + clip_high) where A is positive, and
+    -A max(r, 1 - clip_low) where it is negative. So for a node that several rollouts share, the
+    sums of their positive and of their negative advantages are all that counts.
+
     With one optimizer step a batch the ratio is 1 and nothing is clipped: it is the plain policy
     gradient. Clipping acts from the second minibatch on.
 
-    batch: `mask`, `old` (log-probs when sampled), `advantage` (B, 1), `clip_low`, `clip_high`,
-    `norm`; `beta`, the weight of KL, and `ref`, the log-probs of the reference, where it is not 0;
-    `observation_coef`, the weight of observation_loss.
+    batch: `mask`, 1 for tokens of the policy; `old`, log-probs when sampled; `positive` and
+    `negative`, the sums of advantages, 0 where nothing is learned; `clip_low`, `clip_high`, `norm`;
+    `beta`, the weight of KL, and where it is not 0 `ref`, the log-probs of the reference, `count`,
+    how many rollouts share a node, and `kl_norm`; `observation_coef`, the weight of
+    observation_loss.
     """
-    ratio = xp.exp((logp - batch["old"]) * batch["mask"])  # (B, T)
-    clipped = xp.clip(ratio, 1 - batch["clip_low"], 1 + batch["clip_high"])
-    loss = -xp.minimum(ratio * batch["advantage"], clipped * batch["advantage"])
+    ratio = xp.exp((logp - batch["old"]) * batch["mask"])  # (nodes,)
+    raised = xp.clip(ratio, None, 1 + batch["clip_high"])
+    lowered = xp.clip(ratio, 1 - batch["clip_low"], None)
+    gain = batch["positive"] * raised + batch["negative"] * lowered
+    loss = -(gain * batch["mask"]).sum() / batch["norm"]
     if batch["beta"]:
-        loss = loss + batch["beta"] * k3(xp, logp, batch)
-    total = (loss * batch["mask"]).sum() / batch["norm"]
+        penalty = k3(xp, logp, batch) * batch["count"] * batch["mask"]
+        loss = loss + batch["beta"] * penalty.sum() / batch["kl_norm"]
     if batch["observation_coef"]:
-        total = total + batch["observation_coef"] * observation_loss(xp, logp, batch)
-    return total
+        loss = loss + batch["observation_coef"] * observation_loss(xp, logp, batch)
+    return loss
 
 
 def observation_loss(xp: Any, logp: Array, batch: Batch) -> Array:
     """Return the next-token loss on what the real tool said (ECHO, arXiv 2605.24517, auxiliary).
 
-    It is a mean over `observation_mask` (B, T) of the whole step, with the normaliser
-    `observation_norm` of its own. The policy stays a model of its world while it learns to act.
+    It is a mean over rollouts' tokens, with the normaliser `observation_norm` of the whole step.
+    The policy stays a model of its world while it learns to act.
+
+    batch: `observation_count` (nodes,), how many rollouts the tool said this token to.
     """
-    return -(logp * batch["observation_mask"]).sum() / batch["observation_norm"]
+    return -(logp * batch["observation_count"]).sum() / batch["observation_norm"]
 
 
 def k3(xp: Any, logp: Array, batch: Batch) -> Array:
@@ -148,14 +163,8 @@ class Row:
     finished: bool = False
     answer_end: int = 0  # length of the trajectory at which a forced answer must end
     observation_start: int = 0  # where the observation that it imagines begins
-    followers: list["Row"] = field(default_factory=list)  # the same text: they wait for this one
+    stream: np.ndarray | None = None  # (max_len,), the number that draws the token of each place
     workflow: Any = None  # what a workflow remembers of it (workflows/react.py)
-
-    @property
-    def has_just_opened_observation(self) -> bool:
-        """Whether it is about to imagine an observation, and has written none of it."""
-        is_at_start = self.observation_start == len(self.trajectory.ids)
-        return self.state == Role.OBSERVATION and is_at_start
 
     def append(self, ids: list[int], role: Role) -> None:
         """Add tokens that the policy did not write; the network still has to read them."""
@@ -191,15 +200,18 @@ def rollout(
     search: Search | Imagine | None,
     settings: RolloutSettings,
     temperature: float = 0.0,
-    rng: np.random.Generator | None = None,
+    streams: Sequence[np.ndarray] = (),
 ) -> list[Trajectory]:
     """Roll out an agent on each prompt: Algorithm 1 of the paper, for a batch.
 
-    decoder: makes a backend's Decoder for some prompts; equal prompts share their prefill.
+    decoder: makes a backend's Decoder for some prompts; rollouts that are one text are computed
+        once.
     search: answers actions, or IMAGINE: the policy writes the observation as well,
         greedily, and it still counts as the environment's (role OBSERVATION, mask 0). None where
         max_actions is 0.
     temperature: 0 is greedy.
+    streams: a random_stream for each prompt; none where it is greedy. What a rollout writes depends
+        on its own stream, and not on what is rolled out beside it.
     Returns a trajectory for each prompt, in order.
     Raises UserError for a prompt that leaves no room for an answer.
     """
@@ -212,10 +224,20 @@ def rollout(
             )
         row = Row(Trajectory(), decoder_row=number)
         row.trajectory.add(list(prompt), Role.PROMPT, 0)
+        if temperature:
+            row.stream = streams[number]
         rows.append(row)
     agent = Agent(codec, settings, imagines=search == IMAGINE)
-    run_rows(agent, decoder(list(prompts)), rows, search, temperature, rng)
+    run_rows(agent, decoder(list(prompts)), rows, search, temperature)
     return [row.trajectory for row in rows]
+
+
+def random_stream(length: int, *numbers: int) -> np.ndarray:
+    """Return the random numbers of one rollout, (length,) in [0, 1): one for each token's place.
+
+    numbers: what tells it from all other rollouts: seed, stage, step, question, rollout.
+    """
+    return np.random.default_rng(numbers).random(length)
 
 
 def run_rows(
@@ -224,69 +246,38 @@ def run_rows(
     rows: list[Row],
     search: Search | Imagine | None,
     temperature: float = 0.0,
-    rng: np.random.Generator | None = None,
 ) -> None:
     """Write all rows to their ends: the loop of Algorithm 1. Row i of the decoder is rows[i]."""
     while rows:
         # Think, act, imagine or answer.
-        write_until_pause(controller, decoder, rows, temperature, rng)
+        write_until_pause(controller, decoder, rows, temperature)
         rows = [row for row in rows if not row.finished]
-        rows = share_imagination(rows)
         call_tool(controller, rows, search)
         feed_new_tokens(decoder, rows)
 
 
 def write_until_pause(
-    controller: Controller,
-    decoder: Any,
-    rows: list[Row],
-    temperature: float,
-    rng: np.random.Generator | None,
+    controller: Controller, decoder: Any, rows: list[Row], temperature: float
 ) -> None:
     """Let the model write on every row until most of them wait for something."""
     budgets = [max(1, controller.budget(row)) for row in rows]
     stops = [controller.stops(row) for row in rows]
     # An imagined observation is greedy: one text gets one observation, as from a tool.
     temperatures = [0.0 if row.state == Role.OBSERVATION else temperature for row in rows]
+    uniforms = None
+    if any(temperatures):
+        uniforms = np.zeros((len(rows), max(budgets)))
+        for number, row in enumerate(rows):
+            assert row.stream is not None, "sampling needs a stream"
+            length = len(row.trajectory.ids)
+            own = row.stream[length : length + budgets[number]]
+            uniforms[number, : len(own)] = own
     ids, logprobs = decoder.decode(
-        stops, budgets, temperatures, rng, writing_share=controller.writing_share
+        stops, budgets, temperatures, uniforms, writing_share=controller.writing_share
     )
     for number, row in enumerate(rows):
         spent = len(ids[number]) == budgets[number]
         controller.continue_row(row, ids[number], logprobs[number], spent)
-
-
-def share_imagination(rows: list[Row]) -> list[Row]:
-    """Let one of several equal texts imagine the observation for all of them.
-
-    Of the rows that have just opened an observation after the same text, the first goes on. The
-    others follow it: they leave the decoder, and when that observation is closed they come back,
-    each with a copy of it.
-    """
-    going_on = []
-    first_with_text: dict[tuple[int, ...], Row] = {}
-    for row in rows:
-        if row.has_just_opened_observation:
-            first = first_with_text.setdefault(tuple(row.trajectory.ids), row)
-            if first is not row:
-                first.followers.append(row)
-                continue
-        going_on.append(row)
-        if row.state != Role.OBSERVATION:
-            for follower in row.followers:
-                _copy_imagination(row, follower)
-                going_on.append(follower)
-            row.followers = []
-    return going_on
-
-
-def _copy_imagination(row: Row, follower: Row) -> None:
-    written = row.trajectory.ids[len(follower.trajectory.ids) :]
-    follower.trajectory.add(written, Role.OBSERVATION, 0)
-    follower.trajectory.observations.append(row.trajectory.observations[-1])
-    follower.state = Role.THINK
-    follower.decoder_row = row.decoder_row
-    follower.new_ids = list(row.new_ids)
 
 
 def call_tool(controller: Controller, rows: list[Row], search: Search | Imagine | None) -> None:
@@ -303,26 +294,11 @@ def call_tool(controller: Controller, rows: list[Row], search: Search | Imagine 
 
 
 def feed_new_tokens(decoder: Any, rows: list[Row]) -> None:
-    """Let the network read what was appended; rows that are one text read it as one row."""
+    """Drop the rows that are done, and let the network read what was appended to the others."""
     if not rows:
         return
-    readers: list[Row] = []
-    reader_of_text: dict[tuple[int, ...], int] = {}
-    reader_of_row = []
-    for row in rows:
-        text = tuple(row.trajectory.ids)
-        # A row that has nothing to read goes on by itself, whatever its text.
-        reader = reader_of_text.get(text) if row.new_ids else None
-        if reader is None:
-            reader = len(readers)
-            readers.append(row)
-            if row.new_ids:
-                reader_of_text[text] = reader
-        reader_of_row.append(reader)
-    # Drop the other rows of the decoder, read, and copy each reader for the rows that share it.
-    decoder.keep([row.decoder_row for row in readers])
-    decoder.feed([row.new_ids for row in readers])
-    decoder.keep(reader_of_row)
+    decoder.keep([row.decoder_row for row in rows])
+    decoder.feed([row.new_ids for row in rows])
     for number, row in enumerate(rows):
         row.decoder_row = number
         row.new_ids = []
@@ -341,7 +317,7 @@ class Agent:
         self.codec = codec
         self.settings = settings
         self.imagines = imagines
-        self.stop_ids = [codec.eos_id, codec.end_search_id]
+        self.stop_ids = [*codec.eos_ids, codec.end_search_id]
         if imagines:
             self.stop_ids.append(codec.end_result_id)
 
@@ -379,7 +355,7 @@ class Agent:
             and not row.trajectory.forced
         ):
             self._act(row)
-        elif last in (self.codec.eos_id, self.codec.end_search_id):
+        elif last in (*self.codec.eos_ids, self.codec.end_search_id):
             # It has answered, or closed an action that it never opened, which ends it too.
             row.finished = True
         elif spent and (row.trajectory.forced or row.state == Role.ANSWER):
@@ -390,12 +366,13 @@ class Agent:
 
     def _add_policy_tokens(self, row: Row, ids: list[int], logprobs: list[float]) -> None:
         """Add what the policy wrote, mask 1; a tag changes the role from its own token on."""
-        for token, logprob in zip(ids, logprobs, strict=True):
-            if token == self.codec.search_id:
-                row.state = Role.ACTION
-            elif token == self.codec.boxed_id:
-                row.state = Role.ANSWER
-            row.trajectory.add([token], row.state, 1, [logprob])
+        start = 0
+        for place, token in enumerate(ids):
+            if token in (self.codec.search_id, self.codec.boxed_id):
+                row.trajectory.add(ids[start:place], row.state, 1, logprobs[start:place])
+                start = place
+                row.state = Role.ACTION if token == self.codec.search_id else Role.ANSWER
+        row.trajectory.add(ids[start:], row.state, 1, logprobs[start:])
 
     def _act(self, row: Row) -> None:
         """Run the action that has just ended, or force an answer if calls are spent."""

@@ -128,7 +128,7 @@ class MlxLm:
 
         self.network = mlx_lm.load(str(folder))[0]
         self.base_folder = base_folder
-        self.stops = [codec.eos_id, codec.end_search_id]
+        self.stops = [*codec.eos_ids, codec.end_search_id]
         self.settings = settings
 
     def answer(self, prompt: list[int], count: int) -> list[int]:
@@ -239,7 +239,7 @@ class Transformers:
         self.device = model.choose_backend("torch").pick_device(settings.device)
         self.network: Any = AutoModelForCausalLM.from_pretrained(folder).eval().to(self.device)
         self.base_folder = base_folder
-        self.stops = [codec.eos_id, codec.end_search_id]
+        self.stops = [*codec.eos_ids, codec.end_search_id]
 
     def answer(self, prompt: list[int], count: int) -> list[int]:
         """Write so many tokens after one prompt."""
@@ -287,7 +287,7 @@ class Transformers:
                 mask = torch.cat([last_turn["mask"][kept], mask], 1)
             output = self._generate(ids, mask, max(budgets), self.stops, cache)
             written = output.sequences[:, ids.shape[1] :]
-            is_stop = (written == self.stops[0]) | (written == self.stops[1])
+            is_stop = torch.isin(written, torch.tensor(self.stops, device=self.device))
             # A row counts up to its first stop; then generate pads it.
             own = (is_stop.cumsum(1) - is_stop.long() == 0).long()
             last_turn["rows"] = rows

@@ -22,9 +22,12 @@ calculator, and with --judge what a language model says of the answers. Averages
 with a 95% bootstrap interval over questions.
 """
 
+# First, so that Ctrl-C is one line from here on.
+from common.errors import UserError
+
+# isort: split
 import dataclasses
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,9 +35,8 @@ from pathlib import Path
 
 import model
 from common import memory
-from common.errors import UserError
-from common.files import write_text
-from common.runs import COST_FILE, find_start, run_folder
+from common.files import REPLACED_SUFFIX, only_process, to_json, write_text
+from common.runs import COST_FILE, find_start, load_stage, run_folder
 from common.settings import CommaList, main
 from data.questions import Question
 from data.scores import cover_match, exact_match, f1, overlap_match
@@ -263,11 +265,11 @@ def open_run(settings: EvalSettings) -> Table:
     root = run_folder(settings)
     stage_folders = [row.folder.name for row in STAGES]
     base_folder = find_start(root, "base", ["base", *stage_folders])
-    base = model.load(base_folder, settings)
+    base = load_stage(base_folder, settings)
     own_rows = [
         TableRow(config.parent.name, Path(config.parent.name), think_and_act)
         for config in sorted(root.glob("*/config.json"))
-        if config.parent.suffix not in (".partial", ".checkpoint", ".old")
+        if config.parent.suffix not in (".partial", ".checkpoint", REPLACED_SUFFIX)
         and not (config.parent / COST_FILE).is_file()
         and config.parent.name not in ["base", *stage_folders]
     ]
@@ -323,11 +325,21 @@ def run(settings: EvalSettings) -> None:
     refuse_unknown_rows(settings.rows, table.rows)
     if not memory.report(table.base, settings, "eval", None):
         return
+    with only_process(table.root):
+        ask_rows(table, Exam(task, settings), start)
+
+
+def ask_rows(table: Table, exam: Exam, start: float) -> None:
+    """Ask what is missing of each row, print the table and write both files.
+
+    start: when the command began, in seconds.
+    """
+    task = exam.task
+    settings = exam.settings
     # A judge that can't be reached is refused before the rows take their time.
     chat = None
     if settings.judge:
         chat = Chat(settings.judge, settings, "judge", batch_rows=settings.batch_rows)
-    exam = Exam(task, settings)
     known_facts = recall_facts(table, exam)
     predictions = open_predictions(table, exam)
 
@@ -362,8 +374,8 @@ def run(settings: EvalSettings) -> None:
         "seed": settings.seed,
         "seconds": round(time.time() - start, 1),
     }
-    write_text(table.root / "eval.json", json.dumps(result, indent=1))
-    print(json.dumps(result))
+    write_text(table.root / "eval.json", to_json(result, indent=1))
+    print(to_json(result))
     if judge_error is not None:
         raise judge_error
 
@@ -421,7 +433,7 @@ def ask_what_is_missing(
         if lm is None:
             lm = table.base
             if row.folder != table.base_folder:
-                lm = model.load(row.folder, exam.settings)
+                lm = load_stage(row.folder, exam.settings)
         questions = [question for _, question in batch]
         answers = row.workflow(lm, questions, exam, row.name)
         results = [
@@ -520,7 +532,7 @@ def compare_rows(settings: EvalSettings) -> None:
         runs.append((predictions[first], predictions[second]))
     gain = gain_to_json(paired_gain(runs))
     rounded = {name: round(value, 2) for name, value in gain.items()}
-    print(json.dumps({"rows": settings.compare, "runs": run_names, **rounded}))
+    print(to_json({"rows": settings.compare, "runs": run_names, **rounded}))
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ from backends.model_files import (
     read_checkpoint,
     read_config,
     read_tokenizer,
-    replace_folder,
 )
 from common.errors import UserError
+from common.files import refuse_damage, replace_folder, write_checksums, writing
 from common.settings import ModelSettings
 from data.trajectory import TAGS, Codec
 
@@ -60,7 +60,7 @@ class LM:
         folder: where the whole weights lie: these, or those that its adapter belongs to.
         """
         self.network = network
-        self.codec = Codec(tokenizer)
+        self.codec = Codec(tokenizer, network.config.eos_token_ids)
         self.backend = backend
         self.folder = folder
         if len(tokenizer) > network.config.vocab_size:
@@ -84,31 +84,40 @@ class LM:
 
         optimizer: its state goes with it, for a stage that goes on from here.
         steps_done: steps of the stage; in RL a step may be several of the optimizer, or none.
+        Raises DiskError where the disk refuses.
         """
         partial = folder.with_name(folder.name + ".partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        self.codec.tokenizer.save_pretrained(partial)
-        config = self.network.config.to_dict()
-        (partial / "config.json").write_text(json.dumps(config, indent=2))
-        if self.network.lora:
-            self._save_adapter(partial)
-        else:
-            self.backend.save_weights(self.network, partial)
+        tokenizer = self.codec.tokenizer
+        # How it was read would make the files of a resumed run others.
+        for name in ("is_local", "local_files_only"):
+            tokenizer.init_kwargs.pop(name, None)
+        with writing(partial):
+            partial.mkdir(parents=True, exist_ok=True)
+            tokenizer.save_pretrained(partial)
+            config = self.network.config.to_dict()
+            (partial / "config.json").write_text(json.dumps(config, indent=2))
+            if self.network.lora:
+                self._save_adapter(partial)
+            else:
+                self.backend.save_weights(self.network, partial)
+            if optimizer:
+                state = optimizer.state()
+                if steps_done is not None:
+                    state["done"] = np.array([steps_done])
+                save_file(state, partial / "optimizer.safetensors")
+            write_checksums(partial)
+            replace_folder(folder, partial)
+        if not self.network.lora:
             self.folder = folder
-        if optimizer:
-            state = optimizer.state()
-            if steps_done is not None:
-                state["done"] = np.array([steps_done])
-            save_file(state, partial / "optimizer.safetensors")
-        replace_folder(folder, partial)
 
     def resume(self, folder: Path, optimizer: Any = None) -> int | None:
         """Read the weights, and the optimizer's state, that `save` wrote with either backend.
 
         Returns how many steps of the stage were done (the optimizer's own count where `save` was
         given none), None without an optimizer.
-        Raises UserError where they are of another network or optimizer.
+        Raises UserError where they are of another network or optimizer, or not as they were saved.
         """
+        refuse_damage(folder, "train its stage again")
         if read_config(folder) != self.network.config:
             raise _other_content(folder, "another network than this run's")
         has_adapter = (folder / CONFIG_FILE).is_file()
@@ -336,8 +345,9 @@ def load_any(name: str, settings: ModelSettings) -> tuple[LM, bool]:
 
     name: a folder that `LM.save` wrote, or a checkpoint from elsewhere, which may have none.
     """
-    tokenizer_file = Path(name) / "tokenizer.json"
-    if tokenizer_file.is_file() and f'"{TAGS["search"]}"' in tokenizer_file.read_text():
+    # The folder of an adapter that another program trained has no config.json.
+    files = [Path(name) / "config.json", Path(name) / "tokenizer.json"]
+    if all(path.is_file() for path in files) and f'"{TAGS["search"]}"' in files[1].read_text():
         return load(name, settings), True
     lm = load_pretrained(name, settings)
     if settings.bits < 16:

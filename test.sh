@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
 # Set up and run the tests, two files at a time: bash test.sh (fast), bash test.sh --all (slow too).
 # Format, lint and types come first: they take seconds.
+#   bash test.sh --kills    kills tiny runs a hundred times (an hour; again: goes on where it was)
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
+if [ "${1:-}" = --kills ]; then
+  shift
+  # On several threads, sums are rounded in another order each time.
+  OMP_NUM_THREADS=1 PYTHONPATH=. exec .venv/bin/python tests/kill_campaign.py "$@"
+fi
 .venv/bin/ruff format --check --quiet .
 .venv/bin/ruff check --quiet .
 .venv/bin/pyrefly check --output-format min-text

@@ -286,8 +286,11 @@ def main(arguments: list[str]) -> None:
         raise UserError(USAGE)
     command, corpus = arguments[:2]
     if command == "ask":
-        observations = open_library(corpus, top_k=3)(arguments[2:])
+        all_tools = open_library(corpus, top_k=3)
+        observations = all_tools(arguments[2:])
         print("\n\n".join(observation.text for observation in observations))
+        if any(observation.is_lost for observation in observations):
+            print(all_tools.report(), file=sys.stderr)
     else:
         serve(corpus, arguments[2])
 

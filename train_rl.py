@@ -27,20 +27,28 @@ search whose result it has to make up, and it would stop searching.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from autocoa import Search, group_advantages, grpo_loss, k3, nll_loss, reward
+from autocoa import (
+    Search,
+    group_advantages,
+    grpo_loss,
+    k3,
+    nll_loss,
+    random_stream,
+    reward,
+)
 from common import memory, runs
-from common.batching import group_by_tokens
+from common.batching import fill_by_tokens
 from common.errors import UserError
 from common.runs import StageRun
 from common.settings import AboveZero, AboveZeroFloat, StageSettings, main
-from data.batches import Batch, pad, real_observation_mask
+from data.batches import Batch, build_trie, pack, pack_texts, real_observation_mask
 from data.questions import Question
 from data.scores import exact_match
 from data.trajectory import Codec, Trajectory
@@ -116,6 +124,8 @@ class RLStage:
 
 def run(settings: RLSettings) -> None:
     """Train RL-1 and RL-2, or those that the command asks for."""
+    if settings.rollouts < 2:
+        raise UserError("--rollouts: one rollout has no other to be compared with; take 2 or more")
     plan = runs.plan_rl(settings)
     if not plan.todo:
         return
@@ -176,36 +186,27 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
     progress = StageRun(policy, optimizer, stage.folder, settings, stage.steps)
     environment = stage.environment
     environment.tool.restore(progress.log_files.calls)
+    idle_steps = 0  # steps in a row in which no group had anything to teach
     for step in progress.steps():
         rng = np.random.default_rng([settings.seed, stage.seed_number, step])
         environment.begin_step(step)
         started = time.time()
 
         # Rollouts: several trajectories of each question, and what they are worth.
-        batch = sample_rollouts(policy, settings, stage, step, rng)
+        batch = sample_rollouts(policy, settings, stage, step)
         sampled = time.time()
 
         # Update: a policy-gradient step for each minibatch, on what the groups can teach. The log
         # has the figures of the last one; they are 0 where all groups are skipped.
-        advantages = group_advantages(batch.rewards, settings.advantage_std).ravel()
+        advantages = group_advantages(batch.rewards, settings.advantage_std)
         skipped = groups_to_skip(batch)
-        teaches = ~skipped.repeat(settings.rollouts)
-        if settings.observation_coef:
-            # What the tool said is learned from all groups.
-            says_something = [
-                any(real_observation_mask(trajectory)) for trajectory in batch.trajectories
-            ]
-            teaches = teaches | np.array(says_something)
-        learned = np.flatnonzero(teaches)
+        advantages[skipped] = 0
+        learned = np.flatnonzero(rollouts_that_teach(batch, skipped, settings))
         warmup = min(1.0, (step + 1) / WARMUP_STEPS)
         rate = settings.rl_lr * (stage.rate_scale * warmup)
         figures = {"loss": 0.0, "grad_norm": 0.0}
         for part in split_minibatches(learned, settings.minibatches, rng):
-            trajectories = [batch.trajectories[row] for row in part]
-            is_skipped = skipped.repeat(settings.rollouts)[part]
-            batches = update_batches(
-                trajectories, advantages[part], is_skipped, reference, settings
-            )
+            batches = update_batches(batch, part, advantages, skipped, reference, settings)
             figures = policy.backend.train_step(
                 policy.network,
                 optimizer,
@@ -215,15 +216,15 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
                 muon_lr=0.0,
                 temperature=settings.temperature,
             )
-            if not math.isfinite(figures["loss"] + figures["grad_norm"]):
-                raise UserError(
-                    f"{stage.folder.name}: loss is {figures['loss']} at step {step}; the stage "
-                    "before is kept; lower --rl_lr"
-                )
+            refuse_divergence(figures, stage, step)
         updated = time.time()
+        idle_steps = 0 if len(learned) else idle_steps + 1
 
         # Log: what the step looked like, and its first group to read.
         row = describe_step(policy.codec, batch)
+        some = batch.trajectories[:: max(1, len(batch.trajectories) // DRIFT_SAMPLES)]
+        row["kl"] = drift(policy, reference, some, settings)
+        refuse_divergence(row, stage, step)
         searches = [
             search
             for trajectory in batch.trajectories
@@ -233,14 +234,18 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
         if settings.eval_every and (step + 1) % settings.eval_every == 0:
             row["eval_em"] = evaluate(policy, stage, settings)
         tokens = sum(len(trajectory.ids) for trajectory in batch.trajectories)
-        some = batch.trajectories[:: max(1, len(batch.trajectories) // DRIFT_SAMPLES)]
+        summary = f"reward {row['reward']:.3f}, {row['actions']:.2f} actions"
+        if idle_steps:
+            steps_in_a_row = f" for {idle_steps} steps" if idle_steps > 1 else ""
+            summary += f", no group to learn from{steps_in_a_row}"
         progress.log(
-            f"reward {row['reward']:.3f}, {row['actions']:.2f} actions, {updated - started:.1f} s",
+            f"{summary}, {updated - started:.1f} s",
             step=step,
             **figures,
             **row,
             skipped_groups=int(skipped.sum()),
-            kl=drift(policy, reference, some, settings),
+            idle_steps=idle_steps,
+            shared_tokens=share_of_tokens(batch),
             real_calls=environment.tool.raw_calls,
             distinct_calls=environment.tool.distinct_calls,
             tokens=tokens,
@@ -267,16 +272,28 @@ class RolloutBatch:
     rewards: np.ndarray  # (questions, rollouts)
 
 
-def sample_rollouts(
-    policy: LM, settings: RLSettings, stage: RLStage, step: int, rng: np.random.Generator
-) -> RolloutBatch:
-    """Roll out some questions of the pool, several times each, and reward the trajectories."""
+def sample_rollouts(policy: LM, settings: RLSettings, stage: RLStage, step: int) -> RolloutBatch:
+    """Roll out some questions of the pool, several times each, and reward the trajectories.
+
+    Each rollout has random numbers of its own, so that what it becomes does not depend on which
+    others are decoded beside it.
+    """
     first = stage.first_question + step * settings.questions
     questions = [stage.pool[(first + i) % len(stage.pool)] for i in range(settings.questions)]
     repeated = repeat_questions(questions, settings.rollouts)
     texts = [question.question for question in repeated]
+    streams = [
+        random_stream(settings.max_len, settings.seed, stage.seed_number, step, question, rollout)
+        for question in range(settings.questions)
+        for rollout in range(settings.rollouts)
+    ]
     trajectories = answer_questions(
-        policy, texts, stage.environment.search, settings, temperature=settings.temperature, rng=rng
+        policy,
+        texts,
+        stage.environment.search,
+        settings,
+        temperature=settings.temperature,
+        streams=streams,
     )
     rewards = [
         reward(
@@ -307,6 +324,23 @@ def groups_to_skip(batch: RolloutBatch) -> np.ndarray:
     return agrees | lost.reshape(batch.rewards.shape).any(1)
 
 
+def rollouts_that_teach(
+    batch: RolloutBatch, skipped: np.ndarray, settings: RLSettings
+) -> np.ndarray:
+    """Return which rollouts an update goes over: (questions * rollouts,) of bool.
+
+    Of a group that is skipped, the policy's tokens still count for KL, and what the tool said for
+    the auxiliary loss.
+    """
+    if settings.kl:
+        return np.ones(len(batch.trajectories), dtype=bool)
+    teaches = ~skipped.repeat(settings.rollouts)
+    if settings.observation_coef:
+        says_something = [any(real_observation_mask(rollout)) for rollout in batch.trajectories]
+        teaches = teaches | np.array(says_something)
+    return teaches
+
+
 # ---- 4. The update -------------------------------------------------------------------------------
 def split_minibatches(
     rows: np.ndarray, minibatches: int, rng: np.random.Generator
@@ -318,49 +352,90 @@ def split_minibatches(
 
 
 def update_batches(
-    trajectories: Sequence[Trajectory],
+    batch: RolloutBatch,
+    rows: np.ndarray,
     advantages: np.ndarray,
-    is_skipped: np.ndarray,
+    skipped: np.ndarray,
     reference: LM,
     settings: RLSettings,
 ) -> list[Batch]:
-    """Return the micro-batches of one optimizer step of grpo_loss.
+    """Return the micro-batches of one optimizer step of grpo_loss: the rollouts of a question are
+    one trie.
 
-    advantages, is_skipped: one for each trajectory. Of one that is skipped, the policy's tokens
-    teach nothing; its observations do where settings.observation_coef is not 0.
-    "norm" is the number of the policy's tokens of the whole step: a prompt's first token, for which
-    there is no log-prob, is never one of them.
+    rows: numbers of the rollouts that this step learns from.
+    advantages: (questions, rollouts); 0 in groups that are skipped.
+    skipped: (questions,), groups of which the policy gradient is not taken.
+    "norm" is the number of the policy's tokens of all these rollouts, but for skipped ones;
+    "kl_norm" counts them too.
     """
-    norm = 0.0
-    observation_norm = 0.0
-    for trajectory, skipped in zip(trajectories, is_skipped, strict=True):
-        if not skipped:
-            norm += sum(trajectory.mask)
-        observation_norm += sum(real_observation_mask(trajectory))
-    lengths = [len(trajectory.ids) for trajectory in trajectories]
+    rollouts = batch.rewards.shape[1]
+    rows_of_question: dict[int, list[int]] = {}
+    for row in sorted(rows.tolist()):
+        rows_of_question.setdefault(row // rollouts, []).append(row)
+    groups = list(rows_of_question.values())
+    tries = [build_trie([batch.trajectories[row] for row in group]) for group in groups]
+    policy_tokens = {row: sum(batch.trajectories[row].mask) for row in rows.tolist()}
+    norm = sum(count for row, count in policy_tokens.items() if not skipped[row // rollouts])
+    observed = {row: real_observation_mask(batch.trajectories[row]) for row in rows.tolist()}
+
     batches = []
-    for group in group_by_tokens(lengths, settings.micro_tokens):
-        batch = pad([trajectories[row] for row in group])
-        batch["mask"][is_skipped[group]] = 0
-        batch["advantage"] = np.array([[advantages[row]] for row in group], np.float32)
+    for members in fill_by_tokens([len(trie.ids) for trie in tries], settings.micro_tokens):
+        packed = pack([tries[member] for member in members])
+        zeros = np.zeros(len(packed["ids"]), np.float32)
+        sums = {name: zeros.copy() for name in ("positive", "negative", "count")}
+        observation_count = zeros.copy()
+        for member, (start, _) in zip(members, packed["parts"], strict=True):
+            for row, path in zip(groups[member], tries[member].paths, strict=True):
+                advantage = advantages.ravel()[row]
+                sums["positive"][start + path] += max(advantage, 0.0)
+                sums["negative"][start + path] += min(advantage, 0.0)
+                sums["count"][start + path] += 1
+                observation_count[start + path] += observed[row]
+        packed |= sums
+        packed["norm"] = max(float(norm), 1.0)
+        packed["clip_low"] = settings.clip_low
+        packed["clip_high"] = settings.clip_high
+        packed["beta"] = settings.kl
         if settings.kl:
-            batch["ref"] = reference.backend.score(reference.network, batch, settings.temperature)
-        batch["clip_low"] = settings.clip_low
-        batch["clip_high"] = settings.clip_high
-        batch["beta"] = settings.kl
-        batch["norm"] = max(norm, 1.0)
-        batch["observation_coef"] = settings.observation_coef
+            packed["ref"] = reference.backend.score(reference.network, packed, settings.temperature)
+            packed["kl_norm"] = max(float(sum(policy_tokens.values())), 1.0)
+        else:
+            # Nothing is learned at nodes whose advantages are all 0: they are context.
+            packed["mask"] *= (sums["positive"] > 0) | (sums["negative"] < 0)
+        packed["observation_coef"] = settings.observation_coef
         if settings.observation_coef:
-            batch["observation_mask"] = np.zeros_like(batch["mask"])
-            for row, number in enumerate(group):
-                mask = real_observation_mask(trajectories[number])
-                batch["observation_mask"][row, : len(mask)] = mask
-            batch["observation_norm"] = max(observation_norm, 1.0)
-        batches.append(batch)
+            packed["observation_count"] = observation_count
+            packed["observation_norm"] = max(float(sum(map(sum, observed.values()))), 1.0)
+        batches.append(packed)
     return batches
 
 
+def refuse_divergence(figures: Mapping[str, float | None], stage: RLStage, step: int) -> None:
+    """Raise UserError where one of the figures of a step is not a finite number."""
+    for name, value in figures.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(
+                f"{stage.folder.name}: {name} is {value} at step {step}; the stage before and the "
+                "last checkpoint are kept; lower --rl_lr"
+            )
+
+
 # ---- 5. What is logged ---------------------------------------------------------------------------
+def share_of_tokens(batch: RolloutBatch) -> float:
+    """Return how many of a step's tokens are the same as another rollout's, and behind the same.
+
+    They are computed once with that one, in sampling and in the update (docs/trie.md).
+    """
+    rollouts = batch.rewards.shape[1]
+    tokens = 0
+    nodes = 0
+    for start in range(0, len(batch.trajectories), rollouts):
+        group = batch.trajectories[start : start + rollouts]
+        tokens += sum(len(trajectory.ids) for trajectory in group)
+        nodes += len(build_trie(group).ids)
+    return 1 - nodes / tokens
+
+
 def drift(
     policy: LM, reference: LM, trajectories: Sequence[Trajectory], settings: RLSettings
 ) -> float:
@@ -368,8 +443,8 @@ def drift(
     total = 0.0
     tokens = 0.0
     lengths = [len(trajectory.ids) for trajectory in trajectories]
-    for group in group_by_tokens(lengths, settings.micro_tokens):
-        batch = pad([trajectories[row] for row in group])
+    for group in fill_by_tokens(lengths, settings.micro_tokens):
+        batch = pack_texts([trajectories[row] for row in group])
         batch["ref"] = reference.backend.score(reference.network, batch, settings.temperature)
         logprobs = policy.backend.score(policy.network, batch, settings.temperature)
         total += float((k3(np, logprobs, batch) * batch["mask"]).sum())

@@ -16,6 +16,10 @@ ablations. Each stage leaves a Hugging Face folder with log.jsonl and rollouts.j
 out/<run>/<stage>/.
 """
 
+# First, so that Ctrl-C is one line from here on.
+from common.errors import UserError
+
+# isort: split
 import math
 import random
 import time
@@ -24,9 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autocoa import contrastive_loss, nll_loss
+from autocoa import TAG_ROOM, contrastive_loss, nll_loss
 from common import memory, runs
-from common.errors import UserError
 from common.runs import StageRun
 from common.settings import (
     AboveZero,
@@ -49,7 +52,7 @@ from data.batches import (
     pair_batches,
 )
 from data.pairs import contrastive_pairs
-from data.questions import Question, facts_by_id
+from data.questions import Question, facts_by_id, leave_out_long_questions
 from data.scores import exact_match
 from data.sft_data import SFTData, keep_what_fits, read_sft_data, write_sft_data
 from data.teacher import recall_chain, write_chains
@@ -105,11 +108,13 @@ def run(settings: SFTSettings) -> None:
     plan = runs.plan_sft(settings)
     if not plan.todo:
         return
+    refuse_nothing_to_learn(settings, plan)
     task = open_task(settings)
     if "base" in plan.todo:
         lm = task.new_model(settings)
     else:
         lm = plan.load_start(settings)
+    refuse_short_max_len(lm, settings, task)
     plan.refuse_contradictions(lm, settings)
     if not memory.report(lm, settings, "sft", nll_loss):
         return
@@ -117,12 +122,13 @@ def run(settings: SFTSettings) -> None:
 
     if "base" in plan.todo:  # a reasoning model to begin with
         make_base_model(lm, settings, task, plan.folder_of("base"))
-        plan.remove_data()
 
     if plan.must_make_data:
         base = plan.load_base(lm, settings)
-        write_sft_data(plan.data_folder, make_data(base, settings, task))
+        sft_data = make_data(base, settings, task)
+        # The record comes first: a kill between the two has the data made once more.
         runs.record_stage(settings, "data")
+        write_sft_data(plan.data_folder, sft_data)
     sft_data = read_sft_data(plan.data_folder, runs.command_line("train_sft.py"))
     chains = sft_data.chains_of_action + sft_data.chains_of_thought
 
@@ -141,6 +147,29 @@ def run(settings: SFTSettings) -> None:
         steps = steps_of_chains(seen, settings, "sft3", settings.sft3_epochs)
         train_on_texts(lm, settings, task, folder, steps, settings.sft3_scale)
     print(task.search.report())
+
+
+def refuse_nothing_to_learn(settings: SFTSettings, plan: runs.StagePlan) -> None:
+    """Raise UserError where the counts leave a stage without data, before another is trained."""
+    if not plan.must_make_data or settings.sft_files:
+        return
+    has_chains = settings.coa + settings.cot > 0
+    if not has_chains and not settings.pairs:
+        raise UserError("--coa, --cot, --pairs: all are 0, which leaves nothing to learn from")
+    if not has_chains and {"sft2", "sft3"} & set(plan.todo):
+        raise UserError(
+            "--coa, --cot: both are 0, which leaves SFT-2 and SFT-3 nothing to learn from; give "
+            "one of them, or train SFT-1 alone with --stage=sft1"
+        )
+
+
+def refuse_short_max_len(lm: LM, settings: SFTSettings, task: Task) -> None:
+    """Raise UserError where max_len has no room for a question, before anything is trained."""
+    leave_out_long_questions(
+        task.questions("sample", SAMPLES),
+        lambda question: len(lm.codec.prompt(question)),
+        settings.max_len - settings.max_answer - TAG_ROOM - 1,
+    )
 
 
 def train_on_pairs(
@@ -200,8 +229,8 @@ def make_base_model(lm: LM, settings: SFTSettings, task: Task, folder: Path) -> 
     rng = random.Random(f"base {settings.seed}")
     texts = task.pretraining_texts(lm.codec, rng, settings.base_tokens)
     if not texts:
-        lm.save(folder)
         runs.record_stage(settings, folder.name)
+        lm.save(folder)
         return
     steps = optimizer_steps(texts, settings.batch_tokens, rng)
     train_on_texts(lm, settings, task, folder, steps)
@@ -263,7 +292,7 @@ def train_steps(
                 "kept; lower --lr and --muon_lr"
             )
         mean_loss = smooth(mean_loss, figures["loss"])
-        tokens = int(sum((batch["ids"] > 0).sum() for batch in batches))
+        tokens = sum(len(batch["ids"]) for batch in batches)
         speed = tokens / (time.time() - started)
         stage.log(
             f"loss {mean_loss:.3f}, {speed:,.0f} tok/s",

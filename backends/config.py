@@ -1,7 +1,7 @@
 """Which network: its sizes under Hugging Face's names, and what of a config.json it can compute."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
@@ -61,7 +61,9 @@ class ModelConfig:
     attention_bias: bool = False  # of q, k, v and o; Qwen2 always has those of q, k and v
     max_position_embeddings: int = 2048
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    # All ids that end a text, which the file has as eos_token_id: one, or a list. The first is the
+    # tokenizer's own.
+    eos_token_ids: list[int] = field(default_factory=list)
 
     @property
     def qkv_bias(self) -> bool:
@@ -136,6 +138,7 @@ class ModelConfig:
             "num_key_value_heads": raw.get("num_key_value_heads") or heads,
             "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
             "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+            "eos_token_ids": read_token_ids(raw.get("eos_token_id")),
         }
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: values[name] for name in names if name in values})
@@ -150,12 +153,30 @@ class ModelConfig:
             rope.update(self.rope_scaling)
             # mlx_lm reads it under this name.
             content["rope_scaling"] = rope
+        eos_ids = content.pop("eos_token_ids")
+        if len(eos_ids) < 2:
+            content["eos_token_id"] = eos_ids[0] if eos_ids else None
+        else:
+            content["eos_token_id"] = eos_ids
         content["model_type"] = SUPPORTED[self.architectures[0]]
         content["hidden_act"] = "silu"
         content["rope_parameters"] = rope
         content["torch_dtype"] = "float32"
         content["use_cache"] = True
         return content
+
+
+def read_token_ids(value: Any) -> list[int]:
+    """Return the ids of an entry such as eos_token_id, which is an id, a list of them or null.
+
+    Raises ValueError for anything else.
+    """
+    if value is None:
+        return []
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(token_id, int) for token_id in ids):
+        raise ValueError(f"{value!r} is no token's id")
+    return ids
 
 
 def _supported_architecture(raw: dict[str, Any], where: object) -> str:
@@ -222,5 +243,5 @@ def nano_config(
         attention_bias=True,
         max_position_embeddings=1024,
         bos_token_id=bos,
-        eos_token_id=eos,
+        eos_token_ids=read_token_ids(eos),
     )

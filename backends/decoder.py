@@ -1,28 +1,39 @@
 """Batched decoding with a KV cache: many texts grow at once, each at its own pace.
 
 To write the next token a network looks back at the keys and values of all tokens before it. They
-do not change, so they are computed once and kept in a cache. Texts that are written together are
-the rows of one cache:
+do not change, so they are computed once and kept in a cache, in which each text has a slot:
 
                  positions in the cache
                  0    1    2    3    4    5
-    row 0        Who  made it   ?    .    .      length 4
-    row 1        A    film .    .    .    .      length 2
-    row 2        Who  is   that man  now  ?      length 6
+    slot 0       Who  made it   ?    .    .      length 4
+    slot 1       A    film .    .    .    .      length 2
+    slot 2       Who  is   that man  now  ?      length 6
 
-Row 1 has room after its 2 tokens, and what lies there is never seen: a query at position p sees
-the keys at positions 0 to p of its own row. So no row needs padding on its left, and a short row
-takes its next token right after its last one while a long row does the same elsewhere.
+Slot 1 has room after its 2 tokens, and what lies there is never seen: a query at position p sees
+the keys at positions 0 to p of its own slot. So no text needs padding on its left, and a short one
+takes its next token right after its last one while a long one does the same elsewhere.
+
+**A group of rollouts is a trie.** Rollouts of one question begin as one text, and part only where
+the tokens that they draw differ. A rollout is a row here, and rows that are one text so far share
+a slot: the network reads it once, each row draws a token with a random number of its own, and
+where the draws differ the slot is copied for those that leave it:
+
+    rows 0 1 2 3 4 in slot 0    Who made it ? I
+                                  rows 0 1 2 draw "recall", rows 3 and 4 draw "must"
+    rows 0 1 2 in slot 0        Who made it ? I recall
+    rows 3 4   in slot 1        Who made it ? I must
+
+Nothing is approximated: what a row writes is what it would write alone, but for rounding.
 
 A turn of an agent has three parts: `decode` lets each row write until a stop, `keep` drops the
 rows that are done, and `feed` appends what a tool has answered to the others.
 
-This file has the bookkeeping of rows. The cache itself, the forward pass and the draw of a token
-are a framework's own: see decoder.py of each backend.
+This file has the bookkeeping of rows and slots. The cache itself, the forward pass and the draw of
+a token are a framework's own: see decoder.py of each backend.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,57 +48,64 @@ CACHE_BLOCK = 64
 
 
 class Decoder(ABC):
-    """Rows that grow at their own pace on one KV cache.
+    """Rows that grow at their own pace on one KV cache; rows that are one text share a slot of it.
 
-    logits: (rows, vocab), float32, of the token that comes next in each row.
+    slot: (rows,), where in the cache the tokens of each row are.
+    slots: how many slots are in use, 0 to slots - 1.
+    logits: (slots or more, vocab), float32, of the token that comes next in each slot.
     length: (rows,), tokens of each row that are in the cache.
     pending: a list of ids for each row, which are the row's last ones and not yet in the cache.
         A sampled token is read together with what comes after it, in one pass.
     """
 
+    slot: np.ndarray
+    slots: int
     logits: Any
     length: np.ndarray
     pending: list[list[int]]
 
-    # Whether the next step is launched before the tokens of this one have been looked at. It keeps
-    # a lazy framework busy; an eager one would only compute a step too many at the end.
-    LAUNCHES_AHEAD = False
-
     def __init__(self, network: Any, prompts: Sequence[Sequence[int]]) -> None:
-        """Read the prompts; equal ones are read once, and then share no storage."""
-        row_of_prompt: dict[tuple[int, ...], int] = {}
-        order = [row_of_prompt.setdefault(tuple(ids), len(row_of_prompt)) for ids in prompts]
-        rows = len(row_of_prompt)
+        """Read the prompts; equal ones are read once, into one slot."""
+        rows = len(prompts)
+        slot_of_prompt: dict[tuple[int, ...], int] = {}
+        self.slot = np.array(
+            [slot_of_prompt.setdefault(tuple(ids), len(slot_of_prompt)) for ids in prompts]
+        )
+        self.slots = len(slot_of_prompt)
         self.length = np.zeros(rows, dtype=np.int64)
         self.pending = [[] for _ in range(rows)]
-        self._open(network, rows)
-        self.feed([list(ids) for ids in row_of_prompt])
-        self.keep(order)
+        self._open(network, self.slots)
+        self.feed([list(ids) for ids in prompts])
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows, in this order; a row may be named more than once."""
-        if rows == list(range(len(self.length))):
-            return
         self.length = self.length[rows]
+        self.slot = self.slot[rows]
         self.pending = [list(self.pending[row]) for row in rows]
-        self._select(rows, int(self.length.max()))
+        used = np.unique(self.slot)
+        if len(used) < self.slots:
+            self._select(used, int(self.length.max()))
+            self.slots = len(used)
+            self.slot = np.searchsorted(used, self.slot)
 
     def feed(self, sequences: Sequence[list[int]]) -> None:
         """Append ids to each row, one list for each row; a list may be empty.
 
-        Rows of like length are read together, TOKENS_AT_ONCE tokens in a pass at most.
+        Rows of one text that read the same stay one text, and are read once. Slots of like length
+        are read together, TOKENS_AT_ONCE tokens in a pass at most.
         """
         unread = [old + new for old, new in zip(self.pending, sequences, strict=True)]
         self.pending = [[] for _ in unread]
         counts = np.array([len(ids) for ids in unread])
-        fed = np.flatnonzero(counts)
-        for group in group_by_tokens(counts[fed].tolist(), TOKENS_AT_ONCE):
-            rows = fed[group]
-            # Padding on the right: it is written beyond the end of its row, and never seen.
+        readers = self._part([tuple(ids) for ids in unread])
+        readers = readers[counts[readers] > 0]
+        for group in group_by_tokens(counts[readers].tolist(), TOKENS_AT_ONCE):
+            rows = readers[group]
+            # Padding on the right: it is written beyond the end of its text, and never seen.
             ids = np.zeros((len(rows), counts[rows].max()), dtype=np.int64)
             for i, row in enumerate(rows):
                 ids[i, : counts[row]] = unread[row]
-            self._read(ids, rows, counts[rows] - 1)
+            self._read(ids, self.slot[rows], self.length[rows], counts[rows] - 1)
         self.length += counts
 
     def decode(
@@ -95,7 +113,7 @@ class Decoder(ABC):
         stops: Sequence[int] | Sequence[Collection[int]],
         limits: Sequence[int],
         temperature: float | Sequence[float],
-        rng: np.random.Generator | None = None,
+        uniforms: np.ndarray | None = None,
         writing_share: float = 0.0,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Sample each row until it has written a stop or reached its limit.
@@ -104,8 +122,9 @@ class Decoder(ABC):
         limits: how many tokens each row may write; a row with 0 waits.
         temperature: of all rows, or one for each row. At 0 a row takes the most likely token, and
             its log-probabilities are those at temperature 1.
-        rng: where a row samples, one uniform number is drawn for each row and step, so that every
-            backend draws the same tokens.
+        uniforms: (rows, most tokens of a row), numbers in [0, 1): the one that draws each token. A
+            row's tokens depend on its own numbers alone, in every backend, whatever is decoded
+            beside it. None where no row samples.
         writing_share: return as soon as no more than this share of the rows is still writing. They
             can go on in the next call.
 
@@ -118,32 +137,22 @@ class Decoder(ABC):
             return [[] for _ in limits], [[] for _ in limits]
         stops_of_row = _stops_of_rows(stops, row_count)
         row_limits = np.asarray(limits)
-        row_temperatures = np.broadcast_to(temperature, row_count)
-        is_greedy = row_temperatures == 0
-        greedy = self._upload(is_greedy)
-        # Dividing by 1 changes nothing, where dividing by 0 would.
-        divisors = self._upload(np.where(is_greedy, 1.0, row_temperatures)[:, None])
+        temperatures = np.broadcast_to(np.asarray(temperature, np.float32), row_count)
+        assert uniforms is not None or not temperatures.any(), "sampling needs uniforms"
+        # A row that waits keeps its logits, and all rows of a slot are drawn at one temperature.
+        self._part(list(zip((row_limits > 0).tolist(), temperatures.tolist(), strict=True)))
 
         step_ids = []
         step_logprobs = []
         running = row_limits > 0
         for step in range(1, most_steps + 1):
             # 1. Choose a token in each row. One in a row that does not run is never used.
-            uniforms = None
-            if not is_greedy.all():
-                assert rng is not None, "sampling needs an rng"
-                uniforms = self._upload(rng.random((row_count, 1)))
-            chosen, logprobs = self._choose(greedy, divisors, uniforms)
-
-            # 2. Launch the forward pass on these tokens, before they are looked at here.
-            next_logits = None
-            if self.LAUNCHES_AHEAD and step < most_steps:
-                next_logits = self._advance(chosen)
-
-            # 3. Note them, and which rows go on.
-            ids = self._download(chosen).astype(np.int64)
+            numbers = None if uniforms is None else uniforms[:, step - 1]
+            ids, logprobs = self._choose(self._of_slots(temperatures), numbers)
             step_ids.append(np.where(running, ids, -1))
             step_logprobs.append(logprobs)
+
+            # 2. See which rows go on.
             stopped = [
                 token in row_stops
                 for token, row_stops in zip(ids.tolist(), stops_of_row, strict=True)
@@ -152,10 +161,15 @@ class Decoder(ABC):
             if running.sum() <= writing_share * row_count:
                 break
 
-            # 4. Rows that run have one token more. The others wrote theirs beyond their length.
-            if next_logits is None:
-                next_logits = self._advance(chosen)
-            self._replace_logits(running, next_logits)
+            # 3. Rows of one slot part where their tokens differ; then each slot reads its token.
+            rows = np.flatnonzero(running)
+            self._fork(rows, ids[rows])
+            tokens = np.zeros(self.slots, dtype=np.int64)
+            tokens[self.slot[rows]] = ids[rows]
+            is_read = np.zeros(self.slots, dtype=bool)
+            is_read[self.slot[rows]] = True
+            # A slot that waits reads a zero beyond its end.
+            self._advance(tokens, self._of_slots(self.length), is_read)
             self.length += running
 
         all_ids = np.stack(step_ids, 1)
@@ -169,39 +183,88 @@ class Decoder(ABC):
             self.pending[row] = self.pending[row] + new_ids[row][-1:]
         return new_ids, new_logprobs
 
+    # ---- rows that share a slot ------------------------------------------------------------------
+    def _fork(self, rows: np.ndarray, ids: np.ndarray) -> None:
+        """Give those of some rows that go on with different ids, (rows,), slots of their own."""
+        paths, path_of_row = np.unique(self.slot[rows] << 32 | ids, return_inverse=True)
+        slots = paths >> 32
+        # The paths are sorted, so that those of a slot stand together. The first one stays.
+        goes = np.zeros(len(slots), dtype=bool)
+        goes[1:] = slots[1:] == slots[:-1]
+        slots[goes] = self._copy(slots[goes])
+        self.slot[rows] = slots[path_of_row]
+
+    def _part(self, futures: Sequence[Hashable]) -> np.ndarray:
+        """Give rows of one slot that go different ways slots of their own; return a row of each.
+
+        futures: what each row goes on with.
+        """
+        first_of_path: dict[tuple[int, int, Hashable], int] = {}
+        first_of_row = []
+        # What lies beyond a row's end is lost when it reads. So the longest row of a slot stays.
+        for row in np.argsort(-self.length, kind="stable").tolist():
+            path = (int(self.slot[row]), int(self.length[row]), futures[row])
+            first_of_row.append((row, first_of_path.setdefault(path, row)))
+        firsts = np.array(list(first_of_path.values()))
+        _, staying = np.unique(self.slot[firsts], return_index=True)
+        going = np.delete(firsts, staying)
+        self.slot[going] = self._copy(self.slot[going])
+        for row, first in first_of_row:
+            self.slot[row] = self.slot[first]
+        return np.sort(firsts)
+
+    def _copy(self, sources: np.ndarray) -> np.ndarray:
+        """Copy some slots into new ones; return where the copies are, (sources,)."""
+        copies = self.slots + np.arange(len(sources))
+        if len(sources):
+            self._copy_slots(sources, copies)
+            self.slots += len(sources)
+        return copies
+
+    def _of_slots(self, values: np.ndarray) -> np.ndarray:
+        """Return for each slot the highest of the values of its rows: (rows,) -> (slots,)."""
+        highest = np.zeros(self.slots, values.dtype)
+        np.maximum.at(highest, self.slot, values)
+        return highest
+
     # ---- a framework's own -----------------------------------------------------------------------
     @abstractmethod
-    def _open(self, network: Any, rows: int) -> None:
+    def _open(self, network: Any, slots: int) -> None:
         """Begin with an empty cache and logits of zeros."""
 
     @abstractmethod
-    def _select(self, rows: list[int], used: int) -> None:
-        """Keep these rows of cache and logits, and of the cache the first `used` positions."""
+    def _select(self, slots: np.ndarray, used: int) -> None:
+        """Keep these slots of cache and logits, and of the cache the first `used` positions."""
 
     @abstractmethod
-    def _read(self, ids: np.ndarray, rows: np.ndarray, last: np.ndarray) -> None:
-        """Read ids (B, T) after some rows (B,), and take the logits at column `last` (B,)."""
+    def _copy_slots(self, sources: np.ndarray, copies: np.ndarray) -> None:
+        """Copy cache and logits of some slots to others, which may lie beyond the last one."""
 
     @abstractmethod
-    def _choose(self, greedy: Any, divisors: Any, uniforms: Any | None) -> tuple[Any, Any]:
-        """Return a token and its log-probability for each row, (rows,) each.
+    def _read(
+        self, ids: np.ndarray, slots: np.ndarray, start: np.ndarray, last: np.ndarray
+    ) -> None:
+        """Read ids (B, T) in some slots (B,), and take the logits at column `last` (B,).
 
-        greedy: (rows,), whether a row takes its most likely token.
-        divisors: (rows, 1), of the logits.
-        uniforms: (rows, 1), in [0, 1); None where all rows are greedy.
+        start: (B,), the position of the first column.
         """
 
     @abstractmethod
-    def _advance(self, tokens: Any) -> Any:
-        """Read one token (rows,) after each row, and return the logits (rows, vocab)."""
+    def _choose(
+        self, temperatures: np.ndarray, uniforms: np.ndarray | None
+    ) -> tuple[np.ndarray, Any]:
+        """Return a token and its log-probability for each row, (rows,) each.
+
+        temperatures: (slots,), 0 where rows take the most likely token.
+        uniforms: (rows,), in [0, 1); None where all rows do.
+        """
 
     @abstractmethod
-    def _replace_logits(self, running: np.ndarray, next_logits: Any) -> None:
-        """Take the next logits in rows that run, and leave those of the others."""
+    def _advance(self, tokens: np.ndarray, start: np.ndarray, is_read: np.ndarray) -> None:
+        """Read one token in each slot, at position `start`; take the logits of those `is_read`.
 
-    @abstractmethod
-    def _upload(self, values: np.ndarray) -> Any:
-        """Return a NumPy array as one of the framework; numbers become float32."""
+        tokens, start, is_read: (slots,).
+        """
 
     @abstractmethod
     def _download(self, values: Any) -> np.ndarray:
@@ -224,6 +287,15 @@ def _stops_of_rows(
     if len(own) != rows or shared:
         raise ValueError(f"stops are for {len(own)} rows, and there are {rows}")
     return own
+
+
+def ids_in_block(vocab_size: int) -> int:
+    """Return of how many ids the probabilities are summed together when a token is drawn.
+
+    A power of two, so that there are some 32 to 64 blocks. The ends of more, added up one after
+    the other in float32, would end further from 1, in each library at another place.
+    """
+    return max(64, 1 << (vocab_size // 64).bit_length())
 
 
 def round_up_to_block(keys: int) -> int:

@@ -1,4 +1,4 @@
-"""Rows of different lengths, grouped so that little padding goes through the network."""
+"""Texts of different lengths, in groups that a network takes at once."""
 
 from collections.abc import Sequence
 
@@ -25,4 +25,21 @@ def group_by_tokens(lengths: Sequence[int], limit: int, waste: float = 0.15) -> 
         tokens_in_group += length
     if group:
         groups.append(group)
+    return groups
+
+
+def fill_by_tokens(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Return numbers of texts that are packed without padding, in order, in groups.
+
+    lengths: tokens of each text.
+    limit: tokens of a group at most; a longer text is a group of its own.
+    """
+    groups: list[list[int]] = []
+    tokens_in_group = 0
+    for number, length in enumerate(lengths):
+        if not groups or tokens_in_group + length > limit:
+            groups.append([])
+            tokens_in_group = 0
+        groups[-1].append(number)
+        tokens_in_group += length
     return groups

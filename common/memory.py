@@ -17,7 +17,8 @@ import numpy as np
 
 from backends.config import MATRICES, ModelConfig
 from common.settings import ModelSettings
-from data.trajectory import TAGS
+from data.batches import pack_texts
+from data.trajectory import TAGS, Role, Trajectory
 from model import LM
 
 DECODED_TOKENS = 8  # tokens of each rollout that --dry-run writes, twice
@@ -272,14 +273,12 @@ def measure_step(lm: LM, settings: Any, workload: Workload, loss: Callable[..., 
     lm.begin_stage(settings, settings.seed)
     optimizer = lm.backend.Optimizer(lm.network, workload.muon)
     length = min(settings.max_len, settings.micro_tokens)
-    shape = (max(1, settings.micro_tokens // length), length)
+    texts = max(1, settings.micro_tokens // length)
     rng = np.random.default_rng(0)
-    batch = {
-        "ids": rng.integers(0, lm.network.config.vocab_size, shape),
-        "mask": np.ones(shape, np.float32),
-        "norm": float(workload.batch_tokens),
-    }
-    micro_batches = max(1, round(workload.batch_tokens / batch["ids"].size))
+    random_ids = rng.integers(0, lm.network.config.vocab_size, (texts, length)).tolist()
+    batch = pack_texts([Trajectory(ids, [1] * length, [Role.THINK] * length) for ids in random_ids])
+    batch["norm"] = float(workload.batch_tokens)
+    micro_batches = max(1, round(workload.batch_tokens / len(batch["ids"])))
     seconds = 0.0
     for _ in range(2):
         started = time.time()

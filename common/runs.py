@@ -1,19 +1,18 @@
-"""Run folders: which stages a command trains, and their logs, checkpoints and settings.
+"""Run folders: which stages a command trains, from what, and a stage that is being trained.
 
 out/nano/
     settings.json           what the run remembers of its settings (run_record.py)
     base/ sft1/ .. rl2/     a Hugging Face folder for each finished stage, with its logs
-    rl2.partial/            logs of the stage that is being trained
+    rl2.partial/            logs of the stage that is being trained (stage_files.py)
     rl2.checkpoint/         its weights and optimizer a while ago, for --resume
     data/                   what SFT learns from
 """
 
 import dataclasses
-import json
 import math
+import shlex
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import model
 from common.errors import UserError
-from common.files import write_jsonl, write_text
+from common.files import REPLACED_SUFFIX, refuse_damage, write_text
 from common.progress import tqdm
 from common.run_record import (
     RunRecord,
@@ -31,7 +30,15 @@ from common.run_record import (
     to_remember,
     write_run_record,
 )
-from common.settings import RunSettings, StageSettings, TrainingSettings
+from common.settings import ModelSettings, RunSettings, StageSettings, TrainingSettings
+from common.signals import defer_stop, end_deferral, is_stop_asked
+from common.stage_files import (
+    Checkpoint,
+    StageLog,
+    checkpoint_of,
+    list_checkpoints,
+    partial_of,
+)
 from model import LM
 
 SFT_STAGES = ("base", "sft1", "sft2", "sft3")
@@ -52,13 +59,8 @@ DATA_SETTINGS = (
     "max_observation",
     "max_len",
 )
+DATA_MARK = "pairs.jsonl"  # the last file of SFT's data that is written
 COST_FILE = "cost.json"  # in the folder of a distilled world model, which is no stage
-LOG_FILES = ("log.jsonl", "rollouts.jsonl", "calls.jsonl")
-
-
-def checkpoint_of(folder: Path) -> Path:
-    """Return where the checkpoint of an unfinished stage is."""
-    return folder.with_name(folder.name + ".checkpoint")
 
 
 def run_folder(settings: RunSettings) -> Path:
@@ -80,7 +82,7 @@ class StagePlan:
     @property
     def must_make_data(self) -> bool:
         """Whether there is no SFT data yet, or its base model is trained anew."""
-        return "base" in self.todo or not (self.data_folder / "pairs.jsonl").is_file()
+        return "base" in self.todo or not (self.data_folder / DATA_MARK).is_file()
 
     @property
     def data_folder(self) -> Path:
@@ -105,8 +107,8 @@ class StagePlan:
         return find_start(self.root, self.reference, [*SFT_STAGES, "rl1"])
 
     def load_start(self, settings: StageSettings) -> LM:
-        """Return the model that the first stage begins with."""
-        return model.load(self.start_folder(), settings)
+        """Return the model that the first stage begins with. Raises UserError: see load_stage."""
+        return load_stage(self.start_folder(), settings)
 
     def load_base(self, lm: LM, settings: StageSettings) -> LM:
         """Return the base model, which SFT's data is made with.
@@ -118,14 +120,14 @@ class StagePlan:
         if "base" in self.todo:
             return lm
         folder = find_start(self.root, "base", SFT_STAGES)
-        return model.load(folder, dataclasses.replace(settings, bits=16))
+        return load_stage(folder, dataclasses.replace(settings, bits=16))
 
     def load_reference_and_policy(self, settings: StageSettings) -> tuple[LM, LM]:
         """Return the policy that RL measures KL to, and the one that it trains.
 
         They begin as the same, unless RL-1 is done and --resume goes on after it.
         """
-        reference = model.load(self.reference_folder(), settings)
+        reference = load_stage(self.reference_folder(), settings)
         # Before the copy, so that policy and reference share a base that only carries adapters.
         reference.begin_stage(settings, settings.seed, self.todo[0])
         if not self.goes_on_after_rl1:
@@ -153,11 +155,14 @@ class StagePlan:
         Call it when nothing can refuse the command any more.
         """
         prepare_stage_folders(settings, [self.out] if self.out else self.todo, self.start)
-        if "base" in self.todo and begins_run(settings):
-            begin_run(settings)
+        if "base" in self.todo:
+            self._remove_data()
+            if begins_run(settings):
+                begin_run(settings)
 
-    def remove_data(self) -> None:
-        """Remove the SFT data of another base model."""
+    def _remove_data(self) -> None:
+        """Remove the SFT data of another base model, the file by which it is known first."""
+        (self.data_folder / DATA_MARK).unlink(missing_ok=True)
         for file in self.data_folder.glob("*.jsonl"):
             file.unlink()
 
@@ -193,7 +198,7 @@ def plan_sft(settings: StageSettings) -> StagePlan:
         todo = stages_to_do(settings, SFT_STAGES, "")
         start = STAGE_BEFORE[todo[0]] if todo else ""
     if not todo:
-        _print_done(settings, "all stages")
+        _end_done(settings, "all stages")
     return _checked(StagePlan(run_folder(settings), todo, start, "", settings.out), settings)
 
 
@@ -215,7 +220,7 @@ def plan_rl(settings: StageSettings) -> StagePlan:
         if todo == ["rl2"]:
             start = "rl1"
     if not todo:
-        _print_done(settings, "both stages")
+        _end_done(settings, "both stages")
     return _checked(StagePlan(run_folder(settings), todo, start, reference, settings.out), settings)
 
 
@@ -232,7 +237,7 @@ def refuse_other_seed(settings: TrainingSettings, folder: Path) -> None:
     folder: of the stage that goes on.
     """
     record = read_run_record(settings.run).stages.get(folder.name)
-    if not settings.resume or record is None or not _is_saved(checkpoint_of(folder)):
+    if not settings.resume or record is None or not list_checkpoints(folder):
         return
     begun_with = record.settings["seed"]
     if begun_with != settings.seed:
@@ -267,30 +272,37 @@ def stages_to_do(settings: StageSettings, folders: Sequence[str], start: str) ->
 def prepare_stage_folders(settings: TrainingSettings, stages: Sequence[str], start: str) -> None:
     """Remove what an interrupted command left of some stages.
 
-    With --resume, logs stay. So does the checkpoint of the first stage, where it is newer than the
-    folder that the stage is trained from, `start`; if its last save was interrupted, the one before
-    is put back.
+    With --resume, logs stay. So do the checkpoints of the first stage, where they are newer than
+    the folder that the stage is trained from, `start`.
     """
     root = run_folder(settings)
+    remove_leftovers(root)
     for index, stage in enumerate(stages):
-        checkpoint = checkpoint_of(root / stage)
-        previous = root / f"{stage}.checkpoint.old"
-        is_kept = False
-        if settings.resume:
-            if _is_saved(previous) and not _is_saved(checkpoint):
-                # The command was stopped between the two renames of a save.
-                previous.rename(checkpoint)
-            is_kept = (
-                index == 0
-                and _is_saved(checkpoint)
-                and (not start or _saved_at(root / start) <= _saved_at(checkpoint))
-            )
-        shutil.rmtree(root / f"{stage}.checkpoint.partial", ignore_errors=True)
-        shutil.rmtree(previous, ignore_errors=True)
+        checkpoints = list_checkpoints(root / stage)
+        is_kept = (
+            settings.resume
+            and index == 0
+            and bool(checkpoints)
+            and (not start or _saved_at(root / start) <= _saved_at(checkpoints[-1]))
+        )
         if not is_kept:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            shutil.rmtree(checkpoint_of(root / stage), ignore_errors=True)
         if not settings.resume:
-            shutil.rmtree(root / f"{stage}.partial", ignore_errors=True)
+            shutil.rmtree(partial_of(root / stage), ignore_errors=True)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what stages have outlived, where a command was killed behind its last save."""
+    for leftover in [*root.glob("*.checkpoint"), *root.glob("*" + REPLACED_SUFFIX)]:
+        stage = leftover.with_suffix("")
+        if _is_saved(stage) and not partial_of(stage).exists():
+            shutil.rmtree(leftover)
+
+
+def load_stage(folder: Path, settings: ModelSettings) -> LM:
+    """Return the model of a stage. Raises UserError where a file is not as it was saved."""
+    refuse_damage(folder, "train this stage again")
+    return model.load(folder, settings)
 
 
 def find_start(root: Path, start: str, stages: Sequence[str]) -> Path:
@@ -325,7 +337,7 @@ def command_line(script: str) -> str:
             kept.append(argument)
         elif not equals and not option.startswith("--dry"):
             is_value = True
-    return " ".join(["python", script, *kept])
+    return shlex.join(["python", script, *kept])
 
 
 def _one_stage_to_do(settings: StageSettings, start: str) -> list[str]:
@@ -333,7 +345,10 @@ def _one_stage_to_do(settings: StageSettings, start: str) -> list[str]:
     return [settings.stage] if folders else []
 
 
-def _print_done(settings: StageSettings, all_stages: str) -> None:
+def _end_done(settings: StageSettings, all_stages: str) -> None:
+    """Say that nothing is left to be trained."""
+    if not settings.dry_run:
+        remove_leftovers(run_folder(settings))
     name = settings.out or settings.stage or all_stages
     print(f"{name}: in {run_folder(settings)} already")
 
@@ -384,92 +399,10 @@ def refuse_changed_data(root: Path, settings: RunSettings, names: Sequence[str])
 
 
 # ---- a stage under way ---------------------------------------------------------------------------
-class StageLog:
-    """JSON lines of a stage: log.jsonl, a line a step; rollouts.jsonl; in RL also calls.jsonl.
-
-    They are in <folder>.partial until the stage is complete and LM.save takes them along.
-    """
-
-    def __init__(self, folder: Path, steps_done: int = 0) -> None:
-        """Keep the lines of steps that a resumed stage has done, and remove all others.
-
-        `calls` holds those of calls.jsonl.
-        """
-        self.folder = folder.with_name(folder.name + ".partial")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        seconds_before = 0.0
-        for name in LOG_FILES:
-            rows = self._rows_before(name, steps_done)
-            if rows or name == "log.jsonl":
-                write_jsonl(self.folder / name, rows)
-            else:
-                (self.folder / name).unlink(missing_ok=True)
-            if name == "log.jsonl" and rows:
-                seconds_before = rows[-1]["seconds"]
-            if name == "calls.jsonl":
-                self.calls = rows
-        self.started = time.time() - seconds_before
-
-    def write(self, **figures: Any) -> None:
-        """Append the figures of one step, and the seconds since the stage began."""
-        figures["seconds"] = time.time() - self.started
-        rounded = {
-            name: round(value, 6) if isinstance(value, float) else value
-            for name, value in figures.items()
-        }
-        self.append("log.jsonl", [rounded])
-
-    def append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Append rows to one of the files."""
-        with open(self.folder / name, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-    def _rows_before(self, name: str, step: int) -> list[dict[str, Any]]:
-        """Return the rows of the steps before one; a line that was cut short is none."""
-        path = self.folder / name
-        if not step or not path.is_file():
-            return []
-        lines = path.read_text().splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [row for row in rows if row.get("step", step) < step]
-
-
-class Checkpoint:
-    """Weights and optimizer of an unfinished stage, saved now and then in <folder>.checkpoint."""
-
-    steps_done: int  # steps up to the checkpoint that --resume goes on from; 0 without one
-
-    def __init__(self, lm: LM, optimizer: Any, folder: Path, settings: TrainingSettings) -> None:
-        """Read the checkpoint that is there, into the network and its optimizer."""
-        self.lm = lm
-        self.optimizer = optimizer
-        self.folder = folder
-        self.seconds = 60 * settings.save_minutes
-        self.merges_adapter = settings.lora_merge
-        self.path = checkpoint_of(folder)
-        self.saved_at = time.time()
-        self.steps_done = 0
-        if self.path.is_dir():
-            steps_done = lm.resume(self.path, optimizer)
-            assert steps_done is not None, "resume counts steps where it is given an optimizer"
-            self.steps_done = steps_done
-
-    def save_if_due(self, steps: int) -> None:
-        """Save after a step, if the last time is long enough ago. steps: how many are done."""
-        if time.time() - self.saved_at >= self.seconds:
-            self.lm.save(self.path, self.optimizer, steps)
-            self.saved_at = time.time()
-
-    def finish(self) -> None:
-        """Save the finished stage, and remove its checkpoint."""
-        if self.merges_adapter and self.lm.network.lora:
-            self.lm.backend.merge_adapter(self.lm.network)
-        self.lm.save(self.folder)
-        shutil.rmtree(self.path, ignore_errors=True)
-
-
 class StageRun:
-    """A stage that is being trained: its progress bar, log, checkpoint and settings.
+    """A stage that is being trained: its progress bar, log, checkpoints and settings.
+
+    A signal that asks the command to end waits until a step is done and saved (signals.py).
 
     stage = StageRun(lm, optimizer, folder, settings, total)
     for step in stage.steps():
@@ -482,11 +415,12 @@ class StageRun:
         self, lm: LM, optimizer: Any, folder: Path, settings: TrainingSettings, total: int
     ) -> None:
         """Go on from the checkpoint that is there. total: steps of the whole stage."""
+        defer_stop()
         record_stage(settings, folder.name)
         self.name = folder.name
         self.total = total
         self.checkpoint = Checkpoint(lm, optimizer, folder, settings)
-        self.log_files = StageLog(folder, self.checkpoint.steps_done)
+        self.log_files = StageLog(folder, self.checkpoint.log_ends)
         self.bar = tqdm(
             desc=folder.name,
             unit="step",
@@ -500,8 +434,11 @@ class StageRun:
         with self.bar:
             for step in range(self.checkpoint.steps_done, self.total):
                 yield step
-                report_pace(self.bar, step)
                 self.checkpoint.save_if_due(step + 1)
+                if is_stop_asked():
+                    self.checkpoint.save(step + 1)
+                    end_deferral()
+                report_pace(self.bar, step)
                 self.bar.update()
 
     def log(self, summary: str, **figures: Any) -> None:
@@ -525,6 +462,7 @@ class StageRun:
     def finish(self) -> None:
         """Save the finished stage."""
         self.checkpoint.finish()
+        end_deferral()
 
 
 def report_pace(bar: tqdm, step: int) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from common.errors import UserError, run_guarded
+from common.files import only_process
 from common.run_record import (
     RUN_IDENTITY,
     RunRecord,
@@ -75,6 +76,10 @@ ChosenBy = Literal["schedule", "confidence"]
 PoolName = Literal["rl1", "rl2"]
 # Real calls that a world model is distilled from (environments/examples.py).
 CallSources = list[Literal["sweep", "logs", "cache"]]
+
+
+# Dimensions of a head in the attention of a nano model.
+HEAD_SIZE = 32
 
 
 @dataclass(kw_only=True)
@@ -176,6 +181,14 @@ class NanoModelSettings:
     layers: AboveZero = 4
     # Tokens of pretraining.
     base_tokens: AboveZero = 2_700_000
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a network that is narrower than one head of its attention."""
+        if self.width < HEAD_SIZE:
+            raise UserError(
+                f"--width, --world_model_width: {self.width} is less than a head of attention "
+                f"takes; give {HEAD_SIZE} or more"
+            )
 
 
 @dataclass(kw_only=True)
@@ -290,11 +303,25 @@ def main(
     doc: str,
     begins_run: Callable[[AnySettings], bool] | None = None,
 ) -> None:
-    """Run a script with its settings; a UserError is one line and exit status 2.
+    """Run a script with its settings; what is wrong is one line on stderr (run_guarded).
 
-    The last three arguments are those of read_settings.
+    The last three arguments are those of read_settings. A script that trains has its run folder
+    for itself.
     """
-    run_guarded(lambda: run(read_settings(settings_class, doc, begins_run)))
+
+    def run_with_settings() -> None:
+        # A terminal that is not UTF-8 shows what it lacks as escapes.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        settings = read_settings(settings_class, doc, begins_run)
+        if isinstance(settings, TrainingSettings) and not settings.dry_run:
+            with only_process(Path("out", settings.run)):
+                run(settings)
+        else:
+            run(settings)
+
+    run_guarded(run_with_settings, can_resume=hasattr(settings_class, "resume"))
 
 
 def read_settings(
@@ -514,11 +541,16 @@ def _option(name: str, annotation: Any) -> Any:
     spec = PrimitiveConstructorSpec(
         nargs=1,
         metavar="VALUE",
-        instance_from_str=lambda texts: read_value(name, annotation, texts[0]),
+        instance_from_str=lambda texts: read_value(name, annotation, _expand_home(texts[0])),
         is_instance=lambda value: True,
         str_from_instance=lambda value: [str(value)],
     )
     return Annotated[Any, spec]
+
+
+def _expand_home(text: str) -> str:
+    """Write out the home folder, which a shell leaves as ~ behind an equals sign."""
+    return re.sub(r"(^|,)~(?=/)", lambda found: found[1] + str(Path.home()), text)
 
 
 def _complete_flags(arguments: list[str], types: dict[str, Any]) -> list[str]:

@@ -18,6 +18,8 @@ from typing import Any
 from common.errors import UserError
 from common.files import read_jsonl, write_jsonl, write_text
 from data.batches import Pair
+from data.boxes import answer_in_box, closing_brace
+from data.passages import BYTE_ORDER_MARK
 from data.sft_data import SFTData
 from data.trajectory import TAGS, Codec, Part, Role, Trajectory
 
@@ -36,6 +38,7 @@ SPEAKERS = {
     "assistant": "assistant",
     "gpt": "assistant",
     "system": "system",
+    "developer": "system",
 }
 
 
@@ -98,29 +101,14 @@ def _refuse_unpaired_searches(parts: list[Part], may_end_with_search: bool) -> N
 def _parse_answer(text: str) -> list[Part]:
     """Return the parts after the thoughts: a conclusion, if any, and the answer in its box."""
     conclusion, boxed, rest = text.rpartition(TAGS["boxed"])
-    answer = _until_closing_brace(rest)
-    if not boxed or not answer.strip():
+    answer = answer_in_box(rest)
+    if not boxed or closing_brace(rest) == -1 or not answer:
         raise ValueError("no \\boxed{answer}")
-    # Reasoning models write \boxed{\text{..}}.
-    answer = re.sub(r"^\\text\{(.*)\}$", r"\1", answer.strip(), flags=re.S)
     parts: list[Part] = []
     if conclusion.strip():
         parts.append(("conclude", conclusion.strip()))
-    parts.append(("answer", answer.strip()))
+    parts.append(("answer", answer))
     return parts
-
-
-def _until_closing_brace(text: str) -> str:
-    """Return what stands before the brace that closes an opened one, "" where none does."""
-    depth = 1
-    for position, letter in enumerate(text):
-        if letter == "{":
-            depth += 1
-        elif letter == "}":
-            depth -= 1
-        if depth == 0:
-            return text[:position]
-    return ""
 
 
 # ---- files in ------------------------------------------------------------------------------------
@@ -134,7 +122,8 @@ def read_json_rows(path: str | Path, expected: str, setting: str) -> list[tuple[
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        if text.lstrip().startswith("["):
+        text = text.lstrip(f"{BYTE_ORDER_MARK} \t\r\n")
+        if text.startswith("["):
             return list(enumerate(json.loads(text), 1))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}; expected {expected}") from None
@@ -180,41 +169,56 @@ def _add_row(codec: Codec, row: Any, data: SFTData, where: str) -> None:
 
 
 def _read_chain(codec: Codec, row: dict[str, Any]) -> Trajectory:
-    (_, user_text), (_, assistant_text) = _turns(row, "messages", "role", "content")[:2]
+    turns = _turns(row, "messages", "role", "content")
+    speakers = [speaker for speaker, _ in turns]
+    if speakers != ["user", "assistant"]:
+        # Of a longer conversation, the later questions may mean nothing by themselves.
+        raise ValueError(f"not a question and its trajectory: the turns are {speakers[:5]}")
+    (_, user_text), (_, assistant_text) = turns
     return codec.build(_question_of(user_text), parse_trajectory(assistant_text))
 
 
 def _read_pair(codec: Codec, row: dict[str, Any]) -> Pair:
     turns = _turns(row, "conversation", "from", "value")
-    if len(turns) != 1:
-        raise ValueError("a conversation of more than one turn")
+    speakers = [speaker for speaker, _ in turns]
+    if speakers != ["user"]:
+        raise ValueError(f"not a question alone: the turns of its conversation are {speakers[:5]}")
     _, user_text = turns[0]
-    question, _, beginning = _question_of(user_text).rpartition(TAGS["think"])
-    if question:
-        question = question.strip()
-    else:
+    question, opened, beginning = user_text.rpartition(TAGS["think"])
+    if not opened:
         # No beginning is shared: all that is there is the question.
         question = beginning
         beginning = ""
     pair = codec.build_pair(
-        question,
+        _question_of(question),
         parse_trajectory(beginning, whole=False),
-        parse_trajectory(row["chosen"]["value"], whole=False),
-        parse_trajectory(row["rejected"]["value"], whole=False),
+        _read_side(row, "chosen"),
+        _read_side(row, "rejected"),
     )
     if any(1 not in side.mask for side in pair):
         raise ValueError("an empty side")
     return pair
 
 
+def _read_side(row: dict[str, Any], name: str) -> list[Part]:
+    try:
+        content = row[name]["value"]
+    except (KeyError, TypeError):
+        raise ValueError(f"{name} is not a turn with a value") from None
+    return parse_trajectory(_plain_text(content), whole=False)
+
+
 def _turns(row: dict[str, Any], key: str, speaker_key: str, text_key: str) -> list[tuple[str, str]]:
-    """Return (speaker, text) of a conversation's turns, the system's left out."""
-    turns = []
+    """Return (speaker, text) of a conversation's turns, the system's left out.
+
+    A speaker of another name stays as it is called. Raises ValueError for what is no conversation.
+    """
+    turns: list[tuple[str, str]] = []
     try:
         for turn in row[key]:
-            speaker = SPEAKERS[turn[speaker_key]]
+            speaker = SPEAKERS.get(turn[speaker_key], turn[speaker_key])
             if speaker != "system":
-                turns.append((speaker, turn[text_key]))
+                turns.append((speaker, _plain_text(turn[text_key])))
     except (KeyError, TypeError):
         raise ValueError(
             f"{key} is not a list of turns with {speaker_key} and {text_key}"
@@ -222,9 +226,31 @@ def _turns(row: dict[str, Any], key: str, speaker_key: str, text_key: str) -> li
     return turns
 
 
+def _plain_text(content: Any) -> str:
+    """Return the text of a turn, which may stand in pieces: [{"type": "text", "text"} ..].
+
+    Raises ValueError for what is no text.
+    """
+    pieces = content if isinstance(content, list) else [{"text": content}]
+    try:
+        text = "".join(piece["text"] for piece in pieces)
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half a character (a lone surrogate)") from None
+    except (KeyError, TypeError):
+        raise ValueError("a turn without a text") from None
+    return text
+
+
 def _question_of(user_text: str) -> str:
-    """Return the question of a user's turn, without the authors' instructions before it."""
-    return user_text.rpartition(INSTRUCTIONS_END)[2].strip()
+    """Return the question of a user's turn, without the authors' instructions before it.
+
+    Raises ValueError where it is empty.
+    """
+    question = user_text.rpartition(INSTRUCTIONS_END)[2].strip()
+    if not question:
+        raise ValueError("an empty question")
+    return question
 
 
 # ---- files out -----------------------------------------------------------------------------------

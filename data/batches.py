@@ -1,41 +1,129 @@
-"""Trajectories as arrays: optimizer steps, micro-batches and padding."""
+"""Trajectories as arrays: tries, optimizer steps and micro-batches."""
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from common.batching import group_by_tokens
+from common.batching import fill_by_tokens
 from data.trajectory import Provenance, Role, Trajectory
 
-# What a loss reads, by name: arrays of (rows, tokens), and numbers such as "norm". The arrays are
-# NumPy's here and the backend's own inside a loss.
+# What a loss reads, by name: arrays of (nodes,), and numbers such as "norm". The arrays are NumPy's
+# here and the backend's own inside a loss.
 Batch = dict[str, Any]
 # Two trajectories that go on from one beginning, for SFT-1: (chosen, rejected).
 Pair = tuple[Trajectory, Trajectory]
 
 
-def pad(trajectories: Sequence[Trajectory]) -> Batch:
-    """Return trajectories as arrays, padded on the right with zeros.
+# ---- texts as tries ------------------------------------------------------------------------------
+@dataclass
+class Trie:
+    """Some texts as a tree: what they begin with together stands once (docs/trie.md).
 
-    "ids" (B, T) int64; "mask" (B, T) float32, which leaves the padding out; "old" (B, T) float32,
-    the log-probs of sampling, where the trajectories were sampled.
+    A node is a token after a certain beginning. Nodes stand in depth-first order, so that what lies
+    below a node follows it, up to its `end`:
 
-    >>> pad([Trajectory([5, 6, 7], [0, 1, 1], [0, 1, 1])])["mask"]
-    array([[0., 1., 1.]], dtype=float32)
+        Who made it ? I recall Eva.         0 Who  1 made  2 it  3 ?  4 I  5 recall  6 Eva.
+        Who made it ? I must search         7 must  8 search
+
+    Node 4 ends at 9, node 5 at 7; the parent of node 7 is 4. All arrays are (nodes,).
     """
-    shape = (len(trajectories), max(len(trajectory.ids) for trajectory in trajectories))
-    ids = np.zeros(shape, np.int64)
-    mask = np.zeros(shape, np.float32)
-    old = np.zeros(shape, np.float32)
-    for row, trajectory in enumerate(trajectories):
-        ids[row, : len(trajectory.ids)] = trajectory.ids
-        mask[row, : len(trajectory.mask)] = trajectory.mask
-        old[row, : len(trajectory.logprobs)] = trajectory.logprobs
-    return {"ids": ids, "mask": mask, "old": old}
+
+    ids: np.ndarray
+    depth: np.ndarray  # the token's place in its texts
+    parent: np.ndarray  # the node before it, -1 for a first token
+    end: np.ndarray  # the first node behind all that lies below it
+    mask: np.ndarray  # of the loss, float32
+    old: np.ndarray  # log-probability when it was sampled, float32; 0 where it was not
+    paths: list[np.ndarray]  # of each text, the nodes of its tokens
 
 
+def build_trie(texts: Sequence[Trajectory]) -> Trie:
+    """Return some texts as a trie; a node is one where id, role, mask and all before agree."""
+    tokens = [list(zip(text.ids, text.role, text.mask, strict=True)) for text in texts]
+    ids: list[int] = []
+    parent: list[int] = []
+    depth: list[int] = []
+    mask: list[float] = []
+    old: list[float] = []
+    end: list[int] = []
+    paths: dict[int, list[int]] = {}
+    path: list[int] = []  # of the text before
+    before: list[tuple[int, int, float]] = []
+    # In this order a text shares more with the one before it than with any other that is done.
+    for number in sorted(range(len(texts)), key=lambda number: tokens[number]):
+        shared = _length_of_common_beginning(before, tokens[number])
+        for node in path[shared:]:
+            end[node] = len(ids)
+        path = path[:shared]
+        logprobs = texts[number].logprobs or [0.0] * len(texts[number].ids)
+        for place in range(shared, len(tokens[number])):
+            parent.append(path[-1] if path else -1)
+            path.append(len(ids))
+            ids.append(texts[number].ids[place])
+            depth.append(place)
+            mask.append(texts[number].mask[place])
+            old.append(logprobs[place])
+            end.append(0)
+        paths[number] = list(path)
+        before = tokens[number]
+    for node in path:
+        end[node] = len(ids)
+    return Trie(
+        ids=np.array(ids, np.int64),
+        depth=np.array(depth, np.int64),
+        parent=np.array(parent, np.int64),
+        end=np.array(end, np.int64),
+        mask=np.array(mask, np.float32),
+        old=np.array(old, np.float32),
+        paths=[np.array(paths[number]) for number in range(len(texts))],
+    )
+
+
+def _length_of_common_beginning(first: Sequence[Any], second: Sequence[Any]) -> int:
+    length = 0
+    for mine, other in zip(first, second, strict=False):
+        if mine != other:
+            break
+        length += 1
+    return length
+
+
+def pack(tries: Sequence[Trie]) -> Batch:
+    """Return tries one after the other, without padding: what the networks are trained on.
+
+    "ids", "depth", "parent", "end", "mask", "old": (nodes,), as in Trie, and counted through.
+    "parts": (start, end) of each trie; a token sees its own ancestors alone.
+
+    >>> pack([build_trie([Trajectory([5, 6, 7], [0, 1, 1], [0, 1, 1])])])["mask"]
+    array([0., 1., 1.], dtype=float32)
+    """
+    starts = np.cumsum([0] + [len(trie.ids) for trie in tries]).tolist()
+    parents = [
+        np.where(trie.parent < 0, -1, trie.parent + start)
+        for trie, start in zip(tries, starts, strict=False)
+    ]
+    ends = [trie.end + start for trie, start in zip(tries, starts, strict=False)]
+    return {
+        "ids": np.concatenate([trie.ids for trie in tries]),
+        "depth": np.concatenate([trie.depth for trie in tries]),
+        "parent": np.concatenate(parents),
+        "end": np.concatenate(ends),
+        "mask": np.concatenate([trie.mask for trie in tries]),
+        "old": np.concatenate([trie.old for trie in tries]),
+        "parts": list(pairwise(starts)),
+    }
+
+
+def pack_texts(texts: Sequence[Trajectory]) -> Batch:
+    """Return texts one after the other, each a trie of its own."""
+    return pack([build_trie([text]) for text in texts])
+
+
+# ---- optimizer steps and micro-batches -----------------------------------------------------------
 def optimizer_steps(
     trajectories: Sequence[Trajectory],
     batch_tokens: int,
@@ -73,27 +161,31 @@ def language_batches(trajectories: Sequence[Trajectory], micro_tokens: int) -> l
     norm = float(sum(sum(trajectory.mask[1:]) for trajectory in trajectories))
     lengths = [len(trajectory.ids) for trajectory in trajectories]
     batches = []
-    for group in group_by_tokens(lengths, micro_tokens):
-        batch = pad([trajectories[row] for row in group])
+    for group in fill_by_tokens(lengths, micro_tokens):
+        batch = pack_texts([trajectories[row] for row in group])
         batch["norm"] = norm
         batches.append(batch)
     return batches
 
 
 def pair_batches(pairs: Sequence[Pair], micro_tokens: int, alpha: float) -> list[Batch]:
-    """Return the micro-batches of one optimizer step of SFT-1.
+    """Return the micro-batches of one optimizer step of SFT-1. A pair is a trie of two texts.
 
-    Rows: the chosen sides, then the rejected sides of the same pairs.
+    "rows": (2 n, nodes), which means over nodes are the chosen sides' scores, then the rejected
+    ones' of the same pairs.
     alpha: the weight of the loss's auxiliary term.
     """
     norm = float(len(pairs))
-    # A pair is two rows, as long as the longer one.
-    lengths = [2 * max(len(chosen.ids), len(rejected.ids)) for chosen, rejected in pairs]
+    tries = [build_trie(pair) for pair in pairs]
     batches = []
-    for group in group_by_tokens(lengths, micro_tokens):
-        chosen_rows = [pairs[index][0] for index in group]
-        rejected_rows = [pairs[index][1] for index in group]
-        batch = pad(chosen_rows + rejected_rows)
+    for group in fill_by_tokens([len(trie.ids) for trie in tries], micro_tokens):
+        batch = pack([tries[index] for index in group])
+        rows = np.zeros((2 * len(group), len(batch["ids"])), np.float32)
+        for number, index in enumerate(group):
+            start = batch["parts"][number][0]
+            for row, path in zip((number, len(group) + number), tries[index].paths, strict=True):
+                rows[row, start + path] = tries[index].mask[path]
+        batch["rows"] = rows / rows.sum(1, keepdims=True)
         batch["alpha"] = alpha
         batch["norm"] = norm
         batches.append(batch)

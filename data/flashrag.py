@@ -11,8 +11,9 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import read_jsonl
+from data.passages import nfc
 from data.questions import Fact, Lookup, Question
-from data.scores import normalize
+from data.scores import find_spelling, is_common, normalize
 
 SPLITS = ("train", "dev", "test", "validation")
 # The question sets whose questions need two passages.
@@ -73,13 +74,6 @@ def _parse_question(row: Any, set_name: str, where: str) -> Question:
     if not _is_question(row):
         raise UserError(f'{where}: not a question; expected {{"id", "question", "golden_answers"}}')
     golden_answers = _golden_answers(row, where)
-    try:
-        " ".join([row["question"], *golden_answers]).encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{where}: question {row['id']!r} holds half a character (a lone surrogate); "
-            "write the file anew as UTF-8"
-        ) from None
     metadata = row.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise UserError(f"{where}: metadata of question {row['id']!r} must be an object")
@@ -90,13 +84,28 @@ def _parse_question(row: Any, set_name: str, where: str) -> Question:
     question = Question(
         # Each set counts from 0, so an id alone could be that of another set's question.
         id=f"{set_name}:{row['id']}",
-        question=row["question"],
+        question=nfc(row["question"]),
         golden_answers=golden_answers,
         gold_titles=titles,
         gold_ids=ids,
+        where=where,
     )
+    _refuse_half_characters(question)
     question.facts = [whole_fact(question)]
     return question
+
+
+def _refuse_half_characters(question: Question) -> None:
+    """Raise UserError for a text that can't be encoded, whichever of a question's texts it is."""
+    texts = [question.id, question.question, *question.golden_answers]
+    texts += question.gold_titles + question.gold_ids
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{question.where}: question {question.id!r} holds half a character (a lone "
+            "surrogate); write the file anew as UTF-8"
+        ) from None
 
 
 def _is_question(row: Any) -> bool:
@@ -107,10 +116,10 @@ def _is_question(row: Any) -> bool:
 
 
 def _golden_answers(row: dict[str, Any], where: str) -> list[str]:
-    """Return a row's golden answers without those that say nothing."""
+    """Return a row's golden answers in the composed form, without those that say nothing."""
     golden = row.get("golden_answers")
     is_list_of_texts = isinstance(golden, list) and all(isinstance(text, str) for text in golden)
-    answers = [text for text in golden if text.strip()] if is_list_of_texts else []
+    answers = [nfc(text) for text in golden if text.strip()] if is_list_of_texts else []
     if not answers:
         raise UserError(
             f"{where}: question {row['id']!r} has no answers; "
@@ -122,7 +131,7 @@ def _golden_answers(row: dict[str, Any], where: str) -> list[str]:
 
 
 def gold_titles(metadata: dict[str, Any], where: str) -> list[str]:
-    """Return the titles of the passages that a question's answer comes from, each once.
+    """Return the titles of the passages that a question's answer comes from, each once, composed.
 
     They stand in `gold_titles`, or else in FlashRAG's `supporting_facts`, which is
     {"title": [..], "sent_id": [..]} or [[title, sentence] ..].
@@ -140,7 +149,7 @@ def gold_titles(metadata: dict[str, Any], where: str) -> list[str]:
         raise UserError(
             f"{where}: gold_titles must be a list of texts, and supporting_facts name titles"
         )
-    return list(dict.fromkeys(titles))
+    return list(dict.fromkeys(nfc(title) for title in titles if title.strip()))
 
 
 # ---- a plan for a real question ------------------------------------------------------------------
@@ -233,8 +242,11 @@ def _search_question(title: str, queries: list[str], evidence: list[str]) -> Loo
 
 def _named_share(title: str, text: str) -> float:
     """Return the share of a title's words that a question names, without the qualifier's."""
+    name = re.sub(r"\(.*?\)", "", title)
+    words = normalize(name).split()
+    if len(words) == 1 or is_common(name):
+        return float(find_spelling(text, name) != "")
     question_words = set(normalize(text).split())
-    words = normalize(re.sub(r"\(.*?\)", "", title)).split()
     named_words = [word for word in words if word in question_words]
     return len(named_words) / max(1, len(words))
 
@@ -245,9 +257,10 @@ def _is_half_named(title: str, question: Question) -> bool:
 
 def _compares_two(question: Question) -> bool:
     """Whether the answer is yes, no, or something that the question names."""
-    text = f" {normalize(question.question)} "
-    answers = [normalize(answer) for answer in question.golden_answers]
-    return any(answer in ("yes", "no") or f" {answer} " in text for answer in answers)
+    return any(
+        normalize(answer) in ("yes", "no") or find_spelling(question.question, answer)
+        for answer in question.golden_answers
+    )
 
 
 def escape_query(query: str) -> str:

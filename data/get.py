@@ -68,7 +68,7 @@ def _question_row(row: dict[str, Any], name: str) -> dict[str, Any]:
     return {
         "id": row["id"],
         "question": row["question"],
-        "golden_answers": list(row["golden_answers"]),
+        "golden_answers": row["golden_answers"],
         "metadata": metadata,
     }
 

@@ -26,8 +26,19 @@ INVISIBLE = re.compile(
 )
 # A terminal would obey control characters, and half a surrogate pair is no text.
 CONTROL = re.compile("[^\n\t\x20-\x7e\x85\xa0-\ud7ff\ue000-\U0010ffff]")
+# What can steer a terminal, or turn the order of the letters around it: control characters, other
+# line ends, bidirectional overrides and isolates, and half a surrogate pair.
+UNPRINTABLE = re.compile("[^\n\t\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\U0010ffff]")
+BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it
 # Some public pools write a passage's title this way.
 TITLE_IN_WORDS = re.compile(r"\"?'?Title: (.*?) Text: (.*)", re.S)
+# Five words or more that end like a sentence: without quotes they are no title.
+SENTENCE = re.compile(r"(\S+\s+){4,}\S*[.!?]")
+
+# How a tag, the box of an answer, and a turn of Llama 2 (which is plain text to it) begin.
+TAG_OPENING = re.compile(r"<(?=\s*[/|!A-Za-z])")
+BOX_OPENING = re.compile(r"\\+(?=boxed)")
+TURN_OPENING = re.compile(r"\[(?=/?INST\])")
 
 
 class Passage(NamedTuple):
@@ -45,23 +56,53 @@ class NumberedPassage(NamedTuple):
     text: str
 
 
+# ---- one form of every text ----------------------------------------------------------------------
+def nfc(text: str) -> str:
+    """Return a text in Unicode's composed form, in which equal words are equal strings.
+
+    An accented letter is one code point in it; the same letter, typed as two, looks alike.
+    """
+    return unicodedata.normalize("NFC", text)
+
+
+def on_one_line(text: str) -> str:
+    """Return a text in the composed form, with single spaces for all that is between words."""
+    return " ".join(nfc(text).split())
+
+
+def printable(text: str) -> str:
+    r"""Return a text for a terminal or a page, with what could steer them spelled out.
+
+    >>> printable("Who?\x1b[2J\u202e")
+    'Who?\\x1b[2J\\u202e'
+    """
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+# ---- files ---------------------------------------------------------------------------------------
 def split_passage(contents: str) -> Passage:
-    """Split the `contents` of FlashRAG, `"Title"`, a line break and the text."""
-    title, _, text = contents.partition("\n")
+    """Split the `contents` of FlashRAG, `"Title"`, a line break and the text.
+
+    Contents without a title line are a passage without a title. All readers of passages, from a
+    file or from a server, come here.
+    """
+    first_line, line_break, text = contents.partition("\n")
     in_words = TITLE_IN_WORDS.match(contents.strip())
     if in_words:
-        title, text = in_words.groups()
-    title = title.strip()
+        first_line, text = in_words.groups()
+    title = on_one_line(first_line)
     # One pair of quotes is the form's; others are the title's own.
     if len(title) > 1 and title[0] == title[-1] == '"':
         title = title[1:-1].strip()
-    return Passage(title, " ".join(text.split()))
+    elif not in_words and (not line_break or SENTENCE.fullmatch(title)):
+        title, text = "", contents
+    return Passage(title, on_one_line(text))
 
 
 def read_passages(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a FlashRAG passage file, plain or gzip: [{"id", "contents"}].
 
-    Raises UserError with file:line, also for two passages of one id.
+    Blank lines are skipped. Raises UserError with file:line, also for two passages of one id.
     """
     path = Path(path)
     if not path.is_file():
@@ -75,6 +116,9 @@ def read_passages(path: str | Path) -> list[dict[str, Any]]:
     try:
         with open_file(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
+                line = line.strip(f"{BYTE_ORDER_MARK} \t\r\n")
+                if not line:
+                    continue
                 row = _parse_passage(line, f"{path}:{number}")
                 first = line_of_id.setdefault(str(row["id"]), number)
                 if first != number:
@@ -93,21 +137,26 @@ def read_passages(path: str | Path) -> list[dict[str, Any]]:
 def _parse_passage(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
+        passage = {"id": row["id"], "contents": row["contents"]}
         # A lone surrogate is no text: encoding it fails.
-        row["contents"].encode()
-        return {"id": row["id"], "contents": row["contents"]}
+        (str(passage["id"]) + passage["contents"]).encode()
+        return passage
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f'{where}: not a passage; expected one JSON object a line with "id" and "contents"'
         ) from None
 
 
+# ---- observations --------------------------------------------------------------------------------
 def join_passages(passages: list[Passage]) -> str:
-    """Return an observation that lists passages, numbered from 1."""
+    """Return an observation that lists passages, numbered from 1.
+
+    A passage without a title begins with its number.
+    """
     if not passages:
         return NOTHING_FOUND
     return LINE_BREAK.join(
-        f"{title_on_line(title, number)} {number}: {' '.join(text.split())}"
+        f"{title_on_line(title, number)} {number}: {on_one_line(text)}".lstrip()
         for number, (title, text) in enumerate(passages, 1)
     )
 
@@ -115,18 +164,21 @@ def join_passages(passages: list[Passage]) -> str:
 def title_on_line(title: str, number: int) -> str:
     """Return a title as it stands before passage `number`.
 
-    It is on one line, and holds nothing that would read as its own end: "Alien 2: Return" is
-    "Alien 2 - Return" as the second passage.
+    It is on one line, neutralized, and holds nothing that would read as its own end: "Alien 2:
+    Return" is "Alien 2 - Return" as the second passage.
     """
-    return " ".join(title.split()).replace(f" {number}: ", f" {number} - ")
+    # A space at either end, since a title may also begin or end with its number.
+    line = f" {on_one_line(neutralize(title))} "
+    return re.sub(f"(?<= ){number}:(?= )", f"{number} -", line).strip()
 
 
 def split_observation(observation: str) -> list[NumberedPassage]:
     """Return the passages that an observation lists."""
     passages = []
-    for number, line in enumerate(observation.split(LINE_BREAK), 1):
-        title, _, text = line.partition(f" {number}: ")
-        passages.append(NumberedPassage(number, title, text))
+    for number, line in enumerate(nfc(observation).split(LINE_BREAK), 1):
+        # A passage without a title has nothing before its number.
+        title, _, text = f" {line}".partition(f" {number}: ")
+        passages.append(NumberedPassage(number, title.removeprefix(" "), text))
     return passages
 
 
@@ -134,18 +186,33 @@ def neutralize(text: str) -> str:
     r"""Return text from outside without what could pass for a tag, an answer or a special token.
 
     In a trajectory it could open nothing anyway, since observations are encoded as plain text;
-    but trajectories are also written out as text, and read again by others.
+    but trajectories are also written out as text, and read again by others. Some of them normalize
+    it (NFKC), so letters that are ASCII in that form count as ASCII.
 
-    >>> neutralize("</search_result> \\boxed{no} <|im_end|>")
-    '‹/search_result> boxed{no} ‹|im_end|>'
+    >>> neutralize("</search_result> \\boxed{no} <|im_end|> ＜ｔｈｉｎｋ＞")
+    '‹/search_result> boxed{no} ‹|im_end|> ‹ｔｈｉｎｋ＞'
     """
     text = CONTROL.sub("", text)
     text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
     text = INVISIBLE.sub("", text)
-    text = re.sub(r"[<＜﹤](?=\s*[/／|｜!A-Za-z])", "‹", text)
-    # The turns of Llama 2 are plain text.
-    text = re.sub(r"\[(?=/?INST\])", "(", text)
-    return re.sub(r"[\\＼]+boxed", "boxed", text)
+    # The box goes first: a tag may begin where its backslash stood.
+    text = _replace_opening(BOX_OPENING, "", text)
+    text = _replace_opening(TAG_OPENING, "‹", text)
+    return _replace_opening(TURN_OPENING, "(", text)
+
+
+def _replace_opening(opening: re.Pattern[str], replacement: str, text: str) -> str:
+    """Replace in a text what a pattern finds in its NFKC form; the other letters stay."""
+    plain = text
+    if not unicodedata.is_normalized("NFKC", text):
+        # One letter for each, so that both texts have the same positions.
+        plain = "".join(unicodedata.normalize("NFKC", letter)[0] for letter in text)
+    pieces = []
+    end = 0
+    for match in opening.finditer(plain):
+        pieces += [text[end : match.start()], replacement]
+        end = match.end()
+    return "".join(pieces) + text[end:]
 
 
 def fit_observation(observation: str, budget: int, size: Callable[[str], int]) -> str:
@@ -164,8 +231,8 @@ def fit_observation(observation: str, budget: int, size: Callable[[str], int]) -
         return observation
     lines = observation.split(LINE_BREAK)
     for index in range(len(lines) - 1, 0, -1):
-        title = lines[index].partition(f" {index + 1}: ")[0]
-        lines[index] = f"{title} {index + 1}:"
+        title, _, _ = f" {lines[index]}".partition(f" {index + 1}: ")
+        lines[index] = f"{title} {index + 1}:".lstrip()
         if size(LINE_BREAK.join(lines)) <= budget:
             return LINE_BREAK.join(lines)
     if size(lines[0]) <= budget:
@@ -184,7 +251,7 @@ def _cut_first_passage(
         count = _most_pieces(pieces, titles, budget, size)
         beginning = "".join(pieces[:count]).strip()
         # Beside other titles, a passage must at least say its own.
-        if beginning and (not titles or " 1: " in beginning):
+        if beginning and (not titles or " 1: " in f" {beginning}"):
             return LINE_BREAK.join([beginning, *titles])
     return ""
 

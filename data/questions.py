@@ -5,7 +5,11 @@ question has to ask where it came from.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from common.errors import UserError
+from data.passages import nfc
 
 SEARCH = "search"  # the tool that facts are looked up with; other tools compute
 
@@ -59,6 +63,7 @@ class Question:
     taught_answer: str = ""  # what a taught chain answers; empty: as the evidence spells it
     gold_titles: list[str] = field(default_factory=list)  # titles of the passages with the answer
     gold_ids: list[str] = field(default_factory=list)  # ids of these passages in the corpus
+    where: str = ""  # file:line that it was read from; empty: of the nano world
 
     @property
     def lookups(self) -> list[Lookup]:
@@ -72,7 +77,40 @@ def sixteenth(question: str) -> int:
     It is a hash of the text alone. So pools that own different parts share no question, whatever
     the seed, their sizes, and the order in which they are drawn.
     """
-    return hashlib.sha256(question.encode()).digest()[0] % 16
+    return hashlib.sha256(nfc(question).encode()).digest()[0] % 16
+
+
+def leave_out_long_questions(
+    questions: list[Question], prompt_tokens: Callable[[str], int], longest_prompt: int
+) -> list[Question]:
+    """Return the questions whose prompts are short enough, and print how many are not.
+
+    One of them would end a run, and late. Who reads a question knows no tokenizer, so this is for
+    the first place that knows both.
+
+    prompt_tokens: measures the prompt of a question's text, in tokens.
+    longest_prompt: tokens of a prompt at most.
+    Raises UserError where no question is left.
+    """
+    lengths = [prompt_tokens(question.question) for question in questions]
+    long = [number for number, length in enumerate(lengths) if length > longest_prompt]
+    if not long:
+        return questions
+    example = f"{questions[long[0]].where or questions[long[0]].id} ({lengths[long[0]]} tokens)"
+    if len(long) == len(questions):
+        raise UserError(
+            f"max_len: it leaves {longest_prompt} tokens for a prompt, and each of the "
+            f"{len(questions)} questions takes more, the first at {example}; raise --max_len"
+        )
+    print(
+        f"{len(long)} of {len(questions)} questions have a prompt of more than {longest_prompt} "
+        f"tokens and are left out, the first at {example}; raise --max_len to take them in"
+    )
+    return [
+        question
+        for question, length in zip(questions, lengths, strict=True)
+        if length <= longest_prompt
+    ]
 
 
 def facts_by_id(questions: list[Question]) -> dict[str, Fact]:

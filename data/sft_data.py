@@ -35,7 +35,9 @@ def read_sft_data(folder: Path, remedy: str = "python train_sft.py") -> SFTData:
     chains_of_action = read_trajectories(folder / "coa.jsonl", remedy)
     chains_of_thought = read_trajectories(folder / "cot.jsonl", remedy)
     sides = read_trajectories(folder / "pairs.jsonl", remedy)
-    pairs = list(zip(sides[0::2], sides[1::2], strict=False))
+    if len(sides) % 2:
+        raise _damaged(folder / "pairs.jsonl", len(sides))
+    pairs = list(zip(sides[0::2], sides[1::2], strict=True))
     return SFTData(chains_of_action, chains_of_thought, pairs)
 
 
@@ -50,13 +52,23 @@ def read_trajectories(path: Path, remedy: str = "python train_sft.py") -> list[T
     trajectories = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            trajectories.append(Trajectory(**json.loads(line)))
-        except (ValueError, TypeError):
-            raise UserError(
-                f"{path}:{number}: cut or damaged; remove {path.parent} and run train_sft.py "
-                "again, which makes it anew"
-            ) from None
+            row = json.loads(line)
+            columns = [row["ids"], row["mask"], row["role"]]
+            if not all(isinstance(column, list) for column in columns):
+                raise ValueError("a column that is no list")
+            if len({len(column) for column in columns}) != 1:
+                raise ValueError("a token without its mask or its role")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise _damaged(path, number) from None
+        trajectories.append(Trajectory(*columns))
     return trajectories
+
+
+def _damaged(path: Path, line: int) -> UserError:
+    return UserError(
+        f"{path}:{line}: cut or damaged; remove {path.parent} and run train_sft.py again, "
+        "which makes it anew"
+    )
 
 
 def write_sft_data(folder: Path, data: SFTData) -> None:

@@ -30,7 +30,6 @@ COLORS = {
     Role.OBSERVATION: "\033[33m",
     Role.ANSWER: GREEN,
 }
-OBSERVATION = re.compile(f"({re.escape(TAGS['result'])}.*?{re.escape(TAGS['end_result'])})", re.S)
 # A file of others could steer the terminal with these.
 CONTROL = re.compile("[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]")
 # A piece of text, and 1 where it carries loss.
@@ -78,19 +77,26 @@ def _pieces_of_row(row: Any, path: Path) -> list[Piece]:
         tokens = read_codec(path.parent.parent / "base").pieces(row["ids"])
         return list(zip(tokens, row["mask"], strict=False))
     if "messages" in row:
-        return _pieces_of_messages(row["messages"])
+        return pieces_of_messages(row["messages"])
     pieces: list[Piece] = [(turn["value"] + "\n", 0) for turn in row["conversation"]]
     pieces.append((f"+ {row['chosen']['value']}\n- {row['rejected']['value']}", 1))
     return pieces
 
 
-def _pieces_of_messages(messages: list[dict[str, str]]) -> list[Piece]:
+def pieces_of_messages(messages: list[dict[str, str]]) -> list[Piece]:
     """Return the pieces of a conversation: the last turn is learned, but for observations."""
-    spans = OBSERVATION.split(messages[-1]["content"])
     pieces: list[Piece] = [(message["content"] + "\n", 0) for message in messages[:-1]]
-    for span in spans:
-        carries_loss = not span.startswith(TAGS["result"])
-        pieces.append((span, int(carries_loss)))
+    text = messages[-1]["content"]
+    end = 0
+    # Searched from where the last one ended: a pattern would begin anew at every opening tag.
+    while (start := text.find(TAGS["result"], end)) >= 0:
+        closing = text.find(TAGS["end_result"], start)
+        if closing < 0:
+            break
+        pieces.append((text[end:start], 1))
+        end = closing + len(TAGS["end_result"])
+        pieces.append((text[start:end], 0))
+    pieces.append((text[end:], 1))
     return pieces
 
 

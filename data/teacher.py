@@ -9,14 +9,13 @@ A chain is built of parts (see data.trajectory.Part), fact by fact:
 """
 
 import re
-import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from common.progress import tqdm
 from data.passages import split_observation, title_on_line
 from data.questions import Fact, Lookup, Question
-from data.scores import normalize
+from data.scores import find_spelling
 from data.trajectory import Codec, Observation, Part, PartKind, Trajectory
 
 NOT_FOUND = "Not found."  # what a reader says of passages that do not hold it
@@ -82,26 +81,11 @@ def spell_from(text: str, golden: list[str]) -> str:
     ...     "Philadelphia"])
     'Philadelphia'
     """
-    words = text.split()
     for answer in sorted(golden, key=len):
-        spelling = _find_spelling(words, answer)
+        spelling = find_spelling(text, answer)
         if spelling:
             return spelling
     return golden[0]
-
-
-def _find_spelling(words: list[str], answer: str) -> str:
-    """Return the words that spell an answer, "" where none do."""
-    plain_answer = normalize(answer)
-    if not plain_answer:
-        return ""
-    # The shortest spelling comes first, so that it has no article before it.
-    for size in range(1, len(answer.split()) + 2):
-        for start in range(len(words) - size + 1):
-            piece = " ".join(words[start : start + size]).strip(string.punctuation)
-            if normalize(piece) == plain_answer:
-                return piece
-    return ""
 
 
 # ---- chains of thought ---------------------------------------------------------------------------
@@ -253,7 +237,5 @@ def _quotes(text: str) -> Iterator[str]:
 
 
 def _mentions(quote: str, text: str) -> bool:
-    """Whether a quote holds a text as whole words, whatever case and punctuation."""
-    if not text:
-        return True
-    return f" {normalize(text)} " in f" {normalize(quote)} "
+    """Whether a quote spells a text; "" stands for whatever it says."""
+    return not text or find_spelling(quote, text) != ""

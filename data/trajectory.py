@@ -17,17 +17,18 @@ or close one.
 """
 
 import functools
-import json
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any, Literal
 
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
+from data.boxes import answer_in_box
 from data.passages import fit_observation
+from data.plain_tokenizer import make_plain_tokenizer
 
 TAGS = {
     "think": "<think>",
@@ -43,6 +44,9 @@ SYSTEM_PROMPT = (
     "Think step by step. When you need a fact, search: write <begin_search> query </end_search> "
     "and read the <search_result>. Then give the answer as \\boxed{answer}."
 )
+
+# Stands in a chat template where the question will be.
+PLACEHOLDER = "QUESTION"
 
 # The kinds of a part: "given" is a thought that is not learned, "conclude" is said between the
 # thoughts and the answer.
@@ -113,15 +117,27 @@ class Trajectory:
 
 
 class Codec:
-    """A tokenizer and the ids of the tags: text to trajectories and back."""
+    """A tokenizer and the ids of the tags: text to trajectories and back.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Raise UserError where the tokenizer lacks the tags."""
+    A text inside a trajectory is encoded as its letters alone: no tag is read in it, and no space
+    is put before it. Every space stands where it was written, and decoding gives the text back.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, eos_ids: Iterable[int] = ()) -> None:
+        """Raise UserError where the tokenizer lacks the tags, or a token that this form needs.
+
+        eos_ids: all ids at which the model may end a text; its tokenizer's own is always one.
+        """
         self.tokenizer = tokenizer
         ids = {name: _token_id(tokenizer, tag) for name, tag in TAGS.items()}
         if None in ids.values() or tokenizer.unk_token_id in ids.values():
             raise UserError(
                 "model: this tokenizer lacks the tags; run train_sft.py, which adds them"
+            )
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "model: nothing says which token ends a text; name it as eos_token in "
+                "tokenizer_config.json, or as eos_token_id in config.json"
             )
         self.think_id: int = ids["think"]
         self.end_think_id: int = ids["end_think"]
@@ -130,30 +146,53 @@ class Codec:
         self.result_id: int = ids["result"]
         self.end_result_id: int = ids["end_result"]
         self.boxed_id: int = ids["boxed"]
-        # The brace that ends an answer is an ordinary token in every byte-level vocabulary.
-        self.brace_id: int = _token_id(tokenizer, "}")
+        # The one that is learned; a model from elsewhere may end a text with others too.
         self.eos_id: int = tokenizer.eos_token_id
-        self.plain_tokenizer = _without_special_tokens(tokenizer)
+        self.eos_ids: list[int] = list(dict.fromkeys([self.eos_id, *eos_ids]))
+        self.special_tokens: dict[str, int] = tokenizer.get_added_vocab()
+        self.plain_tokenizer = make_plain_tokenizer(tokenizer)
         self._encode_cached = functools.lru_cache(100_000)(self.encode_exactly)
+        brace_ids = self.encode_exactly("}")
+        if len(brace_ids) != 1 or brace_ids[0] == tokenizer.unk_token_id:
+            raise UserError(
+                "model: its tokenizer has no token for a closing brace, with which answers end; "
+                "take another checkpoint"
+            )
+        self.brace_id: int = brace_ids[0]
+        # Llama 2's tokenizer puts a space of its own behind every special token, Llama 3's does
+        # not.
+        behind_token = tokenizer.encode(f"{TAGS['think']}x", add_special_tokens=False)[1:]
+        self.begins_anew_behind_tokens = behind_token != self.encode_exactly("x")
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model was trained to be asked in words, as instruct models are."""
+        """Whether the model was trained to be asked in turns, as instruct models are."""
         return bool(self.tokenizer.chat_template)
+
+    @property
+    def was_pretrained_with_tags(self) -> bool:
+        """Whether the tags are words that the model began with, as the nano model did.
+
+        To a checkpoint from elsewhere they were added: its vocabulary proper lacks them.
+        """
+        vocabulary = self.tokenizer.backend_tokenizer.model
+        return vocabulary.token_to_id(TAGS["search"]) is not None
 
     def encode_exactly(self, text: str) -> list[int]:
         """Plain text to ids; the spelling of a tag in it is plain text too."""
         return self.plain_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_beginning(self, text: str) -> list[int]:
+        """Plain text to ids as a text begins: some tokenizers put a space of their own there."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids, with one leading space."""
         return list(self._encode_cached(" " + text.strip()))
 
     def decode(self, ids: list[int]) -> str:
-        """Ids to text, tags included."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=False)
-        assert isinstance(text, str), "one list of ids is one text"
-        return text
+        """Ids to text, tags included; a space at the beginning stays."""
+        return self.plain_tokenizer.decode(ids, skip_special_tokens=False)
 
     def fit(self, observation: str, budget: int) -> str:
         """Return an observation of at most `budget` tokens (see fit_observation)."""
@@ -176,6 +215,17 @@ class Codec:
         return pieces
 
     # ---- prompts ---------------------------------------------------------------------------------
+    def prompt(self, question: str) -> list[int]:
+        """Return the prompt of a question, which ends with an opened thought.
+
+        The template's own tags are tags; a tag that is spelled in the question is not.
+        """
+        if self.has_chat_template:
+            before, after = self._question_frame()
+            return [*self.encode_template([before, question, after]), self.think_id]
+        before_ids, after_ids = self.prompt_frame()
+        return before_ids + self.encode(question) + after_ids
+
     def prompt_frame(self) -> tuple[list[int], list[int]]:
         """Return the ids before and after the question in a prompt.
 
@@ -185,30 +235,82 @@ class Codec:
         if not self.has_chat_template:
             bos = self.tokenizer.bos_token_id
             return ([] if bos is None else [bos]), [self.think_id]
-        messages = [
-            {"role": "system", "content": SYSTEM_PROMPT},
-            {"role": "user", "content": "QUESTION"},
-        ]
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        assert isinstance(text, str), "tokenize=False gives a text"
-        before, _, after = text.rpartition("QUESTION")
-        # The template of R1 opens the thought itself.
-        after = re.sub(rf"{TAGS['think']}\s*\Z", "", after)
-        before_ids = self.tokenizer.encode(before, add_special_tokens=False)
-        after_ids = self.tokenizer.encode(after, add_special_tokens=False)
-        return before_ids, after_ids + [self.think_id]
+        before, after = self._question_frame()
+        after_ids = self.encode_template([after], begins_text=False)
+        return self.encode_template([before]), [*after_ids, self.think_id]
 
-    def prompt(self, question: str) -> list[int]:
-        """Return the prompt of a question.
+    def _question_frame(self) -> tuple[str, str]:
+        """Return the text of a chat template before and after the question.
 
-        The template's own tags are tags; a tag that is spelled in the question is not.
+        Raises UserError for a template that can't be filled in.
         """
-        before, after = self.prompt_frame()
-        if self.has_chat_template:
-            return before + self.encode_exactly(question) + after
-        return before + self.encode(question) + after
+        instructions = {"role": "system", "content": SYSTEM_PROMPT}
+        try:
+            text = self.render_chat([instructions, {"role": "user", "content": PLACEHOLDER}])
+        except UserError:
+            text = ""
+        if SYSTEM_PROMPT not in text:
+            # Some templates refuse a system turn, and some leave it out.
+            turn = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{PLACEHOLDER}"}
+            text = self.render_chat([turn])
+        before, placeholder, after = text.rpartition(PLACEHOLDER)
+        if not placeholder:
+            raise UserError("model: its chat template leaves the user's turn out; mend it")
+        # The template of R1 opens the thought itself.
+        return before, re.sub(rf"{TAGS['think']}\s*\Z", "", after)
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """Return what the chat template makes of a conversation, up to the assistant's turn.
+
+        messages: each with "role" and "content".
+        Raises UserError for a template that fails, or that refuses these turns.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        # A template is a program of others: it can fail in any way.
+        except Exception as error:
+            roles = ", ".join(message["role"] for message in messages)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"model: its chat template fails on the turns {roles}: {reason}; mend "
+                "chat_template.jinja, or chat_template in tokenizer_config.json"
+            ) from None
+        assert isinstance(text, str), "tokenize=False gives a text"
+        return text
+
+    def encode_template(self, pieces: Sequence[str], begins_text: bool = True) -> list[int]:
+        """Return the ids of a template that is filled in.
+
+        The template's own special tokens are tokens; one that is spelled in what fills it is plain
+        text. All else is as transformers encodes the whole.
+
+        pieces: texts of the template and what fills it, in turns; the template begins.
+        begins_text: whether nothing stands before them.
+        """
+        ids: list[int] = []
+        run = ""  # the text since the last special token
+        begins_run = begins_text
+        for number, piece in enumerate(pieces):
+            is_template = number % 2 == 0
+            parts = self._split_at_special_tokens(piece) if is_template else [piece]
+            run += parts[0]
+            for token, text in zip(parts[1::2], parts[2::2], strict=True):
+                ids += self.encode_beginning(run) if begins_run else self.encode_exactly(run)
+                ids.append(self.special_tokens[token])
+                begins_run = self.begins_anew_behind_tokens
+                run = text
+        return ids + (self.encode_beginning(run) if begins_run else self.encode_exactly(run))
+
+    def _split_at_special_tokens(self, text: str) -> list[str]:
+        """Return texts and the special tokens between them, in turns; a text begins and ends."""
+        tokens = [token for token in self.special_tokens if token in text]
+        if not tokens:
+            return [text]
+        # Where one begins like another, the longer one is meant.
+        tokens.sort(key=len, reverse=True)
+        return re.split(f"({'|'.join(map(re.escape, tokens))})", text)
 
     # ---- text to trajectories --------------------------------------------------------------------
     def build(self, question: str, parts: list[Part]) -> Trajectory:
@@ -278,11 +380,10 @@ class Codec:
             return ""
         ids = trajectory.ids[boxes[-1] + 1 :]
         for position, token in enumerate(ids):
-            if token in (self.brace_id, self.eos_id):
+            if token in self.eos_ids:
                 ids = ids[:position]
                 break
-        # Reasoning models write \boxed{\text{..}}.
-        return self.decode(ids).strip().removeprefix("\\text{").strip()
+        return answer_in_box(self.decode(ids))
 
     def is_well_formed(self, trajectory: Trajectory) -> bool:
         """Whether the policy closed every step in order and answered by itself.
@@ -307,8 +408,7 @@ class Codec:
             self.result_id: "[",
             self.end_result_id: "]",
             self.boxed_id: "A",
-            self.eos_id: "$",
-        }
+        } | dict.fromkeys(self.eos_ids, "$")
         roles = [Role.PROMPT, *trajectory.role, Role.PROMPT]
         shape = []
         for position, token in enumerate(trajectory.ids):
@@ -323,17 +423,3 @@ class Codec:
 def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> Any:
     """Return the id of one token; None, or the id of unknown tokens, where there is none."""
     return tokenizer.convert_tokens_to_ids(token)
-
-
-def _without_special_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """Return a tokenizer to which the spelling of a tag is plain text.
-
-    It is also ten times as fast as the tokenizer of transformers.
-    """
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    for token in description["added_tokens"]:
-        # Some checkpoints have <think> as a token like any other.
-        token["special"] = True
-    plain_tokenizer = Tokenizer.from_str(json.dumps(description))
-    plain_tokenizer.encode_special_tokens = True
-    return plain_tokenizer

@@ -126,8 +126,8 @@ def known_searches(
             f"{root}: there is no search whose answer is known: a teacher finds nothing for "
             "held-out questions, and no chain and no call of RL is kept; give more questions"
         )
-    # A teacher's query counts once. A policy's counts as often as it is asked, since what matters is
-    # how much of its practice is right.
+    # A teacher's query counts once. A policy's counts as often as it is asked: what matters is how
+    # much of its practice is right.
     groups[TRAINING] = each_query_once(groups[TRAINING])
     groups[HELD_OUT] = each_query_once(groups[HELD_OUT])
     return {group: spread(cases, count) for group, cases in groups.items() if cases}

@@ -4,17 +4,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from common.batching import group_by_tokens
+from common.batching import fill_by_tokens
 from common.progress import tqdm
 from common.settings import RolloutSettings
-from data.batches import Batch, pad
+from data.batches import Batch, pack_texts
 from data.passages import NOTHING_FOUND
 from data.trajectory import Codec, Role, Trajectory
 from model import LM
 
 SCORED_TOKENS = 4000  # tokens that go through the network at once when a text is scored
 
-# network, batch -> a number for each token, 0 where the mask is 0: (rows, tokens).
+# network, batch -> a number for each node, 0 where the mask is 0: (nodes,).
 Score = Callable[[object, Batch], np.ndarray]
 
 
@@ -47,7 +47,7 @@ def _imagine_batch(lm: LM, prompts: list[list[int]], settings: RolloutSettings) 
     Some observations are several times as long as others. So a pass ends when half of the rows are
     done, and the others go on without them.
     """
-    stops = [lm.codec.end_result_id, lm.codec.eos_id]
+    stops = [lm.codec.end_result_id, *lm.codec.eos_ids]
     decoder = lm.decoder(prompts)
     written: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # those that still write, in the order of the decoder
@@ -68,7 +68,7 @@ def _imagine_batch(lm: LM, prompts: list[list[int]], settings: RolloutSettings) 
 
 def observation_text(codec: Codec, ids: Sequence[int]) -> str:
     """Return what a model imagined as a policy would read it."""
-    words = [token for token in ids if token not in (codec.end_result_id, codec.eos_id)]
+    words = [token for token in ids if token not in (codec.end_result_id, *codec.eos_ids)]
     return codec.decode(words).strip() or NOTHING_FOUND
 
 
@@ -87,8 +87,9 @@ def sum_over_continuations(
         trajectories.append(trajectory)
     sums = [0.0] * len(trajectories)
     lengths = [len(trajectory.ids) for trajectory in trajectories]
-    for group in group_by_tokens(lengths, SCORED_TOKENS):
-        batch = pad([trajectories[row] for row in group])
-        for row, total in zip(group, score(lm.network, batch).sum(1), strict=True):
-            sums[row] = float(total)
+    for group in fill_by_tokens(lengths, SCORED_TOKENS):
+        batch = pack_texts([trajectories[row] for row in group])
+        values = score(lm.network, batch)
+        for row, (start, end) in zip(group, batch["parts"], strict=True):
+            sums[row] = float(values[start:end].sum())
     return sums

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from common.errors import UserError
-from common.files import hash_file_ends, read_jsonl, write_jsonl, write_text
+from common.files import (
+    append_jsonl,
+    hash_file_ends,
+    read_jsonl,
+    sync,
+    write_jsonl,
+    write_text,
+    writing,
+)
 from common.settings import ModelSettings, RolloutSettings, TaskRunSettings
 from data.questions import Question
 from model import LM
@@ -184,7 +192,8 @@ class Predictions:
         self._rows = rows
         self._sets = sets
         self._answers: dict[PredictionKey, Prediction] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._take_over(self.path, _read_lines(self.path))
         lines = _read_lines(self.partial_path)
         lines_left = self._take_over(self.partial_path, lines)
@@ -244,17 +253,19 @@ class Predictions:
 
     def add(self, row: str, batch: Sequence[SetQuestion], answers: Iterable[ScoredAnswer]) -> None:
         """Keep what a row answered to the questions of a batch, here and in the file."""
-        with open(self.partial_path, "a", encoding="utf-8") as file:
-            for (set_name, question), answer in zip(batch, answers, strict=True):
-                prediction: Prediction = {
-                    "row": row,
-                    "set": set_name,
-                    **answer,
-                    "asked": question_hash(question),
-                    "made": self._provenance[row],
-                }
-                self._answers[self._key(row, set_name, question)] = prediction
-                file.write(json.dumps(prediction) + "\n")
+        predictions = []
+        for (set_name, question), answer in zip(batch, answers, strict=True):
+            prediction: Prediction = {
+                "row": row,
+                "set": set_name,
+                **answer,
+                "asked": question_hash(question),
+                "made": self._provenance[row],
+            }
+            self._answers[self._key(row, set_name, question)] = prediction
+            predictions.append(prediction)
+        append_jsonl(self.partial_path, predictions)
+        sync(self.partial_path)
 
     def of_row(self, row: str, sets: QuestionSets) -> dict[str, list[Prediction]]:
         """Return the predictions of one row: {set: those of its questions, in order}."""

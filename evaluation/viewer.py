@@ -1,6 +1,7 @@
 """The viewers: a page of trajectories, coloured by who wrote them, and one of imagined texts.
 
-All texts in it come from a model or a corpus, so the template escapes everything that it is given.
+All texts in it come from a model or a corpus, so the template escapes everything that it is given,
+and spells out what would steer a page, such as an order to write from right to left.
 """
 
 import difflib
@@ -13,6 +14,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
+from data.passages import printable
 from data.trajectory import Role
 from data.trajectory_rows import TrajectoryRow
 
@@ -22,9 +24,11 @@ ROLE_NAMES = [role.name.lower() for role in Role]
 TEMPLATE = "viewer.html.jinja"
 IMAGINED_TEMPLATE = "imagined.html.jinja"
 WORD = re.compile(r"\S+\s*")  # a word with the space behind it
+
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,
+    finalize=lambda value: printable(value) if isinstance(value, str) else value,
     trim_blocks=True,
     lstrip_blocks=True,
 )

@@ -6,6 +6,7 @@ Passages have FlashRAG's form (see data/passages.py); the scores are computed by
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -20,11 +21,17 @@ import numpy as np
 from common.errors import UserError
 from common.files import file_lock, write_jsonl
 from common.progress import tqdm
-from data.passages import Passage, join_passages, read_passages, split_passage
+from data.passages import Passage, join_passages, nfc, read_passages, split_passage
+from data.scores import find_spelling
 from data.trajectory import Observation
 
 WORD_PATTERN = r"(?u)\b\w+\b"
-INDEX_VERSION = 1  # a new number makes every index on disk be built again
+# Letters of scripts without spaces between words: Thai and Lao, Burmese, Khmer, Japanese, Chinese.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    "\uff66-\uff9f\U00020000-\U0003ffff]+"
+)
+INDEX_VERSION = 2  # a new number makes every index on disk be built again
 
 
 class BM25:
@@ -73,7 +80,7 @@ class BM25:
         numbers = np.full((len(queries), top_k), -1)
         scores = np.zeros((len(queries), top_k), np.float32)
         all_words = bm25s.tokenize(
-            queries,
+            [query_words(query) for query in queries],
             stopwords=[],
             show_progress=False,
             return_ids=False,
@@ -110,9 +117,10 @@ class BM25:
         """Return the passages that a question names: those with these ids, or else these titles.
 
         Of the ids, those count whose passage has one of the titles. Where there are none, each
-        title gives one passage: of several with that title the first that holds a golden answer,
+        title gives one passage: of several with that title the first that spells a golden answer,
         or else the first.
         """
+        titles = [nfc(title) for title in titles]
         number_of_id, numbers_of_title = self._numbers
         passages = [
             self.passage(number_of_id[passage_id])
@@ -141,10 +149,45 @@ class BM25:
 
 def _first_with_answer(passages: list[Passage], golden: Sequence[str]) -> Passage:
     for passage in passages:
-        text = passage.text.lower()
-        if any(answer.lower() in text for answer in golden):
+        if any(find_spelling(passage.text, answer) for answer in golden):
             return passage
     return passages[0]
+
+
+def passage_words(text: str) -> str:
+    """Return the text of a passage, composed, with spaces between all that can be searched for.
+
+    In a text that is mostly in scripts without spaces, each two neighbouring letters of them are a
+    word. A name in such a script stays a word of its own in other texts.
+
+    >>> passage_words("東京都 is ..東京都庁"), passage_words("Tokyo (東京都) is a city")
+    (' 東京 京都  is .. 東京 京都 都庁 ', 'Tokyo (東京都) is a city')
+    """
+    text = nfc(text)
+    unspaced_letters = sum(len(run) for run in UNSPACED.findall(text))
+    if unspaced_letters == 0 or 2 * unspaced_letters < sum(letter.isalpha() for letter in text):
+        return text
+    return UNSPACED.sub(lambda run: f" {' '.join(_letter_pairs(run[0]))} ", text)
+
+
+def query_words(query: str) -> str:
+    """Return a query, composed, with the words that it may have in either kind of passage.
+
+    >>> query_words("the mayor of 東京都")
+    'the mayor of  東京都 東京 京都 '
+    """
+
+    def both(run: re.Match[str]) -> str:
+        words = dict.fromkeys([run[0], *_letter_pairs(run[0])])
+        return f" {' '.join(words)} "
+
+    return UNSPACED.sub(both, nfc(query))
+
+
+def _letter_pairs(run: str) -> list[str]:
+    """Return each two neighbouring letters of a text; marks above and below them are left out."""
+    letters = [letter for letter in run if letter.isalnum()]
+    return [first + second for first, second in itertools.pairwise(letters)] or letters
 
 
 def _index_passages(
@@ -153,7 +196,7 @@ def _index_passages(
     texts = []
     for row in passages:
         title, text = split_passage(row["contents"])
-        texts.append(f"{title} " * title_weight + text)
+        texts.append(passage_words(f"{title} " * title_weight + text))
     if not any(re.search(WORD_PATTERN, text) for text in texts):
         raise UserError("corpus: its passages hold no word; expected FlashRAG passages")
     takes_long = len(texts) > 20_000

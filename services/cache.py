@@ -29,6 +29,8 @@ UNAVAILABLE_CODES = (
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_CANTOPEN,
 )
+# What json.loads raises for a row that is no JSON.
+DAMAGE = (ValueError, TypeError, RecursionError)
 
 
 class Cache:
@@ -58,7 +60,7 @@ class Cache:
             return None
         try:
             return json.loads(rows[0][0])
-        except (ValueError, TypeError):
+        except DAMAGE:
             # A row that was damaged counts as if it were not there.
             return None
 
@@ -67,9 +69,12 @@ class Cache:
         items = []
         for asked, said in self._execute("SELECT asked, said FROM answers ORDER BY asked"):
             try:
-                items.append((json.loads(asked), json.loads(said)))
-            except (ValueError, TypeError):
+                key = json.loads(asked)
+                answer = json.loads(said)
+            except DAMAGE:
                 continue
+            if isinstance(key, list):
+                items.append((key, answer))
         return items
 
     def put(self, *key: Any, answer: Any) -> None:

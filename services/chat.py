@@ -25,11 +25,14 @@ from common.errors import UserError
 from common.files import hash_file_ends
 from common.progress import progress_bar
 from common.settings import ModelSettings
+from data.passages import CONTROL
+from data.trajectory import TAGS
 from services.cache import Cache
 
 if TYPE_CHECKING:
     from services.endpoint import Endpoint
 
+THOUGHT_OPENING_TOKENS = 8  # of a prompt's end: there some templates open the thought
 PAPER_JUDGE = "Qwen/Qwen2.5-14B-Instruct"
 FIRST_REFUSALS = 8  # conversations refused before any was answered: then the endpoint is no good
 
@@ -121,9 +124,14 @@ class Chat:
             (*self._identity, conversation, budget, sampling.stop, temperature, sample)
             for conversation in conversations
         ]
-        replies = [self.cache.get(*key) for key in keys]
-        missing = [row for row, reply in enumerate(replies) if reply is None]
-        self.counts.from_cache += len(replies) - len(missing)
+        replies = {}
+        for row, key in enumerate(keys):
+            kept_reply = self.cache.get(*key)
+            # A row that was damaged counts as if it were not there.
+            if isinstance(kept_reply, str):
+                replies[row] = kept_reply
+        missing = [row for row in range(len(keys)) if row not in replies]
+        self.counts.from_cache += len(replies)
 
         new_replies = self._ask(
             [conversations[row] for row in missing], [keys[row] for row in missing], sampling
@@ -132,7 +140,7 @@ class Chat:
             for row, reply in zip(missing, new_replies, strict=True):
                 replies[row] = reply
                 bar.update()
-        return replies
+        return [replies[row] for row in range(len(keys))]
 
     def _ask(
         self, conversations: list[Conversation], keys: list[tuple], sampling: Sampling
@@ -239,39 +247,38 @@ class LocalModel:
 
         The template's own tags are tags; a tag that is spelled in a message is not.
         """
-        codec = self.lm.codec
         numbered = [
             {**message, "content": f"MESSAGE{number}."}
             for number, message in enumerate(conversation)
         ]
-        template = codec.tokenizer.apply_chat_template(
-            numbered, tokenize=False, add_generation_prompt=True
-        )
-        assert isinstance(template, str)
+        template = self.lm.codec.render_chat(numbered)
         # The template's text and the numbers of messages alternate.
         pieces = re.split(r"MESSAGE(\d+)\.", template)
-        ids: list[int] = []
-        for position, piece in enumerate(pieces):
-            if position % 2 == 0:
-                ids += codec.tokenizer.encode(piece, add_special_tokens=False)
-            else:
-                ids += codec.encode_exactly(conversation[int(piece)]["content"])
-        return ids
+        pieces[1::2] = [conversation[int(number)]["content"] for number in pieces[1::2]]
+        return self.lm.codec.encode_template(pieces)
 
     def write(self, conversations: list[Conversation], sampling: Sampling) -> Written:
         """Decode a reply to each conversation, which ends with its turn or before a stop text."""
         codec = self.lm.codec
         prompts = [self.prompt(conversation) for conversation in conversations]
+        # What is drawn for a conversation depends on nothing that is decoded beside it.
+        streams = [
+            np.random.default_rng([sampling.sample, *prompt]).random(sampling.budget)
+            for prompt in prompts
+        ]
         replies, _ = self.lm.decoder(prompts).decode(
-            [codec.eos_id],
+            codec.eos_ids,
             [sampling.budget] * len(prompts),
             sampling.temperature,
-            np.random.default_rng(sampling.sample),
+            np.stack(streams),
         )
         texts = []
-        for ids in replies:
-            text = codec.decode([token for token in ids if token != codec.eos_id])
-            texts.append(cut_at(text, sampling.stop))
+        for prompt, ids in zip(prompts, replies, strict=True):
+            text = codec.decode([token for token in ids if token not in codec.eos_ids])
+            if codec.decode(prompt[-THOUGHT_OPENING_TOKENS:]).rstrip().endswith(TAGS["think"]):
+                # The template has opened the thought.
+                text = TAGS["think"] + text
+            texts.append(cut_at(CONTROL.sub("", text), sampling.stop))
         return Written(texts, sum(map(len, prompts)), sum(map(len, replies)))
 
 

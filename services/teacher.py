@@ -143,11 +143,12 @@ def write_chains_of_action(
         acting = []
         queries = []
         for attempt, reply in zip(unfinished, replies, strict=True):
-            attempt.text += _without_opening(reply)
-            if turn < settings.max_actions and _ends_in_action(reply):
+            text = read_turn(reply)
+            attempt.text += text
+            if turn < settings.max_actions and _ends_in_action(text):
                 attempt.add_action(reply)
                 acting.append(attempt)
-                queries.append(reply.rpartition(TAGS["search"])[2].strip())
+                queries.append(text.rpartition(TAGS["search"])[2].strip())
         if not acting:
             break
 
@@ -182,7 +183,7 @@ def write_chains_of_thought(
         sample=sample,
         description="chains of thought",
     )
-    return [_without_opening(reply) for reply in replies]
+    return [read_turn(reply) for reply in replies]
 
 
 def _temperature(sample: int) -> float:
@@ -190,13 +191,34 @@ def _temperature(sample: int) -> float:
     return TEMPERATURE if sample > 0 else 0.0
 
 
+def read_turn(reply: str) -> str:
+    r"""Return what a reply adds to a trajectory, whose thought is open already.
+
+    A thinking model thinks before it speaks: <think> thought </think> speech. Where its speech is a
+    step of ours, which searches or ends the thought by itself, all of it is one thought.
+
+    >>> read_turn("<think>Who? </think>I look. <begin_search> Clay")
+    'Who? I look. <begin_search> Clay'
+    >>> read_turn("<think>It is Eva.</think>\\boxed{Eva}")
+    'It is Eva.</think>\\boxed{Eva}'
+    """
+    text = _without_opening(reply)
+    thought, _, speech = text.partition(TAGS["end_think"])
+    before_answer = speech.partition(TAGS["boxed"])[0]
+    if TAGS["search"] not in before_answer and TAGS["end_think"] not in before_answer:
+        return text
+    # A tag that it only thinks about is no action.
+    thought = thought.replace(TAGS["search"], "").strip()
+    return f"{thought} {_without_opening(speech)}".lstrip()
+
+
 def _without_opening(reply: str) -> str:
     """Return a reply without the <think> that some models write themselves."""
     return reply.lstrip().removeprefix(TAGS["think"])
 
 
-def _ends_in_action(reply: str) -> bool:
-    return TAGS["search"] in reply and TAGS["end_think"] not in reply
+def _ends_in_action(text: str) -> bool:
+    return TAGS["search"] in text and TAGS["end_think"] not in text
 
 
 def is_right(text: str, golden_answers: list[str]) -> bool:

@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import requests
@@ -27,15 +28,32 @@ from data.passages import Passage, join_passages
 from data.trajectory import Observation, Provenance
 from services.cache import Cache
 from services.http import PoliteSession
+from services.outage import FAILED_TEXT, Outage
 
 CONTACT = os.environ.get("WIKIPEDIA_CONTACT", "agent training for study; cached and limited")
 USER_AGENT = f"autocoa-small/1.0 ({CONTACT}) python-requests/{requests.__version__}"
-FAILED_TEXT = "The search failed."
 MISSED_TEXT = "This search is not in the cache."
-MAX_FAILURES = 8  # failed queries in a row before the run stops
 MAX_REQUESTS_A_PAGE = 12  # the package follows redirects without an end
-# What the package raises on answers that it does not expect.
-NONSENSE = (ValueError, KeyError, TypeError, AssertionError, IndexError, AttributeError)
+# What the package, and the library that reads HTML for it, raise on answers that they don't expect.
+NONSENSE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AssertionError,
+    IndexError,
+    AttributeError,
+    RecursionError,
+)
+# How the codes of MediaWiki's errors begin that pass.
+PASSING_ERRORS = (
+    "ratelimited",
+    "maxlag",
+    "readonly",
+    "internal_api_error",
+    "cirrussearch-too-busy",
+    "cirrussearch-regex-too-busy",
+    "cirrussearch-backend-error",
+)
 
 
 class Wikipedia:
@@ -85,13 +103,19 @@ class Wikipedia:
         self.cache = Cache(path)
         self.lock = threading.Lock()
         self.counts: Counter[str] = Counter()
-        self.failures_in_a_row = 0
+        self.outage = Outage(
+            self.http,
+            "Wikipedia",
+            never_answered="is this machine online? --cache=replay searches what was found before",
+            way_out=f"what was found is in {self.cache.path}; "
+            "go on later with --resume, or with --cache=replay",
+        )
         self.refreshed: dict[str, list[Passage]] = {}  # what this run has asked for
 
     def __call__(self, queries: list[str]) -> list[Observation]:
         """Return an observation for each query.
 
-        Raises UserError when several searches in a row have failed.
+        Raises UserError where Wikipedia stays down (see services/outage.py).
         """
         keys = [normalize_query(query) for query in queries]
         results = {key: self._kept_passages(key) for key in dict.fromkeys(keys)}
@@ -103,37 +127,36 @@ class Wikipedia:
         self.counts["hits"] += len(keys) - misses
         self.counts["misses"] += misses
         if self.mode != "replay" and missing:
-            results.update(self._search_all(missing))
+            answers = self.outage.ask(list(missing.values()), self._search_all)
+            results.update(zip(missing, answers, strict=True))
         return [self._observe(results[key]) for key in keys]
 
     def _kept_passages(self, key: str) -> list[Passage] | None:
         if self.mode == "refresh":
             return self.refreshed.get(key)
-        rows = self.cache.get(key, self.top_k, self.language)
-        if rows is None:
-            return None
-        return [Passage(title, text) for title, text in rows]
+        return _read_rows(self.cache.get(key, self.top_k, self.language))
 
     def cached_observations(self) -> dict[str, str]:
         """Return the observation of every query that the cache holds for this tool's settings."""
         observations = {}
         for key, rows in self.cache.items():
-            if key[1:] == [self.top_k, self.language]:
-                passages = [Passage(title, text) for title, text in rows]
+            passages = _read_rows(rows)
+            if passages is not None and key[1:] == [self.top_k, self.language]:
                 observations[key[0]] = join_passages(passages)
         return observations
 
-    def _search_all(self, queries: dict[str, str]) -> dict[str, list[Passage] | None]:
+    def _search_all(self, queries: list[str]) -> list[list[Passage] | None]:
         with ThreadPoolExecutor(self.threads) as pool:
-            results = tqdm(
-                pool.map(self.search_online, queries.values()),
-                desc="Wikipedia",
-                unit="query",
-                total=len(queries),
-                leave=False,
-                delay=2,
+            return list(
+                tqdm(
+                    pool.map(self.search_online, queries),
+                    desc="Wikipedia",
+                    unit="query",
+                    total=len(queries),
+                    leave=False,
+                    delay=2,
+                )
             )
-            return dict(zip(queries, results, strict=True))
 
     def _observe(self, passages: list[Passage] | None) -> Observation:
         if passages is not None:
@@ -145,19 +168,22 @@ class Wikipedia:
     def search_online(self, query: str) -> list[Passage] | None:
         """Ask Wikipedia, and keep what it answers; return None where the search failed.
 
-        Raises UserError when several searches in a row have failed.
+        While Wikipedia is down, nothing is asked.
         """
+        if self.outage.is_down:
+            return None
         try:
             passages, is_complete = self._find_passages(query)
         except self.package.exceptions.WikipediaException:
-            # Wikipedia does not take this query, which is no reason to stop.
+            # Wikipedia does not take this query, which is an answer, and no reason to stop.
+            self.outage.count_answer()
             self._count_error()
             return None
         except (requests.RequestException, *NONSENSE) as error:
-            self._count_failure(error)
+            self.outage.count_failure(f"{type(error).__name__}: {error}")
+            self._count_error()
             return None
-        with self.lock:
-            self.failures_in_a_row = 0
+        self.outage.count_answer()
         if is_complete:
             # Kept at once, so that it is not lost when another query ends the run.
             key = normalize_query(query)
@@ -175,7 +201,7 @@ class Wikipedia:
         """
         passages: list[Passage] = []
         nonsense: Exception | None = None
-        for title in self.package.search(query[:300], results=self.top_k):
+        for title in self.package.search(query[:300], results=self.top_k)[: self.top_k]:
             try:
                 passage = self._read_lead(title)
             except NONSENSE as error:
@@ -196,40 +222,66 @@ class Wikipedia:
         try:
             with self.requests.limited_to(MAX_REQUESTS_A_PAGE):
                 page = self.package.page(title, auto_suggest=False)
+                if not isinstance(page.title, str):
+                    raise ValueError("a title that is no text")
                 return Passage(page.title, " ".join(page.summary.split()))
         except self.package.exceptions.DisambiguationError as error:
             meanings = "; ".join(error.options[:8])
             return Passage(title, f"This name may mean: {meanings}.")
-        except (self.package.exceptions.PageError, EndlessRedirects, RecursionError):
+        except (self.package.exceptions.PageError, EndlessRedirects):
             return None
 
     def _count_error(self) -> None:
         with self.lock:
             self.counts["errors"] += 1
 
-    def _count_failure(self, error: Exception) -> None:
-        with self.lock:
-            self.counts["errors"] += 1
-            self.failures_in_a_row += 1
-            stops = self.failures_in_a_row >= MAX_FAILURES
-        if stops:
-            raise UserError(
-                f"Wikipedia: {MAX_FAILURES} searches in a row failed, the last with: {error}; "
-                f"what was found is in {self.cache.path}; "
-                "go on later with --resume, or with --cache=replay"
-            ) from None
-
     def report(self) -> str:
         """Return hits and misses of the cache, errors, and seconds waited."""
+        errors = f"{self.counts['errors']} errors"
+        if self.outage.failures:
+            errors += f" ({self.outage.report()})"
         return (
-            f"{self.counts['hits']} hits, {self.counts['misses']} misses, "
-            f"{self.counts['errors']} errors, {self.http.waited:.1f} s waited"
+            f"{self.counts['hits']} hits, {self.counts['misses']} misses, {errors}, "
+            f"{self.http.waited:.1f} s waited"
         )
 
 
 def normalize_query(query: str) -> str:
     """Return a query without its case, width and spaces: queries that differ in these are one."""
     return " ".join(unicodedata.normalize("NFKC", query).casefold().split())
+
+
+def _read_rows(rows: Any) -> list[Passage] | None:
+    """Return the passages that a row of the cache holds, None for one that holds anything else."""
+    if not isinstance(rows, list):
+        return None
+    for row in rows:
+        is_pair = isinstance(row, list) and len(row) == 2
+        if not is_pair or not all(isinstance(text, str) for text in row):
+            return None
+    return [Passage(title, text) for title, text in rows]
+
+
+@dataclass
+class _Answer:
+    """What the package reads of a response."""
+
+    value: dict[str, Any]
+
+    def json(self) -> dict[str, Any]:
+        return self.value
+
+
+def _refuse_passing_errors(answer: Any) -> _Answer:
+    """Return an answer of MediaWiki; raise ValueError for nonsense, and errors that pass."""
+    if not isinstance(answer, dict):
+        raise ValueError("no answer of MediaWiki")
+    error = answer.get("error")
+    if isinstance(error, dict):
+        code = str(error.get("code", ""))
+        if code.startswith(PASSING_ERRORS):
+            raise ValueError(code)
+    return _Answer(answer)
 
 
 class EndlessRedirects(requests.RequestException):
@@ -247,12 +299,12 @@ class _PackageRequests:
         self.session = session
         self.thread = threading.local()  # .requests_left: those that a thread may still send
 
-    def get(self, url: str, **options: Any) -> requests.Response:
+    def get(self, url: str, **options: Any) -> _Answer:
         """Send a request; raise EndlessRedirects where this thread may send no more."""
         self.thread.requests_left = getattr(self.thread, "requests_left", math.inf) - 1
         if self.thread.requests_left < 0:
             raise EndlessRedirects(f"pages of {url} that send one on and on")
-        return self.session.get(url, **options)
+        return self.session.send("GET", url, _refuse_passing_errors, **options)
 
     @contextlib.contextmanager
     def limited_to(self, count: int) -> Generator[None]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,7 +28,8 @@ platform.machine = lambda: "any"
 import model
 from backends.config import nano_config
 from common.settings import ModelSettings
-from data.trajectory import Codec
+from data.batches import Batch, pack_texts
+from data.trajectory import Codec, Role, Trajectory
 from model import LM
 from nano.tokenizer import train_tokenizer
 
@@ -99,6 +101,16 @@ def mlx_twin(lm: LM) -> LM:
     state = {name: weight.detach().numpy() for name, weight in lm.network.named_parameters()}
     mlx_backend.set_weights(network, state, "a test")
     return LM(network, lm.codec.tokenizer, mlx_backend)
+
+
+def pack_rows(ids: np.ndarray, mask: np.ndarray) -> Batch:
+    """Return rows of one length as a batch; what a backend says of its nodes reshapes to them.
+
+    ids, mask: (B, T).
+    """
+    roles = [int(Role.THINK)] * ids.shape[1]
+    rows = zip(ids.tolist(), mask.tolist(), strict=True)
+    return pack_texts([Trajectory(row, row_mask, roles) for row, row_mask in rows])
 
 
 def run_in_shell(

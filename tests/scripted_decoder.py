@@ -1,6 +1,5 @@
 """A decoder without a network: each row writes a line that the test has written before."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +19,7 @@ class ScriptedDecoder:
         self.filler = codec.encode("x")
         self.burst = burst
         self.rows: list[dict[str, Any]] = []
-        self.first_rows: list[dict[str, Any]] = []  # one for each prompt, whatever becomes of it
-        self.all_rows: list[dict[str, Any]] = []  # also those that were copied from another
+        self.first_rows: list[dict[str, Any]] = []  # one for each prompt, also when it is done
 
     def __call__(self, prompts: Sequence[list[int]]) -> "ScriptedDecoder":
         """Begin with some prompts, as the class of a real decoder does."""
@@ -30,7 +28,6 @@ class ScriptedDecoder:
             for line, prompt in zip(self.lines, prompts, strict=True)
         ]
         self.first_rows = self.rows
-        self.all_rows = list(self.rows)
         return self
 
     def decode(
@@ -38,7 +35,7 @@ class ScriptedDecoder:
         stops: Sequence[Sequence[int]] | Sequence[int],
         limits: Sequence[int],
         temperature: float | Sequence[float],
-        rng: Any = None,
+        uniforms: Any = None,
         writing_share: float = 0.0,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Write on every row up to a stop or its limit."""
@@ -68,15 +65,8 @@ class ScriptedDecoder:
         return -0.01 * row["written"]
 
     def keep(self, numbers: Sequence[int]) -> None:
-        """Go on with these rows; a row that is named again goes on as a copy."""
-        kept = []
-        for place, number in enumerate(numbers):
-            row = self.rows[number]
-            if number in numbers[:place]:
-                row = copy.deepcopy(row)
-                self.all_rows.append(row)
-            kept.append(row)
-        self.rows = kept
+        """Go on with these rows, in this order."""
+        self.rows = [self.rows[number] for number in numbers]
 
     def feed(self, sequences: Sequence[list[int]]) -> None:
         """Let each row read some ids."""

@@ -25,7 +25,7 @@ import bench
 import model
 import train_rl
 import train_sft
-from common import runs
+from common import runs, stage_files
 from common.errors import UserError
 from common.runs import COST_FILE
 from common.settings import read_settings
@@ -43,6 +43,7 @@ TINY = (
 ).split()
 STAGES = ("base", "sft1", "sft2", "sft3", "rl1", "rl2")
 MODEL_FILES = {
+    "checksums.json",
     "config.json",
     "model.safetensors",
     "tokenizer.json",
@@ -464,6 +465,13 @@ def test_an_interrupted_run_goes_on(whole_run: Any, tmp_path: Path) -> None:
         assert (root / file).read_bytes() == (whole_run.root / file).read_bytes(), file
 
 
+@pytest.fixture
+def saves_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a stage save a checkpoint behind each step."""
+    monkeypatch.setattr(stage_files, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(stage_files, "SHARE_OF_SAVING", 1.0)
+
+
 @contextlib.contextmanager
 def stopped_behind(monkeypatch: pytest.MonkeyPatch, steps_kept: int) -> Iterator[None]:
     """Stop a stage behind a step; one more is trained and logged, and not kept."""
@@ -491,6 +499,7 @@ def test_a_stage_goes_on_from_its_checkpoint(
     whole_run: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    saves_each_step: None,
     script: Any,
     settings_class: Any,
     stage: str,
@@ -502,7 +511,7 @@ def test_a_stage_goes_on_from_its_checkpoint(
         shutil.copytree(whole_run.root / name, root / name)
     shutil.copy(whole_run.root / "settings.json", root / "settings.json")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["x", "--run=tiny", "--save_minutes=0", "--resume"])
+    monkeypatch.setattr(sys, "argv", ["x", "--run=tiny", "--resume"])
     with stopped_behind(monkeypatch, stop_behind):
         script.run(read_settings(settings_class, "doc"))
     assert not (root / stage).exists()
@@ -510,7 +519,7 @@ def test_a_stage_goes_on_from_its_checkpoint(
     assert len(partial_log) == stop_behind + 1
 
     script.run(read_settings(settings_class, "doc"))
-    for file in ("model.safetensors", "rollouts.jsonl"):
+    for file in (MODEL_FILES | {"rollouts.jsonl"}) - {"log.jsonl"}:
         assert (root / stage / file).read_bytes() == (whole_run.root / stage / file).read_bytes()
     logs = [read_rows(folder / stage / "log.jsonl") for folder in (root, whole_run.root)]
     resumed, whole = ([(row["step"], row["loss"]) for row in log] for log in logs)
@@ -520,7 +529,7 @@ def test_a_stage_goes_on_from_its_checkpoint(
 
 
 def test_a_mixed_stage_goes_on_with_its_counts(
-    copied_run: Any, monkeypatch: pytest.MonkeyPatch
+    copied_run: Any, monkeypatch: pytest.MonkeyPatch, saves_each_step: None
 ) -> None:
     """Stopped and resumed it ends with the weights, calls and counts of a whole stage.
 
@@ -534,7 +543,6 @@ def test_a_mixed_stage_goes_on_with_its_counts(
         "--real_share=0.4",
         "--max_real_calls=12",
         "--observation_coef=0.1",
-        "--save_minutes=0",
     ]
     succeed(copied_run.cwd, "train_rl.py", *arguments, "--out=whole")
     monkeypatch.setattr(sys, "argv", ["x", *arguments, "--out=resumed", "--resume"])
@@ -614,6 +622,7 @@ def test_resume_of_one_stage(copied_run: Any, script: str, arguments: list[str],
     ("arguments", "message"),
     [
         (["--stage=sft2", "--coa=7"], "--coa: .*made with another value"),
+        (["--stage=sft2", "--max_len=20"], "max_len: .*raise --max_len"),
         (["--stage=base", "--out=base2"], "--out: a run has one base"),
         (
             ["--stage=sft2", "--start=lora", "--lora_rank=8"],

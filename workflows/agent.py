@@ -29,9 +29,12 @@ def answer_questions(
     settings: RolloutSettings,
     description: str | None = None,
     temperature: float = 0.0,
-    rng: np.random.Generator | None = None,
+    streams: Sequence[np.ndarray] = (),
 ) -> list[Trajectory]:
-    """Roll out every question, those of like length together, and return them in order."""
+    """Roll out every question, those of like length together, and return them in order.
+
+    streams: of random numbers, one for each question; none at temperature 0.
+    """
     prompts = [lm.codec.prompt(question) for question in questions]
     trajectories: dict[int, Trajectory] = {}
     shortest_first = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
@@ -39,7 +42,8 @@ def answer_questions(
         for start in range(0, len(prompts), settings.batch_rows):
             numbers = shortest_first[start : start + settings.batch_rows]
             batch = [prompts[number] for number in numbers]
-            done = rollout(lm.decoder, lm.codec, batch, search, settings, temperature, rng)
+            own = [streams[number] for number in numbers] if temperature else []
+            done = rollout(lm.decoder, lm.codec, batch, search, settings, temperature, own)
             trajectories.update(zip(numbers, done, strict=True))
             bar.update(len(numbers))
     return [trajectories[number] for number in range(len(prompts))]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from autocoa import TAG_ROOM, Row, Search, run_rows
 from common.progress import progress_bar
 from common.settings import RolloutSettings
+from data.boxes import answer_in_box
 from data.trajectory import Codec, Observation, Role, Trajectory
 from model import LM
 from workflows.agent import Answered
@@ -104,7 +105,7 @@ class ReAct:
     def continue_row(self, row: Row, ids: list[int], logprobs: list[float], spent: bool) -> None:
         """Add what the model wrote, and put in what the script says next."""
         row.trajectory.add(ids, row.state, 1)
-        ends = (self.codec.eos_id, self.codec.end_search_id)
+        ends = (*self.codec.eos_ids, self.codec.end_search_id)
         text = self.codec.decode([token for token in ids if token not in ends]).strip()
         if row.state == Role.THINK:
             self._continue_thought(row, text)
@@ -112,7 +113,7 @@ class ReAct:
             row.query = text
             row.trajectory.queries.append(text)
         else:
-            row.workflow.answer = text.replace("}", "").strip()
+            row.workflow.answer = answer_in_box(text)
             row.finished = True
 
     def _continue_thought(self, row: Row, thought: str) -> None:
@@ -159,8 +160,8 @@ class ReAct:
 
     def _put(self, row: Row, ids: list[int], role: Role) -> None:
         """Add what the script says, on a new line where the model's line did not end."""
-        line_ends = self.phrases.thought_ends[:-1]
-        if row.trajectory.ids[-1] not in line_ends:
+        last = row.trajectory.ids[-1]
+        if last in self.codec.eos_ids or last not in self.phrases.thought_ends:
             ids = self.phrases.newline + ids
         row.append(ids, role)
         row.state = role

@@ -63,7 +63,8 @@ def reflexion(
 def _report_try(lm: LM, template: str, attempt: Answered) -> str:
     """Return a question about one try, with all that was written in it."""
     ids = attempt.trajectory.ids[len(beginning_of_text(lm.codec)) :]
-    text = lm.codec.decode(ids).removeprefix(REACT_EXAMPLES).strip()
+    # Some tokenizers begin a text with a space.
+    text = lm.codec.decode(ids).lstrip().removeprefix(REACT_EXAMPLES).strip()
     return template.format(tried=text, answer=attempt.answer or "none")
 
 

@@ -7,7 +7,7 @@ from workflows import tags, words
 
 
 def style_of(codec: Codec) -> ModuleType:
-    """Return workflows.words for a model that was trained to be asked in words, else tags.
+    """Return workflows.words for a model that was pretrained on words, else tags.
 
     Both have react_phrases, answer_from_memory, answer_directly and answer_from_passages.
     """
@@ -15,5 +15,8 @@ def style_of(codec: Codec) -> ModuleType:
 
 
 def is_asked_in_words(codec: Codec) -> bool:
-    """Whether the model can be asked anything in words: it has a chat template."""
-    return codec.has_chat_template
+    """Whether the model goes on with lines of text, as every checkpoint from elsewhere does.
+
+    The nano model was pretrained with the tags, and understands nothing else.
+    """
+    return codec.has_chat_template or not codec.was_pretrained_with_tags

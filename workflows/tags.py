@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from common.settings import RolloutSettings
+from data.boxes import answer_in_box
 from data.trajectory import Codec
 from model import LM
 from nano.pretraining import TO_QUERY, TO_READ
@@ -22,20 +23,19 @@ def react_phrases(codec: Codec, examples: str = "") -> Phrases:
     examples: of these only the length counts, so that a model that can't be shown examples has as
     much room for its own tokens as one that can.
     """
-    example_ids = codec.tokenizer.encode(examples, add_special_tokens=False)
     question_mark = codec.tokenizer.convert_tokens_to_ids("?")
     assert isinstance(question_mark, int), "a byte-level vocabulary has every character"
     return Phrases(
         prompt=lambda question: codec.prompt(f"{TO_QUERY} {TO_READ} {question}"),
-        thought_ends=[question_mark, codec.eos_id],
+        thought_ends=[question_mark, *codec.eos_ids],
         action=[codec.search_id],
-        action_ends=[codec.end_search_id, codec.eos_id],
+        action_ends=[codec.end_search_id, *codec.eos_ids],
         before_observation=[codec.result_id],
         after_observation=[codec.end_result_id],
         ask_answer=[codec.end_think_id, codec.boxed_id],
-        answer_ends=[codec.brace_id, codec.eos_id],
+        answer_ends=[codec.brace_id, *codec.eos_ids],
         answer_pattern=re.compile(r"\\boxed\{([^}]*)"),
-        example_tokens=len(example_ids),
+        example_tokens=len(codec.encode_exactly(examples)),
     )
 
 
@@ -62,9 +62,9 @@ def answer_directly(
     prompts = [
         [*codec.prompt(question), codec.end_think_id, codec.boxed_id] for question in questions
     ]
-    stops = [codec.brace_id, codec.eos_id]
+    stops = [codec.brace_id, *codec.eos_ids]
     written = continue_prompts(lm, prompts, stops, settings.max_answer, settings, description)
-    return [Answered(text.replace("}", "").strip(), trajectory) for text, trajectory in written]
+    return [Answered(answer_in_box(text), trajectory) for text, trajectory in written]
 
 
 def answer_from_passages(

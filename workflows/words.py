@@ -1,4 +1,4 @@
-"""How an instruct model is asked: in words, by lines of text, without the turns of a chat.
+"""How a checkpoint is asked: in words, by lines of text, without the turns of a chat.
 
 It has the same functions as workflows/tags.py; workflows/style.py chooses.
 """
@@ -22,19 +22,18 @@ from workflows.writing import continue_prompts
 def react_phrases(codec: Codec, examples: str) -> Phrases:
     """Return how ReAct speaks to the model: lines of text, with examples before the question."""
     line_ends = line_end_ids(codec)
-    example_ids = codec.tokenizer.encode(examples, add_special_tokens=False)
     return Phrases(
         prompt=lambda question: encode_text(codec, f"{examples}Question: {question}\nThought:"),
         thought_ends=line_ends,
-        action=encode_words(codec, "Search:"),
+        action=codec.encode_exactly("Search:"),
         action_ends=line_ends,
-        before_observation=encode_words(codec, "Observation:"),
-        after_observation=encode_words(codec, "\nThought:"),
-        ask_answer=encode_words(codec, "Answer:"),
+        before_observation=codec.encode_exactly("Observation:"),
+        after_observation=codec.encode_exactly("\nThought:"),
+        ask_answer=codec.encode_exactly("Answer:"),
         answer_ends=line_ends,
         answer_pattern=re.compile(r"Answer:\s*(.+)"),
-        newline=encode_words(codec, "\n"),
-        example_tokens=len(example_ids),
+        newline=codec.encode_exactly("\n"),
+        example_tokens=len(codec.encode_exactly(examples)),
     )
 
 
@@ -94,7 +93,7 @@ def complete_lines(
 
 
 def line_end_ids(codec: Codec) -> list[int]:
-    """Return every token that holds a line break, and the end of the text.
+    """Return every token that holds a line break, and those that end a text.
 
     A line break is spelled "Ċ" in byte-level vocabularies and <0x0A> in SentencePiece's.
     """
@@ -104,12 +103,7 @@ def line_end_ids(codec: Codec) -> list[int]:
         for token, token_id in vocabulary
         if "Ċ" in token or "\n" in token or token == "<0x0A>"
     ]
-    return [*line_breaks, codec.eos_id]
-
-
-def encode_words(codec: Codec, text: str) -> list[int]:
-    """Return the ids of a text in which tags are plain text."""
-    return codec.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return [*line_breaks, *codec.eos_ids]
 
 
 def beginning_of_text(codec: Codec) -> list[int]:
@@ -120,4 +114,4 @@ def beginning_of_text(codec: Codec) -> list[int]:
 
 def encode_text(codec: Codec, text: str) -> list[int]:
     """Return the ids of a whole text for the model to go on with."""
-    return beginning_of_text(codec) + encode_words(codec, text)
+    return beginning_of_text(codec) + codec.encode_beginning(text)

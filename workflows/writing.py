@@ -27,7 +27,7 @@ def continue_prompts(
                 trajectory = Trajectory()
                 trajectory.add(list(prompt), Role.PROMPT, 0)
                 trajectory.add(new_ids, Role.ANSWER, 1)
-                words = [token for token in new_ids if token != lm.codec.eos_id]
+                words = [token for token in new_ids if token not in lm.codec.eos_ids]
                 answered.append(Answered(lm.codec.decode(words), trajectory))
             bar.update(len(batch))
     return answered

@@ -6,7 +6,7 @@ networks are our own, and not a library's, since they are what one comes to read
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx import nn
@@ -14,10 +14,21 @@ from mlx.nn.utils import checkpoint
 
 from backends.config import LoRAConfig, ModelConfig
 
-# The periods of all pairs of dimensions, and the position of the first column.
-Rope = tuple[mx.array, int | mx.array]
+# The periods of all pairs of dimensions, and the positions of all tokens, (B, T).
+Rope = tuple[mx.array, mx.array]
 # Stores the keys and values of one layer's new tokens, and returns those of all tokens so far.
 LayerCache = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+
+
+class Part(NamedTuple):
+    """Columns of a packed row that see each other, and none of the others.
+
+    mask: (1, 1, columns, columns) of bool, what a column sees; None: all before it.
+    """
+
+    start: int
+    end: int
+    mask: mx.array | None
 
 
 class Linear(nn.Linear):
@@ -122,6 +133,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        # Weight and bias of the three projections as one, in a copy for decoding.
+        self._fused: tuple[mx.array, mx.array | None] | None = None
         hidden_size = config.hidden_size
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
@@ -139,28 +152,52 @@ class Attention(nn.Module):
         rope: Rope,
         cache: LayerCache | None = None,
         mask: mx.array | None = None,
+        parts: Sequence[Part] = (),
     ) -> mx.array:
         """Return what each position reads from those before it, (B, T, hidden) -> the same.
 
         cache: with it, keys and values of earlier passes are seen too.
         mask: (B, 1, T, keys), which keys a query sees; None: those up to its own position.
+        parts: of a packed row, in order, which do not see each other.
         """
         rows, length, _ = x.shape
-        head_dim = self.config.head_dim
-        q = self.q_proj(x).reshape(rows, length, -1, head_dim)  # (B, T, heads, head_dim)
-        k = self.k_proj(x).reshape(rows, length, -1, head_dim)
-        v = self.v_proj(x).reshape(rows, length, -1, head_dim).swapaxes(1, 2)
+        q, k, v = self._project(x)
         if self.config.qk_norm:
             q = self.q_norm(q)
             k = self.k_norm(k)
         # One call turns both, (B, heads, T, head_dim).
         turned = rotate(mx.concatenate([q, k], 2).swapaxes(1, 2), rope)
-        q, k = mx.split(turned, [self.config.num_attention_heads], 1)
+        q, k = mx.split(turned, [q.shape[2]], 1)
+        v = v.swapaxes(1, 2)
         if cache is not None:
             k, v = cache(k, v)  # (B, key and value heads, keys, head_dim)
-        y = _attend(q, k, v, mask)
+        if parts:
+            read = [
+                _attend(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], part_mask)
+                for start, end, part_mask in parts
+            ]
+            y = mx.concatenate(read, 2)
+        else:
+            y = _attend(q, k, v, mask)
         y = y.swapaxes(1, 2).reshape(rows, length, -1)
         return self.o_proj(y)
+
+    def _project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Return queries, keys and values of hidden states, (B, T, heads, head_dim) each."""
+        heads = self.config.num_attention_heads
+        key_heads = self.config.num_key_value_heads
+        if self._fused is not None:
+            weight, bias = self._fused
+            all_heads = x @ weight.T
+            if bias is not None:
+                all_heads = all_heads + bias
+            all_heads = all_heads.reshape(*x.shape[:2], heads + 2 * key_heads, -1)
+            q, k, v = mx.split(all_heads, [heads, heads + key_heads], 2)
+            return q, k, v
+        q = mx.unflatten(self.q_proj(x), -1, (heads, -1))
+        k = mx.unflatten(self.k_proj(x), -1, (key_heads, -1))
+        v = mx.unflatten(self.v_proj(x), -1, (key_heads, -1))
+        return q, k, v
 
 
 def _attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:
@@ -178,16 +215,20 @@ def rotate(x: mx.array, rope: Rope) -> mx.array:
     The layout is Hugging Face's: a pair is one dimension of a head's first half and the same one
     of its second half.
     """
-    periods, start = rope
-    return mx.fast.rope(
-        x,
-        x.shape[-1],
+    periods, positions = rope
+    rows, heads, length, head_dim = x.shape
+    # MLX's kernel takes one position a row: here each token is one.
+    tokens = x.swapaxes(1, 2).reshape(rows * length, heads, 1, head_dim)
+    turned = mx.fast.rope(
+        tokens,
+        head_dim,
         traditional=False,
         base=None,
         scale=1.0,
-        offset=start,
+        offset=mx.broadcast_to(positions, (rows, length)).reshape(-1),
         freqs=periods,
     )
+    return turned.reshape(rows, length, heads, head_dim).swapaxes(1, 2)
 
 
 class MLP(nn.Module):
@@ -195,14 +236,20 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        # The weight of gate and up as one, in a copy for decoding.
+        self._fused: mx.array | None = None
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map hidden states, (.., hidden) -> the same."""
-        gate = nn.silu(self.gate_proj(x))
-        return self.down_proj(gate * self.up_proj(x))
+        if self._fused is not None:
+            gate, up = mx.split(x @ self._fused.T, 2, -1)
+        else:
+            gate = self.gate_proj(x)
+            up = self.up_proj(x)
+        return self.down_proj(nn.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -221,9 +268,10 @@ class Block(nn.Module):
         rope: Rope,
         cache: LayerCache | None = None,
         mask: mx.array | None = None,
+        parts: Sequence[Part] = (),
     ) -> mx.array:
-        """Map hidden states, (B, T, hidden) -> the same; cache and mask as in Attention."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask)
+        """Map hidden states, (B, T, hidden) -> the same; the others as in Attention."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask, parts)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -269,22 +317,29 @@ class Transformer(nn.Module):
     def __call__(
         self,
         ids: mx.array,
-        start: int | mx.array = 0,
+        positions: mx.array | None = None,
         caches: Sequence[LayerCache] | None = None,
         mask: mx.array | None = None,
+        parts: Sequence[Part] = (),
     ) -> mx.array:
         """Return the hidden states of ids, (B, T) -> (B, T, hidden).
 
-        start: position of the first column, one for all rows or one for each row.
-        caches, mask: as in Attention, a cache for each layer.
+        positions: (B, T), of each token in its text; None: its column.
+        caches: one for each layer; mask, parts: all as in Attention.
         """
         x = self.model.embed_tokens(ids).astype(self.dtype)
-        rope = (self._periods, start)
+        if positions is None:
+            positions = mx.arange(ids.shape[1])[None]
+        rope = (self._periods, positions)
         for i, layer in enumerate(self.model.layers):
             if self.recompute and caches is None:
-                x = checkpoint(layer, lambda x, layer=layer: layer(x, rope))(x)
+
+                def compute(x: mx.array, layer: Block = layer) -> mx.array:
+                    return layer(x, rope, None, mask, parts)
+
+                x = checkpoint(layer, compute)(x)
             else:
-                x = layer(x, rope, caches[i] if caches else None, mask)
+                x = layer(x, rope, caches[i] if caches else None, mask, parts)
         return self.model.norm(x)
 
     def logits(self, x: mx.array) -> mx.array:

@@ -9,64 +9,91 @@ import numpy as np
 from mlx import nn
 
 from backends.mlx.adapters import block_linears
-from backends.mlx.network import Transformer
+from backends.mlx.network import Part, Transformer
 from backends.mlx.optimizer import Optimizer
 from backends.mlx.weights import flat
 
-# loss(array module, log-probabilities (B, T), batch) -> the loss of a micro-batch
+# loss(array module, log-probabilities (nodes,), batch) -> the loss of a micro-batch
 LossFunction = Callable[[Any, Any, Any], Any]
 
 
 def logprobs(
-    network: Transformer, ids: mx.array, mask: mx.array, temperature: float | mx.array = 1.0
+    network: Transformer,
+    batch: Mapping[str, Any],
+    needed: mx.array,
+    temperature: float | mx.array = 1.0,
 ) -> mx.array:
-    """Return the log-probability of each token given those before it.
+    """Return the log-probability of each token of some tries given those before it: (nodes,).
 
-    ids, mask: (B, T) -> (B, T), 0 where mask is 0. The head runs on masked positions only. Column
-    t is the log-probability of ids[:, t]; column 0 is always 0.
-    temperature: of all tokens, or (B, T), one for each.
+    It is 0 where it is not needed, and for first tokens. The head runs on what is needed only.
+
+    batch: as data/batches.py packs it.
+    needed: (nodes,) of bool.
+    temperature: of all tokens, or (nodes,), one for each.
     """
-    x = network(ids[:, :-1])
-    rows, columns = np.nonzero(np.array(mask[:, 1:]))
-    if not rows.size:
+    x = _hidden_states(network, batch)
+    zeros = mx.zeros(needed.shape)
+    node = _nodes(needed, batch["parent"])
+    if node is None:
         # Zeros that still depend on the weights, so that there is a gradient.
-        return mx.zeros(ids.shape) + 0 * x.sum()
-    row = mx.array(rows)
-    column = mx.array(columns)
+        return zeros + 0 * x.sum()
     if isinstance(temperature, mx.array):
-        temperature = temperature[row, column + 1][:, None]  # (masked, 1)
-    logits = network.logits(x[row, column]) / temperature  # (masked, vocab)
-    targets = ids[row, column + 1]
-    picked = -nn.losses.cross_entropy(logits, targets)
-    return mx.zeros(ids.shape).at[row, column + 1].add(picked)
+        temperature = temperature[node][:, None]  # (needed, 1)
+    logits = network.logits(x[batch["parent"][node]]) / temperature  # (needed, vocab)
+    picked = -nn.losses.cross_entropy(logits, batch["ids"][node])
+    return zeros.at[node].add(picked)
 
 
 def score(network: Transformer, batch: Mapping[str, Any], temperature: float = 1.0) -> np.ndarray:
-    """Return `logprobs` without gradient, with NumPy arrays in and out."""
-    ids = mx.array(batch["ids"])
-    mask = mx.array(batch["mask"])
-    return np.array(logprobs(network, ids, mask, temperature))
+    """Return `logprobs` of what the mask marks, without gradient, with NumPy arrays in and out."""
+    arrays = _to_arrays(batch)
+    return np.array(logprobs(network, arrays, arrays["mask"] > 0, temperature))
 
 
 def entropies(network: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
-    """Return the entropy, in nats, of the distribution that each token was chosen from: (B, T).
+    """Return the entropy, in nats, of the distribution that each token was chosen from: (nodes,).
 
     It is 0 where the batch's mask is 0, and at temperature 1.
     """
-    rows, columns = np.nonzero(batch["mask"][:, 1:])
-    measured = np.zeros(batch["ids"].shape, np.float32)
-    if rows.size:
-        ids = mx.array(batch["ids"])
-        row = mx.array(rows)
-        column = mx.array(columns)
-        x = network(ids[:, :-1])
-        logits = network.logits(x[row, column])  # (masked, vocab)
-        log_sums = mx.logsumexp(logits, axis=-1, keepdims=True)
-        log_probabilities = logits - log_sums
-        probabilities = mx.exp(log_probabilities)
-        values = -(probabilities * log_probabilities).sum(-1)
-        measured[rows, columns + 1] = np.array(values)
-    return measured
+    arrays = _to_arrays(batch)
+    measured = mx.zeros(arrays["mask"].shape)
+    node = _nodes(arrays["mask"] > 0, arrays["parent"])
+    if node is not None:
+        x = _hidden_states(network, arrays)
+        logits = network.logits(x[arrays["parent"][node]])  # (needed, vocab)
+        log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        measured[node] = -(mx.exp(log_probabilities) * log_probabilities).sum(-1)
+    return np.array(measured)
+
+
+def _nodes(needed: mx.array, parent: mx.array) -> mx.array | None:
+    """Return the numbers of the nodes that are needed and have a parent, None where there is none.
+
+    A shape of MLX can't depend on values, so that they are found by NumPy.
+    """
+    (numbers,) = np.nonzero(np.array(needed) & (np.array(parent) >= 0))
+    return mx.array(numbers) if numbers.size else None
+
+
+def _hidden_states(network: Transformer, batch: Mapping[str, Any]) -> mx.array:
+    """Return the hidden state of each node, (nodes, hidden), in which it sees its ancestors."""
+    parts = [
+        Part(start, end, _ancestors(batch["end"], start, end)) for start, end in batch["parts"]
+    ]
+    return network(batch["ids"][None], batch["depth"][None], parts=parts)[0]
+
+
+def _ancestors(end: mx.array, start: int, stop: int) -> mx.array | None:
+    """Return which nodes of a trie each of them sees, (1, 1, nodes, nodes) of bool.
+
+    end: (all nodes,), as in Trie. None where the trie is one text, in which each sees all before.
+    """
+    end = end[start:stop]
+    if bool((end == stop).all()):
+        return None
+    node = mx.arange(start, stop)
+    is_seen = (node[None] <= node[:, None]) & (node[:, None] < end[None])  # (query, key)
+    return is_seen[None, None]
 
 
 def train_step(
@@ -82,7 +109,7 @@ def train_step(
     """Make one optimizer step over micro-batches, whose losses and gradients are summed.
 
     batches: dicts of NumPy arrays and numbers, as the losses of autocoa.py need them.
-    temperature: of the tokens in "mask"; those of "observation_mask" are at 1.
+    temperature: of the tokens in "mask"; those of "observation_count" are at 1.
     max_norm: a gradient that is longer is cut to this length.
 
     Return {"loss", "grad_norm"}. Where one of them is not finite, nothing is changed, and the
@@ -90,14 +117,14 @@ def train_step(
     """
 
     def loss_of_batch(arrays: dict[str, Any]) -> mx.array:
-        mask = arrays["mask"]
+        needed = arrays["mask"] > 0
         temperatures: float | mx.array = temperature
-        if "observation_mask" in arrays:
+        if "observation_count" in arrays:
             # The auxiliary loss is at temperature 1, and its tokens are none of the policy's.
-            observation_mask = arrays["observation_mask"]
-            mask = mask + observation_mask
-            temperatures = mx.where(observation_mask > 0, 1.0, temperature)
-        token_logprobs = logprobs(network, arrays["ids"], mask, temperatures)
+            is_observed = arrays["observation_count"] > 0
+            needed = needed | is_observed
+            temperatures = mx.where(is_observed, 1.0, temperature)
+        token_logprobs = logprobs(network, arrays, needed, temperatures)
         return loss_function(mx, token_logprobs, arrays)
 
     loss_and_gradient = nn.value_and_grad(network, loss_of_batch)

@@ -6,7 +6,7 @@ networks are our own, and not a library's, since they are what one comes to read
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,17 @@ from backends.config import LoRAConfig, ModelConfig
 Rope = tuple[Tensor, Tensor]
 # Stores the keys and values of one layer's new tokens, and returns those of all tokens so far.
 LayerCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Part(NamedTuple):
+    """Columns of a packed row that see each other, and none of the others.
+
+    mask: (1, 1, columns, columns), 0 for what a column sees, else -inf; None: all before it.
+    """
+
+    start: int
+    end: int
+    mask: Tensor | None
 
 
 class Linear(nn.Linear):
@@ -122,6 +133,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        # Weight and bias of the three projections as one, in a copy for decoding.
+        self.fused: tuple[Tensor, Tensor | None] | None = None
         hidden_size = config.hidden_size
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
@@ -134,28 +147,53 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rope: Rope, cache: LayerCache | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        rope: Rope,
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+        parts: Sequence[Part] = (),
     ) -> Tensor:
         """Return what each position reads from those before it, (B, T, hidden) -> the same.
 
         cache: with it, keys and values of earlier passes are seen too.
         mask: (B, 1, T, keys), which keys a query sees; None: those up to its own position.
+        parts: of a packed row, in order, which do not see each other.
         """
         rows, length, _ = x.shape
-        head_dim = self.config.head_dim
-        q = self.q_proj(x).view(rows, length, -1, head_dim)  # (B, T, heads, head_dim)
-        k = self.k_proj(x).view(rows, length, -1, head_dim)
-        v = self.v_proj(x).view(rows, length, -1, head_dim).transpose(1, 2)
+        q, k, v = self._project(x)
         if self.config.qk_norm:
             q = self.q_norm(q)
             k = self.k_norm(k)
-        q = rotate(q.transpose(1, 2), rope)  # (B, heads, T, head_dim)
-        k = rotate(k.transpose(1, 2), rope)
+        # One call turns both, (B, heads, T, head_dim).
+        turned = rotate(torch.cat((q, k), 2).transpose(1, 2), rope)
+        q, k = turned.split((q.shape[2], k.shape[2]), 1)
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache(k, v)  # (B, key and value heads, keys, head_dim)
-        y = _attend(q, k, v, mask)
+        if parts:
+            read = [
+                _attend(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], part_mask)
+                for start, end, part_mask in parts
+            ]
+            y = torch.cat(read, 2)
+        else:
+            y = _attend(q, k, v, mask)
         y = y.transpose(1, 2).reshape(rows, length, -1)
         return self.o_proj(y)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of hidden states, (B, T, heads, head_dim) each."""
+        heads = self.config.num_attention_heads
+        key_heads = self.config.num_key_value_heads
+        if self.fused is not None:
+            all_heads = functional.linear(x, *self.fused).unflatten(-1, (heads + 2 * key_heads, -1))
+            q, k, v = all_heads.split((heads, key_heads, key_heads), 2)
+            return q, k, v
+        q = self.q_proj(x).unflatten(-1, (heads, -1))
+        k = self.k_proj(x).unflatten(-1, (key_heads, -1))
+        v = self.v_proj(x).unflatten(-1, (key_heads, -1))
+        return q, k, v
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -196,14 +234,20 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        # The weight of gate and up as one, in a copy for decoding.
+        self.fused: Tensor | None = None
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map hidden states, (.., hidden) -> the same."""
-        gate = functional.silu(self.gate_proj(x))
-        return self.down_proj(gate * self.up_proj(x))
+        if self.fused is not None:
+            gate, up = functional.linear(x, self.fused).chunk(2, -1)
+        else:
+            gate = self.gate_proj(x)
+            up = self.up_proj(x)
+        return self.down_proj(functional.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -217,10 +261,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rope: Rope, cache: LayerCache | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        rope: Rope,
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+        parts: Sequence[Part] = (),
     ) -> Tensor:
-        """Map hidden states, (B, T, hidden) -> the same; cache and mask as in Attention."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask)
+        """Map hidden states, (B, T, hidden) -> the same; the others as in Attention."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask, parts)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -269,27 +318,28 @@ class Transformer(nn.Module):
     def forward(
         self,
         ids: Tensor,
-        start: int | Tensor = 0,
+        positions: Tensor | None = None,
         caches: Sequence[LayerCache] | None = None,
         mask: Tensor | None = None,
+        parts: Sequence[Part] = (),
     ) -> Tensor:
         """Return the hidden states of ids, (B, T) -> (B, T, hidden).
 
-        start: position of the first column, one for all rows or one for each row.
-        caches, mask: as in Attention, a cache for each layer.
+        positions: (B, T), of each token in its text; None: its column.
+        caches: one for each layer; mask, parts: all as in Attention.
         """
         x = self.model.embed_tokens(ids).to(self.dtype)
-        rope = self._rope(ids, start, x.dtype)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        rope = self._rope(positions, x.dtype)
         for i, layer in enumerate(self.model.layers):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, use_reentrant=False)
+                x = checkpoint(layer, x, rope, None, mask, parts, use_reentrant=False)
             else:
-                x = layer(x, rope, caches[i] if caches else None, mask)
+                x = layer(x, rope, caches[i] if caches else None, mask, parts)
         return self.model.norm(x)
 
-    def _rope(self, ids: Tensor, start: int | Tensor, dtype: torch.dtype) -> Rope:
-        first = torch.as_tensor(start, device=ids.device).reshape(-1, 1)
-        positions = first + torch.arange(ids.shape[1], device=ids.device)  # (1 or B, T)
+    def _rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
         angles = positions[..., None].float() * self.inverse_frequencies
         # Both halves of a head turn alike.
         angles = angles.repeat(1, 1, 2)[:, None]  # (1 or B, 1, T, head_dim)

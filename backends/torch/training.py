@@ -10,56 +10,79 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backends.torch.adapters import trained_parameters
-from backends.torch.network import Transformer
+from backends.torch.network import Part, Transformer
 from backends.torch.optimizer import Optimizer
 
-# loss(array module, log-probabilities (B, T), batch) -> the loss of a micro-batch
+# loss(array module, log-probabilities (nodes,), batch) -> the loss of a micro-batch
 LossFunction = Callable[[Any, Any, Any], Any]
 
 
 def logprobs(
-    network: Transformer, ids: Tensor, mask: Tensor, temperature: float | Tensor = 1.0
+    network: Transformer,
+    batch: Mapping[str, Any],
+    needed: Tensor,
+    temperature: float | Tensor = 1.0,
 ) -> Tensor:
-    """Return the log-probability of each token given those before it.
+    """Return the log-probability of each token of some tries given those before it: (nodes,).
 
-    ids, mask: (B, T) -> (B, T), 0 where mask is 0. The head runs on masked positions only. Column
-    t is the log-probability of ids[:, t]; column 0 is always 0.
-    temperature: of all tokens, or (B, T), one for each.
+    It is 0 where it is not needed, and for first tokens. The head runs on what is needed only.
+
+    batch: as data/batches.py packs it.
+    needed: (nodes,) of bool.
+    temperature: of all tokens, or (nodes,), one for each.
     """
-    x = network(ids[:, :-1])
-    is_wanted = mask[:, 1:] > 0
+    x = _hidden_states(network, batch)
+    node = torch.nonzero(needed & (batch["parent"] >= 0))[:, 0]
     if isinstance(temperature, Tensor):
-        temperature = temperature[:, 1:][is_wanted][:, None]  # (masked, 1)
-    logits = network.logits(x[is_wanted]) / temperature  # (masked, vocab)
-    targets = ids[:, 1:][is_wanted]
-    picked = -functional.cross_entropy(logits, targets, reduction="none")
-    padded = torch.zeros(ids.shape, device=ids.device)
-    padded[:, 1:][is_wanted] = picked
-    return padded
+        temperature = temperature[node][:, None]  # (needed, 1)
+    logits = network.logits(x[batch["parent"][node]]) / temperature  # (needed, vocab)
+    picked = -functional.cross_entropy(logits, batch["ids"][node], reduction="none")
+    return torch.zeros(needed.shape, device=needed.device).index_put((node,), picked)
 
 
 def score(network: Transformer, batch: Mapping[str, Any], temperature: float = 1.0) -> np.ndarray:
-    """Return `logprobs` without gradient, with NumPy arrays in and out."""
-    ids = torch.as_tensor(batch["ids"], device=network.device)
-    mask = torch.as_tensor(batch["mask"], device=network.device)
+    """Return `logprobs` of what the mask marks, without gradient, with NumPy arrays in and out."""
+    tensors = _to_device(batch, network.device)
     with torch.no_grad():
-        return logprobs(network, ids, mask, temperature).cpu().numpy()
+        return logprobs(network, tensors, tensors["mask"] > 0, temperature).cpu().numpy()
 
 
 def entropies(network: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
-    """Return the entropy, in nats, of the distribution that each token was chosen from: (B, T).
+    """Return the entropy, in nats, of the distribution that each token was chosen from: (nodes,).
 
     It is 0 where the batch's mask is 0, and at temperature 1.
     """
-    ids = torch.as_tensor(batch["ids"], device=network.device)
-    is_wanted = torch.as_tensor(batch["mask"], device=network.device)[:, 1:] > 0
+    tensors = _to_device(batch, network.device)
+    parent = tensors["parent"]
+    node = torch.nonzero((tensors["mask"] > 0) & (parent >= 0))[:, 0]
     with torch.no_grad():
-        x = network(ids[:, :-1])
-        log_probabilities = network.logits(x[is_wanted]).log_softmax(-1)  # (masked, vocab)
-        measured = -(log_probabilities.exp() * log_probabilities).sum(-1)
-        padded = torch.zeros(ids.shape, device=ids.device)
-        padded[:, 1:][is_wanted] = measured
-    return padded.cpu().numpy()
+        x = _hidden_states(network, tensors)
+        log_probabilities = network.logits(x[parent[node]]).log_softmax(-1)  # (needed, vocab)
+        measured = torch.zeros(parent.shape, device=network.device)
+        measured[node] = -(log_probabilities.exp() * log_probabilities).sum(-1)
+    return measured.cpu().numpy()
+
+
+def _hidden_states(network: Transformer, batch: Mapping[str, Any]) -> Tensor:
+    """Return the hidden state of each node, (nodes, hidden), in which it sees its ancestors."""
+    parts = [
+        Part(start, end, _ancestors(batch["end"], start, end)) for start, end in batch["parts"]
+    ]
+    return network(batch["ids"][None], batch["depth"][None], parts=parts)[0]
+
+
+def _ancestors(end: Tensor, start: int, stop: int) -> Tensor | None:
+    """Return which nodes of a trie each of them sees, (1, 1, nodes, nodes): 0, else -inf.
+
+    end: (all nodes,), as in Trie. None where the trie is one text, in which each sees all before.
+    """
+    end = end[start:stop]
+    if bool((end == stop).all()):
+        return None
+    node = torch.arange(start, stop, device=end.device)
+    is_seen = (node[None] <= node[:, None]) & (node[:, None] < end[None])  # (query, key)
+    mask = torch.zeros(is_seen.shape, device=end.device)
+    return mask.masked_fill_(~is_seen, -torch.inf)[None, None]
 
 
 def train_step(
@@ -75,7 +98,7 @@ def train_step(
     """Make one optimizer step over micro-batches, whose losses and gradients are summed.
 
     batches: dicts of NumPy arrays and numbers, as the losses of autocoa.py need them.
-    temperature: of the tokens in "mask"; those of "observation_mask" are at 1.
+    temperature: of the tokens in "mask"; those of "observation_count" are at 1.
     max_norm: a gradient that is longer is cut to this length.
 
     Return {"loss", "grad_norm"}. Where one of them is not finite, nothing is changed, and the
@@ -88,14 +111,14 @@ def train_step(
     total = 0.0
     for batch in batches:
         tensors = _to_device(batch, network.device)
-        mask = tensors["mask"]
+        needed = tensors["mask"] > 0
         temperatures: float | Tensor = temperature
-        if "observation_mask" in tensors:
+        if "observation_count" in tensors:
             # The auxiliary loss is at temperature 1, and its tokens are none of the policy's.
-            observation_mask = tensors["observation_mask"]
-            mask = mask + observation_mask
-            temperatures = torch.where(observation_mask > 0, 1.0, temperature)
-        token_logprobs = logprobs(network, tensors["ids"], mask, temperatures)
+            is_observed = tensors["observation_count"] > 0
+            needed = needed | is_observed
+            temperatures = torch.where(is_observed, 1.0, temperature)
+        token_logprobs = logprobs(network, tensors, needed, temperatures)
         loss = loss_function(torch, token_logprobs, tensors)
         loss.backward()
         total += loss.item()

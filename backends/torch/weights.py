@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backends.checkpoint import fitting_weights, read_shards
 from backends.config import ModelConfig
-from backends.torch.network import Linear, Transformer
+from backends.torch.network import MLP, Attention, Linear, Transformer
 from common.errors import UserError
 
 
@@ -140,10 +140,12 @@ def copy_network(network: Transformer) -> Transformer:
 
 
 def compute_copy(network: Transformer) -> Transformer:
-    """Return the network with all weights in its compute type: itself where they are."""
+    """Return a copy to decode with: weights in its compute type, projections of one input fused.
+
+    A token of a few rows is little work, so that fewer calls are faster. Weights that are in that
+    type already are shared.
+    """
     dtype = network.dtype
-    if all(weight.dtype == dtype for weight in network.parameters()):
-        return network
     copies: dict[int, Any] = {id(value): value for value in _packed_weights(network)}
     # One by one, so that they are never all in four bytes again.
     for weight in network.parameters():
@@ -151,7 +153,23 @@ def compute_copy(network: Transformer) -> Transformer:
             copies[id(weight)] = weight
         else:
             copies[id(weight)] = nn.Parameter(weight.data.to(dtype), requires_grad=False)
-    return deepcopy(network, copies)
+    copy = deepcopy(network, copies)
+    # An adapter and 4 bits belong to one matrix each.
+    if not network.lora and network.bits == 16:
+        for module in copy.modules():
+            if isinstance(module, Attention):
+                module.fused = _fuse(module.q_proj, module.k_proj, module.v_proj)
+            elif isinstance(module, MLP):
+                module.fused, _ = _fuse(module.gate_proj, module.up_proj)
+    return copy
+
+
+@torch.no_grad()
+def _fuse(*linears: Linear) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of the linear map whose output is that of several, side by side."""
+    weights: list[Tensor] = [linear.weight for linear in linears]
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    return torch.cat(weights), torch.cat(biases) if biases else None
 
 
 def _packed_weights(network: Transformer) -> list[Any]:

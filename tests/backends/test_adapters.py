@@ -27,7 +27,7 @@ import train_rl
 import train_sft
 from common.errors import UserError
 from common.settings import ModelSettings, RolloutSettings, read_settings
-from data.batches import language_batches
+from data.batches import language_batches, pack_texts
 from data.trajectory import Codec, Observation
 from model import LM
 
@@ -457,13 +457,12 @@ def test_rollouts_in_bfloat16(codec: Codec, tmp_path: Path, backend: str) -> Non
         lambda actions, _: [Observation("Eva")] * len(actions),
         RolloutSettings(max_len=60),
         temperature=1.0,
-        rng=np.random.default_rng(0),
+        streams=[autocoa.random_stream(60, 0)],
     )
-    mask = np.array([trajectory.mask], np.float32)
-    scores = lm.backend.score(lm.network, {"ids": np.array([trajectory.ids]), "mask": mask})
-    policy = mask[0] > 0
+    scores = lm.backend.score(lm.network, pack_texts([trajectory]))
+    policy = np.array(trajectory.mask) > 0
     sampled = np.array(trajectory.logprobs)[policy]
-    np.testing.assert_allclose(sampled, scores[0][policy], atol=0.15)
+    np.testing.assert_allclose(sampled, scores[policy], atol=0.15)
 
 
 # ---- 4 bits --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Folders and files in and out: against transformers, the gguf package and sentencepiece."""
+"""Folders and files in and out: against transformers and the gguf package."""
 
 import copy
 import importlib.util
@@ -9,10 +9,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 import transformers
-from conftest import CPU, WORDS, tiny_lm
+from conftest import CPU, pack_rows, tiny_lm
 from safetensors.torch import load_file, save_file
 from test_config import IDS, REFERENCE_CONFIGS, llama_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -89,9 +88,9 @@ def test_logprobs_equal_transformers(name: Any, tmp_path: Path) -> None:
         if position and mask[row, position]:
             token = IDS[row, position]
             expected[row, position] = logprobs[row, position - 1, token]
-    batch = {"ids": IDS, "mask": mask}
+    batch = pack_rows(IDS, mask)
     scores = torch_backend.score(read_network(tmp_path), batch, 0.6)
-    np.testing.assert_allclose(scores, expected, atol=1e-4)
+    np.testing.assert_allclose(scores.reshape(IDS.shape), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -201,11 +200,32 @@ def test_a_folder_that_was_cut(
         path.unlink()
     else:
         path.write_text(content)
+    if name == "model.safetensors.index.json":
+        (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=message):
         model.load(folder, CPU)
     if content and name == "tokenizer.json":
         with pytest.raises(UserError, match=message):
             model.load_pretrained(str(folder), CPU)
+
+
+def test_a_whole_file_beside_older_shards(codec: Codec, tmp_path: Path) -> None:
+    """As in transformers, model.safetensors is read, and what is left of an older save is not.
+
+    Guards: the older weights, without a word.
+    """
+    lm = tiny_lm(codec, noise=0.1)
+    lm.save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    older = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    save_file(older, tmp_path / "older.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "older.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    ids = IDS % len(codec.tokenizer)
+    logits = torch_logits(read_network(tmp_path), ids)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path)
+    np.testing.assert_allclose(logits, reference_logits(reference, ids), atol=1e-4)
+    np.testing.assert_array_equal(logits, torch_logits(lm.network, ids))
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
@@ -229,83 +249,6 @@ def test_a_tokenizer_that_does_not_fit(codec: Codec) -> None:
     config = nano_config(len(codec.tokenizer) - 1, 2, 1, 32, 1)
     with pytest.raises(UserError, match=f"tokenizer has {len(codec.tokenizer)} entries"):
         model.new(config, codec.tokenizer, 0, CPU)
-
-
-def sentencepiece_checkpoint(folder: Path, kind: Any, tokenizer_config: Any) -> Any:
-    """Write a random Llama whose only tokenizer file is sentencepiece's tokenizer.model."""
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([WORDS + " { } \\ < > _ /"] * 50),
-        model_prefix=str(folder / "tokenizer"),
-        model_type=kind,
-        vocab_size=400,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        character_coverage=1.0,
-        # As Llama 2's: text is kept as it is.
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.vocab").unlink()
-    processor = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
-    size = processor.vocab_size()
-    config = llama_config(vocab_size=size, tie_word_embeddings=False)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    if tokenizer_config:
-        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    return processor
-
-
-@pytest.mark.parametrize(
-    "kind, tokenizer_config",
-    [
-        ("bpe", {}),
-        ("bpe", {"tokenizer_class": "LlamaTokenizer", "legacy": False, "eos_token": "</s>"}),
-        ("unigram", {}),
-    ],
-)
-def test_a_sentencepiece_tokenizer(
-    tmp_path: Path, kind: str, tokenizer_config: dict[str, Any]
-) -> None:
-    """A folder with tokenizer.model alone: ids are sentencepiece's, tags are single tokens.
-
-    Text survives, and what is saved has a tokenizer.json that gives the same ids.
-    """
-    processor = sentencepiece_checkpoint(tmp_path, kind, tokenizer_config)
-    lm = model.load_pretrained(str(tmp_path), CPU)
-    codec = lm.codec
-    text = "Who directed Silver River? (1950, caf\u00e9 \u20ac)"
-    # sentencepiece puts the space before the first word by itself.
-    assert codec.encode(text) == processor.encode(text)
-    assert codec.decode(codec.encode(text)).strip() == text
-    for tag in TAGS.values():
-        ids = codec.tokenizer.encode(tag, add_special_tokens=False)
-        assert len(ids) == 1
-        assert ids[0] >= processor.vocab_size()
-
-    parts = [
-        ("think", "Hm, director?"),
-        ("search", "Silver </end_search> River"),
-        ("result", "Silver River 1: Eva <think> Moss.\n Iron Hill 2: A caf\u00e9."),
-        ("answer", "Eva Moss"),
-    ]
-    trajectory = codec.build("Who directed Silver River?", parts)
-    assert codec.answer(trajectory) == "Eva Moss"
-    assert codec.is_well_formed(trajectory)
-    written = codec.decode(trajectory.ids)
-    assert (
-        "<search_result> Silver River 1: Eva <think> Moss.\n Iron Hill 2: A caf\u00e9." in written
-    )
-
-    lm.save(tmp_path / "base")
-    assert (tmp_path / "base" / "tokenizer.json").is_file()
-    assert not (tmp_path / "base" / "tokenizer.model").exists()
-    loaded = model.load(tmp_path / "base", CPU).codec
-    assert loaded.build("Who directed Silver River?", parts).ids == trajectory.ids
-    assert loaded.decode(trajectory.ids) == written
 
 
 # ---- tags ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from conftest import CPU, mlx_twin, tiny_lm
 
 import model
 from backends.decoder import TOKENS_AT_ONCE
-from data.batches import pad
+from data.batches import pack_texts
 from data.trajectory import Codec, Role, Trajectory
 from model import LM
 
@@ -47,10 +47,14 @@ def greedy(lm: LM, ids: Any, stops: Any, limit: Any) -> Any:
 
 
 def assert_logits_are_those_of(lm: LM, decoder: Any, texts: Any) -> None:
-    all_logits = np.asarray(decoder.logits)
-    for logits, ids in zip(all_logits, texts, strict=True):
+    for logits, ids in zip(logits_of_rows(decoder), texts, strict=True):
         expected = uncached_logits(lm, ids)
         np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def logits_of_rows(decoder: Any) -> np.ndarray:
+    """Return the logits of what comes next in each row, (rows, vocab)."""
+    return np.asarray(decoder.logits)[decoder.slot]
 
 
 def write(
@@ -58,8 +62,8 @@ def write(
 ) -> Any:
     """Decode after each prompt, and return the ids."""
     limits = [tokens] * len(prompts)
-    rng = np.random.default_rng(seed)
-    ids, _ = lm.decoder(prompts).decode(stops, limits, temperature, rng)
+    uniforms = np.random.default_rng(seed).random((len(prompts), tokens))
+    ids, _ = lm.decoder(prompts).decode(stops, limits, temperature, uniforms)
     return ids
 
 
@@ -104,9 +108,9 @@ def record_passes(monkeypatch: pytest.MonkeyPatch, lm: LM) -> Any:
     shapes = []
     forward = lm.backend.Decoder._forward
 
-    def recorded(self: Any, ids: Any, rows: Any = None) -> Any:
+    def recorded(self: Any, ids: Any, slots: Any, start: Any) -> Any:
         shapes.append(tuple(ids.shape))
-        return forward(self, ids, rows)
+        return forward(self, ids, slots, start)
 
     monkeypatch.setattr(lm.backend.Decoder, "_forward", recorded)
     return shapes
@@ -257,7 +261,7 @@ def test_reading_goes_by_pieces(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(rows * longest <= TOKENS_AT_ONCE for rows, longest in shapes)
     assert (20, 1) in shapes
     assert sum(rows for rows, _ in shapes) == 40
-    logits = np.asarray(decoder.logits)
+    logits = logits_of_rows(decoder)
     for row in (0, 1, 38, 39):
         expected = uncached_logits(lm, PROMPTS[0] + fed[row])
         np.testing.assert_allclose(logits[row], expected, atol=1e-4)
@@ -273,18 +277,18 @@ def test_logprobs_while_sampling_equal_score(each_lm: Any, temperature: float) -
     rng = np.random.default_rng(0)
     observation = [60, 61, 62]
     decoder = each_lm.decoder(PROMPTS)
-    first, first_logprobs = decoder.decode([], [5, 9, 2, 7], temperature, rng)
+    first, first_logprobs = decoder.decode([], [5, 9, 2, 7], temperature, rng.random((4, 9)))
     decoder.feed([observation] * 4)
-    second, second_logprobs = decoder.decode([], [4] * 4, temperature, rng)
+    second, second_logprobs = decoder.decode([], [4] * 4, temperature, rng.random((4, 4)))
     for row, prompt in enumerate(PROMPTS):
         trajectory = Trajectory()
         trajectory.add(prompt, Role.PROMPT, 0)
         trajectory.add(first[row], Role.THINK, 1, first_logprobs[row])
         trajectory.add(observation, Role.OBSERVATION, 0)
         trajectory.add(second[row], Role.THINK, 1, second_logprobs[row])
-        batch = pad([trajectory])
+        batch = pack_texts([trajectory])
         scores = each_lm.backend.score(each_lm.network, batch, temperature or 1.0)
-        np.testing.assert_allclose(trajectory.logprobs, scores[0], atol=1e-4)
+        np.testing.assert_allclose(trajectory.logprobs, scores, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -312,9 +316,9 @@ def test_each_row_has_its_temperature(lm: LM) -> None:
     """A row at 0 is greedy beside one that samples, which draws what it would beside any other."""
     prompt = PROMPTS[0]
     decoder = lm.decoder([prompt] * 3)
-    rng = np.random.default_rng(0)
+    uniforms = np.random.default_rng(0).random((3, 8))
     temperatures = [0.0, 1.5, 0.0]
-    ids, logprobs = decoder.decode([], [8] * 3, temperatures, rng)
+    ids, logprobs = decoder.decode([], [8] * 3, temperatures, uniforms)
     all_sampled = write(lm, [prompt] * 3, 8, temperature=1.5)
     assert ids[0] == ids[2] == greedy(lm, prompt, [], 8)
     assert ids[1] == all_sampled[1]

@@ -2,109 +2,142 @@
 
 import math
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import mlx_twin, tiny_lm
+from conftest import tiny_lm
 
 import autocoa
 import backends.torch as torch_backend
-from data.batches import language_batches, learn_observations, pad, pair_batches
+from data.batches import language_batches, learn_observations, pair_batches
+from data.questions import Question
 from data.trajectory import Codec, Role, Trajectory
 from model import LM
-from train_rl import RLSettings, update_batches
+from train_rl import RLSettings, RolloutBatch, update_batches
 
 
-# ---- slow and obviously right: one token at a time -----------------------------------------------
-def slow_nll(logp: Any, batch: Any) -> Any:
+@dataclass
+class Rollout:
+    """One text of an example: which nodes of the trie are its tokens, and what it is worth."""
+
+    nodes: list[int]
+    advantage: float
+
+
+# ---- slow and obviously right: one text after the other, one token at a time ---------------------
+def slow_nll(logp: Any, batch: Any, rollouts: list[Rollout]) -> Any:
     total = 0.0
-    for row, mask in zip(logp, batch["mask"], strict=True):
-        for logprob, is_learned in zip(row, mask, strict=True):
-            if is_learned:
-                total += -logprob
+    for logprob, is_learned in zip(logp, batch["mask"], strict=True):
+        if is_learned:
+            total += -logprob
     return total / batch["norm"]
 
 
-def slow_contrastive(logp: Any, batch: Any) -> Any:
-    def mean_logprob(row: Any) -> Any:
-        picked = []
-        for logprob, is_learned in zip(logp[row], batch["mask"][row], strict=True):
-            if is_learned:
-                picked.append(logprob)
+def slow_contrastive(logp: Any, batch: Any, rollouts: list[Rollout]) -> Any:
+    def mean_logprob(rollout: Rollout) -> Any:
+        picked = [logp[node] for node in rollout.nodes if batch["mask"][node]]
         return sum(picked) / len(picked)
 
-    pairs = len(logp) // 2
+    pairs = len(rollouts) // 2
     total = 0.0
-    for row in range(pairs):
-        chosen = mean_logprob(row)
-        rejected = mean_logprob(pairs + row)
+    for pair in range(pairs):
+        chosen = mean_logprob(rollouts[pair])
+        rejected = mean_logprob(rollouts[pairs + pair])
         sigmoid = 1 / (1 + math.exp(-(chosen - rejected)))
         total += -math.log(sigmoid) - batch["alpha"] * chosen
     return total / batch["norm"]
 
 
-def slow_grpo(logp: Any, batch: Any) -> Any:
+def slow_grpo(logp: Any, batch: Any, rollouts: list[Rollout]) -> Any:
     low = 1 - batch["clip_low"]
     high = 1 + batch["clip_high"]
-    total = 0.0
-    for row in range(len(logp)):
-        advantage = batch["advantage"][row][0]
-        for column in range(len(logp[row])):
-            if not batch["mask"][row][column]:
+    policy = 0.0
+    divergence = 0.0
+    for rollout in rollouts:
+        advantage = rollout.advantage
+        for node in rollout.nodes:
+            if not batch["mask"][node]:
                 continue
-            ratio = math.exp(logp[row][column] - batch["old"][row][column])
+            ratio = math.exp(logp[node] - batch["old"][node])
             clipped = min(max(ratio, low), high)
-            total += -min(ratio * advantage, clipped * advantage)
-            if batch["beta"]:
-                reference = math.exp(batch["ref"][row][column])
-                quotient = reference / math.exp(logp[row][column])
-                total += batch["beta"] * (quotient - math.log(quotient) - 1)
-    total /= batch["norm"]
+            policy += -min(ratio * advantage, clipped * advantage)
+            quotient = math.exp(batch["ref"][node]) / math.exp(logp[node])
+            divergence += quotient - math.log(quotient) - 1
+    total = policy / batch["norm"] + batch["beta"] * divergence / batch["kl_norm"]
     if batch["observation_coef"]:
-        total += batch["observation_coef"] * slow_observation_loss(logp, batch)
+        observation = slow_observation_loss(logp, batch, rollouts)
+        total += batch["observation_coef"] * observation
     return total
 
 
-def slow_observation_loss(logp: Any, batch: Any) -> Any:
+def slow_observation_loss(logp: Any, batch: Any, rollouts: list[Rollout]) -> Any:
     total = 0.0
-    for row, mask in zip(logp, batch["observation_mask"], strict=True):
-        for logprob, is_observed in zip(row, mask, strict=True):
-            if is_observed:
-                total += -logprob
+    for rollout in rollouts:
+        for node in rollout.nodes:
+            if batch["observation_count"][node]:
+                total += -logp[node]
     return total / batch["observation_norm"]
 
 
-def example(name: str) -> Any:
-    """Return random log-probs of 4 rows x 7 tokens in float64, and their batch.
+# Two tries of two texts each. The first two begin with nodes 0 to 4, the others with 14 to 17.
+EXAMPLE_ROLLOUTS = [
+    Rollout([0, 1, 2, 3, 4, 5, 6, 7, 8], 0.8),
+    Rollout([14, 15, 16, 17, 18, 19, 20], 0.0),
+    Rollout([0, 1, 2, 3, 4, 9, 10, 11, 12, 13], -0.6),
+    Rollout([14, 15, 16, 17, 21, 22, 23, 24], -0.2),
+]
+EXAMPLE_NODES = 25
 
-    Ratios of new to old go from 0.4 to 2.5, and advantages have both signs.
+
+def over_nodes(rollouts: list[Rollout], values: list[float]) -> np.ndarray:
+    """Return for each node the sum of the values of the rollouts that share it."""
+    sums = np.zeros(EXAMPLE_NODES)
+    for rollout, value in zip(rollouts, values, strict=True):
+        for node in rollout.nodes:
+            sums[node] += value
+    return sums
+
+
+def example(name: str) -> Any:
+    """Return random log-probs of 25 nodes in float64, their batch, and the texts that share them.
+
+    Ratios of new to old go from 0.4 to 2.5, and advantages have both signs, on one node too.
     """
     rng = np.random.default_rng(7)
-    logp = -rng.uniform(0.1, 3.0, (4, 7))
-    mask = (rng.random((4, 7)) < 0.6).astype(float)
-    mask[:, 0] = 0
-    mask[:, -1] = 1
+    rollouts = EXAMPLE_ROLLOUTS
+    logp = -rng.uniform(0.1, 3.0, EXAMPLE_NODES)
+    mask = (rng.random(EXAMPLE_NODES) < 0.6).astype(float)
+    mask[[0, 14]] = 0
+    mask[[4, 8, 13, 17, 20, 24]] = 1
     batch = {"mask": mask, "norm": 11.0}
     if name == "contrastive":
         batch["alpha"] = 0.2
+        batch["rows"] = np.zeros((len(rollouts), EXAMPLE_NODES))
+        for row, rollout in enumerate(rollouts):
+            learned = [node for node in rollout.nodes if mask[node]]
+            batch["rows"][row, learned] = 1 / len(learned)
     if name.startswith("grpo"):
         batch["old"] = logp + rng.uniform(-0.9, 0.9, logp.shape)
-        batch["advantage"] = np.array([[0.8], [-0.6], [0.0], [-0.2]])
+        batch["positive"] = over_nodes(rollouts, [max(one.advantage, 0) for one in rollouts])
+        batch["negative"] = over_nodes(rollouts, [min(one.advantage, 0) for one in rollouts])
         batch["clip_low"] = 0.2
         batch["clip_high"] = 0.28
         batch["beta"] = 0.5 if name == "grpo with KL" else 0.0
         batch["ref"] = logp + rng.uniform(-0.5, 0.5, logp.shape)
+        batch["count"] = over_nodes(rollouts, [1, 1, 1, 1])
+        batch["kl_norm"] = 13.0
         batch["observation_coef"] = 0.0
     if "observations" in name:
         # None of the policy's tokens, and no first token.
         is_observed = (rng.random(mask.shape) < 0.7) & (mask == 0)
-        is_observed[:, 0] = False
-        batch["observation_mask"] = is_observed.astype(float)
+        is_observed[[0, 14]] = False
+        batch["observation_count"] = is_observed * over_nodes(rollouts, [1, 1, 1, 1])
         batch["observation_norm"] = 5.0
         batch["observation_coef"] = 0.3
-    return logp, batch
+    return logp, batch, rollouts
 
 
 LOSSES = {
@@ -130,8 +163,8 @@ def to_torch(batch: Any) -> Any:
 def test_value(name: Any) -> None:
     """NumPy and torch give what the loops give."""
     loss, slow_loss = LOSSES[name]
-    logp, batch = example(name)
-    expected = slow_loss(logp.tolist(), batch)
+    logp, batch, rollouts = example(name)
+    expected = slow_loss(logp.tolist(), batch, rollouts)
     assert loss(np, logp, batch) == pytest.approx(expected, abs=1e-9)
     in_torch = loss(torch, torch.as_tensor(logp), to_torch(batch))
     assert in_torch.item() == pytest.approx(expected, abs=1e-9)
@@ -141,11 +174,11 @@ def test_value(name: Any) -> None:
 def test_gradient(name: Any) -> None:
     """Torch's gradient, by token, equals central differences of the loops; 0 where the mask is 0.
 
-    Guards: a token of the environment that carries loss, and clipping on the wrong side of an
-    advantage.
+    Guards: a token of the environment that carries loss, clipping on the wrong side of an
+    advantage, and a token that texts share which counts once.
     """
     loss, slow_loss = LOSSES[name]
-    logp, batch = example(name)
+    logp, batch, rollouts = example(name)
     tensor = torch.tensor(logp, requires_grad=True)
     loss(torch, tensor, to_torch(batch)).backward()
     gradient = tensor.grad
@@ -154,7 +187,7 @@ def test_gradient(name: Any) -> None:
     def moved(index: Any, step: Any) -> Any:
         other = logp.copy()
         other[index] += step
-        return slow_loss(other.tolist(), batch)
+        return slow_loss(other.tolist(), batch, rollouts)
 
     for index in np.ndindex(logp.shape):
         slope = (moved(index, 1e-6) - moved(index, -1e-6)) / 2e-6
@@ -162,8 +195,8 @@ def test_gradient(name: Any) -> None:
     is_learned = batch["mask"] > 0
     if name == "observations":
         is_learned = np.zeros_like(is_learned)
-    if "observation_mask" in batch:
-        is_learned = is_learned | (batch["observation_mask"] > 0)
+    if "observation_count" in batch:
+        is_learned = is_learned | (batch["observation_count"] > 0)
     assert is_learned.any()
     assert not gradient[torch.as_tensor(~is_learned)].any()
 
@@ -186,11 +219,12 @@ def test_clipping_by_hand(ratio: float, advantage: int, slope: float) -> None:
 
     Else it is 0. The high side is wider.
     """
-    logp = torch.tensor([[math.log(ratio)]], requires_grad=True, dtype=torch.float64)
+    logp = torch.tensor([math.log(ratio)], requires_grad=True, dtype=torch.float64)
     batch = {
-        "mask": np.ones((1, 1)),
-        "old": np.zeros((1, 1)),
-        "advantage": np.array([[float(advantage)]]),
+        "mask": np.ones(1),
+        "old": np.zeros(1),
+        "positive": np.array([max(advantage, 0.0)]),
+        "negative": np.array([min(advantage, 0.0)]),
         "clip_low": 0.2,
         "clip_high": 0.28,
         "beta": 0.0,
@@ -234,8 +268,12 @@ def loss_and_gradient(network: Any, loss: Any, batches: Any) -> Any:
 
 
 def sampled_chains(codec: Codec) -> Any:
-    """Return six chains of several lengths, with an observation each, as if they were sampled."""
+    """Return six chains of several lengths, with an observation each, as if they were sampled.
+
+    They are one text up to the middle of their observations, where their log-probs agree.
+    """
     rng = random.Random(3)
+    old = [-rng.uniform(0, 3) for _ in range(200)]
     chains = []
     for words in (1, 9, 2, 7, 3, 12):
         parts = [
@@ -245,9 +283,23 @@ def sampled_chains(codec: Codec) -> Any:
             ("answer", "Ada Falk"),
         ]
         chain = codec.build("Who directed it?", parts)
-        chain.logprobs = [-rng.uniform(0, 3) * is_learned for is_learned in chain.mask]
+        chain.logprobs = [
+            logprob * is_learned for logprob, is_learned in zip(old, chain.mask, strict=False)
+        ]
         chains.append(chain)
     return chains
+
+
+# Of two rollouts of three questions each: the sums of those that share a token are not 0.
+ADVANTAGES = np.array([[0.5, -0.3], [0.25, -0.4], [1.0, -0.8]])
+
+
+def rl_batches(chains: Any, settings: RLSettings, reference: Any) -> Any:
+    """Return RL's own micro-batches of six chains, none of which is skipped."""
+    questions = [Question(str(number), "Who?", ["Ada Falk"], []) for number in range(3)]
+    batch = RolloutBatch(questions, chains, rewards=ADVANTAGES)
+    none_skipped = np.zeros(3, bool)
+    return update_batches(batch, np.arange(6), ADVANTAGES, none_skipped, reference, settings)
 
 
 def batches_of(name: str, chains: Any, micro_tokens: Any) -> Any:
@@ -258,14 +310,17 @@ def batches_of(name: str, chains: Any, micro_tokens: Any) -> Any:
         pairs = list(zip(chains[0::2], chains[1::2], strict=True))
         return pair_batches(pairs, micro_tokens, alpha=0.2)
     settings = RLSettings(
-        micro_tokens=micro_tokens, temperature=1.0, kl=0.0, clip_low=5.0, clip_high=5.0
+        rollouts=2,
+        micro_tokens=micro_tokens,
+        temperature=1.0,
+        kl=0.0,
+        clip_low=5.0,
+        clip_high=5.0,
     )
     if name == "grpo with observations":
         settings.observation_coef = 0.5
-    advantages = np.array([0.5, -0.5, 0.25, -0.25, 1.0, -1.0])
-    none_skipped = np.zeros(6, bool)
     no_reference: Any = None
-    return update_batches(chains, advantages, none_skipped, no_reference, settings)
+    return rl_batches(chains, settings, no_reference)
 
 
 SCRIPT_LOSSES = {
@@ -412,21 +467,3 @@ def test_observations_are_learned_by_role(codec: Codec) -> None:
     for position, role in enumerate(chain.role):
         expected = 1 if role == Role.OBSERVATION else mask[position]
         assert learned.mask[position] == expected
-
-
-@pytest.mark.parametrize("backend", ["torch", "mlx"])
-def test_padding_carries_no_loss(codec: Codec, lm: LM, backend: str) -> None:
-    """A short row beside a long one has the log-probs that it has alone; its padding has none.
-
-    Rows are padded on the right; nothing here needs it on the left.
-    """
-    pytest.importorskip(backend)
-    if backend == "mlx":
-        lm = mlx_twin(lm)
-    short = Trajectory([1, 5, 6, 7], [0, 1, 1, 1], [0, 1, 1, 1])
-    long = sampled_chains(codec)[-1]
-    alone = lm.backend.score(lm.network, pad([short]))
-    beside = lm.backend.score(lm.network, pad([short, long]))
-    np.testing.assert_allclose(beside[0, :4], alone[0], atol=1e-5)
-    assert not beside[0, 4:].any()
-    assert not beside[:, 0].any()

@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, mlx_twin, run_here, run_in_shell, tiny_lm
+from conftest import CPU, ROOT, mlx_twin, pack_rows, run_here, run_in_shell, tiny_lm
 from test_checkpoints import random_checkpoint, reference_logits, torch_logits
 from test_config import IDS, REFERENCE_CONFIGS
 from test_losses import (
+    ADVANTAGES,
     LOSSES,
     SCRIPT_LOSSES,
     batches_of,
     example,
+    rl_batches,
     sampled_chains,
     to_torch,
 )
@@ -37,10 +39,10 @@ from backends.config import nano_config
 from common.errors import UserError
 from common.memory import training_bytes
 from common.settings import ModelSettings, RolloutSettings
-from data.batches import language_batches, pad
+from data.batches import language_batches, pack_texts
 from data.trajectory import Codec, Observation, Role
 from model import LM
-from train_rl import RLSettings, update_batches
+from train_rl import RLSettings
 
 mx = pytest.importorskip("mlx.core")
 mlx_backend = model.choose_backend("mlx")
@@ -123,7 +125,7 @@ OWN = {
     "Linear.__init__",
     "Linear.to_quantized",
     "Embedding.__init__",
-    "Decoder._mask",
+    "Decoder._index",
     "_write",
     "Optimizer._step_muon",
     "Optimizer._step_adamw",
@@ -134,6 +136,7 @@ OWN = {
     "_new_parameter",
     "_unpacked_weight",
     "_is_block_linear",
+    "_nodes",
     "_to_device",
     "_to_arrays",
     "_add_gradients",
@@ -143,8 +146,8 @@ OWN = {
     "_load_file",
     "flat",
 }
-# The choices of devices and the kinds of 4 bits differ; so does what a Place holds.
-OTHER_WORDS = {"pick_device", "quantize"}
+# The choices of devices and the kinds of 4 bits differ; so does what a mask holds.
+OTHER_WORDS = {"pick_device", "quantize", "Part", "Decoder._mask", "_ancestors"}
 
 
 def test_twins_have_the_same_names() -> None:
@@ -484,7 +487,7 @@ def test_shards_of_half_precision(dtype: str, tmp_path: Path) -> None:
 # ---- training ------------------------------------------------------------------------------------
 def test_nothing_to_score(agent: Any) -> None:
     """Without a token to learn there are zeros, and rows that all wait write nothing."""
-    batch = {"ids": IDS % 50, "mask": np.zeros(IDS.shape, np.float32)}
+    batch = pack_rows(IDS % 50, np.zeros(IDS.shape))
     for lm in (agent, mlx_twin(agent)):
         assert not lm.backend.score(lm.network, batch).any()
         decoder = lm.decoder([[1, 2], [3]])
@@ -534,7 +537,7 @@ def test_losses_and_gradients(codec: Codec, name: Any, architecture: str, tie: b
 def test_values_of_the_losses(name: Any) -> None:
     """With clipping on both sides and KL, as NumPy's float64 and torch have them."""
     loss, slow_loss = LOSSES[name]
-    logp, batch = example(name)
+    logp, batch, rollouts = example(name)
     arrays = dict(batch)
     for key, value in batch.items():
         if isinstance(value, np.ndarray):
@@ -544,11 +547,22 @@ def test_values_of_the_losses(name: Any) -> None:
         return loss(mx, x, arrays)
 
     value, gradient = mx.value_and_grad(mlx_loss)(mx.array(logp.astype(np.float32)))
-    assert value.item() == pytest.approx(slow_loss(logp.tolist(), batch), abs=1e-6)
+    assert value.item() == pytest.approx(slow_loss(logp.tolist(), batch, rollouts), abs=1e-6)
     tensor = torch.tensor(logp, requires_grad=True)
     loss(torch, tensor, to_torch(batch)).backward()
     assert tensor.grad is not None
     np.testing.assert_allclose(np.array(gradient), tensor.grad.numpy(), atol=1e-6)
+
+
+def sample_from_old_policy(lm: LM, chains: Any, most: float) -> None:
+    """Give chains the log-probs of a policy that is up to `most` away from this one, at 0.7.
+
+    Where chains are one text, theirs agree: it was sampled once.
+    """
+    changes = np.random.default_rng(0).uniform(-most, most, 200)
+    for chain in chains:
+        logp = torch_backend.score(lm.network, pack_texts([chain]), 0.7)
+        chain.logprobs = (logp + changes[: len(logp)] * np.array(chain.mask)).tolist()
 
 
 def test_gradient_of_clipped_grpo(codec: Codec) -> None:
@@ -558,19 +572,13 @@ def test_gradient_of_clipped_grpo(codec: Codec) -> None:
     """
     lm = tiny_lm(codec, noise=0.1)
     reference = tiny_lm(codec, seed=3, noise=0.1)
-    rng = np.random.default_rng(0)
     chains = sampled_chains(codec)
-    for chain in chains:
-        logp = torch_backend.score(lm.network, pad([chain]), 0.7)[0]
-        change = rng.uniform(-0.6, 0.6, logp.shape)
-        chain.logprobs = (logp + change * np.array(chain.mask)).tolist()
-    settings = RLSettings(micro_tokens=500, temperature=0.7, kl=0.3)
-    advantages = np.array([0.5, -0.5, 0.25, -0.25, 1.0, -1.0])
+    sample_from_old_policy(lm, chains, 0.6)
+    settings = RLSettings(rollouts=2, micro_tokens=500, temperature=0.7, kl=0.3)
 
     def step(policy: Any, kl_reference: Any) -> Any:
-        none_skipped = np.zeros(6, bool)
-        batches = update_batches(chains, advantages, none_skipped, kl_reference, settings)
-        assert sum(len(batch["ids"]) for batch in batches) == 6
+        batches = rl_batches(chains, settings, kl_reference)
+        assert sum(len(batch["parts"]) for batch in batches) == 3
         assert all("ref" in batch for batch in batches)
         return loss_and_gradients(policy, autocoa.grpo_loss, batches, 0.7)
 
@@ -589,7 +597,7 @@ def loss_on_all_logits(network: Any, chains: Any, advantages: Any, coefficient: 
     observation_total: Any = 0.0
     policy_tokens = 0.0
     observation_tokens = 0.0
-    for chain, advantage in zip(chains, advantages, strict=True):
+    for chain, advantage in zip(chains, advantages.ravel(), strict=True):
         ids = torch.tensor([chain.ids])
         logits = network.logits(network(ids[:, :-1]))[0]
         targets = ids[0, 1:, None]
@@ -614,19 +622,14 @@ def test_observations_are_learned_at_temperature_1(codec: Codec) -> None:
     """
     lm = tiny_lm(codec, noise=0.1)
     chains = sampled_chains(codec)
-    rng = np.random.default_rng(0)
-    for chain in chains:
-        logp = torch_backend.score(lm.network, pad([chain]), 0.7)[0]
-        change = rng.uniform(-0.4, 0.4, logp.shape)
-        chain.logprobs = (logp + change * np.array(chain.mask)).tolist()
-    advantages = np.array([0.5, -0.5, 0.25, -0.25, 1.0, -1.0])
+    sample_from_old_policy(lm, chains, 0.4)
     lm.network.zero_grad()
-    expected_loss = loss_on_all_logits(lm.network, chains, advantages, 0.4)
+    expected_loss = loss_on_all_logits(lm.network, chains, ADVANTAGES, 0.4)
     expected_loss.backward()
     expected = {name: np.array(weight.grad) for name, weight in lm.network.named_parameters()}
 
-    settings = RLSettings(micro_tokens=150, temperature=0.7, observation_coef=0.4)
-    batches = update_batches(chains, advantages, np.zeros(6, bool), lm, settings)
+    settings = RLSettings(rollouts=2, micro_tokens=60, temperature=0.7, observation_coef=0.4)
+    batches = rl_batches(chains, settings, lm)
     assert len(batches) > 1
     for one in (lm, mlx_twin(lm)):
         loss, gradients = loss_and_gradients(one, autocoa.grpo_loss, batches, 0.7)
@@ -638,16 +641,16 @@ def test_entropies_equal_those_of_the_logits(codec: Codec) -> None:
     """Nats of the distribution behind each learned token, at temperature 1; 0 elsewhere."""
     lm = tiny_lm(codec, noise=0.1)
     chains = sampled_chains(codec)
-    batch = pad(chains)
+    batch = pack_texts(chains)
     expected = np.zeros(batch["ids"].shape)
-    for row, chain in enumerate(chains):
+    for chain, (start, _) in zip(chains, batch["parts"], strict=True):
         logits = torch_logits(lm.network, np.array([chain.ids]))[0].astype(np.float64)
         probabilities = np.exp(logits - logits.max(-1, keepdims=True))
         probabilities /= probabilities.sum(-1, keepdims=True)
         for position in range(1, len(chain.ids)):
             before = probabilities[position - 1]
             if chain.mask[position]:
-                expected[row, position] = -(before * np.log(before)).sum()
+                expected[start + position] = -(before * np.log(before)).sum()
     assert expected.max() > 1
     for one in (lm, mlx_twin(lm)):
         entropies = one.backend.entropies(one.network, batch)
@@ -726,10 +729,10 @@ def test_training_goes_on_in_the_other(
 
 
 # ---- decoding ------------------------------------------------------------------------------------
-def draw_in_both(logprobs: Any, uniforms: Any) -> Any:
+def draw_in_both(logprobs: Any, slot: Any, uniforms: Any) -> Any:
     """Return what each twin draws."""
-    in_torch = torch_backend.draw(torch.tensor(logprobs), torch.tensor(uniforms))
-    in_mlx = mlx_backend.draw(mx.array(logprobs), mx.array(uniforms))
+    in_torch = torch_backend.draw(*map(torch.tensor, (logprobs, slot, uniforms)))
+    in_mlx = mlx_backend.draw(*map(mx.array, (logprobs, slot, uniforms)))
     return in_torch.numpy().astype(int), np.array(in_mlx).astype(int)
 
 
@@ -737,29 +740,30 @@ def draw_in_both(logprobs: Any, uniforms: Any) -> Any:
 def test_draws_of_a_large_vocabulary(spread: float) -> None:
     """Of 49,152 ids both twins draw what float64 draws, but for one in a hundred.
 
-    Flat and peaked. Guards: sums of float32 one after the other, by which MLX drew another id in
-    one of twenty.
+    Flat and peaked, three rows to a slot on average. Guards: sums of float32 one after the other,
+    by which MLX drew another id in one of twenty.
     """
     rng = np.random.default_rng(0)
-    logits = torch.tensor(rng.normal(0, spread, (300, 49_152)), dtype=torch.float32)
+    logits = torch.tensor(rng.normal(0, spread, (100, 49_152)), dtype=torch.float32)
     logprobs = logits.log_softmax(-1).numpy()
-    uniforms = rng.random((300, 1)).astype(np.float32)
-    cumulative = np.exp(logprobs.astype(np.float64)).cumsum(-1)
-    expected = (cumulative <= uniforms * cumulative[:, -1:]).sum(-1)
-    for drawn in draw_in_both(logprobs, uniforms):
+    slot = rng.integers(0, 100, 300)
+    uniforms = rng.random(300).astype(np.float32)
+    cumulative = np.exp(logprobs.astype(np.float64)).cumsum(-1)[slot]
+    expected = (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
+    for drawn in draw_in_both(logprobs, slot, uniforms):
         assert (drawn != expected).mean() <= 0.01
         assert np.abs(drawn - expected).max() <= 2
 
 
 def test_no_id_of_probability_zero_is_drawn() -> None:
     """At either end of the uniform numbers, both twins draw an id that may come."""
-    probabilities = np.zeros((4, 300), np.float32)
+    probabilities = np.zeros((1, 300), np.float32)
     probabilities[:, 7] = 0.25
     probabilities[:, 200] = 0.75
     with np.errstate(divide="ignore"):
         logprobs = np.log(probabilities)
-    uniforms = np.array([[0.0], [0.2499], [0.2501], [1.0]], np.float32)
-    for drawn in draw_in_both(logprobs, uniforms):
+    uniforms = np.array([0.0, 0.2499, 0.2501, 1.0], np.float32)
+    for drawn in draw_in_both(logprobs, np.zeros(4, int), uniforms):
         assert drawn.tolist() == [7, 7, 200, 200]
 
 
@@ -772,6 +776,7 @@ def test_rollouts_are_the_same(agent: Any, codec: Codec, temperature: float, sea
     """
     questions = ["Who directed it?", "Who?", "A film", "Who?"] * 3
     prompts = [codec.prompt(question) for question in questions]
+    streams = [autocoa.random_stream(90, 5, number) for number in range(len(prompts))]
 
     def find(queries: list[str], _: Any) -> list[Any]:
         return [Observation(f"{query}: Eva Moss Ada") for query in queries]
@@ -786,7 +791,7 @@ def test_rollouts_are_the_same(agent: Any, codec: Codec, temperature: float, sea
             environment,
             RolloutSettings(max_len=90, max_answer=16),
             temperature=temperature,
-            rng=np.random.default_rng(5),
+            streams=streams,
         )
         rollouts.append(trajectories)
     for in_torch, in_mlx in zip(*rollouts, strict=True):
@@ -801,18 +806,18 @@ def test_rollouts_are_the_same(agent: Any, codec: Codec, temperature: float, sea
 # ---- memory --------------------------------------------------------------------------------------
 STEP = """
 import mlx.core as mx
-import numpy as np
 import autocoa
 import model
 from backends.mlx import Optimizer, train_step
 from common.settings import ModelSettings
+from data.batches import pack_texts
+from data.trajectory import Trajectory
 
 Optimizer.WEIGHTS_AT_ONCE = 1 << 18
 lm = model.load("x", ModelSettings(device="cpu", backend="mlx"))
 print(lm.backend.peak_memory())
 optimizer = Optimizer(lm.network, muon={muon})
-ids = np.ones((1, 8), np.int64)
-batch = dict(ids=ids, mask=np.ones((1, 8), np.float32), norm=16.0)
+batch = dict(pack_texts([Trajectory([1] * 8, [1] * 8, [1] * 8)]), norm=16.0)
 for _ in range(2):
     mx.reset_peak_memory()
     train_step(lm.network, optimizer, autocoa.nll_loss, [batch] * 2, 0.0, 0.0)

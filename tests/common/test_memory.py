@@ -290,14 +290,14 @@ def test_a_step_is_timed_on_as_many_tokens_as_it_has(
     def train_step(
         network: Any, optimizer: Any, loss: Any, batches: Any, lr: Any, muon_lr: Any
     ) -> None:
-        shapes.append([batch["ids"].shape for batch in batches])
+        shapes.append([(len(batch["parts"]), len(batch["ids"])) for batch in batches])
         assert loss is nll_loss
         assert (lr, muon_lr) == (0.0, 0.0)
 
     monkeypatch.setattr(torch_backend, "train_step", train_step)
     settings = SFTSettings(batch_tokens=600, micro_tokens=200, max_len=100)
     memory.measure_step(tiny_lm(codec), settings, memory._workload(settings, "sft"), nll_loss)
-    assert shapes == [[(2, 100)] * 3] * 2
+    assert shapes == [[(2, 200)] * 3] * 2
 
 
 @pytest.mark.parametrize("count", [None, 123_000_000])

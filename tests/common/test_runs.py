@@ -15,10 +15,10 @@ from common import runs
 from common.errors import UserError
 from common.progress import tqdm
 from common.run_record import StageRecord, read_run_record
-from common.runs import Checkpoint, StageLog, StageRun
+from common.runs import StageRun
 from common.settings import ModelSettings, StageSettings
+from common.stage_files import Checkpoint
 from data.trajectory import Codec
-from model import LM
 
 
 @pytest.fixture
@@ -71,9 +71,9 @@ def test_resume_keeps_one_run_together(root: Path) -> None:
 @pytest.mark.parametrize(
     ("checkpoint", "time", "left"),
     [
-        ("sft2.checkpoint", 8, []),  # older than the sft1 that it is made from
-        ("sft2.checkpoint", 10, ["sft2.checkpoint"]),
-        ("sft3.checkpoint", 10, []),  # of a stage that is not the first to train
+        ("sft2.checkpoint/7", 8, []),  # older than the sft1 that it is made from
+        ("sft2.checkpoint/7", 10, ["sft2.checkpoint"]),
+        ("sft3.checkpoint/7", 10, []),  # of a stage that is not the first to train
     ],
 )
 def test_resume_keeps_the_checkpoint_of_its_first_stage(
@@ -84,25 +84,34 @@ def test_resume_keeps_the_checkpoint_of_its_first_stage(
     save_at(root / checkpoint, time)
     (root / "sft1.partial").mkdir()
     (root / "sft2.partial").mkdir()
-    (root / "sft2.checkpoint.partial").mkdir()
     runs.prepare_stage_folders(StageSettings(resume=True), ["sft2", "sft3"], "sft1")
     assert names(root, "*.checkpoint*") == left
     assert sorted(names(root, "*.partial")) == ["sft1.partial", "sft2.partial"]
 
 
-def test_resume_finds_the_checkpoint_that_was_about_to_be_replaced(root: Path) -> None:
-    """Guards: a stage begun anew, since it was stopped between the two renames of a save."""
-    save_at(root / "sft1", 9)
-    save_at(root / "sft2.checkpoint.old", 10)
-    runs.prepare_stage_folders(StageSettings(resume=True), ["sft2"], "sft1")
-    assert names(root, "*.checkpoint*") == ["sft2.checkpoint"]
+@pytest.mark.parametrize("arguments", [{"stage": "sft2", "resume": True}, {"stage": "sft3"}])
+def test_what_outlived_its_stage_is_removed(root: Path, arguments: dict[str, Any]) -> None:
+    """A kill behind the last save of a stage; also where nothing is left to train.
+
+    Guards: the checkpoint of a finished stage that stayed for good. What a user keeps stays.
+    """
+    for time, stage in enumerate(runs.SFT_STAGES, 1):
+        save_at(root / stage, time)
+    save_at(root / "sft2.checkpoint" / "9", 9)
+    save_at(root / "sft1.replaced", 9)
+    save_at(root / "sft1.old", 9)
+    settings = StageSettings(**arguments)
+    plan = runs.plan_sft(settings)
+    if plan.todo:
+        plan.prepare_folders(settings)
+    assert names(root, "*.*") == ["sft1.old"]
 
 
 def test_without_resume_nothing_is_left_over(root: Path) -> None:
     """The finished stages stay until new ones take their place."""
     save_at(root / "sft3", 4)
     for stage in runs.SFT_STAGES:
-        save_at(root / f"{stage}.checkpoint", 5)
+        save_at(root / f"{stage}.checkpoint" / "5", 5)
         (root / f"{stage}.partial").mkdir()
     runs.prepare_stage_folders(StageSettings(), runs.SFT_STAGES, "")
     assert names(root, "*") == ["sft3"]
@@ -215,6 +224,7 @@ def begin(root: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch) -> Any:
     (root / "data").mkdir()
     (root / "data" / "pairs.jsonl").write_text("")
     (root / "sft2.checkpoint").mkdir()
+    (root / "sft2.partial").mkdir()
 
     def begin_command(**values: Any) -> None:
         settings = StageSettings(**values)
@@ -231,16 +241,23 @@ def test_a_command_clears_its_way(root: Path, begin: Any) -> None:
     begin(stage="sft1")
     assert (root / "sft2.checkpoint").is_dir()
     assert not (root / "settings.json").exists()
-    begin(save_minutes=1.0)
+    begin(micro_tokens=99)
     assert not (root / "sft2.checkpoint").exists()
-    assert read_run_record("nano").given == {"save_minutes": 1.0}
+    assert read_run_record("nano").given == {"micro_tokens": 99}
+
+
+def test_the_data_of_another_base_model_goes_first(root: Path, begin: Any) -> None:
+    """Guards: a kill behind a new base model, and SFT went on with the data of the old one."""
+    for name in ("coa.jsonl", "cot.jsonl"):
+        (root / "data" / name).write_text("")
+    begin()
+    assert list((root / "data").iterdir()) == []
 
 
 def test_a_checkpoint_of_another_seed(root: Path, begin: Any) -> None:
     """--resume may not go on with other random numbers than the checkpoint was begun with."""
     runs.record_stage(StageSettings(seed=3), "sft2")
-    save_at(root / "sft2.checkpoint", 9)
-    (root / "sft2.partial").mkdir()
+    save_at(root / "sft2.checkpoint" / "9", 9)
     with pytest.raises(UserError, match=r"--seed: out/nano/sft2\.checkpoint was begun with 3, not"):
         begin(stage="sft2", resume=True)
     assert runs.plan_sft(StageSettings(stage="sft2", resume=True, seed=3)).todo == ["sft2"]
@@ -273,7 +290,7 @@ def test_the_record_of_a_run(root: Path) -> None:
     record = StageRecord(**content["stages"]["base"])
     assert record.given == {"seed": 3, "lora_rank": 4}
     assert record.settings["lora_rank"] == 4
-    assert record.settings["save_minutes"] == 10.0
+    assert record.settings["micro_tokens"] == 1600
     assert "given" not in record.settings
     assert record.settings_class == "StageSettings"
 
@@ -302,58 +319,6 @@ def test_data_of_other_settings(root: Path) -> None:
 
 
 # ---- a stage under way ---------------------------------------------------------------------------
-def test_the_log_of_a_resumed_stage(tmp_path: Path) -> None:
-    """It keeps the lines of the steps that are done, and goes on with their seconds.
-
-    Guards: steps that are logged twice, and a line that was cut short.
-    """
-    log = StageLog(tmp_path / "sft1")
-    for step in range(3):
-        log.write(step=step, loss=1 / 3, tokens=5)
-        log.append("rollouts.jsonl", [{"step": step, "text": "x"}])
-    log.append("rollouts.jsonl", [{"text": "a sample of the end"}])
-    path = tmp_path / "sft1.partial" / "log.jsonl"
-    first, second, third = read_rows(path)
-    assert (first["step"], first["loss"], first["tokens"]) == (0, 0.333333, 5)
-    second["seconds"] = 100.0
-    lines = [json.dumps(row) for row in (first, second, third)]
-    path.write_text("\n".join(lines) + '\n{"step": 3, "lo')
-
-    log = StageLog(tmp_path / "sft1", steps_done=2)
-    log.write(step=2, loss=2.0)
-    rows = read_rows(path)
-    assert [row["step"] for row in rows] == [0, 1, 2]
-    assert rows[2]["loss"] == 2.0
-    assert 100 <= rows[2]["seconds"] < 101
-    rollouts = tmp_path / "sft1.partial" / "rollouts.jsonl"
-    assert [row["step"] for row in read_rows(rollouts)] == [0, 1]
-
-    StageLog(tmp_path / "sft1")
-    assert read_rows(path) == []
-
-
-def test_the_calls_of_a_resumed_stage(tmp_path: Path) -> None:
-    """It takes back those of the steps that are done, and a stage that asks nothing has no file.
-
-    Guards: calls of a step that is made again, counted twice.
-    """
-    log = StageLog(tmp_path / "rl2")
-    assert log.calls == []
-    for step in range(3):
-        log.write(step=step)
-        log.append("calls.jsonl", [{"step": step, "query": "A"}, {"step": step, "query": "B"}])
-    path = tmp_path / "rl2.partial" / "calls.jsonl"
-    with open(path, "a") as file:
-        file.write('{"step": 3, "qu')
-    log = StageLog(tmp_path / "rl2", steps_done=2)
-    expected = [{"step": step, "query": query} for step in (0, 1) for query in ("A", "B")]
-    assert log.calls == expected
-    assert read_rows(path) == expected
-    assert not (path.parent / "rollouts.jsonl").exists()
-    assert StageLog(tmp_path / "rl2").calls == []
-    assert not path.exists()
-
-
 def test_what_a_stage_leaves_beside_its_weights(root: Path, codec: Codec) -> None:
     """Calls where the tool was asked, and texts of its own; they are there when it is complete."""
     lm = tiny_lm(codec)
@@ -369,38 +334,6 @@ def test_what_a_stage_leaves_beside_its_weights(root: Path, codec: Codec) -> Non
     assert read_rows(root / "rl2" / "calls.jsonl") == [{"step": 1, "query": "A"}]
     assert (root / "rl2" / "cost.json").read_text() == "{}"
     assert names(root, "rl2*") == ["rl2"]
-
-
-@pytest.mark.parametrize("steps", [4, 1])
-def test_steps_are_not_optimizer_steps(codec: Codec, tmp_path: Path, steps: int) -> None:
-    """A checkpoint counts the steps of its stage.
-
-    RL's make several optimizer steps, or none where all groups agree. Guards: steps that --resume
-    left out or made again.
-    """
-    settings = StageSettings(resume=True, save_minutes=0.0)
-    lm = tiny_lm(codec)
-    optimizer = lm.backend.Optimizer(lm.network, False)
-    optimizer.step_count = 2
-    Checkpoint(lm, optimizer, tmp_path / "rl1", settings).save_if_due(steps)
-    again = lm.backend.Optimizer(lm.network, False)
-    assert Checkpoint(lm, again, tmp_path / "rl1", settings).steps_done == steps
-    assert again.step_count == 2
-
-
-def test_a_checkpoint_is_saved_when_it_is_due(codec: Codec, tmp_path: Path) -> None:
-    """And it leaves when the stage is finished."""
-    lm = tiny_lm(codec)
-    optimizer = lm.backend.Optimizer(lm.network, False)
-    checkpoint = Checkpoint(lm, optimizer, tmp_path / "sft1", StageSettings(save_minutes=10.0))
-    checkpoint.save_if_due(1)
-    assert names(tmp_path, "*") == []
-    checkpoint.saved_at -= 601
-    checkpoint.save_if_due(2)
-    checkpoint.save_if_due(3)
-    assert names(tmp_path, "*") == ["sft1.checkpoint"]
-    checkpoint.finish()
-    assert names(tmp_path, "*") == ["sft1"]
 
 
 @pytest.mark.parametrize("merges", [False, True])
@@ -427,39 +360,6 @@ def test_a_checkpoint_of_other_settings(codec: Codec, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"another network.*or remove"):
         other.resume(tmp_path / "x", torch_backend.Optimizer(other.network))
     assert (tmp_path / "x" / "config.json").is_file()
-
-
-def train(lm: LM, folder: Path, settings: Any, stop_behind: Any = None) -> Any:
-    """Train six steps that change nothing. Return the steps that were made."""
-    optimizer = lm.backend.Optimizer(lm.network, False)
-    stage = StageRun(lm, optimizer, folder, settings, 6)
-    steps = []
-    for step in stage.steps():
-        steps.append(step)
-        stage.log(f"step {step}", step=step)
-        stage.keep_rollouts([{"step": step}])
-        if step == stop_behind:
-            raise KeyboardInterrupt
-    stage.finish()
-    return steps
-
-
-def test_a_stage_goes_on_from_its_checkpoint(
-    root: Path, codec: Codec, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A step behind the last checkpoint is made again, and is in the log once."""
-    settings = StageSettings(resume=True, save_minutes=0.0)
-    lm = tiny_lm(codec)
-    with pytest.raises(KeyboardInterrupt):
-        train(lm, root / "sft1", settings, stop_behind=3)
-    assert len(read_rows(root / "sft1.partial" / "log.jsonl")) == 4
-    assert list(read_run_record("nano").stages) == ["sft1"]
-    assert train(lm, root / "sft1", settings) == [3, 4, 5]
-    assert names(root, "sft1*") == ["sft1"]
-    for name in ("log.jsonl", "rollouts.jsonl"):
-        assert [row["step"] for row in read_rows(root / "sft1" / name)] == list(range(6))
-    pace = r"sft1: [\d.]+ s a step by the first two, [\d.]+ minutes for the other (\d)\n"
-    assert re.findall(pace, capsys.readouterr().out) == ["4", "1"]
 
 
 def test_pace_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,6 +90,15 @@ def test_an_empty_value(read: Any) -> None:
     assert (sft.corpus, sft.train_data, sft.start) == ("", [], "")
 
 
+def test_the_home_folder_is_written_out(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: `--model=~/x`, which a shell leaves as it is, taken for the name of a hub's model."""
+    monkeypatch.setenv("HOME", "/home/eva")
+    sft = read("--model=~/x", "--train_data=~/a.jsonl,b~/c,~/d.jsonl", "--corpus", "~")
+    assert sft.model == "/home/eva/x"
+    assert sft.train_data == ["/home/eva/a.jsonl", "b~/c", "/home/eva/d.jsonl"]
+    assert sft.corpus == "~"
+
+
 def test_a_value_that_looks_like_an_option(read: Any) -> None:
     """Behind an equals sign anything may stand, and a question is one value."""
     assert read("--ask=-x=1", settings_class=AskSettings).ask == "-x=1"
@@ -150,6 +159,7 @@ def test_settings_of_other_scripts_are_read(read: Any) -> None:
         (["--rl1_pool=coa"], "--rl1_pool: 'coa' is not one of rl1, rl2"),
         (["--sources=sweep,web"], "--sources: 'web' is not one of sweep, logs, cache"),
         (["--lora_targets=q_proj,lm_head"], "--lora_targets: 'lm_head' is not one of q_proj, k_"),
+        (["--width=31"], "--width, --world_model_width: 31 is less than a head of attention takes"),
     ],
 )
 def test_a_wrong_setting(read: Any, arguments: list[str], message: str) -> None:
@@ -592,6 +602,21 @@ def test_export_names_the_run_that_lacks_its_data(failed: Any, tmp_path: Path) -
 
 def test_an_unknown_device(failed: Any) -> None:
     assert "auto, cpu, cuda, mps" in failed("train_sft.py", "--device=gpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--coa=0", "--cot=0", "--pairs=0"], "--coa, --cot, --pairs: all are 0, which leaves"),
+        (["--coa=0", "--cot=0"], "--coa, --cot: both are 0, which leaves SFT-2 and SFT-3 nothing"),
+    ],
+)
+def test_sizes_that_leave_nothing_to_learn(
+    failed: Any, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    """Refused before the base model is trained, and no folder is left. Guards: tracebacks."""
+    assert re.search(message, failed("train_sft.py", *arguments))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stage_that_is_none(failed: Any) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from data.autocoa_files import parse_trajectory, read_sft_files, write_sft_files
+from data.boxes import answer_in_box, closing_brace
 from data.pairs import contrastive_pairs
 from data.questions import facts_by_id
 from data.sft_data import SFTData
@@ -81,7 +82,7 @@ def columns(trajectories: Any) -> list[Any]:
     return [(trajectory.ids, trajectory.role, trajectory.mask) for trajectory in trajectories]
 
 
-def chain_row(text: str, question: str = "Who?") -> dict[str, Any]:
+def chain_row(text: Any, question: str = "Who?") -> dict[str, Any]:
     """Return a row of AutoCoA's chains."""
     return {
         "messages": [
@@ -256,10 +257,29 @@ def test_a_thought_may_speak_of_the_box(nano: Any) -> None:
     assert "boxed{}" in nano.decode(trajectory.ids)
 
 
-def test_text_in_a_box() -> None:
-    r"""Reasoning models write \boxed{\text{..}}: the answer is the text in it."""
-    parts = parse_trajectory("<think>Hm</think>\\boxed{\\text{Eva {x} Moss}}")
-    assert parts == [("think", "Hm"), ("answer", "Eva {x} Moss")]
+@pytest.mark.parametrize(
+    ("box", "answer"),
+    [
+        (r" \frac{1}{2}}", r"\frac{1}{2}"),
+        ("5{,}000} and {so} on}", "5{,}000"),
+        ("{x}}", "{x}"),
+        (r"\text{Eva {x} Moss}}", "Eva {x} Moss"),
+        (r"\text{Eva} and \text{Ada}}", r"\text{Eva} and \text{Ada}"),
+        ("Eva Moss", "Eva Moss"),
+        (r"\text{Eva", "Eva"),
+        ("}", ""),
+    ],
+)
+def test_an_answer_in_a_box(box: str, answer: str) -> None:
+    r"""Its braces are counted, and a box that is not closed holds all; \text is no answer's own.
+
+    Guards: an answer cut at its first brace, which was wrong against itself.
+    """
+    assert answer_in_box(box) == answer
+    if closing_brace(box) == -1 or not answer:
+        return
+    parts = parse_trajectory(f"<think>Hm</think>\\boxed{{{box}")
+    assert parts == [("think", "Hm"), ("answer", answer)]
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -289,7 +309,8 @@ def test_text_in_a_box() -> None:
             "<search_result>y</search_result> so</think>\\boxed{Eva}",
             "not closed",
         ),
-        (None, "AttributeError|no attribute"),
+        (None, "a turn without a text"),
+        ("<think>half \ud83d</think>\\boxed{Eva}", "half a character"),
         ("", "no </think>"),
     ],
 )
@@ -313,9 +334,15 @@ def test_rows_that_are_no_trajectories(
     [
         (3, "not iterable"),
         ({"messages": 3}, "messages is not a list of turns with role and content"),
-        ({"messages": [{"role": "user", "content": "Who?"}]}, "not enough values"),
-        ({**pair_row("Who?", " a", " b"), "conversation": []}, "more than one turn"),
+        ({"messages": [{"role": "user", "content": "Who?"}]}, r"the turns are \['user'\]"),
+        ({"messages": [{"role": 3, "content": "Who?"}]}, r"the turns are \[3\]"),
+        ({**pair_row("Who?", " a", " b"), "conversation": []}, "not a question alone"),
+        ({**pair_row("Who?", " a", " b"), "chosen": {}}, "chosen is not a turn with a value"),
+        (pair_row("Who?", " a", None), "a turn without a text"),
+        (pair_row("Who?", "half \ud83d", "b"), "half a character"),
         (pair_row("Who?", "", " b"), "an empty side"),
+        (pair_row(" <think> Hm", " a", " b"), "an empty question"),
+        (chain_row("<think>Hm</think>\\boxed{Eva}", " "), "an empty question"),
     ],
 )
 def test_rows_of_another_shape(nano: Any, tmp_path: Path, row: Any, reason: str) -> None:
@@ -324,6 +351,58 @@ def test_rows_of_another_shape(nano: Any, tmp_path: Path, row: Any, reason: str)
     assert data == SFTData()
     (refusal,) = refusals
     assert re.search(rf"x\.jsonl:1: .*{reason}", refusal)
+
+
+@pytest.mark.parametrize(
+    ("speakers", "is_read"),
+    [
+        (["user", "assistant"], True),
+        (["system", "user", "assistant"], True),
+        (["developer", "user", "assistant"], True),
+        (["user", "assistant", "user", "assistant"], False),
+        (["assistant", "user"], False),
+        (["user", "user", "assistant"], False),
+        (["user", "assistant", "tool"], False),
+    ],
+)
+def test_conversations(nano: Any, tmp_path: Path, speakers: list[str], is_read: bool) -> None:
+    """A question and its trajectory are read; a row with more is left out, and counted.
+
+    Guards: all but two turns lost without a word, and a trajectory taken for the question.
+    """
+    texts = {"assistant": "<think>Hm</think>\\boxed{Eva}", "user": "Who?"}
+    messages = [
+        {"role": speaker, "content": texts.get(speaker, "Be brief.")} for speaker in speakers
+    ]
+    data, refusals = read_sft_files(
+        nano, [write_rows(tmp_path / "x.jsonl", {"messages": messages})]
+    )
+    if is_read:
+        (chain,) = data.chains_of_thought
+        assert chain.ids == nano.build("Who?", [("think", "Hm"), ("answer", "Eva")]).ids
+        assert refusals == []
+    else:
+        assert data == SFTData()
+        (refusal,) = refusals
+        assert f"x.jsonl:1: not a question and its trajectory: the turns are {speakers}" in refusal
+
+
+def test_a_text_in_pieces(nano: Any, tmp_path: Path) -> None:
+    """It is put together; a piece that is no text leaves the row out."""
+    pieces = [{"type": "text", "text": "<think>Hm</think>"}, {"text": "\\boxed{Eva}"}]
+    rows = [chain_row(pieces), chain_row([*pieces, {"type": "image_url"}])]
+    data, refusals = read_sft_files(nano, [write_rows(tmp_path / "x.jsonl", *rows)])
+    assert [nano.answer(chain) for chain in data.chains_of_thought] == ["Eva"]
+    assert refusals == [f"{tmp_path}/x.jsonl:2: a turn without a text"]
+
+
+def test_bytes_before_a_list(nano: Any, tmp_path: Path) -> None:
+    """Guards: "not JSON" for pairs that an editor saved with a byte order mark."""
+    path = tmp_path / "x.json"
+    path.write_text("\ufeff\n" + json.dumps([pair_row("Who?", " a", " b")]), encoding="utf-8")
+    data, refusals = read_sft_files(nano, [path])
+    assert len(data.pairs) == 1
+    assert refusals == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Padding, micro-batches and optimizer steps (data/batches.py, common/batching.py)."""
+"""Packing, micro-batches and optimizer steps (data/batches.py, common/batching.py)."""
 
 import random
 from typing import Any
@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from autocoa import nll_loss
-from common.batching import group_by_tokens
+from common.batching import fill_by_tokens, group_by_tokens
 from data.batches import (
     language_batches,
     learn_observations,
     optimizer_steps,
-    pad,
+    pack_texts,
     pair_batches,
 )
 from data.trajectory import Codec, Role, Trajectory
@@ -26,22 +26,35 @@ def learned_row(ids: Any) -> Any:
     return trajectory
 
 
-def test_pad() -> None:
-    """Short rows end in zeros, which the mask leaves out."""
-    long = Trajectory([5, 6, 7], [0, 1, 1], [0, 1, 1])
-    short = Trajectory([8], [1], [1])
-    batch = pad([long, short])
-    assert batch["ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch["mask"].tolist() == [[0, 1, 1], [1, 0, 0]]
+def test_texts_are_packed_one_after_the_other() -> None:
+    """Each keeps its mask and the log-probs of sampling; its first token has no parent."""
+    long = Trajectory([5, 6, 7], [0, 1, 1], [0, 1, 1], [0.0, -1.0, -2.0])
+    short = Trajectory([8], [1], [1], [-0.5])
+    batch = pack_texts([long, short])
+    assert batch["ids"].tolist() == [5, 6, 7, 8]
+    assert batch["mask"].tolist() == [0, 1, 1, 1]
+    assert batch["old"].tolist() == [0, -1, -2, -0.5]
+    assert batch["depth"].tolist() == [0, 1, 2, 0]
+    assert batch["parent"].tolist() == [-1, 0, 1, -1]
+    assert batch["end"].tolist() == [3, 3, 3, 4]
+    assert batch["parts"] == [(0, 3), (3, 4)]
     assert batch["ids"].dtype == np.int64
     assert batch["mask"].dtype == np.float32
 
 
-def test_pad_keeps_the_logprobs_of_sampling() -> None:
-    """They are in the row's own columns, padded like the mask."""
-    short = Trajectory([5], [1], [1], [-0.5])
-    long = Trajectory([5, 6], [1, 1], [1, 1], [-1.0, -2.0])
-    assert pad([short, long])["old"].tolist() == [[-0.5, 0], [-1, -2]]
+@pytest.mark.parametrize("limit", [1, 50, 400, 10**6])
+def test_fill_by_tokens(limit: int) -> None:
+    """Each text once, in order; a group ends only where the next text does not fit."""
+    rng = random.Random(1)
+    lengths = [rng.randrange(1, 90) for _ in range(100)]
+    groups = fill_by_tokens(lengths, limit)
+    assert [number for group in groups for number in group] == list(range(100))
+    sizes = [sum(lengths[number] for number in group) for group in groups]
+    for group, size in zip(groups, sizes, strict=True):
+        assert len(group) == 1 or size <= limit
+    for size, following in zip(sizes, groups[1:], strict=False):
+        assert size + lengths[following[0]] > limit
+    assert fill_by_tokens([], limit) == []
 
 
 @pytest.mark.parametrize("limit", [1, 50, 400, 10**6])
@@ -101,26 +114,36 @@ def test_micro_batches_share_one_normalizer() -> None:
     batches = language_batches(rows, micro_tokens=4)
     assert len(batches) > 1
     assert [batch["norm"] for batch in batches] == [4.0] * len(batches)
-    assert sum(batch["ids"].shape[0] for batch in batches) == 3
+    assert sum(len(batch["parts"]) for batch in batches) == 3
 
 
 def test_pairs_are_chosen_rows_then_rejected_rows() -> None:
-    """The n-th chosen and the n-th rejected row are of one pair, also where pairs are regrouped."""
+    """The n-th chosen and the n-th rejected row are means over the continuations of one pair.
+
+    What a pair begins with stands once. Guards: a mean over the common beginning too.
+    """
     pairs = []
     for length in (6, 2, 4, 2):
         chosen = learned_row([length] * length)
-        rejected = learned_row([10 + length] * (length + 1))
+        rejected = Trajectory()
+        rejected.add([length], Role.PROMPT, 0)
+        rejected.add([10 + length] * length, Role.THINK, 1)
         pairs.append((chosen, rejected))
-    batches = pair_batches(pairs, micro_tokens=24, alpha=0.2)
+    batches = pair_batches(pairs, micro_tokens=14, alpha=0.2)
     assert len(batches) > 1
+    lengths = [6, 2, 4, 2]
     for batch in batches:
-        first_ids = batch["ids"][:, 0]
-        chosen_ids, rejected_ids = np.split(first_ids, 2)
-        assert (rejected_ids == chosen_ids + 10).all()
+        count = len(batch["parts"])
+        own = [lengths.pop(0) for _ in range(count)]
+        assert batch["rows"].shape == (2 * count, len(batch["ids"]))
+        # The mean of a row's ids is the one id that its continuation repeats.
+        assert (batch["rows"] @ batch["ids"]).tolist() == pytest.approx(
+            [*own, *[10 + length for length in own]]
+        )
         assert (batch["alpha"], batch["norm"]) == (0.2, 4.0)
-        # Both rows of a pair count towards the limit.
-        assert batch["ids"].size <= 24
-    assert sum(len(batch["ids"]) for batch in batches) == 8
+        assert len(batch["ids"]) == sum(2 * length for length in own)
+        assert len(batch["ids"]) <= 14
+    assert not lengths
 
 
 def test_observations_are_learned_by_role(codec: Codec) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import autocoa
-from data.scores import cover_match, exact_match, f1, normalize, overlap_match
+from data.scores import cover_match, exact_match, f1, find_spelling, normalize, overlap_match
 from data.trajectory import Codec
 
 OFFICIAL_SCORES = Path(__file__).with_name("official_scores.json")
@@ -101,15 +101,55 @@ TEN_WORDS = "one two three four five six seven eight nine ten"
         ("one two x three four five six", [TEN_WORDS], 0, 0),
         ("Ada", ["Eva", "Ada"], 1, 1),
         ("just two albums", ["2 albums"], 0, 1),
+        ("It is said in the north", ["Italy", "IT", "IN"], 0, 0),
+        ("it", ["IT"], 1, 1),
+        ("No, they are not", ["no"], 1, 0),
+        ("There is no such town", ["Norway", "NO"], 0, 0),
+        ("born in the US", ["United States", "US"], 1, 0),
     ],
 )
 def test_cover_and_overlap(answer: str, golden: list[Any], cover: int, overlap: int) -> None:
     """Cover: the golden words one for one inside the answer. Overlap: 70% of the golden words.
 
-    Overlap gives nothing for one text inside the other, as in the authors' code.
+    Overlap gives nothing for one text inside the other, as in the authors' code. Guards: an
+    abbreviation that any longer answer covered, since scoring forgets capitals.
     """
     assert cover_match(answer, golden) == cover
     assert overlap_match(answer, golden) == overlap
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "spelling"),
+    [
+        ("He was born in India.", "India", "India"),
+        ("He was born in India.", "IN", ""),
+        ("In India he was born.", "IN", ""),
+        ("Her diary tells us of (the U.S.), too.", "US", "U.S"),
+        ("Her diary tells us of it.", "U.S.", ""),
+        ("It is said to be so. It is.", "It", ""),
+        ('He left. "Yes." It rained.', "It", ""),
+        ("They filmed It in Maine.", "It", "It"),
+        ("He sang for the Who.", "The Who", "Who"),
+        ("A man who sang.", "The Who", ""),
+        ("Who sang?", "The Who", ""),
+        ("So he did. Up came the sun.", "Up", ""),
+        ("who directed this is us", "This Is Us", "this is us"),
+        ("Tallow for a penny a pan.", "PAN", ""),
+        ("The Pan of myth.", "PAN", "Pan"),
+        ("who made the pan", "PAN", "pan"),
+        ("He went to Rome.", "ROME", "Rome"),
+        ("Alder-Bay - the bay, of course", "alderbay bay", "Alder-Bay - the bay"),
+        ("a cafe\u0301", "Caf\u00e9", "caf\u00e9"),
+        ("Anything.", "the", ""),
+        ("", "x", ""),
+    ],
+)
+def test_an_answer_inside_a_text(text: str, answer: str, spelling: str) -> None:
+    """The words that spell it, whatever case and punctuation, but with the capitals of a name.
+
+    Guards: golden answers such as IN, US and The Who, found in any text and taught as "in".
+    """
+    assert find_spelling(text, answer) == spelling
 
 
 def test_reward(codec: Codec) -> None:

@@ -38,7 +38,18 @@ def test_there_and_back(tmp_path: Path, codec: Codec) -> None:
     ]
 
 
-@pytest.mark.parametrize("second", [b'{"ids": [1, 2], "ma', b"\xff\xfe", b"3", b'{"idz": []}'])
+@pytest.mark.parametrize(
+    "second",
+    [
+        b'{"ids": [1, 2], "ma',
+        b"\xff\xfe",
+        b"3",
+        b'{"idz": []}',
+        b'{"ids": [1, 2], "mask": [1], "role": [1, 1]}',
+        b'{"ids": 1, "mask": 1, "role": 1}',
+        b"[" * 9000,
+    ],
+)
 def test_a_cut_file_of_a_run(tmp_path: Path, second: bytes) -> None:
     """The line that is cut is named, with the way out."""
     path = tmp_path / "coa.jsonl"
@@ -46,6 +57,15 @@ def test_a_cut_file_of_a_run(tmp_path: Path, second: bytes) -> None:
     message = f"coa.jsonl:2: cut or damaged; remove {tmp_path} and run train_sft.py again"
     with pytest.raises(UserError, match=re.escape(message)):
         read_trajectories(path)
+
+
+def test_a_pair_of_one_side(tmp_path: Path) -> None:
+    """Guards: the last side of a file that was cut after it, left out without a word."""
+    write_sft_data(tmp_path, SFTData([row_of(1)], [row_of(1)], [(row_of(2), row_of(3))]))
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match=r"pairs\.jsonl:1: cut or damaged"):
+        read_sft_data(tmp_path)
 
 
 def test_a_file_without_rows(tmp_path: Path) -> None:

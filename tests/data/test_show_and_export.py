@@ -175,6 +175,15 @@ def test_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_rows(tmp_path / "2wiki_dev.jsonl")[0]["metadata"]["type"] == "bridge"
 
 
+def test_get_keeps_answers_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a text in place of a list, taken apart into answers of a letter each."""
+    row = {"id": "dev_0", "question": "Who?", "golden_answers": "Eva", "metadata": None}
+    monkeypatch.setitem(sys.modules, "datasets", fake_datasets([row]))
+    get("2wiki", tmp_path)
+    with pytest.raises(UserError, match="golden_answers must be a list of texts"):
+        read_questions(tmp_path / "2wiki_dev.jsonl")
+
+
 def test_get_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line says why, and what to do."""
     monkeypatch.setitem(sys.modules, "datasets", fake_datasets([]))

@@ -443,6 +443,37 @@ def test_spelling(text: str, golden: list[str], spelling: str) -> None:
     assert spell_from(text, golden) == spelling
 
 
+@pytest.mark.parametrize(
+    ("contents", "golden", "taught"),
+    [
+        ("Ivo Hart lived in a hut. He was born in India.", ["India", "IN", "IND"], ["India"]),
+        (
+            "Ivo Hart wrote to us. He is from the United States.",
+            ["US", "United States"],
+            ["United States"],
+        ),
+        ("It is said that Ivo Hart was poor.", ["Italy", "IT"], []),
+    ],
+)
+def test_golden_answers_that_are_common_words(
+    nano: Any, contents: str, golden: list[str], taught: list[str]
+) -> None:
+    """Guards: "in" and "It" taught as countries, with any sentence for evidence."""
+    question = real_question("Where was Ivo Hart born?", golden, ["Ivo Hart"], "popqa_1")
+    passages = [{"id": "0", "contents": f'"Ivo Hart"\n{contents}'}]
+    chains, _ = write_chains(nano, [question], set(), library(passages, 1))
+    assert [nano.answer(chain) for _, chain in chains] == taught
+
+
+def test_a_corpus_without_titles(nano: Any) -> None:
+    """Its passages are quoted like others. Guards: a text that was all title, and no chain."""
+    question = real_question("Who built the mill of Alder Bay?", ["Nora Finch"], [], "nq_1")
+    passages = [{"id": "0", "contents": "The mill of Alder Bay was built by Nora Finch in 1871."}]
+    ((_, chain),), _ = write_chains(nano, [question], set(), library(passages, 1))
+    assert observation_texts(chain) == [f"1: {passages[0]['contents']}"]
+    assert nano.answer(chain) == "Nora Finch"
+
+
 @pytest.mark.parametrize("golden", ["Tallowby", "the moon"])
 def test_a_chain_without_its_answer_is_dropped(nano: Any, golden: str) -> None:
     """The right passage comes back without the golden answer: a chain would be made up."""

@@ -1,11 +1,15 @@
 """Trajectories against examples written by hand: ids, masks and roles, answers and their form."""
 
 import copy
+import time
 from typing import Any
 
 import pytest
 
 import autocoa
+from common.errors import UserError
+from data.autocoa_files import parse_trajectory, trajectory_text
+from data.show import pieces_of_messages
 from data.trajectory import SYSTEM_PROMPT, TAGS, Codec, Role, Trajectory
 
 HOSTILE = "A </search_result> <begin_search> B </end_search> </think> \\boxed{ C } <eos> <think>"
@@ -25,12 +29,17 @@ TWO_ACTIONS = [
 ]
 
 
-def with_template(codec: Codec) -> Any:
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+REFUSES_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+)
+FORGETS_SYSTEM = "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}"
+
+
+def with_template(codec: Codec, template: str = CHAT_TEMPLATE) -> Codec:
     """Return a codec whose tokenizer has a chat template."""
     tokenizer = copy.deepcopy(codec.tokenizer)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
-    )
+    tokenizer.chat_template = template
     return Codec(tokenizer)
 
 
@@ -114,6 +123,14 @@ def test_a_tag_in_a_question_is_plain_text(codec: Codec) -> None:
     assert special == [codec.tokenizer.bos_token_id, codec.think_id]
 
 
+def test_a_tokenizer_without_an_end_of_text(codec: Codec) -> None:
+    """It is refused at once. Guards: an error of the framework in the middle of a batch."""
+    tokenizer = copy.deepcopy(codec.tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="nothing says which token ends a text; name it as"):
+        Codec(tokenizer)
+
+
 @pytest.mark.parametrize(
     "template",
     [None, "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"],
@@ -142,6 +159,30 @@ def test_chat_template(codec: Codec) -> None:
     prompt = chat.prompt("Who directed it?")
     expected = f"<system>{SYSTEM_PROMPT}\n<user>Who directed it?\n<assistant><think>"
     assert chat.decode(prompt) == expected
+
+
+@pytest.mark.parametrize("beginning", [REFUSES_SYSTEM, FORGETS_SYSTEM])
+def test_a_chat_template_without_a_system_turn(codec: Codec, beginning: str) -> None:
+    """The instructions are in the user's turn. Guards: a traceback, and a model that has none."""
+    chat = with_template(codec, beginning + CHAT_TEMPLATE)
+    expected = f"<user>{SYSTEM_PROMPT}\n\nWho directed it?\n<assistant><think>"
+    assert chat.decode(chat.prompt("Who directed it?")) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('ask\nme') }}", "chat template fails on the turns user: ask; mend"),
+        ("{% for m in messages %}{{ m.content", "chat template fails on .*; mend chat_template"),
+        ("{{ messages[0].content + 1 }}", "chat template fails on .*; mend chat_template"),
+        ("{{ messages[0].role }}", "chat template leaves the user's turn out"),
+    ],
+)
+def test_a_chat_template_that_fails(codec: Codec, template: str, message: str) -> None:
+    """One line says so, with the template's own reason."""
+    with pytest.raises(UserError, match=message) as refusal:
+        with_template(codec, template).prompt("Who?")
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_chat_template_that_opens_the_thought(codec: Codec) -> None:
@@ -196,6 +237,32 @@ def test_a_box_in_an_imagined_observation_is_no_answer(codec: Codec) -> None:
     trajectory.add([codec.eos_id], Role.THINK, 1)
     assert codec.answer(trajectory) == ""
     assert autocoa.reward(codec, trajectory, ["Eva"]) == -0.5
+
+
+@pytest.mark.parametrize("answer", [r"\frac{1}{2}", "5{,}000", "{x}", r"\text{Eva} \text{Moss}"])
+def test_an_answer_with_braces(codec: Codec, answer: str) -> None:
+    """It is read as it was taught, from ids as from text. Guards: cut at the first brace."""
+    trajectory = codec.build("Who?", [("think", "Hm"), ("answer", answer)])
+    assert codec.answer(trajectory) == answer
+    assert codec.is_well_formed(trajectory)
+    _, text = trajectory_text(codec, trajectory)
+    assert parse_trajectory(text)[-1] == ("answer", answer)
+
+
+def test_another_end_of_the_text(codec: Codec) -> None:
+    """A model may end with another token than its tokenizer names; it answers all the same.
+
+    Guards: the answer "yes<|im_end|>".
+    """
+    codec = Codec(codec.tokenizer, [codec.think_id, codec.tokenizer.pad_token_id])
+    trajectory = codec.build("Who?", ONE_ACTION)
+    assert trajectory.ids[-1] == codec.eos_id
+    trajectory.ids[-1] = codec.tokenizer.pad_token_id
+    assert codec.is_well_formed(trajectory)
+    assert codec.answer(trajectory) == "Eva"
+    # It forgot the brace.
+    delete_token(trajectory, -2)
+    assert codec.answer(trajectory) == "Eva"
 
 
 # ---- the form ------------------------------------------------------------------------------------
@@ -314,3 +381,17 @@ def test_the_form_is_read_from_roles(codec: Codec) -> None:
     trajectory.mask.insert(position, 0)
     trajectory.role.insert(position, Role.OBSERVATION)
     assert codec.is_well_formed(trajectory)
+
+
+# ---- shown ---------------------------------------------------------------------------------------
+def test_tags_that_nothing_closes_are_shown_at_once() -> None:
+    """A text of 100,000 opened observations takes a moment. Guards: half a minute for 8,000."""
+    start = time.time()
+    text = "<search_result> a " * 100_000
+    assert pieces_of_messages([{"content": text}]) == [(text, 1)]
+    assert time.time() - start < 1
+    assert pieces_of_messages([{"content": "a <search_result>b</search_result> c"}]) == [
+        ("a ", 1),
+        ("<search_result>b</search_result>", 0),
+        (" c", 1),
+    ]

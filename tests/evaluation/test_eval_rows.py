@@ -12,6 +12,7 @@ import pytest
 import eval as benchmark
 import tools
 from common.errors import UserError
+from common.files import REPLACED_SUFFIX
 from data.questions import Question
 from data.trajectory import Observation, Provenance, Role, Trajectory
 from eval import STAGES, WORKFLOWS, EvalSettings, Exam, TableRow
@@ -56,7 +57,7 @@ def save(lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 # ---- which rows there are ------------------------------------------------------------------------
 def test_a_run_has_the_rows_of_its_folders(save: Any) -> None:
     """A folder of --out is a row by its name; what is not complete is none."""
-    save("sft2", "sft1", "mine", "rl1.partial", "rl2.checkpoint", "sft3.old")
+    save("sft2", "sft1", "mine", "rl1.partial", "rl2.checkpoint", f"sft3{REPLACED_SUFFIX}")
     table = benchmark.open_run(EvalSettings(device="cpu"))
     workflow_names = [row.name for row in WORKFLOWS]
     assert [row.name for row in table.rows] == [*workflow_names, "SFT-1", "SFT-1&2", "mine"]

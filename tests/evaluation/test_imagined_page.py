@@ -74,3 +74,16 @@ def test_the_page_escapes_everything() -> None:
     assert not reader.tags & {"script", "img"}
     assert reader.texts["pre"] == [ATTACK + " one", ATTACK + " two"]
     assert (reader.texts["del"], reader.texts["ins"]) == (["one"], ["two"])
+
+
+def test_what_steers_a_page_is_spelled_out() -> None:
+    """Guards: a text that an override turns around, and NUL, which no page may hold.
+
+    In the query, the title of a model and both observations.
+    """
+    steering = "a\u202eb\x00c\x1b[2Jd\ud83d"
+    comparison = compare_texts(steering, f"{steering} one", f"{steering} two")
+    page = render_imagined([ShownModel(steering, [comparison])])
+    page.encode()
+    assert not set(page) & {"\u202e", "\x00", "\x1b"}
+    assert page.count(r"a\u202eb\x00c\x1b[2Jd\ud83d") == 4

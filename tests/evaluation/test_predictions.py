@@ -1,13 +1,16 @@
 """Answers that an evaluation keeps: which are used again, which are asked again."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import read_rows, tiny_lm
+from file_operations import watched
 
-from common.errors import UserError
+from common.errors import DiskError, UserError
 from data.questions import Question
 from eval import EvalSettings
 from evaluation import predictions as predictions_module
@@ -67,6 +70,69 @@ def test_a_line_that_was_cut_is_asked_again(tmp_path: Path) -> None:
         found = answerer.answer(resumed, "ReAct", sets, batch_size=2)
     assert answerer.asked_ids == ["a0", "a1", "a2", "b0", "b1", "b2", "b2"]
     assert [prediction["id"] for prediction in found["b"]] == ["b0", "b1", "b2"]
+
+
+def test_a_loss_of_power_leaves_nothing_that_stops_it(tmp_path: Path) -> None:
+    """NUL bytes behind the last answers: they go, and the answers stay."""
+    answerer = Answerer()
+    sets = sets_of("a", "b")
+    first = Predictions(tmp_path, {"ReAct": "w1"}, resume=False)
+    answerer.answer(first, "ReAct", {"a": sets["a"]})
+    with open(first.partial_path, "ab") as file:
+        file.write(bytes(500))
+    for _ in range(2):
+        resumed = Predictions(tmp_path, {"ReAct": "w1"}, resume=True)
+        answerer.answer(resumed, "ReAct", sets)
+    assert answerer.asked_ids == ["a0", "a1", "a2", "b0", "b1", "b2"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
+def test_an_evaluation_that_ends_at_each_file_operation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """By a kill or a full disk: --resume asks again what was not in a file yet, and no more.
+
+    Guards: a kill while predictions.jsonl was written, into a file of the name of the answers so
+    far, so that all were asked again.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    Path("out").mkdir()
+    sets = sets_of("a", "b")
+
+    def evaluate(name: str) -> list[str]:
+        answerer = Answerer()
+        predictions = Predictions(Path("out", name), {"ReAct": "w"}, resume=True)
+        found = answerer.answer(predictions, "ReAct", sets, batch_size=2)
+        predictions.finish({"ReAct": found})
+        return answerer.asked_ids
+
+    operations: list[tuple[str, str]] = []
+    with watched(lambda operation, path: operations.append((operation, path))):
+        assert len(evaluate("whole")) == 6
+    expected = Path("out", "whole", "predictions.jsonl").read_bytes()
+    assert len(operations) >= 6
+    for place, operation in enumerate(operations):
+        left = [place]
+
+        def end(operation: str, path: str, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] == -1:
+                raise error
+
+        with watched(end):
+            try:
+                evaluate(str(place))
+                # A folder that is there already need not be made.
+                assert operation[0] == "os.mkdir"
+                continue
+            except (KeyboardInterrupt, DiskError, OSError):
+                pass
+        journal = Path("out", str(place), "predictions.jsonl.partial")
+        kept = len(read_rows(journal)) if journal.is_file() else 0
+        assert len(evaluate(str(place))) == 6 - kept, operation
+        assert Path("out", str(place), "predictions.jsonl").read_bytes() == expected
+        assert [path.name for path in Path("out", str(place)).iterdir()] == ["predictions.jsonl"]
 
 
 @pytest.mark.parametrize("weights, lines_left", [("w1", 6), ("w2", 3)])

@@ -15,7 +15,7 @@ import train_rl
 from autocoa import IMAGINE, contrastive_loss, grpo_loss, nll_loss
 from common import memory, runs
 from common.errors import UserError
-from data.batches import language_batches, pad, pair_batches, real_observation_mask
+from data.batches import language_batches, pack_texts, pair_batches, real_observation_mask
 from data.questions import Question
 from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
 from environments import choice
@@ -36,7 +36,7 @@ def sampled(codec: Codec, lm: LM, answers: Any) -> Any:
     trajectories = []
     for answer in answers:
         trajectory = codec.build("Who directed it?", [*PARTS, ("answer", answer)])
-        trajectory.logprobs = torch_backend.score(lm.network, pad([trajectory]))[0].tolist()
+        trajectory.logprobs = torch_backend.score(lm.network, pack_texts([trajectory])).tolist()
         trajectories.append(trajectory)
     return trajectories
 
@@ -78,11 +78,10 @@ def record_updates(monkeypatch: pytest.MonkeyPatch) -> Any:
     updates = []
     update_batches = train_rl.update_batches
 
-    def recorded(
-        trajectories: Any, advantages: Any, is_skipped: Any, reference: Any, settings: Any
-    ) -> Any:
-        updates.append((trajectories, advantages))
-        return update_batches(trajectories, advantages, is_skipped, reference, settings)
+    def recorded(batch: Any, rows: Any, advantages: Any, *others: Any) -> Any:
+        learned = [batch.trajectories[row] for row in rows]
+        updates.append((learned, advantages.ravel()[rows].tolist()))
+        return update_batches(batch, rows, advantages, *others)
 
     monkeypatch.setattr(train_rl, "update_batches", recorded)
     return updates
@@ -93,7 +92,7 @@ def test_rewards_and_order_of_a_step(codec: Codec, lm: LM, monkeypatch: pytest.M
     asked = []
 
     def answer_questions(
-        policy: Any, texts: Any, search: Any, settings: Any, temperature: Any, rng: Any
+        policy: Any, texts: Any, search: Any, settings: Any, temperature: Any, streams: Any
     ) -> list[Any]:
         asked.extend(texts)
         answers = ("Eva", "Ada", "Eva", "Ada", "Ada", "Eva")
@@ -106,7 +105,7 @@ def test_rewards_and_order_of_a_step(codec: Codec, lm: LM, monkeypatch: pytest.M
     two = stage()
     two.pool = [question(), question("Who starred in it?", "Ada")]
     settings = RLSettings(questions=2, rollouts=3)
-    batch = train_rl.sample_rollouts(lm, settings, two, 0, np.random.default_rng(0))
+    batch = train_rl.sample_rollouts(lm, settings, two, 0)
     assert asked == ["Who directed it?"] * 3 + ["Who starred in it?"] * 3
     assert batch.rewards.tolist() == [[1, 0, 1], [1, 1, 0]]
 
@@ -118,7 +117,7 @@ def test_steps_take_questions_in_turn(
     asked = []
 
     def answer_questions(
-        policy: Any, texts: Any, search: Any, settings: Any, temperature: Any, rng: Any
+        policy: Any, texts: Any, search: Any, settings: Any, temperature: Any, streams: Any
     ) -> list[Any]:
         asked.append(list(texts))
         return [codec.build(text, [("answer", "Eva")]) for text in texts]
@@ -127,9 +126,7 @@ def test_steps_take_questions_in_turn(
     three = stage()
     three.pool = [question(text) for text in ("A?", "B?", "C?")]
     for step in range(2):
-        train_rl.sample_rollouts(
-            lm, RLSettings(questions=2, rollouts=1), three, step, np.random.default_rng(0)
-        )
+        train_rl.sample_rollouts(lm, RLSettings(questions=2, rollouts=1), three, step)
     assert asked == [["A?", "B?"], ["C?", "A?"]]
 
 
@@ -140,7 +137,7 @@ def test_a_stage_goes_on_behind_the_questions_of_the_one_before(
     asked = []
 
     def answer_questions(
-        policy: Any, texts: Any, search: Any, settings: Any, temperature: Any, rng: Any
+        policy: Any, texts: Any, search: Any, settings: Any, temperature: Any, streams: Any
     ) -> list[Any]:
         asked.append(list(texts))
         return [codec.build(text, [("answer", "Eva")]) for text in texts]
@@ -150,9 +147,7 @@ def test_a_stage_goes_on_behind_the_questions_of_the_one_before(
     second.pool = [question(text) for text in ("A?", "B?", "C?", "D?", "E?")]
     second.first_question = 3
     for step in range(2):
-        train_rl.sample_rollouts(
-            lm, RLSettings(questions=2, rollouts=1), second, step, np.random.default_rng(0)
-        )
+        train_rl.sample_rollouts(lm, RLSettings(questions=2, rollouts=1), second, step)
     assert asked == [["D?", "E?"], ["A?", "B?"]]
 
 
@@ -443,32 +438,102 @@ def test_a_bad_loss_stops_rl(codec: Codec, tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "out/nano/rl2").exists()
 
 
-def test_batches_carry_each_row_its_own(codec: Codec, lm: LM) -> None:
-    """Sorted into micro-batches, each row keeps its log-probs, advantage and reference."""
+def batches_of(
+    trajectories: list[Trajectory],
+    advantages: list[float],
+    skipped: list[bool],
+    reference: LM,
+    settings: RLSettings,
+) -> list[Any]:
+    """Return an update on one rollout of each question, so that no two share a token."""
+    count = len(trajectories)
+    batch = RolloutBatch([question()] * count, trajectories, np.zeros((count, 1)))
+    column = np.array(advantages)[:, None]
+    return train_rl.update_batches(
+        batch, np.arange(count), column, np.array(skipped), reference, settings
+    )
+
+
+def test_a_policy_that_diverges_stops_rl(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step is finite, its weights are not any more: it is said, and nothing is saved.
+
+    Guards: a ruined policy that is saved, evaluated, and called a success.
+    """
+    monkeypatch.chdir(tmp_path)
+    lm = tiny_lm(codec)
+    replay(monkeypatch, sampled(codec, lm, ["Eva", "Ada"]), [[1.0, 0.0]])
+    settings = RLSettings(questions=1, rollouts=2, rl_lr=1e30)
+    with pytest.raises(UserError, match=r"rl2: kl is nan at step 0; .*lower --rl_lr"):
+        train_rl.train_grpo(lm, lm.copy(), settings, stage("rl2", steps=3, number=2))
+    assert not (tmp_path / "out/nano/rl2").exists()
+
+
+def test_steps_without_a_group_to_learn_from_are_said(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the log of each step: how many in a row had nothing to teach."""
+    monkeypatch.chdir(tmp_path)
+    lm = tiny_lm(codec)
+    replay(monkeypatch, sampled(codec, lm, ["Eva", "Eva"]), [[1.0, 1.0]])
+    train_rl.train_grpo(lm, lm.copy(), RLSettings(questions=1, rollouts=2), stage(steps=3))
+    log = read_rows(tmp_path / "out/nano/rl1/log.jsonl")
+    assert [row["idle_steps"] for row in log] == [1, 2, 3]
+    # The two rollouts are one text.
+    assert [row["shared_tokens"] for row in log] == [0.5] * 3
+
+
+def test_one_rollout_of_a_question_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no other to be compared with: all its advantages are 0."""
+    with pytest.raises(UserError, match=r"--rollouts: .*take 2 or more"):
+        train_rl.run(RLSettings(rollouts=1))
+
+
+def test_batches_carry_each_rollout_its_own(codec: Codec, lm: LM) -> None:
+    """In its micro-batch, each rollout keeps its log-probs, advantage and reference."""
     trajectories = sampled(codec, lm, ["Eva " * count for count in (9, 1, 5, 3, 7, 2)])
-    advantages = np.arange(6) / 10
+    advantages = [0.5, -0.1, 0.2, -0.3, 0.4, -0.2]
     settings = RLSettings(micro_tokens=70, kl=0.1)
-    none_skipped = np.zeros(6, bool)
-    batches = train_rl.update_batches(trajectories, advantages, none_skipped, lm, settings)
+    batches = batches_of(trajectories, advantages, [False] * 6, lm, settings)
     assert len(batches) > 2
-    rows = 0
+    number = 0
     for batch in batches:
-        assert batch["norm"] == sum(sum(trajectory.mask) for trajectory in trajectories)
+        policy_tokens = sum(sum(trajectory.mask) for trajectory in trajectories)
+        assert batch["norm"] == batch["kl_norm"] == policy_tokens
         assert batch["beta"] == 0.1
         assert batch["observation_coef"] == 0
-        assert "observation_mask" not in batch
-        for row in range(len(batch["ids"])):
-            trajectory = trajectories[round(10 * batch["advantage"][row, 0])]
-            length = len(trajectory.ids)
-            assert batch["ids"][row, :length].tolist() == trajectory.ids
-            assert batch["mask"][row, :length].tolist() == trajectory.mask
-            assert not batch["mask"][row, length:].any()
+        assert "observation_count" not in batch
+        for start, end in batch["parts"]:
+            trajectory = trajectories[number]
             sampled_at = np.array(trajectory.logprobs)
-            np.testing.assert_allclose(batch["old"][row, :length], sampled_at, atol=1e-5)
+            assert batch["ids"][start:end].tolist() == trajectory.ids
+            assert batch["mask"][start:end].tolist() == trajectory.mask
+            assert set(batch["count"][start:end]) == {1}
+            assert set(batch["positive"][start:end]) == {np.float32(max(0, advantages[number]))}
+            assert set(batch["negative"][start:end]) == {np.float32(min(0, advantages[number]))}
+            np.testing.assert_allclose(batch["old"][start:end], sampled_at, atol=1e-5)
             of_policy = sampled_at * trajectory.mask
-            np.testing.assert_allclose(batch["ref"][row, :length], of_policy, atol=1e-4)
-            rows += 1
-    assert rows == 6
+            np.testing.assert_allclose(batch["ref"][start:end], of_policy, atol=1e-4)
+            number += 1
+    assert number == 6
+
+
+def test_a_minibatch_splits_groups_as_rows(codec: Codec, lm: LM) -> None:
+    """The rollouts of a question that are in one minibatch are one trie."""
+    trajectories = sampled(codec, lm, ["Eva", "Ada", "Eva", "Carl"])
+    batch = RolloutBatch([question()] * 2, trajectories, np.zeros((2, 2)))
+    advantages = np.array([[0.5, -0.5], [0.3, -0.3]])
+    (packed,) = train_rl.update_batches(
+        batch, np.array([3, 0, 2]), advantages, np.zeros(2, bool), lm, RLSettings()
+    )
+    first, second = packed["parts"]
+    assert packed["ids"][: first[1]].tolist() == trajectories[0].ids
+    # "Eva" and "Carl" stand behind one beginning.
+    assert second[1] - second[0] == len(trajectories[2].ids) + 3
+    assert packed["norm"] == sum(sum(trajectories[row].mask) for row in (0, 2, 3))
+    shared = packed["mask"][second[0] : second[1]] * packed["positive"][second[0] : second[1]]
+    assert sorted(set(shared.tolist())) == pytest.approx([0.0, 0.3])
 
 
 # ---- what the real tool said -------------------------------------------------------------------
@@ -524,29 +589,45 @@ def test_skipped_groups_teach_their_observations_alone(codec: Codec, lm: LM) -> 
         observed(codec, Provenance.IMAGINED, Provenance.REAL),
         observed(codec, Provenance.IMAGINED),
     ]
-    is_skipped = np.array([True, False, True])
     settings = RLSettings(observation_coef=0.1, micro_tokens=40)
-    advantages = np.array([0.1, 0.2, 0.3])
-    batches = train_rl.update_batches(trajectories, advantages, is_skipped, lm, settings)
+    batches = batches_of(trajectories, [0.0, 0.2, 0.0], [True, False, True], lm, settings)
     assert len(batches) > 1
-    rows = 0
+    number = 0
     for batch in batches:
         assert batch["norm"] == sum(trajectories[1].mask)
         real = [real_observation_mask(trajectory) for trajectory in trajectories]
         assert batch["observation_norm"] == sum(map(sum, real))
         assert batch["observation_coef"] == 0.1
-        for row, advantage in enumerate(batch["advantage"][:, 0]):
-            number = round(10 * advantage) - 1
-            length = len(trajectories[number].ids)
-            policy_mask = batch["mask"][row, :length].tolist()
-            if is_skipped[number]:
-                assert policy_mask == [0] * length
-            else:
-                assert policy_mask == trajectories[number].mask
-            assert batch["observation_mask"][row, :length].tolist() == real[number]
-            assert not batch["observation_mask"][row, length:].any()
-            rows += 1
-    assert rows == 3
+        for start, end in batch["parts"]:
+            trajectory = trajectories[number]
+            expected = trajectory.mask if number == 1 else [0] * len(trajectory.ids)
+            assert batch["mask"][start:end].tolist() == expected
+            assert batch["observation_count"][start:end].tolist() == real[number]
+            number += 1
+    assert number == 3
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+def test_kl_is_of_all_groups(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kl: float
+) -> None:
+    """Where all groups agree, the penalty still draws the policy back; without it nothing moves.
+
+    Guards: groups skipped "since their gradient is zero", which that of KL is not.
+    """
+    monkeypatch.chdir(tmp_path)
+    lm = tiny_lm(codec)
+    reference = tiny_lm(codec, seed=1)
+    trajectories = sampled(codec, lm, ["Eva", "Ada"])
+    replay(monkeypatch, trajectories, [[1.0, 1.0]])
+    settings = RLSettings(questions=1, rollouts=2, kl=kl, rl_lr=1e-3)
+    before = train_rl.drift(lm, reference, trajectories, settings)
+    train_rl.train_grpo(lm, reference, settings, stage(steps=4))
+    after = train_rl.drift(lm, reference, trajectories, settings)
+    if kl:
+        assert after < before - 0.01
+    else:
+        assert after == before
 
 
 def test_all_groups_are_learned_from_where_observations_are(
@@ -561,9 +642,9 @@ def test_all_groups_are_learned_from_where_observations_are(
     for observation_coef in (0.0, 1.0):
         lm = tiny_lm(codec)
         trajectories = sampled(codec, lm, ["Eva", "Ada"])
-        observation = pad(trajectories[:1])
+        observation = pack_texts(trajectories[:1])
         observation["mask"] = np.array(
-            [[float(role == Role.OBSERVATION) for role in trajectories[0].role]], np.float32
+            [float(role == Role.OBSERVATION) for role in trajectories[0].role], np.float32
         )
         before = torch_backend.score(lm.network, observation).sum()
         replay(monkeypatch, trajectories, [[1.0, 1.0]])
@@ -579,21 +660,21 @@ def test_all_groups_are_learned_from_where_observations_are(
 
 
 def test_without_the_coefficient_a_step_is_the_plain_policy_gradient(codec: Codec) -> None:
-    """Byte for byte the weights of a loss that knows of no observations."""
+    """The weights of the textbook's loss, which knows of no observations and no tries."""
     lm = tiny_lm(codec, noise=0.1)
     plain = lm.copy()
     trajectories = sampled(codec, lm, ["Eva", "Ada", "Eva Moss", "Carl Hart"])
-    batches = train_rl.update_batches(
-        trajectories, np.array([0.5, -0.5, 1.0, -1.0]), np.zeros(4, bool), lm, RLSettings()
-    )
+    batches = batches_of(trajectories, [0.5, -0.5, 1.0, -1.0], [False] * 4, lm, RLSettings())
 
     def plain_loss(xp: Any, logp: Any, batch: Any) -> Any:
         ratio = xp.exp((logp - batch["old"]) * batch["mask"])
         clipped = xp.clip(ratio, 1 - batch["clip_low"], 1 + batch["clip_high"])
-        loss = -xp.minimum(ratio * batch["advantage"], clipped * batch["advantage"])
+        advantage = batch["positive"] + batch["negative"]
+        loss = -xp.minimum(ratio * advantage, clipped * advantage)
         return (loss * batch["mask"]).sum() / batch["norm"]
 
-    plain_keys = {"ids", "mask", "old", "advantage", "clip_low", "clip_high", "norm"}
+    trie = {"ids", "depth", "parent", "end", "parts", "mask", "old"}
+    plain_keys = trie | {"positive", "negative", "clip_low", "clip_high", "norm"}
     plain_batches = [{key: batch[key] for key in plain_keys} for batch in batches]
     for one, loss, its_batches in (
         (lm, grpo_loss, batches),
@@ -604,7 +685,7 @@ def test_without_the_coefficient_a_step_is_the_plain_policy_gradient(codec: Code
             torch_backend.train_step(one.network, optimizer, loss, its_batches, 1e-3, 1e-3)
     expected = dict(plain.network.named_parameters())
     for name, weight in lm.network.named_parameters():
-        assert (weight == expected[name]).all(), name
+        np.testing.assert_allclose(weight.detach(), expected[name].detach(), atol=1e-6)
 
 
 # ---- over a checkpoint ---------------------------------------------------------------------------
@@ -695,7 +776,7 @@ def test_no_rows_are_no_minibatch() -> None:
 
 
 def logprob(lm: LM, trajectory: Trajectory) -> Any:
-    return torch_backend.score(lm.network, pad([trajectory]))[0].sum()
+    return torch_backend.score(lm.network, pack_texts([trajectory])).sum()
 
 
 def test_grpo_learns_the_right_way(codec: Codec) -> None:
@@ -708,9 +789,7 @@ def test_grpo_learns_the_right_way(codec: Codec) -> None:
     settings = RLSettings()
     assert train_rl.drift(lm, start, [good, bad], settings) == pytest.approx(0, abs=1e-6)
     optimizer = torch_backend.Optimizer(lm.network)
-    batches = train_rl.update_batches(
-        [good, bad], np.array([0.5, -0.5]), np.zeros(2, bool), start, settings
-    )
+    batches = batches_of([good, bad], [0.5, -0.5], [False] * 2, start, settings)
     for _ in range(5):
         torch_backend.train_step(lm.network, optimizer, grpo_loss, batches, 1e-3, 2e-3)
     assert logprob(lm, good) > good_before + 0.1

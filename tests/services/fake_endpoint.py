@@ -11,7 +11,7 @@ class Failure:
     """A status that is no success."""
 
     status: int
-    error: str = "maximum context length"
+    error: Any = "maximum context length"
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -57,7 +57,7 @@ class FakeEndpoint:
                         "choices": [{"message": {"role": "assistant", "content": reply}}],
                         "usage": {"prompt_tokens": 10, "completion_tokens": 3},
                     }
-                body = json.dumps(answer).encode()
+                body = json.dumps(answer, indent=1).encode()
                 if isinstance(reply, Garbage):
                     body = reply.body.encode()
                 self.send_response(status)

@@ -5,9 +5,11 @@ import math
 import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
+import bm25s
 import pytest
 from conftest import ROOT
 
@@ -115,7 +117,84 @@ def test_passages_that_a_question_names() -> None:
     assert search.find_named(["1"], ["Venus"]) == [venus]
     assert search.find_named([], ["Mercury", "Mars", "Mercury", "Venus"]) == [planet, venus]
     assert search.find_named([], ["Mercury"], ["ROME"]) == [god]
+    # "of" is no OF, and "plane" no planet.
+    assert search.find_named([], ["Mercury"], ["OF", "plane", "Rome"]) == [god]
     assert search.find_named([], ["Mars"]) == []
+
+
+# ---- other scripts -------------------------------------------------------------------------------
+def test_the_same_word_in_two_unicode_forms() -> None:
+    """In passages, titles and queries. Guards: "Nothing found." for a word that is there."""
+    composed = {"id": "0", "contents": '"Zo\u00eb Cr\u00e8me"\nShe lives in Z\u00fcrich.'}
+    decomposed = {"id": "0", "contents": unicodedata.normalize("NFD", composed["contents"])}
+    mill = {"id": "1", "contents": '"Mill"\nIt grinds corn for a zoo.'}
+    for passage in (composed, decomposed):
+        search = BM25([passage, mill], 1)
+        for form in ("NFC", "NFD"):
+            for query in ("zo\u00eb", "Cr\u00e8me", "Z\u00fcrich"):
+                (text,) = search_texts(search, [unicodedata.normalize(form, query)])
+                assert text == "Zo\u00eb Cr\u00e8me 1: She lives in Z\u00fcrich."
+        title = unicodedata.normalize("NFD", "Zo\u00eb Cr\u00e8me")
+        assert search.find_named(["0"], [title]) == search.find_named([], [title])
+        assert len(search.find_named(["0"], [title])) == 1
+
+
+UNSPACED_PASSAGES = [
+    {"id": "0", "contents": '"山茶花"\n山茶花是一种常绿灌木，冬天开红色的花。'},
+    {"id": "1", "contents": '"石桥"\n这座石桥建于唐代，横跨城南的小河。'},
+    {"id": "2", "contents": '"からくり時計"\n駅前のからくり時計は毎日正午に人形が踊る。'},
+    {"id": "3", "contents": '"ตลาดน้ำ"\nตลาดน้ำขายผลไม้และอาหารบนเรือทุกเช้า'},
+    {"id": "4", "contents": '"วัดบนเขา"\nวัดบนเขาสร้างด้วยไม้สักทั้งหลัง'},
+    {"id": "5", "contents": '"Tea house"\nThe tea house (茶館) stands by a bridge.'},
+]
+
+
+@pytest.mark.parametrize(
+    ("query", "passage_id"),
+    [
+        ("山茶花什么时候开花？", "0"),
+        ("那座石桥是什么时候建的？", "1"),
+        ("からくり時計の人形はいつ踊りますか", "2"),
+        ("ที่ตลาดน้ำขายอะไร", "3"),
+        ("วัดที่สร้างด้วยไม้สัก", "4"),
+        ("When does the 山茶花 bloom?", "0"),
+        ("What is a 茶館?", "5"),
+        ("the bridge by the tea house", "5"),
+    ],
+)
+def test_scripts_without_spaces(query: str, passage_id: str) -> None:
+    """A question finds its passage in Chinese, Japanese and Thai, and by such a name in English.
+
+    Guards: a whole sentence taken for one word, which no question holds.
+    """
+    search = BM25(UNSPACED_PASSAGES, 1)
+    ((number,),) = search.ranked([query])[0]
+    assert search.passages[number]["id"] == passage_id
+
+
+def test_english_is_searched_as_ever() -> None:
+    """The scores of bm25s with its own words, to the bit, also beside a name in another script."""
+    passages = [*PASSAGES, UNSPACED_PASSAGES[5]]
+    texts = [f"{title} {title} {title} {text}" for title, text in map(split_row, passages)]
+    plain_index = bm25s.BM25(k1=1.5, b=0.75)
+    plain_index.index(bm25_words(texts), show_progress=False)
+    query = "who directed the Silver River by the bridge"
+    _, scores = BM25(passages, 4).ranked([query])
+    known = [word for word in bm25_words([query])[0] if word in plain_index.vocab_dict]
+    _, plain_scores = plain_index.retrieve([known], k=4, show_progress=False)
+    assert (scores == plain_scores).all()
+    assert scores[0, 1] > 0
+
+
+def split_row(passage: dict[str, str]) -> tuple[str, str]:
+    title, _, text = passage["contents"].partition("\n")
+    return title.strip('"'), text
+
+
+def bm25_words(texts: list[str]) -> list[list[str]]:
+    return bm25s.tokenize(
+        texts, stopwords=[], token_pattern=r"\b\w+\b", return_ids=False, show_progress=False
+    )
 
 
 # ---- an index on disk ----------------------------------------------------------------------------

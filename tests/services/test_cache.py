@@ -113,7 +113,7 @@ def test_a_table_of_another_kind_is_set_aside(tmp_path: Path) -> None:
     assert list(tmp_path.glob("c.sqlite.broken-*"))
 
 
-@pytest.mark.parametrize("answer", ['[["t", ', b"\xff\xfe"])
+@pytest.mark.parametrize("answer", ['[["t", ', b"\xff\xfe", "[" * 100_000])
 def test_a_damaged_row_counts_as_missing(tmp_path: Path, answer: Any) -> None:
     """It may be no JSON, or no text."""
     cache = Cache(tmp_path / "c.sqlite")
@@ -135,6 +135,7 @@ def test_all_answers_are_listed(tmp_path: Path, column: str, damage: Any) -> Non
     cache.database.execute(
         f"UPDATE answers SET {column} = ? WHERE asked = ?", (damage, '["broken"]')
     )
+    cache.database.execute("INSERT INTO answers VALUES ('5', '5', 0)")
     assert cache.items() == [
         (["hill", 2, "en"], [["z"]]),
         (["river", 2, "en"], [["title", "text"]]),

@@ -1,5 +1,6 @@
 """Language models that are asked in words: over loopback HTTP, and in a local folder."""
 
+import re
 import shutil
 import threading
 import time
@@ -13,8 +14,20 @@ from safetensors.numpy import load_file, save_file
 from small_checkpoint import BOOKS, save_checkpoint
 
 from common.errors import UserError
+from data.passages import CONTROL
 from services import endpoint as endpoint_module
 from services.chat import Chat
+
+
+@pytest.fixture(autouse=True)
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what can't be read be asked for again at once."""
+    monkeypatch.setattr(endpoint_module, "FIRST_WAIT", 0.0)
+
+
+def judge_chat(endpoint: FakeEndpoint, folder: Path, name: str = "x", threads: int = 8) -> Chat:
+    """Return a chat with a model of an endpoint, whose cache is in a folder."""
+    return Chat(f"{endpoint.url}#{name}", CPU, "judge", folder / "c.sqlite", threads=threads)
 
 
 def last_message(request: pytest.FixtureRequest) -> Any:
@@ -28,13 +41,13 @@ def test_an_endpoint_is_asked_once(
     """The same question is answered from the cache; another sample of it is not."""
     endpoint = FakeEndpoint(serve, lambda request: last_message(request).upper())
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    chat = Chat(endpoint.url + "#small", CPU, "judge", tmp_path / "c.sqlite")
+    chat = judge_chat(endpoint, tmp_path, "small")
     replies = chat([user(f"q{number}") for number in range(20)], 5, stop=["x"])
     assert replies == [f"Q{number}" for number in range(20)]
     report = "small: asked 20 times (0 more from the cache), 200 tokens read and 60 written"
     assert chat.report() == report
 
-    again = Chat(endpoint.url + "#small", CPU, "judge", tmp_path / "c.sqlite")
+    again = judge_chat(endpoint, tmp_path, "small")
     assert again([user("q3"), user("new")], 5, stop=["x"]) == ["Q3", "NEW"]
     assert len(endpoint.requests) == 21
     assert again.counts.from_cache == 1
@@ -48,7 +61,7 @@ def test_the_protocol(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Path, key, the name behind #, budget and stops are sent as OpenAI has them."""
     endpoint = FakeEndpoint(serve, lambda request: "fine")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    chat = Chat(endpoint.url + "#small", CPU, "judge", tmp_path / "c.sqlite")
+    chat = judge_chat(endpoint, tmp_path, "small")
     chat([user("q")], 5, stop=["x"])
     request = endpoint.requests[0]
     assert endpoint.paths == ["/v1/chat/completions"]
@@ -88,29 +101,152 @@ def test_an_endpoint_that_answers_nonsense(serve: Any, tmp_path: Path, answer: A
         return answer if last_message(request) == "bad" else "fine"
 
     endpoint = FakeEndpoint(serve, rule)
-    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite", threads=1)
+    chat = judge_chat(endpoint, tmp_path, threads=1)
     message = f"--judge={endpoint.url}#x: not an endpoint that answers"
     with pytest.raises(UserError, match=message) as error:
         chat([user("good"), user("bad")], 5)
     assert "\n" not in str(error.value)
-    again = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
+    again = judge_chat(endpoint, tmp_path)
     assert again([user("good")], 5) == ["fine"]
-    assert len(endpoint.requests) == 2
+    assert len(endpoint.requests) == 1 + 1 + endpoint_module.BODY_RETRIES
 
 
-def test_a_body_that_is_no_json_is_asked_for_again(
-    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_that_cannot_be_read_is_asked_for_again(serve: Any, tmp_path: Path) -> None:
     """A page of a proxy, or a cut body, costs a try and not the run; time after time it ends it."""
-    monkeypatch.setattr("services.endpoint.FIRST_WAIT", 0.0)
-    replies = iter([Garbage(), Garbage('{"choices": [{'), "fine"])
+    replies = iter([Garbage("[" * 200_000), Garbage('{"choices": [{'), {"choices": None}, "fine"])
     endpoint = FakeEndpoint(serve, lambda request: next(replies, Garbage()))
-    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite", threads=1)
+    chat = judge_chat(endpoint, tmp_path, threads=1)
     assert chat([user("a")], 5) == ["fine"]
-    assert len(endpoint.requests) == 3
+    assert len(endpoint.requests) == 4
     with pytest.raises(UserError, match="not an endpoint that answers"):
         chat([user("b")], 5)
-    assert len(endpoint.requests) == 3 + 4
+    assert len(endpoint.requests) == 4 + 4
+
+
+@pytest.mark.parametrize("code", [502, "429"])
+def test_an_error_inside_a_success(serve: Any, tmp_path: Path, code: Any) -> None:
+    """It is tried again as often as its code is as a status. Guards: KeyError: 'choices'."""
+    errors = [{"error": {"code": code, "message": "upstream is busy"}} for _ in range(6)]
+    endpoint = FakeEndpoint(serve, lambda request: errors.pop() if errors else "fine")
+    chat = judge_chat(endpoint, tmp_path)
+    assert chat([user("a")], 5) == ["fine"]
+    assert len(endpoint.requests) == 7
+
+
+def test_a_refusal_inside_a_success(serve: Any, tmp_path: Path) -> None:
+    """It costs that conversation alone, wherever the error stands."""
+    refusal = {"code": 400, "message": "too long"}
+    answers = {"a": {"error": refusal}, "b": {"choices": [{"error": refusal}]}}
+    endpoint = FakeEndpoint(serve, lambda request: answers.get(last_message(request), "fine"))
+    chat = judge_chat(endpoint, tmp_path, threads=1)
+    assert chat([user("a"), user("b"), user("c")], 5) == ["", "", "fine"]
+    assert chat.counts.refused == 2
+
+
+@pytest.mark.parametrize(
+    "error, shown",
+    [
+        (
+            {"message": "no such\n model \x1b[31m", "code": 404},
+            "status 401: no such model \\x1b[31m",
+        ),
+        ("no such model", "status 401: no such model"),
+        ({"code": 7}, 'status 401: {"code": 7}'),
+    ],
+)
+def test_the_words_of_an_error(serve: Any, tmp_path: Path, error: Any, shown: str) -> None:
+    """They are shown on one line, of which a terminal obeys nothing.
+
+    Guards: "{", the first line of a body over several lines.
+    """
+    endpoint = FakeEndpoint(serve, lambda request: Failure(401, error))
+    chat = judge_chat(endpoint, tmp_path)
+    with pytest.raises(UserError, match=re.escape(f"({shown})")):
+        chat([user("a")], 5)
+
+
+@pytest.mark.parametrize("option", ["temperature", "stop", "seed"])
+def test_an_option_that_is_refused(
+    serve: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    """It is left out from then on, and a line says so once. Guards: a run that can't begin."""
+
+    def rule(request: Any) -> Any:
+        if option in request:
+            return Failure(400, {"message": f"Unsupported value: '{option}'", "param": option})
+        return "fine x"
+
+    endpoint = FakeEndpoint(serve, rule)
+    chat = judge_chat(endpoint, tmp_path, "o", threads=1)
+    replies = chat([user("a"), user("b")], 7, stop=["x"], temperature=0.5, sample=1)
+    assert replies == ["fine ", "fine "]
+    assert [option in request for request in endpoint.requests] == [True, False, False]
+    assert chat.counts.refused == 0
+    assert capsys.readouterr().out == f"o takes no {option}: it is asked without\n"
+
+
+def test_a_refusal_that_names_an_option_by_chance(serve: Any, tmp_path: Path) -> None:
+    """Where leaving it out does not help, it stays for the next conversation."""
+
+    def rule(request: Any) -> Any:
+        return Failure(400, "please stop") if last_message(request) == "bad" else "fine"
+
+    endpoint = FakeEndpoint(serve, rule)
+    chat = judge_chat(endpoint, tmp_path, "o", threads=1)
+    assert chat([user("a"), user("bad"), user("b")], 7, stop=["x"]) == ["fine", "", "fine"]
+    assert ["stop" in request for request in endpoint.requests] == [True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    "message, reply",
+    [
+        ({"content": "yes", "reasoning_content": "Hm."}, "<think>Hm.</think>yes"),
+        ({"content": "yes", "reasoning": "Hm."}, "<think>Hm.</think>yes"),
+        ({"content": None, "reasoning_content": "Hm."}, "<think>Hm."),
+        ({"content": "yes", "reasoning_content": None}, "yes"),
+        ({"content": [{"type": "text", "text": "y"}, {"type": "text", "text": "es"}]}, "yes"),
+        (
+            {
+                "content": [
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+                    {"type": "text", "text": "yes"},
+                ]
+            },
+            "<think>Hm.</think>yes",
+        ),
+        ({"content": None, "refusal": "no"}, ""),
+        ({"content": "y\x1b[31mes \ud83d"}, "y[31mes "),
+    ],
+)
+def test_forms_of_a_reply(serve: Any, tmp_path: Path, message: Any, reply: str) -> None:
+    """A thought that comes beside the text is put before it; what is no letter is left out."""
+    endpoint = FakeEndpoint(serve, lambda request: {"choices": [{"message": message}]})
+    chat = judge_chat(endpoint, tmp_path)
+    assert chat([user("a")], 5) == [reply]
+
+
+def test_a_thought_that_is_not_shown(serve: Any, tmp_path: Path) -> None:
+    """It used the whole budget up: the reply is a thought without an end."""
+    choice = {"message": {"content": ""}, "finish_reason": "length"}
+    endpoint = FakeEndpoint(serve, lambda request: {"choices": [choice]})
+    chat = judge_chat(endpoint, tmp_path)
+    assert chat([user("a")], 5) == ["<think>"]
+
+
+def test_an_endless_answer(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a limit for a whole request. Guards: a byte now and then, which lasts for ever."""
+    monkeypatch.setattr(endpoint_module, "LONGEST_REQUEST", 0.3)
+    answered = threading.Event()
+    endpoint = FakeEndpoint(serve, lambda request: answered.wait(20) and "fine")
+    chat = judge_chat(endpoint, tmp_path)
+    with pytest.raises(UserError, match=r"no whole answer within 0\.3 s"):
+        chat([user("a")], 5)
+    answered.set()
+
+
+def test_an_address_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:port: not an address"):
+        Chat("http://127.0.0.1:port#x", CPU, "judge", tmp_path / "c.sqlite")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +256,7 @@ def test_usage_that_is_no_count(serve: Any, tmp_path: Path, usage: Any) -> None:
     """It counts nothing. Guards: a traceback, and the loss of a reply that was paid for."""
     answer = {"choices": [{"message": {"content": "fine"}}], "usage": usage}
     endpoint = FakeEndpoint(serve, lambda request: answer)
-    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
+    chat = judge_chat(endpoint, tmp_path)
     assert chat([user("a")], 5) == ["fine"]
     assert chat.counts.prompt_tokens == 0
     assert chat.counts.completion_tokens == 0
@@ -133,7 +269,7 @@ def test_one_conversation_that_is_refused(serve: Any, tmp_path: Path) -> None:
         return Failure(400) if last_message(request) == "long" else "fine"
 
     endpoint = FakeEndpoint(serve, rule)
-    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite", threads=1)
+    chat = judge_chat(endpoint, tmp_path, threads=1)
     assert chat([user("good"), user("long"), user("well")], 5) == ["fine", "", "fine"]
     assert "1 refused" in chat.report()
     assert chat.counts.asked == 2
@@ -144,7 +280,7 @@ def test_one_conversation_that_is_refused(serve: Any, tmp_path: Path) -> None:
 def test_an_endpoint_that_refuses_everything(serve: Any, tmp_path: Path) -> None:
     """It ends the run, with its own words."""
     endpoint = FakeEndpoint(serve, lambda request: Failure(400))
-    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite", threads=1)
+    chat = judge_chat(endpoint, tmp_path, threads=1)
     with pytest.raises(UserError, match="maximum context"):
         chat([user(f"long {number}") for number in range(9)], 5)
 
@@ -156,7 +292,7 @@ def test_many_refusals_of_an_endpoint_that_answers(serve: Any, tmp_path: Path) -
         return "fine" if last_message(request) == "good" else Failure(400)
 
     endpoint = FakeEndpoint(serve, rule)
-    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite", threads=1)
+    chat = judge_chat(endpoint, tmp_path, threads=1)
     long_conversations = [user(f"long {number}") for number in range(20)]
     assert chat([user("good"), *long_conversations], 5) == ["fine"] + [""] * 20
     assert chat.counts.refused == 20
@@ -166,7 +302,7 @@ def test_a_reply_without_text(serve: Any, tmp_path: Path) -> None:
     """A null, of a reasoning model that thought to its budget's end, is an empty reply."""
     answer = {"choices": [{"message": {"content": None}}]}
     endpoint = FakeEndpoint(serve, lambda request: answer)
-    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
+    chat = judge_chat(endpoint, tmp_path)
     assert chat([user("null")], 5) == [""]
     assert chat([user("null")], 5) == [""]
     assert len(endpoint.requests) == 1
@@ -175,7 +311,7 @@ def test_a_reply_without_text(serve: Any, tmp_path: Path) -> None:
 def test_a_stop_that_an_endpoint_ignores(serve: Any, tmp_path: Path) -> None:
     """The reply is cut at it all the same."""
     endpoint = FakeEndpoint(serve, lambda request: "fine </s> more")
-    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
+    chat = judge_chat(endpoint, tmp_path)
     assert chat([user("a")], 5, stop=["</s>"]) == ["fine "]
 
 
@@ -193,12 +329,12 @@ def test_replies_of_other_threads_are_kept(serve: Any, tmp_path: Path) -> None:
         return "fine"
 
     endpoint = FakeEndpoint(serve, rule)
-    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite", threads=2)
+    chat = judge_chat(endpoint, tmp_path, threads=2)
     threading.Timer(0.5, failed.set).start()
     with pytest.raises(UserError, match="not an endpoint that answers"):
         chat([user("bad"), user("good")], 5)
     assert chat([user("good")], 5) == ["fine"]
-    assert len(endpoint.requests) == 2
+    assert [last_message(request) for request in endpoint.requests].count("good") == 1
 
 
 def test_an_endpoint_that_is_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +352,7 @@ def test_a_busy_endpoint(serve: Any, tmp_path: Path, status: int) -> None:
     """It is asked again when it says so, more often than one that is not there."""
     failures = [Failure(status, headers={"Retry-After": "0.01"}) for _ in range(7)]
     endpoint = FakeEndpoint(serve, lambda request: failures.pop() if failures else "fine")
-    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
+    chat = judge_chat(endpoint, tmp_path)
     assert chat([user("q")], 5) == ["fine"]
     assert len(endpoint.requests) == 8 > endpoint_module.RETRIES + 1
 
@@ -225,7 +361,7 @@ def test_an_endpoint_that_stays_busy(serve: Any, tmp_path: Path) -> None:
     """The tries end, and its status and words are in the message."""
     failure = Failure(429, "quota used up", {"Retry-After": "0.001"})
     endpoint = FakeEndpoint(serve, lambda request: failure)
-    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
+    chat = judge_chat(endpoint, tmp_path)
     with pytest.raises(UserError, match=r"status 429.*quota used up"):
         chat([user("q")], 5)
     tries = endpoint_module.RETRIES + endpoint_module.BUSY_RETRIES + 2
@@ -236,7 +372,7 @@ def test_a_wait_that_is_too_long(serve: Any, tmp_path: Path) -> None:
     """A Retry-After of more than two minutes ends the run, and is said."""
     failure = Failure(429, headers={"Retry-After": "600"})
     endpoint = FakeEndpoint(serve, lambda request: failure)
-    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
+    chat = judge_chat(endpoint, tmp_path)
     start = time.monotonic()
     with pytest.raises(UserError, match="try again after 600"):
         chat([user("q")], 5)
@@ -256,7 +392,7 @@ def test_an_endpoint_of_reasoning_models(serve: Any, tmp_path: Path) -> None:
         return "yes"
 
     endpoint = FakeEndpoint(serve, rule)
-    chat = Chat(endpoint.url + "#o", CPU, "judge", tmp_path / "c.sqlite", threads=1)
+    chat = judge_chat(endpoint, tmp_path, "o", threads=1)
     assert chat([user("a"), user("b")], 7) == ["yes", "yes"]
     assert ["max_tokens" in request for request in endpoint.requests] == [True, False, False]
     assert endpoint.requests[-1]["max_completion_tokens"] == 7
@@ -288,7 +424,8 @@ def test_a_local_folder(checkpoint: Any, tmp_path: Path) -> None:
     )
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
     ids, _ = lm.decoder([prompt_ids]).decode([tokenizer.eos_token_id], [12], 0.0)
-    expected = tokenizer.decode([token for token in ids[0] if token != tokenizer.eos_token_id])
+    text = tokenizer.decode([token for token in ids[0] if token != tokenizer.eos_token_id])
+    expected = CONTROL.sub("", text)
     assert replies[2] == expected
     assert len(expected) > 3
     assert chat.counts.asked == 3
@@ -302,6 +439,37 @@ def test_a_local_reply_is_cut_at_a_stop(checkpoint: Any, tmp_path: Path) -> None
     (whole,) = chat([question], 12)
     middle = whole[len(whole) // 2 :][:2]
     assert chat([question], 12, stop=[middle]) == [whole.split(middle)[0]]
+
+
+def test_all_ids_that_end_a_text(checkpoint: Any, tmp_path: Path) -> None:
+    """A local reply ends at each of them, and holds none. Guards: the tokenizer's own alone."""
+    question = user(f"Who wrote {BOOKS[2]}?")
+    chat = Chat(str(checkpoint), CPU, "judge", tmp_path / "c.sqlite")
+    assert chat.local_model is not None
+    lm = chat.local_model.lm
+    (ids,), _ = lm.decoder([chat.local_model.prompt(question)]).decode([], [12], 0.0)
+    lm.codec.eos_ids.append(ids[5])
+    before_end = ids[: ids.index(ids[5])]
+    assert chat([question], 12) == [CONTROL.sub("", lm.codec.decode(before_end))]
+
+
+def test_a_template_that_opens_the_thought(checkpoint: Any, tmp_path: Path) -> None:
+    """The reply of such a model begins with the tag, as that of others does."""
+    folder = tmp_path / "thinking"
+    shutil.copytree(checkpoint, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + "<think>\n")
+    chat = Chat(str(folder), CPU, "judge", tmp_path / "c.sqlite")
+    (reply,) = chat([user("Who?")], 4)
+    assert reply.startswith("<think>")
+
+
+def test_a_sample_depends_on_its_conversation_alone(checkpoint: Any, tmp_path: Path) -> None:
+    """Whatever is decoded beside it. Guards: other replies from an interrupted and resumed run."""
+    alone = Chat(str(checkpoint), CPU, "teacher", tmp_path / "a.sqlite")
+    beside = Chat(str(checkpoint), CPU, "teacher", tmp_path / "b.sqlite")
+    (reply,) = alone([user("x")], 12, temperature=1.0, sample=1)
+    assert beside([user("y"), user("x")], 12, temperature=1.0, sample=1)[1] == reply
 
 
 def test_local_samples_differ(checkpoint: Any, tmp_path: Path) -> None:

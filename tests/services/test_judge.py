@@ -41,6 +41,23 @@ def test_an_empty_answer(serve: Any, tmp_path: Path) -> None:
     assert len(endpoint.requests) == 2
 
 
+def test_a_judge_that_thinks(serve: Any, tmp_path: Path) -> None:
+    """It is asked again, with room for its thought, which says nothing about the verdict.
+
+    Guards: verdicts of which none could be read.
+    """
+
+    def rule(request: Any) -> str:
+        if request["max_tokens"] < 100:
+            return "<think>No doubt,"
+        return "<think>No doubt, it is her.</think>\n\n**Yes**"
+
+    endpoint = FakeEndpoint(serve, rule)
+    chat = Chat(endpoint.url + "#x", CPU, "judge", tmp_path / "c.sqlite")
+    assert judge(chat, [record("a"), record("b")]) == [1.0, 1.0]
+    assert len(endpoint.requests) == 4
+
+
 # ---- in the table --------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -88,11 +105,14 @@ def test_eval_with_a_judge(serve: Any, folder: Path) -> None:
     assert unread > 3
 
 
-def test_a_judge_that_fails_leaves_the_table(serve: Any, folder: Path) -> None:
+def test_a_judge_that_fails_leaves_the_table(
+    serve: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The rows are answered, shown and kept; then the judge's error ends the run.
 
     Guards: it cost the whole table.
     """
+    monkeypatch.setattr("services.endpoint.FIRST_WAIT", 0.0)
     endpoint = FakeEndpoint(serve, lambda request: {"choices": []})
     done = evaluate(
         folder,

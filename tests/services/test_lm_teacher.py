@@ -298,6 +298,34 @@ def test_white_space_before_the_thought(chat_by_rule: Any) -> None:
         assert parts == [("think", "It is Eva."), ("answer", "Eva")]
 
 
+def test_a_teacher_that_thinks_before_it_speaks(chat_by_rule: Any) -> None:
+    """Its thought and its speech are one thought of a chain, whose tags it may have mentioned.
+
+    Guards: no chain at all, since every turn held an end of thinking.
+    """
+
+    def rule(request: Any) -> Any:
+        if not may_search(request):
+            return "<think>Ada?</think>It may be Ada.</think>\\boxed{Ada}"
+        if len(request["messages"]) < 3:
+            return "<think>Shall I <begin_search>? Yes.</think>\n\nI look. <begin_search> Clay"
+        return "<think>So it is Eva.</think>\\boxed{Eva}"
+
+    chat, _ = chat_by_rule(rule)
+    search = tools.library([{"id": "0", "contents": '"Clay"\nBy Eva.'}], 1)
+    rows = teach(chat, [question()], search, ONE_TRY)
+    (chain,) = rows.chains_of_action.values()
+    assert parse_trajectory(assistant_text(chain)) == [
+        ("think", "Shall I ? Yes. I look."),
+        ("search", "Clay"),
+        ("result", "Clay 1: By Eva."),
+        ("think", "So it is Eva."),
+        ("answer", "Eva"),
+    ]
+    (pair,) = rows.pairs.values()
+    assert pair["rejected"]["value"] == "Ada? It may be Ada."
+
+
 def test_a_teacher_that_never_stops(chat_by_rule: Any) -> None:
     """Searches end after max_actions, and a text that is no trajectory is not kept."""
     chat, endpoint = chat_by_rule(lambda request: "More. <begin_search> more")

@@ -249,6 +249,14 @@ def test_tools_are_asked_by_hand(tmp_path: Path, passage_file: Any) -> None:
     assert script.out.endswith("4\n")
 
 
+def test_a_search_by_hand_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason stands below it."""
+    monkeypatch.setattr("services.http.TRIES", 1)
+    script = run_here(tmp_path, "tools.py", "ask", "http://127.0.0.1:1/retrieve", "Iron Hill")
+    assert script.out == "The search failed.\n"
+    assert "1 failed, the last one: ConnectionError from http://127.0.0.1:1" in script.err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

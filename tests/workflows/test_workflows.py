@@ -177,11 +177,46 @@ def test_the_lines_of_an_instruct_models_workflow(
     assert words.react_phrases(lm.codec, "").prompt("Who?")[:1] == [1]
 
 
-def test_the_style_of_a_model(lm: LM, tmp_path: Path) -> None:
-    """A model with a chat template is asked in words, any other by tags."""
-    assert style_of(lm.codec) is tags
+@pytest.mark.parametrize("has_template", [False, True])
+def test_the_style_of_a_model(lm: LM, tmp_path: Path, has_template: bool) -> None:
+    """A checkpoint from elsewhere is asked in words, the nano model by tags, also when saved.
+
+    Guards: a base model without a chat template that was asked by tags which it has never seen.
+    """
+    lm.save(tmp_path / "nano")
+    assert style_of(model.load(tmp_path / "nano", CPU).codec) is tags
     save_checkpoint(tmp_path / "x")
-    assert style_of(model.load_pretrained(str(tmp_path / "x"), CPU).codec) is words
+    if not has_template:
+        (tmp_path / "x" / "chat_template.jinja").unlink()
+    adopted = model.load_pretrained(str(tmp_path / "x"), CPU)
+    assert adopted.codec.has_chat_template == has_template
+    assert style_of(adopted.codec) is words
+    adopted.save(tmp_path / "base")
+    assert style_of(model.load(tmp_path / "base", CPU).codec) is words
+
+
+def test_a_workflow_keeps_the_braces_of_an_answer(codec: Codec) -> None:
+    """Guards: the fraction whose last brace is lost, so that it does not equal itself."""
+    lm: Any = SimpleNamespace(codec=codec, decoder=ScriptedDecoder(codec, " Hm\n \\frac{1}{2}\n"))
+    phrases = words.react_phrases(codec, "")
+    settings = RolloutSettings(max_len=400)
+    ((answer, _),) = react(lm, ["Who?"], None, settings, phrases, max_actions=0)
+    assert answer == r"\frac{1}{2}"
+
+
+@pytest.mark.parametrize("style", [tags, words])
+def test_every_end_of_a_text_ends_a_turn(codec: Codec, style: Any) -> None:
+    """Guards: an end-of-turn token that the tokenizer does not name, read as a part of answers."""
+    codec = Codec(codec.tokenizer, [codec.tokenizer.pad_token_id])
+    settings = RolloutSettings(max_len=400)
+    lm: Any = SimpleNamespace(codec=codec, decoder=ScriptedDecoder(codec, " Eva<pad> Moss"))
+    ((answer, _),) = style.answer_directly(lm, ["Who?"], settings)
+    assert answer == "Eva"
+    lm.decoder = ScriptedDecoder(codec, " Hm<pad> Eva Moss<pad> it")
+    phrases = style.react_phrases(codec, "")
+    ((answer, trajectory),) = react(lm, ["Who?"], None, settings, phrases, max_actions=0)
+    assert answer == "Eva Moss"
+    assert trajectory.ids.count(codec.tokenizer.pad_token_id) == 2
 
 
 def test_a_workflow_answers_each_row_for_itself(lm: LM) -> None:
@@ -441,11 +476,13 @@ def test_an_answer_at_once(lm: LM) -> None:
 
 
 def test_the_seed_of_sampling_is_the_callers(lm: LM) -> None:
-    """The same generator gives the same rollouts, another one gives others."""
+    """The same stream of numbers gives the same rollout, another one gives another."""
     settings = RolloutSettings(max_actions=0, max_len=60)
     found = []
     for seed in (0, 0, 1):
-        rng = np.random.default_rng(seed)
-        (trajectory,) = answer_questions(lm, ["Who?"], None, settings, temperature=1.0, rng=rng)
+        streams = [np.random.default_rng(seed).random(settings.max_len)]
+        (trajectory,) = answer_questions(
+            lm, ["Who?"], None, settings, temperature=1.0, streams=streams
+        )
         found.append(trajectory.ids)
     assert found[0] == found[1] != found[2]

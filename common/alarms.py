@@ -1,0 +1,70 @@
+"""Alarms: what the log of an RL stage shows of a run that goes wrong, before its reward does.
+
+Each looks at the last few steps beside those before them, in figures that train_rl.py logs anyway.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+RECENT = 3  # steps that are judged
+BEFORE = 8  # steps before them that they are judged by
+CLIFF = 0.25  # part of its former height at which a figure has fallen off a cliff
+LEAST_ENTROPY = 0.02  # nats a token; what was lower before had nowhere to fall
+LEAST_SPREAD = 0.02  # of rewards in a group, likewise
+LOST_LIKELIHOOD = 0.05  # nats a token that correct rollouts may lose over all steps looked at
+MALFORMED_RISE = 0.15  # of a share
+SAMPLER_GAP = 0.05  # nats a token between the log-probs of sampling and those of training
+FEW_SEARCHES = 0.1  # a rollout
+MANY_SEARCHES = 0.95  # part of the budget
+
+# Figures of a step, as log.jsonl has them.
+Step = Mapping[str, float | None]
+
+
+def alarms(steps: Sequence[Step], max_actions: int) -> list[str]:
+    """Return what is wrong with the newest steps of a stage, a line for each alarm.
+
+    max_actions: the budget of searches of a rollout.
+    """
+    recent = steps[-RECENT:]
+    before = steps[-RECENT - BEFORE : -RECENT]
+    found = []
+    if len(recent) == RECENT and any(step["idle_parameters"] for step in recent):
+        found.append("a parameter gets no gradient")
+    if len(recent) == RECENT and _mean(recent, "sampler_gap") > SAMPLER_GAP:
+        found.append(
+            f"training and sampling differ by {_mean(recent, 'sampler_gap'):.3f} nats a token"
+        )
+    if len(before) < BEFORE:
+        return found
+    found += _cliff(recent, before, "entropy", "entropy", LEAST_ENTROPY)
+    found += _cliff(recent, before, "reward_spread", "the spread of rewards", LEAST_SPREAD)
+    lost = -sum(step["correct_change"] or 0.0 for step in [*before, *recent])
+    if lost > LOST_LIKELIHOOD:
+        found.append(f"correct rollouts lost {lost:.3f} nats a token in {BEFORE + RECENT} steps")
+    searches = _mean(recent, "actions")
+    if searches < FEW_SEARCHES < CLIFF * _mean(before, "actions"):
+        found.append(f"it hardly searches any more: {searches:.2f} times a rollout")
+    if searches > MANY_SEARCHES * max_actions:
+        found.append(f"it searches as often as it may: {searches:.2f} times a rollout")
+    rise = _mean(recent, "malformed") - _mean(before, "malformed")
+    if rise > MALFORMED_RISE:
+        found.append(f"the share of malformed rollouts rose by {rise:.2f}")
+    return found
+
+
+def _cliff(
+    recent: Sequence[Step], before: Sequence[Step], figure: str, name: str, least: float
+) -> list[str]:
+    now = _mean(recent, figure)
+    then = _mean(before, figure)
+    if then > least and now < CLIFF * then:
+        return [f"{name} fell from {then:.3f} to {now:.3f}"]
+    return []
+
+
+def _mean(steps: Sequence[Step], figure: str) -> float:
+    """Return the mean of a figure over the steps that have it; 0 where none has."""
+    values = [value for step in steps if (value := step[figure]) is not None]
+    return float(np.mean(values)) if values else 0.0

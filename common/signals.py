@@ -1,0 +1,106 @@
+"""SIGINT (Ctrl-C), SIGTERM and SIGHUP: a command ends where nothing is lost, with one line.
+
+A signal raises Stopped at once, but for a stage that is being trained: that ends when its step is
+done and saved. A second signal ends it at once too.
+"""
+
+import contextlib
+import os
+import signal
+import stat
+import sys
+from collections.abc import Generator
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the command to end."""
+
+    def __init__(self, number: int) -> None:
+        """number: of the signal."""
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@dataclass
+class _Request:
+    """Whether a signal waits for the end of a step, and which one came. Signals have no owner."""
+
+    is_deferred: bool = False
+    number: int | None = None
+
+
+_request = _Request()
+
+
+@contextlib.contextmanager
+def stopping_on_signals() -> Generator[None]:
+    """Let the signals raise Stopped, but for those that this process was told to ignore (nohup)."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, _receive)
+    try:
+        yield
+    finally:
+        _request.is_deferred = False
+        _request.number = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def defer_stop() -> None:
+    """Let a signal wait from here on, until stop_if_asked or end_deferral."""
+    _request.is_deferred = True
+
+
+def is_stop_asked() -> bool:
+    """Return whether a signal waits."""
+    return _request.number is not None
+
+
+def end_deferral() -> None:
+    """Raise Stopped if a signal waits; from here on one raises it at once."""
+    _request.is_deferred = False
+    if _request.number is not None:
+        raise Stopped(_request.number)
+
+
+def _receive(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGHUP:
+        _leave_terminal()
+    if not _request.is_deferred or _request.number is not None:
+        raise Stopped(number)
+    _request.number = number
+    name = signal.Signals(number).name
+    line = f"\n{name}: stopping as soon as this step is saved; a second signal stops at once\n"
+    # print() may be what the signal has interrupted, and can't be entered twice.
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode())
+
+
+def _leave_terminal() -> None:
+    """Write to nowhere what would go to a terminal that is gone, which would be an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _end_import(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Say in one line that Ctrl-C came before a script had begun."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped before anything was done", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+# Scripts import this file before the libraries that take seconds.
+sys.excepthook = _end_import

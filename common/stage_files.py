@@ -1,0 +1,221 @@
+"""What a stage leaves on the disk while it is trained: logs that grow, and checkpoints.
+
+out/nano/
+    rl2.partial/         log.jsonl, rollouts.jsonl, calls.jsonl
+    rl2.checkpoint/24/   weights, optimizer, and how long each log was behind 24 steps
+    rl2.checkpoint/36/   the same behind 36 steps; the last two checkpoints are kept
+
+A checkpoint knows its files, and the logs up to it, by their checksums. --resume takes the newest
+one of which all is as it was saved.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import DiskError
+from common.files import (
+    CHECKSUMS_FILE,
+    append_jsonl,
+    checksum,
+    damaged_file,
+    sync,
+    to_json,
+    write_text,
+    writing,
+)
+from common.settings import TrainingSettings
+from model import LM
+
+LOG_FILES = ("log.jsonl", "rollouts.jsonl", "calls.jsonl")
+LOG_ENDS_FILE = "log_ends.json"  # in a checkpoint
+CHECKPOINTS_KEPT = 2
+# A kill costs this time at most, or one step ..
+SECONDS_BETWEEN_SAVES = 30.0
+# .. unless saving would then take more than this share of the time.
+SHARE_OF_SAVING = 0.05
+
+
+def partial_of(folder: Path) -> Path:
+    """Return where the logs of an unfinished stage are."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """Return where the checkpoints of an unfinished stage are."""
+    return folder.with_name(folder.name + ".checkpoint")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of an unfinished stage, the oldest first. folder: of the stage."""
+    found = [
+        path
+        for path in checkpoint_of(folder).glob("*")
+        if path.name.isdecimal() and (path / "config.json").is_file()
+    ]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+# ---- logs ----------------------------------------------------------------------------------------
+@dataclass
+class LogEnd:
+    """How far a log went when a checkpoint was saved."""
+
+    size: int  # bytes
+    sha256: str  # of these bytes
+
+
+def read_log_ends(checkpoint: Path) -> dict[str, LogEnd]:
+    """Return how far each log went when a checkpoint was saved."""
+    content = json.loads((checkpoint / LOG_ENDS_FILE).read_text(encoding="utf-8"))
+    return {name: LogEnd(**end) for name, end in content.items()}
+
+
+class StageLog:
+    """JSON lines of a stage: log.jsonl, a line a step; rollouts.jsonl; in RL also calls.jsonl.
+
+    They are in <folder>.partial until the stage is complete and LM.save takes them along.
+    """
+
+    calls: list[dict[str, Any]]  # the lines of calls.jsonl that a resumed stage begins with
+
+    def __init__(self, folder: Path, ends: Mapping[str, LogEnd] | None = None) -> None:
+        """Cut the logs off where they ended when the checkpoint was saved, and remove all else.
+
+        ends: of the checkpoint that a stage goes on from; none where it begins.
+        """
+        self.folder = partial_of(folder)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif ends is None or path.name not in ends:
+                    path.unlink()
+            for name, end in (ends or {}).items():
+                os.truncate(self.folder / name, end.size)
+        append_jsonl(self.folder / "log.jsonl", [])
+        steps = self._read("log.jsonl")
+        self.calls = self._read("calls.jsonl")
+        seconds_before = steps[-1]["seconds"] if steps else 0.0
+        self.started = time.time() - seconds_before
+
+    def write(self, **figures: Any) -> None:
+        """Append the figures of one step, and the seconds since the stage began.
+
+        A figure that is not finite is null.
+        """
+        figures["seconds"] = time.time() - self.started
+        rounded = {
+            name: round(value, 6) if isinstance(value, float) else value
+            for name, value in figures.items()
+        }
+        self.append("log.jsonl", [rounded])
+
+    def append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows to one of the files."""
+        append_jsonl(self.folder / name, rows)
+
+    def _read(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name
+        if not path.is_file():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+class Checkpoint:
+    """Weights and optimizer of an unfinished stage, saved now and then in <folder>.checkpoint."""
+
+    steps_done: int  # steps up to the checkpoint that --resume goes on from; 0 without one
+    log_ends: dict[str, LogEnd] | None  # of that checkpoint
+
+    def __init__(self, lm: LM, optimizer: Any, folder: Path, settings: TrainingSettings) -> None:
+        """Read the newest whole checkpoint into the network and its optimizer."""
+        self.lm = lm
+        self.optimizer = optimizer
+        self.folder = folder
+        self.merges_adapter = settings.lora_merge
+        self.path = checkpoint_of(folder)
+        self.steps_done = 0
+        self.log_ends = None
+        newest = self._newest_whole()
+        if newest is not None:
+            steps_done = lm.resume(newest, optimizer)
+            assert steps_done is not None, "resume counts steps where it is given an optimizer"
+            self.steps_done = steps_done
+            self.log_ends = read_log_ends(newest)
+        self.steps_saved = self.steps_done
+        self.seconds_of_saving = 0.0
+        self.saved_at = time.monotonic()
+
+    def _newest_whole(self) -> Path | None:
+        """Return the newest checkpoint of which all is as it was saved, and remove newer ones."""
+        for path in reversed(list_checkpoints(self.folder)):
+            fault = damaged_file(path) or self._damaged_log(path)
+            if fault is None:
+                return path
+            print(f"{fault} is not as it was saved: {path} is left out, for the state before it")
+            shutil.rmtree(path)
+        return None
+
+    def _damaged_log(self, checkpoint: Path) -> Path | None:
+        """Return the first log that was changed before its end in a checkpoint."""
+        for file in (CHECKSUMS_FILE, LOG_ENDS_FILE):
+            if not (checkpoint / file).is_file():
+                return checkpoint / file
+        for name, end in read_log_ends(checkpoint).items():
+            log = partial_of(self.folder) / name
+            if not log.is_file() or checksum(log, end.size) != end.sha256:
+                return log
+        return None
+
+    def save_if_due(self, steps: int) -> None:
+        """Save after a step, if the last time is long enough ago. steps: how many are done."""
+        wait = max(SECONDS_BETWEEN_SAVES, self.seconds_of_saving * (1 / SHARE_OF_SAVING - 1))
+        if time.monotonic() - self.saved_at >= wait:
+            self.save(steps)
+
+    def save(self, steps: int) -> None:
+        """Save the state behind a step, and keep the one before it.
+
+        Raises DiskError where the disk refuses; then half a checkpoint takes no room.
+        """
+        if steps == self.steps_saved:
+            return
+        started = time.monotonic()
+        path = self.path / str(steps)
+        partial = partial_of(path)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            write_text(partial / LOG_ENDS_FILE, self._log_ends_to_json())
+            self.lm.save(path, self.optimizer, steps)
+        except DiskError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for old in list_checkpoints(self.folder)[:-CHECKPOINTS_KEPT]:
+            shutil.rmtree(old)
+        self.steps_saved = steps
+        self.saved_at = time.monotonic()
+        self.seconds_of_saving = self.saved_at - started
+
+    def _log_ends_to_json(self) -> str:
+        ends = {}
+        for name in LOG_FILES:
+            log = partial_of(self.folder) / name
+            if log.is_file():
+                sync(log)
+                ends[name] = asdict(LogEnd(log.stat().st_size, checksum(log)))
+        return to_json(ends)
+
+    def finish(self) -> None:
+        """Save the finished stage, and remove its checkpoints."""
+        if self.merges_adapter and self.lm.network.lora:
+            self.lm.backend.merge_adapter(self.lm.network)
+        self.lm.save(self.folder)
+        shutil.rmtree(self.path, ignore_errors=True)

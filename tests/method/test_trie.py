@@ -1,0 +1,351 @@
+"""A group of rollouts is a trie: what is computed once is what would be computed for each alone.
+
+Sampling is compared with rollouts that are decoded one by one, and with a network that reads whole
+texts; the update with the textbook's loss, rollout by rollout. In torch and MLX.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import mlx_twin, tiny_lm
+
+from autocoa import IMAGINE, grpo_loss, nll_loss, random_stream, rollout
+from common.settings import RolloutSettings
+from data.batches import build_trie, learn_observations, pack, pack_texts
+from data.questions import Question
+from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
+from model import LM
+from train_rl import RLSettings, RolloutBatch, rollouts_that_teach, update_batches
+
+SETTINGS = RolloutSettings(max_len=90, max_observation=12, max_actions=3, max_answer=4)
+QUESTIONS = ["Who directed Silver River?", "What is it?"]
+GROUP = 6
+
+
+@pytest.fixture(params=["torch", "mlx"])
+def lm(request: pytest.FixtureRequest, codec: Codec) -> LM:
+    """A network whose draws often agree: rollouts stay together for a while."""
+    lm = tiny_lm(codec, noise=0.3)
+    if request.param == "mlx":
+        pytest.importorskip("mlx.core")
+        return mlx_twin(lm)
+    return lm
+
+
+def streams() -> list[np.ndarray]:
+    return [
+        random_stream(SETTINGS.max_len, 7, question, number)
+        for question in range(len(QUESTIONS))
+        for number in range(GROUP)
+    ]
+
+
+def prompts(codec: Codec) -> list[list[int]]:
+    return [codec.prompt(question) for question in QUESTIONS for _ in range(GROUP)]
+
+
+def search(queries: list[str], trajectories: list[Trajectory]) -> list[Observation]:
+    """Say something that depends on the query."""
+    return [
+        Observation(f"A film {len(query) % 3}." * (1 + len(query) % 2), Provenance.REAL)
+        for query in queries
+    ]
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("environment", ["tool", "imagined"])
+def test_a_rollout_is_what_it_is_alone(lm: LM, environment: str) -> None:
+    """Twelve rollouts of two questions together, and each by itself: the same tokens.
+
+    Guards: a fork that copies the wrong slot, or too late; a row that draws with a number of
+    another; a waiting row whose slot is written over.
+    """
+    codec = lm.codec
+    tool: Any = search if environment == "tool" else IMAGINE
+    everything = prompts(codec)
+    numbers = streams()
+    together = rollout(lm.decoder, codec, everything, tool, SETTINGS, 0.8, numbers)
+    texts = {tuple(trajectory.ids) for trajectory in together}
+    assert len(texts) > len(QUESTIONS)
+    for prompt, stream, trajectory in zip(everything, numbers, together, strict=True):
+        (alone,) = rollout(lm.decoder, codec, [prompt], tool, SETTINGS, 0.8, [stream])
+        assert trajectory.ids == alone.ids
+        assert trajectory.role == alone.role
+        assert trajectory.mask == alone.mask
+        assert trajectory.observations == alone.observations
+        np.testing.assert_allclose(trajectory.logprobs, alone.logprobs, atol=1e-4)
+
+
+def test_each_token_is_the_one_that_its_number_draws(lm: LM) -> None:
+    """Under a network that reads the whole text, the number lies in the token's interval.
+
+    Guards: a log-prob at another temperature, or of another text that shared the slot.
+    """
+    temperature = 0.8
+    everything = prompts(lm.codec)
+    numbers = streams()
+    together = rollout(lm.decoder, lm.codec, everything, search, SETTINGS, temperature, numbers)
+    checked = 0
+    for stream, trajectory in zip(numbers, together, strict=True):
+        batch = pack_texts([trajectory])
+        scored = lm.backend.score(lm.network, batch, temperature)
+        own = np.array(trajectory.mask) > 0
+        np.testing.assert_allclose(scored[own], np.array(trajectory.logprobs)[own], atol=1e-4)
+        probabilities = next_probabilities(lm, trajectory.ids, temperature)
+        for place in np.flatnonzero(own):
+            ends = probabilities[place - 1].cumsum()
+            token = trajectory.ids[place]
+            start = ends[token] - probabilities[place - 1][token]
+            assert start - 1e-5 <= stream[place] <= ends[token] + 1e-5
+            checked += 1
+    assert checked > 100
+
+
+def next_probabilities(lm: LM, ids: list[int], temperature: float) -> np.ndarray:
+    """Return the distribution behind each place of a text, (places, vocab), in float64."""
+    if lm.backend.NAME == "torch":
+        with torch.no_grad():
+            logits = lm.network.logits(lm.network(torch.tensor([ids])))[0].numpy()
+    else:
+        import mlx.core as mx
+
+        logits = np.array(lm.network.logits(lm.network(mx.array([ids])))[0])
+    scaled = logits.astype(np.float64) / temperature
+    scaled -= scaled.max(-1, keepdims=True)
+    return np.exp(scaled) / np.exp(scaled).sum(-1, keepdims=True)
+
+
+def test_one_text_is_read_once(lm: LM) -> None:
+    """As many slots as different texts: forks make new ones, and dropped rows give theirs back."""
+    decoder = lm.decoder([[5, 6, 7]] * 4 + [[8, 9]])
+    assert decoder.slots == 2
+    uniforms = np.tile([[0.01], [0.01], [0.5], [0.99], [0.5]], (1, 3))
+    ids, _ = decoder.decode([], [3] * 5, 1.0, uniforms)
+    assert ids[0] == ids[1]
+    assert len({tuple(row) for row in ids[:4]}) == 3
+    decoder.feed([[], [], [], [], []])
+    assert decoder.slots == 4
+    decoder.feed([[20], [21], [20], [20], [20]])
+    assert decoder.slots == 5
+    decoder.keep([0, 4, 0])
+    assert decoder.slots == 2
+    assert decoder.slot.tolist() == [0, 1, 0]
+
+
+def test_a_fork_leaves_the_others_as_they_are(lm: LM) -> None:
+    """A row that waits in a slot, and one that stops there, go on from their own ends."""
+    decoder = lm.decoder([[5, 6, 7]] * 3)
+    uniforms = np.full((3, 4), 0.3)
+    ids, _ = decoder.decode([], [0, 2, 4], 1.0, uniforms)
+    assert [len(row) for row in ids] == [0, 2, 4]
+    assert ids[1] == ids[2][:2]
+    decoder.feed([[30], [31, 32], []])
+    texts = [[5, 6, 7, 30], [5, 6, 7, *ids[1], 31, 32], [5, 6, 7, *ids[2]]]
+    for row, text in enumerate(texts):
+        alone = lm.decoder([text])
+        expected = np.asarray(alone.logits)[0]
+        found = np.asarray(decoder.logits)[decoder.slot[row]]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+# ---- tries ---------------------------------------------------------------------------------------
+def text(*ids: int, mask: Sequence[float] | None = None) -> Trajectory:
+    """Return a text of which all but the first token is learned."""
+    learned = [0.0] + [1.0] * (len(ids) - 1) if mask is None else list(mask)
+    return Trajectory(list(ids), learned, [Role.THINK] * len(ids))
+
+
+def test_a_trie_by_hand() -> None:
+    """The one of the docstring, with a text that is given twice and one that ends early."""
+    trie = build_trie(
+        [text(1, 2, 3, 4, 5, 7, 8), text(1, 2, 3, 4, 5, 6), text(1, 2, 3), text(1, 2, 3, 4, 5, 6)]
+    )
+    assert trie.ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert trie.depth.tolist() == [0, 1, 2, 3, 4, 5, 5, 6]
+    assert trie.parent.tolist() == [-1, 0, 1, 2, 3, 4, 4, 6]
+    assert trie.end.tolist() == [8, 8, 8, 8, 8, 6, 8, 8]
+    assert [path.tolist() for path in trie.paths] == [
+        [0, 1, 2, 3, 4, 6, 7],
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 2],
+        [0, 1, 2, 3, 4, 5],
+    ]
+
+
+def test_a_node_is_one_id_in_one_role_with_one_mask() -> None:
+    """Guards: what a policy imagined and what the tool said, in the same words, as one node."""
+    learned = text(1, 2, 3)
+    masked = text(1, 2, 3, mask=[0, 0, 1])
+    observed = Trajectory([1, 2, 3], [0, 1, 1], [Role.THINK, Role.OBSERVATION, Role.THINK])
+    assert len(build_trie([learned, masked, observed]).ids) == 7
+    assert len(build_trie([learned, learned]).ids) == 3
+
+
+def test_random_tries_hold_their_texts() -> None:
+    """Each path spells its text; a node sees those before it on its own paths, and no other."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        texts = [text(*rng.integers(0, 2, rng.integers(1, 9)).tolist()) for _ in range(6)]
+        trie = build_trie(texts)
+        assert len(trie.ids) == len(
+            {tuple(one.ids[: end + 1]) for one in texts for end in range(len(one.ids))}
+        )
+        nodes = np.arange(len(trie.ids))
+        sees = (nodes[None] <= nodes[:, None]) & (nodes[:, None] < trie.end[None])
+        for one, path in zip(texts, trie.paths, strict=True):
+            assert trie.ids[path].tolist() == one.ids
+            assert trie.depth[path].tolist() == list(range(len(one.ids)))
+            for place, node in enumerate(path):
+                assert np.flatnonzero(sees[node]).tolist() == path[: place + 1].tolist()
+
+
+# ---- the update ----------------------------------------------------------------------------------
+def group_batch(codec: Codec) -> RolloutBatch:
+    """Two groups of four that part early, late, or not at all; one is alike in reward."""
+    rng = np.random.default_rng(3)
+    trajectories = []
+    for question in QUESTIONS:
+        common = rng.integers(20, 300, 5).tolist()
+        for number in range(4):
+            trajectory = Trajectory()
+            trajectory.add(codec.prompt(question), Role.PROMPT, 0)
+            own = common[: 2 + number % 3] + rng.integers(20, 300, number % 3).tolist()
+            trajectory.add(own, Role.THINK, 1, rng.uniform(-7, -5, len(own)).tolist())
+            trajectory.add(common[:3], Role.OBSERVATION, 0)
+            trajectory.observations.append(Observation("", Provenance.REAL))
+            trajectory.add(common[3:], Role.ANSWER, 1, rng.uniform(-7, -5, 2).tolist())
+            trajectories.append(trajectory)
+    # What is one text was sampled once: its log-probs are one number.
+    trie = build_trie(trajectories)
+    for trajectory, path in zip(trajectories, trie.paths, strict=True):
+        trajectory.logprobs = trie.old[path].tolist()
+    questions = [Question(str(n), text, ["Eva"], []) for n, text in enumerate(QUESTIONS)]
+    rewards = np.array([[1.0, 0.0, 0.9, 0.0], [0.5, 0.5, 0.5, 0.5]])
+    return RolloutBatch(questions, trajectories, rewards)
+
+
+def textbook_loss(
+    lm: LM, batch: RolloutBatch, advantages: np.ndarray, settings: RLSettings, reference: LM
+) -> torch.Tensor:
+    """Return the loss of an update, rollout by rollout, by the formulas of the papers."""
+    total = torch.zeros(())
+    policy_tokens = 0
+    kl = torch.zeros(())
+    kl_tokens = 0
+    observed = torch.zeros(())
+    observed_tokens = 0
+    for row, trajectory in enumerate(batch.trajectories):
+        ids = torch.tensor([trajectory.ids])
+        logits = lm.network.logits(lm.network(ids))[0]
+        with torch.no_grad():
+            reference_logits = reference.network.logits(reference.network(ids))[0]
+        for place in range(1, len(trajectory.ids)):
+            token = trajectory.ids[place]
+            if trajectory.role[place] == Role.OBSERVATION:
+                observed = observed - logits[place - 1].log_softmax(-1)[token]
+                observed_tokens += 1
+            if not trajectory.mask[place]:
+                continue
+            logp = (logits[place - 1] / settings.temperature).log_softmax(-1)[token]
+            ratio = torch.exp(logp - trajectory.logprobs[place])
+            advantage = advantages.ravel()[row]
+            clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+            if row < 4:  # the second group is skipped
+                total = total - torch.minimum(ratio * advantage, clipped * advantage)
+                policy_tokens += 1
+            other = (reference_logits[place - 1] / settings.temperature).log_softmax(-1)[token]
+            kl = kl + torch.exp(other - logp) - (other - logp) - 1
+            kl_tokens += 1
+    loss = total / policy_tokens + settings.kl * kl / kl_tokens
+    return loss + settings.observation_coef * observed / observed_tokens
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"kl": 0.3}, {"observation_coef": 0.2}, {"kl": 0.1, "observation_coef": 0.5}],
+    ids=["policy", "kl", "observations", "all"],
+)
+@pytest.mark.parametrize("micro_tokens", [1, 10_000])
+def test_an_update_is_the_textbooks(codec: Codec, given: Any, micro_tokens: int) -> None:
+    """Loss and gradients of tries, in one micro-batch or many, are those of rollouts one by one.
+
+    The ratios lie on both sides of the clipping. Guards: a shared token that counts once, or not;
+    a parent that is the token before it in the row; a normaliser of nodes in place of tokens; KL
+    that skipped groups lose.
+    """
+    lm = tiny_lm(codec, noise=0.1)
+    reference = tiny_lm(codec, seed=1, noise=0.1)
+    settings = RLSettings(
+        questions=2, rollouts=4, temperature=0.9, micro_tokens=micro_tokens, **given
+    )
+    batch = group_batch(codec)
+    advantages = np.array([[0.5, -0.5, 0.4, -0.4], [0.0] * 4])
+    skipped = np.array([False, True])
+    rows = np.flatnonzero(rollouts_that_teach(batch, skipped, settings))
+    batches = update_batches(batch, rows, advantages, skipped, reference, settings)
+    assert sum(len(part["ids"]) for part in batches) < sum(
+        len(trajectory.ids) for trajectory in batch.trajectories
+    )
+
+    expected = textbook_loss(lm, batch, advantages, settings, reference)
+    lm.network.zero_grad()
+    expected.backward()
+    gradients = {name: weight.grad.clone() for name, weight in lm.network.named_parameters()}
+    kept = KeepGradients()
+    figures = lm.backend.train_step(
+        lm.network, kept, grpo_loss, batches, 0.0, 0.0, settings.temperature, max_norm=1e9
+    )
+    assert figures["loss"] == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(kept.gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+    pytest.importorskip("mlx.core")
+    twin = mlx_twin(lm)
+    batches = update_batches(batch, rows, advantages, skipped, mlx_twin(reference), settings)
+    kept = KeepGradients()
+    figures = twin.backend.train_step(
+        twin.network, kept, grpo_loss, batches, 0.0, 0.0, settings.temperature, max_norm=1e9
+    )
+    assert figures["loss"] == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(np.array(kept.gradients[name]), gradient, rtol=1e-4, atol=1e-5)
+
+
+class KeepGradients:
+    """An optimizer that changes nothing and remembers the gradients."""
+
+    seed = 0
+    step_count = 0
+
+    def step(self, gradients: dict[str, Any], lr: float, muon_lr: float) -> None:
+        self.gradients = dict(gradients)
+
+
+def test_packed_texts_are_apart(lm: LM, codec: Codec) -> None:
+    """Texts that are packed have the log-probs that each has alone, whatever stands beside it."""
+    rng = np.random.default_rng(1)
+    texts = [text(*rng.integers(20, 300, length).tolist()) for length in (1, 2, 9, 4)]
+    packed = pack_texts(texts)
+    together = lm.backend.score(lm.network, packed)
+    entropies = lm.backend.entropies(lm.network, packed)
+    for one, (start, end) in zip(texts, packed["parts"], strict=True):
+        batch = pack_texts([one])
+        np.testing.assert_allclose(
+            together[start:end], lm.backend.score(lm.network, batch), atol=1e-5
+        )
+        expected = lm.backend.entropies(lm.network, batch)
+        np.testing.assert_allclose(entropies[start:end], expected, atol=1e-5)
+    assert together[packed["parent"] < 0].tolist() == [0.0] * 4
+
+
+def test_weights_of_observations_travel_with_nodes(codec: Codec) -> None:
+    """SFT-3's weight of a tenth is on the packed mask, and nothing else."""
+    trajectory = Trajectory([5, 6, 7], [0, 1, 0], [Role.PROMPT, Role.ACTION, Role.OBSERVATION])
+    (seen,) = learn_observations([trajectory], 0.1)
+    assert pack([build_trie([seen])])["mask"].tolist() == pytest.approx([0, 1, 0.1])
+    logp = np.array([0.0, -2.0, -3.0])
+    batch = {"mask": np.array([0, 1, 0.1]), "norm": 1.1}
+    assert nll_loss(np, logp, batch) == pytest.approx(2.3 / 1.1)
