@@ -9,8 +9,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from backends.decoder import ids_in_block, round_up_to_block
 from backends.decoder import Decoder as SlotDecoder
+from backends.decoder import ids_in_block, round_up_to_block
 from backends.mlx.network import Transformer
 from backends.mlx.weights import compute_copy
 

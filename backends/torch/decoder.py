@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backends.decoder import ids_in_block, round_up_to_block
 from backends.decoder import Decoder as SlotDecoder
+from backends.decoder import ids_in_block, round_up_to_block
 from backends.torch.network import Transformer
 from backends.torch.weights import compute_copy
 
