@@ -153,7 +153,10 @@ def refuse_damage(folder: Path, remedy: str) -> None:
 
 # ---- reading -------------------------------------------------------------------------------------
 def read_jsonl(path: str | Path, expected: str, setting: str) -> list[tuple[int, Any]]:
-    """Return (line number, value) for each line of a jsonl file.
+    """Return (line number, value) for each line of a jsonl file; blank ones are none.
+
+    A byte order mark, which some editors write, is no text: not even in the middle, where files
+    were joined.
 
     expected: what a line should hold, for the message.
     setting: the setting that named the file, for the message.
@@ -163,16 +166,18 @@ def read_jsonl(path: str | Path, expected: str, setting: str) -> list[tuple[int,
     if not path.is_file():
         raise UserError(f"{setting}: no such file: {path}; expected {expected}")
     try:
-        text = path.read_text(encoding="utf-8").removesuffix("\n")
+        text = path.read_text(encoding="utf-8").replace("\ufeff", "")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: not UTF-8 text: {error}; expected {expected}, one a line"
         ) from None
-    if not text:
+    if not text.strip():
         raise UserError(f"{path}: empty; expected {expected}, one a line")
     rows = []
     # str.splitlines would also cut at U+2028, which a JSON text may hold.
     for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             rows.append((number, json.loads(line)))
         except (ValueError, RecursionError):

@@ -26,11 +26,8 @@ from data.trajectory import TAGS, Codec, Part, Role, Trajectory
 EXPECTED = "AutoCoA's SFT rows, messages or conversation"
 # The authors' prompt ends with this; our system prompt takes its place.
 INSTRUCTIONS_END = "answer the user's question below:"
-SEARCH_OR_RESULT = re.compile(
-    f"{re.escape(TAGS['search'])}(?P<search>.*?){re.escape(TAGS['end_search'])}"
-    f"|{re.escape(TAGS['result'])}(?P<result>.*?){re.escape(TAGS['end_result'])}",
-    re.S,
-)
+CLOSING_TAGS = {TAGS["search"]: TAGS["end_search"], TAGS["result"]: TAGS["end_result"]}
+OPENING_TAG = re.compile("|".join(map(re.escape, CLOSING_TAGS)))
 # Whose turn it is, by the names that conversations use.
 SPEAKERS = {
     "user": "user",
@@ -64,15 +61,25 @@ def parse_trajectory(text: str, whole: bool = True) -> list[Part]:
 
 
 def _parse_thoughts(text: str) -> list[Part]:
+    """Return thoughts, searches and results of a text, in time that grows with its length."""
     parts: list[Part] = []
     end = 0
-    for match in SEARCH_OR_RESULT.finditer(text):
-        thought = text[end : match.start()].strip()
+    never_closed: set[str] = set()
+    for opening in OPENING_TAG.finditer(text):
+        tag = opening[0]
+        if opening.start() < end or tag in never_closed:
+            continue
+        closing = text.find(CLOSING_TAGS[tag], opening.end())
+        if closing < 0:
+            # Not looked for again: a text of nothing but opening tags would take hours.
+            never_closed.add(tag)
+            continue
+        thought = text[end : opening.start()].strip()
         if thought:
             parts.append(("think", thought))
-        kind = "result" if match["search"] is None else "search"
-        parts.append((kind, match[kind].strip()))
-        end = match.end()
+        kind = "search" if tag == TAGS["search"] else "result"
+        parts.append((kind, text[opening.end() : closing].strip()))
+        end = closing + len(CLOSING_TAGS[tag])
     thought = text[end:].strip()
     if thought:
         parts.append(("think", thought))
@@ -264,7 +271,7 @@ def trajectory_text(codec: Codec, trajectory: Trajectory) -> tuple[str, str]:
 
 
 def _decode_without_eos(codec: Codec, ids: list[int]) -> str:
-    return codec.decode([token for token in ids if token != codec.eos_id])
+    return codec.decode([token for token in ids if token not in codec.eos_ids])
 
 
 def write_sft_files(codec: Codec, folder: Path, data: SFTData) -> None:

@@ -3,6 +3,7 @@ r"""AutoCoA's SFT files, in and out (data/autocoa_files.py)."""
 import json
 import random
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -428,3 +429,12 @@ def test_a_missing_file(nano: Any, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.jsonl", chain_row("<think>Hm</think>\\boxed{Eva}"))
     with pytest.raises(UserError, match="no such file"):
         read_sft_files(nano, [path, tmp_path / "y.jsonl"])
+
+
+def test_tags_that_nothing_closes_are_read_at_once() -> None:
+    """20,000 opening tags. Guards: a reader that looks for the end of each anew, for hours."""
+    tags = TAGS["search"] * 10_000 + TAGS["result"] * 10_000
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="tag"):
+        parse_trajectory(f"<think>{tags}</think>\\boxed{{Eva}}")
+    assert time.perf_counter() - started < 10

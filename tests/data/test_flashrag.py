@@ -128,7 +128,6 @@ def test_two_hops_whatever_the_id(tmp_path: Path) -> None:
     assert len(question.lookups) == 1
 
 
-@pytest.mark.xfail(reason="common.files.read_jsonl refuses them", strict=False)
 def test_bytes_before_the_text_and_blank_lines(tmp_path: Path) -> None:
     """Byte order marks, as where two such files were joined, are no text; lines keep their number.
 
