@@ -193,7 +193,8 @@ def read_points(logs: RunLogs, row: CurveRow) -> list[Point]:
 
     A world model is paid for when the first stage begins that practises in it.
     """
-    start = logs.record.stages[row.stages[0]].settings["start"]
+    # Without --start, RL-1 begins at SFT-3.
+    start = logs.record.stages[row.stages[0]].settings["start"] or "sft3"
     em: float | None = logs.looked_at_em(start)
     ledger = Ledger()
     if start != "sft2":
