@@ -174,14 +174,14 @@ def query_words(query: str) -> str:
     """Return a query, composed, with the words that it may have in either kind of passage.
 
     >>> query_words("the mayor of 東京都")
-    'the mayor of  東京都 東京 京都 '
+    'the mayor of  東京 京都  東京都'
     """
-
-    def both(run: re.Match[str]) -> str:
-        words = dict.fromkeys([run[0], *_letter_pairs(run[0])])
-        return f" {' '.join(words)} "
-
-    return UNSPACED.sub(both, nfc(query))
+    query = nfc(query)
+    pairs = UNSPACED.sub(lambda run: f" {' '.join(_letter_pairs(run[0]))} ", query)
+    words = re.findall(WORD_PATTERN, pairs)
+    names = [word for word in re.findall(WORD_PATTERN, query) if UNSPACED.search(word)]
+    # A word that stands there twice would count twice.
+    return " ".join([pairs, *dict.fromkeys(name for name in names if name not in words)])
 
 
 def _letter_pairs(run: str) -> list[str]:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 import string
 import unicodedata
 from collections.abc import Callable
@@ -52,7 +53,7 @@ from data.teacher import find_evidence
 from data.trajectory import TAGS, Codec, Part, Role
 from data.trajectory_rows import TrajectoryRow
 from evaluation.viewer import compare_texts, render_page
-from services.bm25 import BM25, UNSPACED, passage_words, query_words
+from services.bm25 import BM25, UNSPACED, WORD_PATTERN, passage_words, query_words
 
 # ---- what is made up -----------------------------------------------------------------------------
 # What texts from outside hold that a reader could stumble over.
@@ -245,8 +246,8 @@ def test_any_contents_of_a_passage(holds_for: Try) -> None:
         assert split_passage(unicodedata.normalize("NFD", contents)) == passage
         if not UNSPACED.search(nfc(contents)):
             assert passage_words(contents) == query_words(contents) == nfc(contents)
-        words = set(passage_words(contents).split())
-        assert words <= {*query_words(contents).split(), *nfc(contents).split()}
+        words = re.findall(WORD_PATTERN, passage_words(contents))
+        assert set(words) <= set(re.findall(WORD_PATTERN, query_words(contents)))
 
     holds_for(check, TEXT)
 

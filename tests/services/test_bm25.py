@@ -145,7 +145,7 @@ UNSPACED_PASSAGES = [
     {"id": "2", "contents": '"からくり時計"\n駅前のからくり時計は毎日正午に人形が踊る。'},
     {"id": "3", "contents": '"ตลาดน้ำ"\nตลาดน้ำขายผลไม้และอาหารบนเรือทุกเช้า'},
     {"id": "4", "contents": '"วัดบนเขา"\nวัดบนเขาสร้างด้วยไม้สักทั้งหลัง'},
-    {"id": "5", "contents": '"Tea house"\nThe tea house (茶館) stands by a bridge.'},
+    {"id": "5", "contents": '"Tea house"\nThe tea house (茶館前) stands by a bridge and 水Mill.'},
 ]
 
 
@@ -158,7 +158,8 @@ UNSPACED_PASSAGES = [
         ("ที่ตลาดน้ำขายอะไร", "3"),
         ("วัดที่สร้างด้วยไม้สัก", "4"),
         ("When does the 山茶花 bloom?", "0"),
-        ("What is a 茶館?", "5"),
+        ("What is 茶館前?", "5"),
+        ("Where is 水Mill?", "5"),
         ("the bridge by the tea house", "5"),
     ],
 )
