@@ -167,7 +167,7 @@ def passage_words(text: str) -> str:
     unspaced_letters = sum(len(run) for run in UNSPACED.findall(text))
     if unspaced_letters == 0 or 2 * unspaced_letters < sum(letter.isalpha() for letter in text):
         return text
-    return UNSPACED.sub(lambda run: f" {' '.join(_letter_pairs(run[0]))} ", text)
+    return UNSPACED.sub(_letter_pairs, text)
 
 
 def query_words(query: str) -> str:
@@ -177,17 +177,18 @@ def query_words(query: str) -> str:
     'the mayor of  東京 京都  東京都'
     """
     query = nfc(query)
-    pairs = UNSPACED.sub(lambda run: f" {' '.join(_letter_pairs(run[0]))} ", query)
+    pairs = UNSPACED.sub(_letter_pairs, query)
     words = re.findall(WORD_PATTERN, pairs)
     names = [word for word in re.findall(WORD_PATTERN, query) if UNSPACED.search(word)]
     # A word that stands there twice would count twice.
     return " ".join([pairs, *dict.fromkeys(name for name in names if name not in words)])
 
 
-def _letter_pairs(run: str) -> list[str]:
-    """Return each two neighbouring letters of a text; marks above and below them are left out."""
-    letters = [letter for letter in run if letter.isalnum()]
-    return [first + second for first, second in itertools.pairwise(letters)] or letters
+def _letter_pairs(run: re.Match[str]) -> str:
+    """Return each two neighbouring letters of a run; marks above and below them are left out."""
+    letters = [letter for letter in run[0] if letter.isalnum()]
+    pairs = [first + second for first, second in itertools.pairwise(letters)]
+    return f" {' '.join(pairs or letters)} "
 
 
 def _index_passages(
