@@ -39,7 +39,6 @@ Search = Callable[[list[str], list[Trajectory]], list[Observation]]
 # In place of a search: the policy writes the observation itself (RL-1).
 Imagine = Literal["imagine"]
 IMAGINE: Imagine = "imagine"
-TAG_ROOM = 8  # tokens kept free for the tags around a forced answer
 
 
 # ---- 1. Reward and advantage ---------------------------------------------------------------------
@@ -217,7 +216,7 @@ def rollout(
     """
     rows = []
     for number, prompt in enumerate(prompts):
-        if len(prompt) + settings.max_answer + TAG_ROOM >= settings.max_len:
+        if len(prompt) > settings.longest_prompt:
             raise UserError(
                 f"max_len: {settings.max_len} leaves no room for a prompt of {len(prompt)} tokens "
                 "and an answer; raise --max_len"
@@ -335,8 +334,7 @@ class Agent:
 
     def _room(self, row: Row) -> int:
         """Return the tokens left before a forced answer, with its tags, must begin."""
-        reserved = self.settings.max_answer + TAG_ROOM
-        return self.settings.max_len - reserved - len(row.trajectory.ids)
+        return self.settings.max_len - self.settings.forced_answer_room - len(row.trajectory.ids)
 
     def _observation_budget(self, row: Row) -> int:
         imagined = len(row.trajectory.ids) - row.observation_start

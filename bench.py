@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import model
-from autocoa import TAG_ROOM, nll_loss, rollout
+from autocoa import nll_loss, rollout
 from common.errors import UserError, run_guarded
 from common.runs import find_start, run_folder
 from common.settings import AboveZero, ModelSettings, RolloutSettings, TaskRunSettings, main
@@ -89,7 +89,7 @@ def run_agents(
     """Put tool calls around a library's generation; return the ids of each whole text."""
     texts = [list(prompt) for prompt in prompts]
     unread = dict(enumerate(prompts))
-    longest = settings.max_len - settings.max_answer - TAG_ROOM
+    longest = settings.max_len - settings.forced_answer_room
     for _ in range(settings.max_actions + 1):
         rows = list(unread)
         budgets = [longest - len(texts[row]) for row in rows]

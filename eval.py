@@ -291,18 +291,10 @@ def _row_in(root: Path, row: TableRow) -> TableRow:
 
 
 def open_checkpoint(settings: EvalSettings) -> Table:
-    """Return the rows of a checkpoint as it is: workflows, and the agent where it is one.
-
-    Raises UserError for a model that no workflow can ask.
-    """
+    """Return the rows of a checkpoint as it is: workflows, and the agent where it is one."""
     if not settings.model:
         raise UserError("--data: it needs --model, the checkpoint to judge")
     base, has_tags = model.load_any(settings.model, settings)
-    if not has_tags and not is_asked_in_words(base.codec):
-        raise UserError(
-            f"--model={settings.model}: no chat template, so no workflow can ask it in words; "
-            "take an instruct model, or one that train_sft.py made"
-        )
     folder = Path(settings.model)
     rows = [dataclasses.replace(row, folder=folder) for row in WORKFLOWS]
     if has_tags:
@@ -323,6 +315,7 @@ def run(settings: EvalSettings) -> None:
     task = open_task(settings, settings.data)
     table = open_checkpoint(settings) if settings.data else open_run(settings)
     refuse_unknown_rows(settings.rows, table.rows)
+    task.leave_out_long_questions(table.base.codec, settings.longest_prompt)
     if not memory.report(table.base, settings, "eval", None):
         return
     with only_process(table.root):

@@ -44,6 +44,7 @@ from autocoa import (
     reward,
 )
 from common import memory, runs
+from common.alarms import alarms
 from common.batching import fill_by_tokens
 from common.errors import UserError
 from common.runs import StageRun
@@ -61,7 +62,7 @@ from workflows.agent import answer_questions, trajectory_row
 
 WARMUP_STEPS = 3  # steps over which the learning rate rises
 EVAL_QUESTIONS = 60  # evaluation questions of each set that --eval_every looks at
-DRIFT_SAMPLES = 10  # trajectories of a step on which KL is watched
+WATCHED = 10  # trajectories of a step whose log-probs are watched
 
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
@@ -131,6 +132,7 @@ def run(settings: RLSettings) -> None:
         return
     task = open_task(settings)
     reference, policy = plan.load_reference_and_policy(settings)
+    task.leave_out_long_questions(policy.codec, settings.longest_prompt)
     # --dry-run times a step by the simplest loss.
     if not memory.report(policy, settings, "rl", nll_loss):
         return
@@ -196,6 +198,10 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
         batch = sample_rollouts(policy, settings, stage, step)
         sampled = time.time()
 
+        watched = slice(None, None, max(1, len(batch.trajectories) // WATCHED))
+        some = batch.trajectories[watched]
+        before = policy_logprobs(policy, some, settings)
+
         # Update: a policy-gradient step for each minibatch, on what the groups can teach. The log
         # has the figures of the last one; they are 0 where all groups are skipped.
         advantages = group_advantages(batch.rewards, settings.advantage_std)
@@ -204,7 +210,7 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
         learned = np.flatnonzero(rollouts_that_teach(batch, skipped, settings))
         warmup = min(1.0, (step + 1) / WARMUP_STEPS)
         rate = settings.rl_lr * (stage.rate_scale * warmup)
-        figures = {"loss": 0.0, "grad_norm": 0.0}
+        figures = {"loss": 0.0, "grad_norm": 0.0, "idle_parameters": 0}
         for part in split_minibatches(learned, settings.minibatches, rng):
             batches = update_batches(batch, part, advantages, skipped, reference, settings)
             figures = policy.backend.train_step(
@@ -222,9 +228,11 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
 
         # Log: what the step looked like, and its first group to read.
         row = describe_step(policy.codec, batch)
-        some = batch.trajectories[:: max(1, len(batch.trajectories) // DRIFT_SAMPLES)]
-        row["kl"] = drift(policy, reference, some, settings)
+        after = policy_logprobs(policy, some, settings)
+        row["kl"] = drift(after, policy_logprobs(reference, some, settings))
         refuse_divergence(row, stage, step)
+        row["sampler_gap"] = sampler_gap(some, before)
+        row["correct_change"] = mean_change(correct_rollouts(batch)[watched], before, after)
         searches = [
             search
             for trajectory in batch.trajectories
@@ -238,11 +246,14 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
         if idle_steps:
             steps_in_a_row = f" for {idle_steps} steps" if idle_steps > 1 else ""
             summary += f", no group to learn from{steps_in_a_row}"
+        rung = alarms([*progress.log_files.steps, {**figures, **row}], settings.max_actions)
+        progress.warn(rung)
         progress.log(
             f"{summary}, {updated - started:.1f} s",
             step=step,
             **figures,
             **row,
+            alarms=list(rung),
             skipped_groups=int(skipped.sum()),
             idle_steps=idle_steps,
             shared_tokens=share_of_tokens(batch),
@@ -436,20 +447,58 @@ def share_of_tokens(batch: RolloutBatch) -> float:
     return 1 - nodes / tokens
 
 
-def drift(
-    policy: LM, reference: LM, trajectories: Sequence[Trajectory], settings: RLSettings
-) -> float:
-    """Return KL to the reference (k3), nats a token of the policy: watched even where --kl is 0."""
-    total = 0.0
-    tokens = 0.0
+def policy_logprobs(
+    lm: LM, trajectories: Sequence[Trajectory], settings: RLSettings
+) -> list[np.ndarray]:
+    """Return for each trajectory the log-probs of the policy's tokens under a model: (tokens,)."""
+    logprobs = []
     lengths = [len(trajectory.ids) for trajectory in trajectories]
     for group in fill_by_tokens(lengths, settings.micro_tokens):
         batch = pack_texts([trajectories[row] for row in group])
-        batch["ref"] = reference.backend.score(reference.network, batch, settings.temperature)
-        logprobs = policy.backend.score(policy.network, batch, settings.temperature)
-        total += float((k3(np, logprobs, batch) * batch["mask"]).sum())
-        tokens += float(batch["mask"].sum())
-    return total / tokens
+        scored = lm.backend.score(lm.network, batch, settings.temperature)
+        is_own = batch["mask"] > 0
+        logprobs += [scored[start:end][is_own[start:end]] for start, end in batch["parts"]]
+    return logprobs
+
+
+def drift(policy: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:
+    """Return KL to the reference (k3), nats a token: watched even where --kl is 0.
+
+    policy, reference: log-probs of the same tokens, by trajectory.
+    """
+    batch = {"ref": np.concatenate(reference), "mask": 1.0}
+    return float(k3(np, np.concatenate(policy), batch).mean())
+
+
+def sampler_gap(trajectories: Sequence[Trajectory], scored: Sequence[np.ndarray]) -> float:
+    """Return how far log-probs of sampling are from those of training: mean, nats a token.
+
+    scored: those of training before the update, of the policy's tokens.
+    """
+    sampled = [
+        np.array(trajectory.logprobs)[np.array(trajectory.mask) > 0] for trajectory in trajectories
+    ]
+    return float(np.abs(np.concatenate(scored) - np.concatenate(sampled)).mean())
+
+
+def correct_rollouts(batch: RolloutBatch) -> np.ndarray:
+    """Return which rollouts have the best reward of a group that differs: (rollouts,) of bool."""
+    best = batch.rewards == batch.rewards.max(1, keepdims=True)
+    return (best & ~best.all(1, keepdims=True)).ravel()
+
+
+def mean_change(
+    is_meant: np.ndarray, before: Sequence[np.ndarray], after: Sequence[np.ndarray]
+) -> float | None:
+    """Return by how much an update made some trajectories more likely: mean, nats a token.
+
+    is_meant: (trajectories,) of bool; None is returned where it holds for none.
+    before, after: log-probs of the same tokens, by trajectory.
+    """
+    changes = [
+        new - old for is_one, old, new in zip(is_meant, before, after, strict=True) if is_one
+    ]
+    return float(np.concatenate(changes).mean()) if changes else None
 
 
 def describe_step(codec: Codec, batch: RolloutBatch) -> dict[str, float | None]:
@@ -472,6 +521,7 @@ def describe_step(codec: Codec, batch: RolloutBatch) -> dict[str, float | None]:
 
     return {
         "reward": float(batch.rewards.mean()),
+        "reward_spread": float(batch.rewards.std(1).mean()),
         "em": mean(scores),
         # The log-probs of sampled tokens estimate entropy without bias.
         "entropy": float(-logprobs.mean()),

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autocoa import TAG_ROOM, contrastive_loss, nll_loss
+from autocoa import contrastive_loss, nll_loss
 from common import memory, runs
 from common.runs import StageRun
 from common.settings import (
@@ -52,7 +52,7 @@ from data.batches import (
     pair_batches,
 )
 from data.pairs import contrastive_pairs
-from data.questions import Question, facts_by_id, leave_out_long_questions
+from data.questions import Question, facts_by_id
 from data.scores import exact_match
 from data.sft_data import SFTData, keep_what_fits, read_sft_data, write_sft_data
 from data.teacher import recall_chain, write_chains
@@ -114,7 +114,7 @@ def run(settings: SFTSettings) -> None:
         lm = task.new_model(settings)
     else:
         lm = plan.load_start(settings)
-    refuse_short_max_len(lm, settings, task)
+    task.leave_out_long_questions(lm.codec, settings.longest_prompt)
     plan.refuse_contradictions(lm, settings)
     if not memory.report(lm, settings, "sft", nll_loss):
         return
@@ -161,15 +161,6 @@ def refuse_nothing_to_learn(settings: SFTSettings, plan: runs.StagePlan) -> None
             "--coa, --cot: both are 0, which leaves SFT-2 and SFT-3 nothing to learn from; give "
             "one of them, or train SFT-1 alone with --stage=sft1"
         )
-
-
-def refuse_short_max_len(lm: LM, settings: SFTSettings, task: Task) -> None:
-    """Raise UserError where max_len has no room for a question, before anything is trained."""
-    leave_out_long_questions(
-        task.questions("sample", SAMPLES),
-        lambda question: len(lm.codec.prompt(question)),
-        settings.max_len - settings.max_answer - TAG_ROOM - 1,
-    )
 
 
 def train_on_pairs(

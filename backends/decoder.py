@@ -67,11 +67,10 @@ class Decoder(ABC):
     def __init__(self, network: Any, prompts: Sequence[Sequence[int]]) -> None:
         """Read the prompts; equal ones are read once, into one slot."""
         rows = len(prompts)
-        slot_of_prompt: dict[tuple[int, ...], int] = {}
-        self.slot = np.array(
-            [slot_of_prompt.setdefault(tuple(ids), len(slot_of_prompt)) for ids in prompts]
-        )
-        self.slots = len(slot_of_prompt)
+        texts = [tuple(ids) for ids in prompts]
+        slot_of_text = {text: slot for slot, text in enumerate(dict.fromkeys(texts))}
+        self.slot = np.array([slot_of_text[text] for text in texts])
+        self.slots = len(slot_of_text)
         self.length = np.zeros(rows, dtype=np.int64)
         self.pending = [[] for _ in range(rows)]
         self._open(network, self.slots)
@@ -140,7 +139,8 @@ class Decoder(ABC):
         temperatures = np.broadcast_to(np.asarray(temperature, np.float32), row_count)
         assert uniforms is not None or not temperatures.any(), "sampling needs uniforms"
         # A row that waits keeps its logits, and all rows of a slot are drawn at one temperature.
-        self._part(list(zip((row_limits > 0).tolist(), temperatures.tolist(), strict=True)))
+        writes = (row_limits > 0).tolist()
+        self._part(list(zip(writes, temperatures.tolist(), strict=True)))
 
         step_ids = []
         step_logprobs = []
@@ -164,34 +164,55 @@ class Decoder(ABC):
             # 3. Rows of one slot part where their tokens differ; then each slot reads its token.
             rows = np.flatnonzero(running)
             self._fork(rows, ids[rows])
-            tokens = np.zeros(self.slots, dtype=np.int64)
-            tokens[self.slot[rows]] = ids[rows]
-            is_read = np.zeros(self.slots, dtype=bool)
-            is_read[self.slot[rows]] = True
-            # A slot that waits reads a zero beyond its end.
-            self._advance(tokens, self._of_slots(self.length), is_read)
-            self.length += running
+            self._read_tokens(rows, ids[rows])
 
+        return self._written(step_ids, step_logprobs)
+
+    def _read_tokens(self, rows: np.ndarray, ids: np.ndarray) -> None:
+        """Read a token in each of some rows. rows, ids: (rows that run,)."""
+        slots = self.slot[rows]
+        tokens = np.zeros(self.slots, dtype=np.int64)
+        tokens[slots] = ids
+        is_read = np.zeros(self.slots, dtype=bool)
+        is_read[slots] = True
+        # A slot that waits reads a zero beyond its end.
+        ends = self._of_slots(self.length)
+        self._advance(tokens, ends, is_read)
+        self.length[rows] += 1
+
+    def _written(
+        self, step_ids: list[np.ndarray], step_logprobs: list[Any]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Return what each row wrote; its last token is pending.
+
+        step_ids: (rows,) of each step, -1 where a row did not write.
+        step_logprobs: likewise.
+        """
         all_ids = np.stack(step_ids, 1)
-        all_logprobs = np.stack([self._download(logprobs) for logprobs in step_logprobs], 1)
+        downloaded = [self._download(logprobs) for logprobs in step_logprobs]
+        all_logprobs = np.stack(downloaded, 1)
         counts = (all_ids >= 0).sum(1).tolist()
         new_ids = []
         new_logprobs = []
         for row, count in enumerate(counts):
-            new_ids.append(all_ids[row, :count].tolist())
+            ids = all_ids[row, :count].tolist()
+            new_ids.append(ids)
             new_logprobs.append(all_logprobs[row, :count].tolist())
-            self.pending[row] = self.pending[row] + new_ids[row][-1:]
+            self.pending[row] = self.pending[row] + ids[-1:]
         return new_ids, new_logprobs
 
     # ---- rows that share a slot ------------------------------------------------------------------
     def _fork(self, rows: np.ndarray, ids: np.ndarray) -> None:
         """Give those of some rows that go on with different ids, (rows,), slots of their own."""
-        paths, path_of_row = np.unique(self.slot[rows] << 32 | ids, return_inverse=True)
+        # A path is a slot and an id, as one number.
+        numbers = self.slot[rows] << 32 | ids
+        paths, path_of_row = np.unique(numbers, return_inverse=True)
         slots = paths >> 32
         # The paths are sorted, so that those of a slot stand together. The first one stays.
         goes = np.zeros(len(slots), dtype=bool)
         goes[1:] = slots[1:] == slots[:-1]
-        slots[goes] = self._copy(slots[goes])
+        leaving = slots[goes]
+        slots[goes] = self._copy(leaving)
         self.slot[rows] = slots[path_of_row]
 
     def _part(self, futures: Sequence[Hashable]) -> np.ndarray:
@@ -199,18 +220,18 @@ class Decoder(ABC):
 
         futures: what each row goes on with.
         """
-        first_of_path: dict[tuple[int, int, Hashable], int] = {}
-        first_of_row = []
+        rows_of_path: dict[tuple[int, int, Hashable], list[int]] = {}
         # What lies beyond a row's end is lost when it reads. So the longest row of a slot stays.
-        for row in np.argsort(-self.length, kind="stable").tolist():
+        longest_first = np.argsort(-self.length, kind="stable").tolist()
+        for row in longest_first:
             path = (int(self.slot[row]), int(self.length[row]), futures[row])
-            first_of_row.append((row, first_of_path.setdefault(path, row)))
-        firsts = np.array(list(first_of_path.values()))
+            rows_of_path.setdefault(path, []).append(row)
+        firsts = np.array([rows[0] for rows in rows_of_path.values()])
         _, staying = np.unique(self.slot[firsts], return_index=True)
         going = np.delete(firsts, staying)
         self.slot[going] = self._copy(self.slot[going])
-        for row, first in first_of_row:
-            self.slot[row] = self.slot[first]
+        for rows in rows_of_path.values():
+            self.slot[rows] = self.slot[rows[0]]
         return np.sort(firsts)
 
     def _copy(self, sources: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Alarms: what the log of an RL stage shows of a run that goes wrong, before its reward does.
 
-Each looks at the last few steps beside those before them, in figures that train_rl.py logs anyway.
+Each looks at the last few steps beside those before them, in the figures that train_rl.py logs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,49 +22,52 @@ MANY_SEARCHES = 0.95  # part of the budget
 Step = Mapping[str, float | None]
 
 
-def alarms(steps: Sequence[Step], max_actions: int) -> list[str]:
-    """Return what is wrong with the newest steps of a stage, a line for each alarm.
+def alarms(steps: Sequence[Step], max_actions: int) -> dict[str, str]:
+    """Return what is wrong with the newest steps of a stage: {figure: a line about it}.
 
     max_actions: the budget of searches of a rollout.
     """
     recent = steps[-RECENT:]
     before = steps[-RECENT - BEFORE : -RECENT]
-    found = []
-    if len(recent) == RECENT and any(step["idle_parameters"] for step in recent):
-        found.append("a parameter gets no gradient")
-    if len(recent) == RECENT and _mean(recent, "sampler_gap") > SAMPLER_GAP:
-        found.append(
-            f"training and sampling differ by {_mean(recent, 'sampler_gap'):.3f} nats a token"
-        )
+    found: dict[str, str] = {}
+    if len(recent) < RECENT:
+        return found
+    # The first step of an adapter leaves half of it without a gradient.
+    if all(step.get("idle_parameters") for step in recent):
+        found["idle_parameters"] = "a parameter gets no gradient"
+    gap = _mean(recent, "sampler_gap")
+    if gap > SAMPLER_GAP:
+        found["sampler_gap"] = f"training and sampling differ by {gap:.3f} nats a token"
     if len(before) < BEFORE:
         return found
-    found += _cliff(recent, before, "entropy", "entropy", LEAST_ENTROPY)
-    found += _cliff(recent, before, "reward_spread", "the spread of rewards", LEAST_SPREAD)
-    lost = -sum(step["correct_change"] or 0.0 for step in [*before, *recent])
+
+    found |= _cliffs(recent, before)
+    lost = -sum(step.get("correct_change") or 0.0 for step in [*before, *recent])
     if lost > LOST_LIKELIHOOD:
-        found.append(f"correct rollouts lost {lost:.3f} nats a token in {BEFORE + RECENT} steps")
+        found["correct_change"] = f"correct rollouts lost {lost:.3f} nats a token"
     searches = _mean(recent, "actions")
     if searches < FEW_SEARCHES < CLIFF * _mean(before, "actions"):
-        found.append(f"it hardly searches any more: {searches:.2f} times a rollout")
+        found["actions"] = f"it hardly searches any more: {searches:.2f} times a rollout"
     if searches > MANY_SEARCHES * max_actions:
-        found.append(f"it searches as often as it may: {searches:.2f} times a rollout")
+        found["actions"] = f"it searches as often as it may: {searches:.2f} times a rollout"
     rise = _mean(recent, "malformed") - _mean(before, "malformed")
     if rise > MALFORMED_RISE:
-        found.append(f"the share of malformed rollouts rose by {rise:.2f}")
+        found["malformed"] = f"the share of malformed rollouts rose by {rise:.2f}"
     return found
 
 
-def _cliff(
-    recent: Sequence[Step], before: Sequence[Step], figure: str, name: str, least: float
-) -> list[str]:
-    now = _mean(recent, figure)
-    then = _mean(before, figure)
-    if then > least and now < CLIFF * then:
-        return [f"{name} fell from {then:.3f} to {now:.3f}"]
-    return []
+def _cliffs(recent: Sequence[Step], before: Sequence[Step]) -> dict[str, str]:
+    """Return what has fallen to a small part of its height."""
+    found = {}
+    for figure, least in (("entropy", LEAST_ENTROPY), ("reward_spread", LEAST_SPREAD)):
+        now = _mean(recent, figure)
+        then = _mean(before, figure)
+        if then > least and now < CLIFF * then:
+            found[figure] = f"{figure.replace('_', ' ')} fell from {then:.3f} to {now:.3f}"
+    return found
 
 
 def _mean(steps: Sequence[Step], figure: str) -> float:
     """Return the mean of a figure over the steps that have it; 0 where none has."""
-    values = [value for step in steps if (value := step[figure]) is not None]
+    values = [value for step in steps if (value := step.get(figure)) is not None]
     return float(np.mean(values)) if values else 0.0

@@ -114,6 +114,13 @@ def frozen_bytes(config: ModelConfig, settings: ModelSettings, scale_bytes: int)
     return in_blocks + number * counts.rest
 
 
+def fused_weights(config: ModelConfig) -> int:
+    """Return how many numbers are in the matrices that a copy for decoding fuses."""
+    fused = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    shapes = [config.shape_of(name) for name in fused]
+    return config.num_hidden_layers * sum(rows * columns for rows, columns in shapes)
+
+
 def cache_bytes(config: ModelConfig, settings: ModelSettings, rows: int, length: int) -> int:
     """Return the bytes of the keys and values of some rollouts."""
     key_size = config.shape_of("k_proj")[0]
@@ -214,8 +221,10 @@ def _counted_memory(lm: LM, settings: Any, workload: Workload) -> dict[str, int]
             memory["reference"] = 4 * counts.beside_frozen
             if settings.lora_merge:
                 memory["reference"] += number * counts.network
-    if number < 4 and not settings.lora_rank:
-        memory["copy for rollouts"] = number * counts.network
+    if not settings.lora_rank and settings.bits == 16:
+        memory["copy for rollouts"] = number * fused_weights(config)
+        if number < 4:
+            memory["copy for rollouts"] += number * counts.network
     memory["KV cache"] = cache_bytes(config, settings, workload.rows, settings.max_len)
     logits = logits_bytes(config, workload.rows)
     if workload.trains:

@@ -13,7 +13,7 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -445,6 +445,15 @@ class StageRun:
         """Write the figures of a step, and show a summary beside the bar."""
         self.log_files.write(**figures)
         self.bar.set_postfix_str(summary)
+
+    def warn(self, alarms: Mapping[str, str]) -> None:
+        """Print the alarms that did not ring a step ago. alarms: {name: a line}."""
+        steps = self.log_files.steps
+        ringing = steps[-1].get("alarms", []) if steps else []
+        for name, line in alarms.items():
+            if name not in ringing:
+                with self.bar.external_write_mode():
+                    print(f"{self.name}: alarm: {line}", flush=True)
 
     def keep_rollouts(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write some trajectories to be read."""

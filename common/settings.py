@@ -78,6 +78,7 @@ PoolName = Literal["rl1", "rl2"]
 CallSources = list[Literal["sweep", "logs", "cache"]]
 
 
+TAG_ROOM = 8  # tokens of a trajectory that are kept free for the tags around a forced answer
 # Dimensions of a head in the attention of a nano model.
 HEAD_SIZE = 32
 
@@ -227,6 +228,16 @@ class RolloutSettings:
     # Rollouts that are decoded together.
     batch_rows: AboveZero = 256
 
+    @property
+    def forced_answer_room(self) -> int:
+        """Tokens that are kept free for a forced answer and its tags."""
+        return self.max_answer + TAG_ROOM
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt at most: one more has to be left before a forced answer."""
+        return self.max_len - self.forced_answer_room - 1
+
 
 @dataclass(kw_only=True)
 class TrainingSettings(RunSettings, ModelSettings):
@@ -235,8 +246,6 @@ class TrainingSettings(RunSettings, ModelSettings):
     # Go on with an interrupted run: finished stages stay, an unfinished one continues from its
     # checkpoint.
     resume: bool = False
-    # Minutes between the checkpoints of a stage, which --resume needs.
-    save_minutes: float = 10.0
 
 
 @dataclass(kw_only=True)

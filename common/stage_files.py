@@ -82,6 +82,7 @@ class StageLog:
     They are in <folder>.partial until the stage is complete and LM.save takes them along.
     """
 
+    steps: list[dict[str, Any]]  # the lines of log.jsonl so far
     calls: list[dict[str, Any]]  # the lines of calls.jsonl that a resumed stage begins with
 
     def __init__(self, folder: Path, ends: Mapping[str, LogEnd] | None = None) -> None:
@@ -100,9 +101,9 @@ class StageLog:
             for name, end in (ends or {}).items():
                 os.truncate(self.folder / name, end.size)
         append_jsonl(self.folder / "log.jsonl", [])
-        steps = self._read("log.jsonl")
+        self.steps = self._read("log.jsonl")
         self.calls = self._read("calls.jsonl")
-        seconds_before = steps[-1]["seconds"] if steps else 0.0
+        seconds_before = self.steps[-1]["seconds"] if self.steps else 0.0
         self.started = time.time() - seconds_before
 
     def write(self, **figures: Any) -> None:
@@ -116,6 +117,7 @@ class StageLog:
             for name, value in figures.items()
         }
         self.append("log.jsonl", [rounded])
+        self.steps.append(rounded)
 
     def append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows to one of the files."""

@@ -80,13 +80,12 @@ def sixteenth(question: str) -> int:
     return hashlib.sha256(nfc(question).encode()).digest()[0] % 16
 
 
-def leave_out_long_questions(
+def short_questions(
     questions: list[Question], prompt_tokens: Callable[[str], int], longest_prompt: int
 ) -> list[Question]:
     """Return the questions whose prompts are short enough, and print how many are not.
 
-    One of them would end a run, and late. Who reads a question knows no tokenizer, so this is for
-    the first place that knows both.
+    One of the others would end a run, and late.
 
     prompt_tokens: measures the prompt of a question's text, in tokens.
     longest_prompt: tokens of a prompt at most.

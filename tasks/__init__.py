@@ -34,6 +34,14 @@ class Task(Protocol):
         """
         ...
 
+    def leave_out_long_questions(self, codec: Codec, longest_prompt: int) -> None:
+        """Leave out the questions whose prompts are too long, here, before anything is trained.
+
+        longest_prompt: tokens of a prompt at most.
+        Raises UserError where no question is left.
+        """
+        ...
+
     def sweep_queries(self) -> list[list[str]]:
         """Return for each title of rl_search's corpus some queries that ask for it.
 

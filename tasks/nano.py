@@ -1,6 +1,7 @@
 """The nano task: questions on encyclopedias that are made from a seed."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,7 @@ from common.errors import UserError
 from common.progress import tqdm
 from common.settings import NewModelSettings, TaskRunSettings
 from data.passages import split_observation, title_on_line
-from data.questions import Fact, Lookup, Question, sixteenth
+from data.questions import Fact, Lookup, Question, short_questions, sixteenth
 from data.trajectory import Codec, Trajectory
 from model import LM
 from nano.pretraining import made_up_chain, pretraining_trajectories
@@ -68,6 +69,8 @@ class NanoTask:
 
     def __init__(self, settings: TaskRunSettings) -> None:
         self.settings = settings
+        # Whether a question's prompt is short enough; see leave_out_long_questions.
+        self._fits: Callable[[str], bool] = lambda question: True
         self.worlds = {
             "sft": World(settings.seed, "train", settings.train_scale),
             "rl2": World(f"{settings.seed} rl", "train"),
@@ -95,6 +98,16 @@ class NanoTask:
             questions.append(question)
         return questions
 
+    def leave_out_long_questions(self, codec: Codec, longest_prompt: int) -> None:
+        """Leave them out of evaluation, and of all pools that are drawn from here on."""
+
+        def prompt_tokens(question: str) -> int:
+            return len(codec.prompt(question))
+
+        for name, questions in self.evaluation.items():
+            self.evaluation[name] = short_questions(questions, prompt_tokens, longest_prompt)
+        self._fits = lambda question: prompt_tokens(question) <= longest_prompt
+
     def _draw_new_question(
         self, pool_name: str, set_name: str, rng: random.Random, texts: set[str]
     ) -> Question:
@@ -105,7 +118,7 @@ class NanoTask:
             question = draw_question(world, set_name, rng, pool.head_share)
             if question is None or question.question in texts:
                 continue
-            if sixteenth(question.question) in pool.parts:
+            if sixteenth(question.question) in pool.parts and self._fits(question.question):
                 return question
         raise UserError(
             f"this world has no more than about {len(texts)} different questions for {pool_name!r};"

@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.settings import NewModelSettings, RolloutSettings, TaskRunSettings
 from data.flashrag import name_sets, read_questions
 from data.passages import split_passage
-from data.questions import Fact, Lookup, Question, sixteenth
+from data.questions import Fact, Lookup, Question, short_questions, sixteenth
 from data.teacher import find_evidence
 from data.trajectory import Codec, Trajectory
 from model import LM
@@ -80,6 +80,16 @@ class RealTask:
             )
         random.Random(f"{part} {self.settings.seed}").shuffle(members)
         return members[:count]
+
+    def leave_out_long_questions(self, codec: Codec, longest_prompt: int) -> None:
+        """Leave out what is too long to learn from or to be judged on; see tasks.Task."""
+
+        def prompt_tokens(question: str) -> int:
+            return len(codec.prompt(question))
+
+        self._questions = short_questions(self._questions, prompt_tokens, longest_prompt)
+        for name, questions in self.evaluation.items():
+            self.evaluation[name] = short_questions(questions, prompt_tokens, longest_prompt)
 
     def sweep_queries(self) -> list[list[str]]:
         """Return each passage's title, and without what stands in parentheses behind it."""

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from autocoa import TAG_ROOM, Row, Search, run_rows
+from autocoa import Row, Search, run_rows
 from common.progress import progress_bar
-from common.settings import RolloutSettings
+from common.settings import TAG_ROOM, RolloutSettings
 from data.boxes import answer_in_box
 from data.trajectory import Codec, Observation, Role, Trajectory
 from model import LM

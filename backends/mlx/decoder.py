@@ -111,8 +111,10 @@ class Decoder(SlotDecoder):
         self, ids: np.ndarray, slots: np.ndarray, start: np.ndarray, last: np.ndarray
     ) -> None:
         x = self._forward(ids, slots, start)
-        last_states = x[mx.arange(len(slots)), mx.array(last)]  # (B, hidden)
-        self.logits[mx.array(slots)] = self.network.logits(last_states)
+        numbers = mx.arange(len(slots))
+        last_states = x[numbers, mx.array(last)]  # (B, hidden)
+        logits = self.network.logits(last_states)
+        self.logits[mx.array(slots)] = logits
         states = [(cache.keys, cache.values) for cache in self.caches]
         mx.eval(states, self.logits)
 
@@ -132,10 +134,11 @@ class Decoder(SlotDecoder):
         visible = int(start.max()) + columns
         self._make_room(visible)
         positions = mx.array(start[:, None] + np.arange(columns))  # (B, T)
-        is_first_slots = bool((slots == np.arange(len(slots))).all())
-        place = Place(mx.array(slots), is_first_slots, positions, visible)
+        is_first = slots == np.arange(len(slots))
+        place = Place(mx.array(slots), bool(is_first.all()), positions, visible)
         writes = [partial(cache.write, place) for cache in self.caches]
-        return self.network(mx.array(ids), positions, writes, self._mask(place))
+        mask = self._mask(place)
+        return self.network(mx.array(ids), positions, writes, mask)
 
     def _make_room(self, positions: int) -> None:
         room = self.caches[0].keys.shape[2]
@@ -155,16 +158,18 @@ class Decoder(SlotDecoder):
         self, temperatures: np.ndarray, uniforms: np.ndarray | None
     ) -> tuple[np.ndarray, mx.array]:
         # Dividing by 1 changes nothing, where dividing by 0 would.
-        divisors = mx.array(np.where(temperatures == 0, 1, temperatures)[:, None])
-        logits = self.logits[: self.slots] / divisors
-        logprobs = logits - mx.logsumexp(logits, -1, keepdims=True)  # (slots, vocab)
+        divisors = np.where(temperatures == 0, 1, temperatures)
+        logits = self.logits[: self.slots] / mx.array(divisors)[:, None]
+        totals = mx.logsumexp(logits, -1, keepdims=True)
+        logprobs = logits - totals  # (slots, vocab)
         slot = mx.array(self.slot)
         is_greedy = temperatures[self.slot] == 0
         if is_greedy.all():
             tokens = logprobs.argmax(-1)[slot]
         else:
             assert uniforms is not None, "sampling needs uniforms"
-            tokens = draw(logprobs, slot, mx.array(uniforms, mx.float32))
+            numbers = mx.array(uniforms, mx.float32)
+            tokens = draw(logprobs, slot, numbers)
             if is_greedy.any():
                 likeliest = logprobs.argmax(-1)[slot]
                 tokens = mx.where(mx.array(is_greedy), likeliest, tokens)
@@ -190,19 +195,25 @@ def draw(logprobs: mx.array, slot: mx.array, uniforms: mx.array) -> mx.array:
     below_one = 1 - 2**-23
     slots, vocab_size = logprobs.shape
     width = ids_in_block(vocab_size)
-    probabilities = mx.pad(mx.exp(logprobs), [(0, 0), (0, -vocab_size % width)])
+    padding = -vocab_size % width
+    probabilities = mx.pad(mx.exp(logprobs), [(0, 0), (0, padding)])
     blocks = probabilities.reshape(slots, -1, width)  # (slots, blocks, width)
-    block_ends = blocks.sum(-1).cumsum(-1)  # (slots, blocks)
+    block_sums = blocks.sum(-1)
+    ends = block_sums.cumsum(-1)[slot]  # (rows, blocks)
 
     # The block in which the cumulative probability passes the target.
-    ends = block_ends[slot]  # (rows, blocks)
-    target = mx.minimum(uniforms[:, None], below_one) * ends[:, -1:]  # (rows, 1)
-    block = (ends <= target).sum(-1, keepdims=True)
+    total = ends[:, -1:]
+    target = mx.minimum(uniforms[:, None], below_one) * total  # (rows, 1)
+    is_before = ends <= target
+    block = is_before.sum(-1, keepdims=True)  # (rows, 1)
 
     # The place inside that block.
     starts = mx.pad(ends, [(0, 0), (1, 0)])
-    ends_in_block = blocks[slot, block[:, 0]].cumsum(-1)  # (rows, width)
+    start = mx.take_along_axis(starts, block, 1)
+    own_block = blocks[slot, block[:, 0]]  # (rows, width)
+    ends_in_block = own_block.cumsum(-1)
     most = below_one * ends_in_block[:, -1:]
-    target_in_block = mx.minimum(target - mx.take_along_axis(starts, block, 1), most)
-    place = (ends_in_block <= target_in_block).sum(-1)
-    return block[:, 0] * width + place
+    target_in_block = mx.minimum(target - start, most)
+    is_before = ends_in_block <= target_in_block
+    first = block[:, 0] * width
+    return first + is_before.sum(-1)

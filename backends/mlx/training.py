@@ -112,8 +112,8 @@ def train_step(
     temperature: of the tokens in "mask"; those of "observation_count" are at 1.
     max_norm: a gradient that is longer is cut to this length.
 
-    Return {"loss", "grad_norm"}. Where one of them is not finite, nothing is changed, and the
-    caller sees it in these figures.
+    Return {"loss", "grad_norm", "idle_parameters"}; the last counts parameters whose gradient is 0.
+    Where loss or gradient is not finite, nothing is changed, and the caller sees it in the figures.
     """
 
     def loss_of_batch(arrays: dict[str, Any]) -> mx.array:
@@ -142,6 +142,7 @@ def train_step(
     network.eval()
     squares = [gradient.square().sum() for gradient in gradients.values()]
     norm = float(mx.sqrt(sum(squares, mx.array(0.0))))
+    idle = int((mx.stack(squares) == 0).sum())
     if math.isfinite(total) and math.isfinite(norm):
         # MLX is lazy: they are clipped when the optimizer takes a group of them.
         scale = min(1.0, max_norm / (norm + 1e-6))
@@ -149,7 +150,7 @@ def train_step(
         optimizer.step(gradients, lr, muon_lr)
     # There are buffers of shapes that the next micro-batches will not have.
     mx.clear_cache()
-    return {"loss": total, "grad_norm": norm}
+    return {"loss": total, "grad_norm": norm, "idle_parameters": idle}
 
 
 def _add_gradients(total: dict[str, mx.array], more: dict[str, mx.array]) -> dict[str, mx.array]:

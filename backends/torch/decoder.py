@@ -59,12 +59,13 @@ class KVCache:
         slots = place.slots[:, None]
         self.keys[slots, :, place.positions] = k.transpose(1, 2)
         self.values[slots, :, place.positions] = v.transpose(1, 2)
+        keys = self.keys[:, :, : place.visible]
+        values = self.values[:, :, : place.visible]
         if place.is_first_slots:
+            # Nothing is copied.
             count = len(place.slots)
-            return self.keys[:count, :, : place.visible], self.values[:count, :, : place.visible]
-        visible_keys = self.keys[:, :, : place.visible]
-        visible_values = self.values[:, :, : place.visible]
-        return visible_keys[place.slots], visible_values[place.slots]
+            return keys[:count], values[:count]
+        return keys[place.slots], values[place.slots]
 
 
 class Decoder(SlotDecoder):
@@ -106,8 +107,10 @@ class Decoder(SlotDecoder):
         self, ids: np.ndarray, slots: np.ndarray, start: np.ndarray, last: np.ndarray
     ) -> None:
         x = self._forward(ids, slots, start)
-        last_states = x[np.arange(len(slots)), last]  # (B, hidden)
-        self.logits[self._index(slots)] = self.network.logits(last_states)
+        numbers = np.arange(len(slots))
+        last_states = x[numbers, last]  # (B, hidden)
+        logits = self.network.logits(last_states)
+        self.logits[self._index(slots)] = logits
 
     @torch.no_grad()
     def _advance(self, tokens: np.ndarray, start: np.ndarray, is_read: np.ndarray) -> None:
@@ -125,10 +128,11 @@ class Decoder(SlotDecoder):
         visible = int(start.max()) + columns
         self._make_room(visible)
         positions = self._index(start[:, None] + np.arange(columns))  # (B, T)
-        is_first_slots = bool((slots == np.arange(len(slots))).all())
-        place = Place(self._index(slots), is_first_slots, positions, visible)
+        is_first = slots == np.arange(len(slots))
+        place = Place(self._index(slots), bool(is_first.all()), positions, visible)
         writes = [partial(cache.write, place) for cache in self.caches]
-        return self.network(self._index(ids), positions, writes, self._mask(place))
+        mask = self._mask(place)
+        return self.network(self._index(ids), positions, writes, mask)
 
     def _make_room(self, positions: int) -> None:
         room = self.caches[0].keys.shape[2]
@@ -149,8 +153,8 @@ class Decoder(SlotDecoder):
         self, temperatures: np.ndarray, uniforms: np.ndarray | None
     ) -> tuple[np.ndarray, Tensor]:
         # Dividing by 1 changes nothing, where dividing by 0 would.
-        divisors = torch.as_tensor(np.where(temperatures == 0, 1, temperatures)[:, None])
-        logits = self.logits[: self.slots] / divisors.to(self.network.device)
+        divisors = np.where(temperatures == 0, 1, temperatures)
+        logits = self.logits[: self.slots] / self._index(divisors)[:, None]
         logprobs = logits.log_softmax(-1)  # (slots, vocab)
         slot = self._index(self.slot)
         is_greedy = temperatures[self.slot] == 0
@@ -158,11 +162,11 @@ class Decoder(SlotDecoder):
             tokens = logprobs.argmax(-1)[slot]
         else:
             assert uniforms is not None, "sampling needs uniforms"
-            numbers = torch.as_tensor(uniforms, dtype=torch.float32, device=slot.device)
+            numbers = self._index(uniforms.astype(np.float32))
             tokens = draw(logprobs, slot, numbers)
             if is_greedy.any():
                 likeliest = logprobs.argmax(-1)[slot]
-                tokens = torch.where(torch.as_tensor(is_greedy).to(slot.device), likeliest, tokens)
+                tokens = torch.where(self._index(is_greedy), likeliest, tokens)
         return tokens.cpu().numpy(), logprobs[slot, tokens]
 
     def _index(self, values: np.ndarray) -> Tensor:
@@ -186,19 +190,25 @@ def draw(logprobs: Tensor, slot: Tensor, uniforms: Tensor) -> Tensor:
     below_one = 1 - 2**-23
     slots, vocab_size = logprobs.shape
     width = ids_in_block(vocab_size)
-    probabilities = functional.pad(logprobs.exp(), (0, -vocab_size % width))
+    padding = -vocab_size % width
+    probabilities = functional.pad(logprobs.exp(), (0, padding))
     blocks = probabilities.view(slots, -1, width)  # (slots, blocks, width)
-    block_ends = blocks.sum(-1).cumsum(-1)  # (slots, blocks)
+    block_sums = blocks.sum(-1)
+    ends = block_sums.cumsum(-1)[slot]  # (rows, blocks)
 
     # The block in which the cumulative probability passes the target.
-    ends = block_ends[slot]  # (rows, blocks)
-    target = uniforms[:, None].clamp(max=below_one) * ends[:, -1:]  # (rows, 1)
-    block = (ends <= target).sum(-1, keepdim=True)
+    total = ends[:, -1:]
+    target = uniforms[:, None].clamp(max=below_one) * total  # (rows, 1)
+    is_before = ends <= target
+    block = is_before.sum(-1, keepdim=True)  # (rows, 1)
 
     # The place inside that block.
     starts = functional.pad(ends, (1, 0))
-    ends_in_block = blocks[slot, block[:, 0]].cumsum(-1)  # (rows, width)
+    start = starts.gather(1, block)
+    own_block = blocks[slot, block[:, 0]]  # (rows, width)
+    ends_in_block = own_block.cumsum(-1)
     most = below_one * ends_in_block[:, -1:]
-    target_in_block = torch.minimum(target - starts.gather(1, block), most)
-    place = (ends_in_block <= target_in_block).sum(-1)
-    return block[:, 0] * width + place
+    target_in_block = torch.minimum(target - start, most)
+    is_before = ends_in_block <= target_in_block
+    first = block[:, 0] * width
+    return first + is_before.sum(-1)

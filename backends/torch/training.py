@@ -101,8 +101,8 @@ def train_step(
     temperature: of the tokens in "mask"; those of "observation_count" are at 1.
     max_norm: a gradient that is longer is cut to this length.
 
-    Return {"loss", "grad_norm"}. Where one of them is not finite, nothing is changed, and the
-    caller sees it in these figures.
+    Return {"loss", "grad_norm", "idle_parameters"}; the last counts parameters whose gradient is 0.
+    Where loss or gradient is not finite, nothing is changed, and the caller sees it in the figures.
     """
     network.zero_grad(set_to_none=True)
     network.train()
@@ -124,11 +124,12 @@ def train_step(
         total += loss.item()
     network.eval()
     norm = nn.utils.clip_grad_norm_(network.parameters(), max_norm).item()
+    parameters = trained_parameters(network)
+    gradients: dict[str, Any] = {name: weight.grad for name, weight in parameters.items()}
+    idle = [grad for grad in gradients.values() if grad is None or not bool(grad.any())]
     if math.isfinite(total) and math.isfinite(norm):
-        parameters = trained_parameters(network)
-        gradients: dict[str, Any] = {name: weight.grad for name, weight in parameters.items()}
         optimizer.step(gradients, lr, muon_lr)
-    return {"loss": total, "grad_norm": norm}
+    return {"loss": total, "grad_norm": norm, "idle_parameters": len(idle)}
 
 
 def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

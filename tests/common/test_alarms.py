@@ -33,8 +33,10 @@ def test_a_healthy_trace_is_silent() -> None:
     """At every step, also the first ones, and where a figure is missing."""
     log = trace()
     log[20]["correct_change"] = None
+    log[0]["idle_parameters"] = 3
+    log[10].clear()
     for end in range(len(log) + 1):
-        assert alarms(log[:end], max_actions=6) == []
+        assert alarms(log[:end], max_actions=6) == {}
 
 
 def test_learning_is_no_fault() -> None:
@@ -45,23 +47,24 @@ def test_learning_is_no_fault() -> None:
         step["reward_spread"] = 0.2 * 0.98**number
         step["actions"] = 1 + number / 40
     for end in range(len(log) + 1):
-        assert alarms(log[:end], max_actions=6) == []
+        assert alarms(log[:end], max_actions=6) == {}
 
 
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
         ({"entropy": [0.05, 0.03, 0.01]}, "entropy fell from"),
-        ({"reward_spread": [0.0, 0.0, 0.0]}, "the spread of rewards fell"),
+        ({"reward_spread": [0.0, 0.0, 0.0]}, "reward spread fell"),
         ({"correct_change": [-0.008] * 11}, "correct rollouts lost 0.088 nats"),
         ({"actions": [0.1, 0.0, 0.0]}, "it hardly searches any more"),
         ({"actions": [6.0, 6.0, 5.9]}, "it searches as often as it may"),
         ({"malformed": [0.2, 0.3, 0.4]}, "the share of malformed rollouts rose"),
         ({"sampler_gap": [0.1, 0.1, 0.1]}, "training and sampling differ by 0.100"),
-        ({"idle_parameters": [0, 0, 1]}, "a parameter gets no gradient"),
+        ({"idle_parameters": [1, 2, 1]}, "a parameter gets no gradient"),
     ],
 )
 def test_a_fault_rings_alone(fault: dict[str, list[float]], line: str) -> None:
     """The alarm of this fault, and no other."""
-    (found,) = alarms(trace(**fault), max_actions=6)
-    assert line in found
+    found = alarms(trace(**fault), max_actions=6)
+    assert list(found) == list(fault)
+    assert line in found.popitem()[1]

@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import UserError
 from data.flashrag import name_sets, plan_lookups, read_questions
-from data.questions import Question, leave_out_long_questions, sixteenth
+from data.questions import Question, short_questions, sixteenth
 from tools import library
 
 GOOD = {"id": "dev_0", "question": "Who?", "golden_answers": ["Eva"]}
@@ -215,16 +215,16 @@ def test_questions_that_are_too_long(tmp_path: Path, capsys: pytest.CaptureFixtu
     """
     rows = [{**GOOD, "id": str(size), "question": "x" * size} for size in (3, 9, 4, 8)]
     questions = read_questions(write(tmp_path / "q.jsonl", *rows))
-    kept = leave_out_long_questions(questions, len, 4)
+    kept = short_questions(questions, len, 4)
     assert [len(question.question) for question in kept] == [3, 4]
     assert capsys.readouterr().out == (
         "2 of 4 questions have a prompt of more than 4 tokens and are left out, the first at "
         f"{tmp_path}/q.jsonl:2 (9 tokens); raise --max_len to take them in\n"
     )
-    assert leave_out_long_questions(questions, len, 9) == questions
+    assert short_questions(questions, len, 9) == questions
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match=r"max_len: .*q\.jsonl:1 \(3 tokens\); raise --max_len"):
-        leave_out_long_questions(questions, len, 2)
+        short_questions(questions, len, 2)
 
 
 # ---- the plan ------------------------------------------------------------------------------------

@@ -188,6 +188,10 @@ class RecordedRun:
     def ensure_world_model(self, settings: RLSettings) -> None:
         self.distilled += 1
 
+    def leave_out_long_questions(self, codec: Any, longest_prompt: int) -> None:
+        assert codec is self.policy.codec
+        assert longest_prompt == RLSettings().longest_prompt
+
     def questions(self, pool: str, count: int) -> Any:
         return pool, count
 
@@ -484,6 +488,39 @@ def test_steps_without_a_group_to_learn_from_are_said(
     assert [row["shared_tokens"] for row in log] == [0.5] * 3
 
 
+def test_what_is_watched_of_a_step(codec: Codec, tmp_path: Path, monkeypatch: Any) -> None:
+    """Sampled elsewhere by a tenth of a nat: the gap says so, and rings when it has lasted.
+
+    The correct rollout becomes more likely; the spread is that of the rewards.
+    """
+    monkeypatch.chdir(tmp_path)
+    lm = tiny_lm(codec)
+    trajectories = sampled(codec, lm, ["Eva", "Ada"])
+    for trajectory in trajectories:
+        trajectory.logprobs = [value - 0.1 * (value != 0) for value in trajectory.logprobs]
+    replay(monkeypatch, trajectories, [[1.0, 0.0]])
+    settings = RLSettings(questions=1, rollouts=2, rl_lr=1e-3)
+    train_rl.train_grpo(lm, lm.copy(), settings, stage(steps=4))
+    log = read_rows(tmp_path / "out/nano/rl1/log.jsonl")
+    assert log[0]["sampler_gap"] == pytest.approx(0.1, abs=1e-4)
+    assert log[0]["correct_change"] > 0
+    assert log[0]["reward_spread"] == 0.5
+    assert [row["idle_parameters"] for row in log] == [0] * 4
+    assert [row["alarms"] for row in log] == [[], [], ["sampler_gap"], ["sampler_gap"]]
+
+
+def test_an_alarm_is_printed_when_it_begins(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Once, with its stage, however long it rings."""
+    monkeypatch.chdir(tmp_path)
+    lm = tiny_lm(codec)
+    replay(monkeypatch, sampled(codec, lm, ["Eva", "Ada"]), [[1.0, 0.0]])
+    monkeypatch.setattr(train_rl, "alarms", lambda steps, most: {"entropy": "it fell"})
+    train_rl.train_grpo(lm, lm.copy(), RLSettings(questions=1, rollouts=2), stage(steps=3))
+    assert capsys.readouterr().out.count("rl1: alarm: it fell") == 1
+
+
 def test_one_rollout_of_a_question_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no other to be compared with: all its advantages are 0."""
     with pytest.raises(UserError, match=r"--rollouts: .*take 2 or more"):
@@ -621,9 +658,9 @@ def test_kl_is_of_all_groups(
     trajectories = sampled(codec, lm, ["Eva", "Ada"])
     replay(monkeypatch, trajectories, [[1.0, 1.0]])
     settings = RLSettings(questions=1, rollouts=2, kl=kl, rl_lr=1e-3)
-    before = train_rl.drift(lm, reference, trajectories, settings)
+    before = drift(lm, reference, trajectories, settings)
     train_rl.train_grpo(lm, reference, settings, stage(steps=4))
-    after = train_rl.drift(lm, reference, trajectories, settings)
+    after = drift(lm, reference, trajectories, settings)
     if kl:
         assert after < before - 0.01
     else:
@@ -706,9 +743,7 @@ def train_mixed(policy: LM, name: str, budget: int, steps_kept: int = 0) -> list
 
     steps_kept: stop behind these steps and one more, and go on from the checkpoint; 0: in one go.
     """
-    settings = RLSettings(
-        questions=2, rollouts=4, max_len=90, resume=True, save_minutes=0.0, rl_lr=1e-3
-    )
+    settings = RLSettings(questions=2, rollouts=4, max_len=90, resume=True, rl_lr=1e-3)
 
     def train() -> None:
         mixed = stage(name, steps=4)
@@ -717,17 +752,16 @@ def train_mixed(policy: LM, name: str, budget: int, steps_kept: int = 0) -> list
         mixed.environment = scheduled_environment(tools, world, 0.4, 4, budget)
         train_rl.train_grpo(policy.copy(), policy, settings, mixed)
 
-    save_if_due = runs.Checkpoint.save_if_due
-
     def stop(checkpoint: Any, steps: int) -> None:
         if steps > steps_kept:
             raise KeyboardInterrupt
-        save_if_due(checkpoint, steps)
+        checkpoint.save(steps)
 
     if steps_kept:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(runs.Checkpoint, "save_if_due", stop)
             train()
+        assert Path("out", "nano", f"{name}.checkpoint", str(steps_kept)).is_dir()
     train()
     return read_rows(Path("out", "nano", name, "log.jsonl"))
 
@@ -775,6 +809,13 @@ def test_no_rows_are_no_minibatch() -> None:
     assert train_rl.split_minibatches(np.array([]), 2, np.random.default_rng(0)) == []
 
 
+def drift(lm: LM, reference: LM, trajectories: list[Trajectory], settings: RLSettings) -> float:
+    policy, other = (
+        train_rl.policy_logprobs(one, trajectories, settings) for one in (lm, reference)
+    )
+    return train_rl.drift(policy, other)
+
+
 def logprob(lm: LM, trajectory: Trajectory) -> Any:
     return torch_backend.score(lm.network, pack_texts([trajectory])).sum()
 
@@ -787,14 +828,14 @@ def test_grpo_learns_the_right_way(codec: Codec) -> None:
     good_before = logprob(lm, good)
     bad_before = logprob(lm, bad)
     settings = RLSettings()
-    assert train_rl.drift(lm, start, [good, bad], settings) == pytest.approx(0, abs=1e-6)
+    assert drift(lm, start, [good, bad], settings) == pytest.approx(0, abs=1e-6)
     optimizer = torch_backend.Optimizer(lm.network)
     batches = batches_of([good, bad], [0.5, -0.5], [False] * 2, start, settings)
     for _ in range(5):
         torch_backend.train_step(lm.network, optimizer, grpo_loss, batches, 1e-3, 2e-3)
     assert logprob(lm, good) > good_before + 0.1
     assert logprob(lm, bad) < bad_before - 0.1
-    assert train_rl.drift(lm, start, [good, bad], settings) > 1e-4
+    assert drift(lm, start, [good, bad], settings) > 1e-4
 
 
 def test_contrastive_learns_the_right_way(codec: Codec) -> None:

@@ -299,3 +299,36 @@ def test_settings_that_a_real_run_needs(missing: str) -> None:
     with pytest.raises(UserError, match="a run with --model needs all three") as error:
         open_task(settings)
     assert ("eval.py alone can do with --data" in str(error.value)) == (missing == "train_data")
+
+
+def test_long_questions_are_left_out_everywhere(
+    tmp_path: Path, corpus: Any, codec: Codec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the pools and of evaluation, with their file and line; pools keep their order.
+
+    Guards: one long question, at which SFT ended behind its first stage, and RL and evaluation in
+    their midst.
+    """
+    rows = [{**QUESTION, "id": str(n), "question": f"Which {'very ' * n}?"} for n in range(40)]
+    file = write_rows(tmp_path / "nq.jsonl", rows)
+    task = open_task(TaskRunSettings(model="x", train_data=[file], eval_data=[file], corpus=corpus))
+    pools = {name: task.questions(name, 99) for name in ("coa", "rl1", "rl2")}
+    longest = len(codec.prompt(rows[20]["question"]))
+    task.leave_out_long_questions(codec, longest)
+    assert f"{file}:22 " in capsys.readouterr().out
+    for name, before in pools.items():
+        kept = {question.id for question in task.questions(name, 99)}
+        assert kept == {q.id for q in before if len(codec.prompt(q.question)) <= longest}
+    assert len(task.evaluation["nq"]) == 21
+    with pytest.raises(UserError, match="max_len: it leaves 1 tokens"):
+        task.leave_out_long_questions(codec, 1)
+
+
+def test_a_nano_pool_has_no_long_questions(codec: Codec) -> None:
+    """What is drawn from then on is short enough, in evaluation and in every pool."""
+    task = NanoTask(TaskRunSettings(train_scale=1, eval_questions=20))
+    lengths = sorted(len(codec.prompt(q.question)) for q in task.questions("rl2", 30))
+    longest = lengths[15]
+    task.leave_out_long_questions(codec, longest)
+    questions = task.questions("rl2", 30) + [q for qs in task.evaluation.values() for q in qs]
+    assert max(len(codec.prompt(question.question)) for question in questions) <= longest
