@@ -697,7 +697,7 @@ def test_all_groups_are_learned_from_where_observations_are(
 
 
 def test_without_the_coefficient_a_step_is_the_plain_policy_gradient(codec: Codec) -> None:
-    """The weights of the textbook's loss, which knows of no observations and no tries."""
+    """Byte for byte the weights of a loss that knows of no observations and of no KL."""
     lm = tiny_lm(codec, noise=0.1)
     plain = lm.copy()
     trajectories = sampled(codec, lm, ["Eva", "Ada", "Eva Moss", "Carl Hart"])
@@ -705,10 +705,10 @@ def test_without_the_coefficient_a_step_is_the_plain_policy_gradient(codec: Code
 
     def plain_loss(xp: Any, logp: Any, batch: Any) -> Any:
         ratio = xp.exp((logp - batch["old"]) * batch["mask"])
-        clipped = xp.clip(ratio, 1 - batch["clip_low"], 1 + batch["clip_high"])
-        advantage = batch["positive"] + batch["negative"]
-        loss = -xp.minimum(ratio * advantage, clipped * advantage)
-        return (loss * batch["mask"]).sum() / batch["norm"]
+        raised = xp.clip(ratio, None, 1 + batch["clip_high"])
+        lowered = xp.clip(ratio, 1 - batch["clip_low"], None)
+        gain = batch["positive"] * raised + batch["negative"] * lowered
+        return -(gain * batch["mask"]).sum() / batch["norm"]
 
     trie = {"ids", "depth", "parent", "end", "parts", "mask", "old"}
     plain_keys = trie | {"positive", "negative", "clip_low", "clip_high", "norm"}
@@ -722,7 +722,7 @@ def test_without_the_coefficient_a_step_is_the_plain_policy_gradient(codec: Code
             torch_backend.train_step(one.network, optimizer, loss, its_batches, 1e-3, 1e-3)
     expected = dict(plain.network.named_parameters())
     for name, weight in lm.network.named_parameters():
-        np.testing.assert_allclose(weight.detach(), expected[name].detach(), atol=1e-6)
+        assert (weight == expected[name]).all(), name
 
 
 # ---- over a checkpoint ---------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def test_the_same_cache_and_seed_give_the_same_rollouts(
     wiki: Any, open_search: Any, lm: LM
 ) -> None:
     """Sampled with live answers, and again from the cache alone: token for token."""
-    prompts = [lm.codec.prompt("Who directed it?")] * 120
+    prompts = [lm.codec.prompt("Who directed it?")] * 240
 
     def sample(search: Any) -> Any:
         return rollout(
@@ -198,14 +198,14 @@ def test_the_same_cache_and_seed_give_the_same_rollouts(
             Library({"search": search}),
             RolloutSettings(max_len=150),
             temperature=3.0,
-            streams=[random_stream(150, number) for number in range(120)],
+            streams=[random_stream(150, 1, number) for number in range(240)],
         )
 
     live = sample(open_search())
     count = len(wiki.requests)
     replayed = sample(open_search("replay"))
     assert len(wiki.requests) == count > 5
-    assert sum(len(trajectory.queries) for trajectory in live) > 3
+    assert sum(len(trajectory.queries) for trajectory in live) > 5
     for one, other in zip(live, replayed, strict=True):
         assert one.ids == other.ids
         assert one.role == other.role
