@@ -188,7 +188,6 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
     progress = StageRun(policy, optimizer, stage.folder, settings, stage.steps)
     environment = stage.environment
     environment.tool.restore(progress.log_files.calls)
-    idle_steps = 0  # steps in a row in which no group had anything to teach
     for step in progress.steps():
         rng = np.random.default_rng([settings.seed, stage.seed_number, step])
         environment.begin_step(step)
@@ -224,7 +223,6 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
             )
             refuse_divergence(figures, stage, step)
         updated = time.time()
-        idle_steps = 0 if len(learned) else idle_steps + 1
 
         # Log: what the step looked like, and its first group to read.
         row = describe_step(policy.codec, batch)
@@ -242,11 +240,12 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
         if settings.eval_every and (step + 1) % settings.eval_every == 0:
             row["eval_em"] = evaluate(policy, stage, settings)
         tokens = sum(len(trajectory.ids) for trajectory in batch.trajectories)
+        steps_before = progress.log_files.steps
+        row["idle_steps"] = count_idle_steps(steps_before, skipped)
         summary = f"reward {row['reward']:.3f}, {row['actions']:.2f} actions"
-        if idle_steps:
-            steps_in_a_row = f" for {idle_steps} steps" if idle_steps > 1 else ""
-            summary += f", no group to learn from{steps_in_a_row}"
-        rung = alarms([*progress.log_files.steps, {**figures, **row}], settings.max_actions)
+        if row["idle_steps"]:
+            summary += f", no group to learn from for {row['idle_steps']} steps"
+        rung = alarms([*steps_before, {**figures, **row}], settings.max_actions)
         progress.warn(rung)
         progress.log(
             f"{summary}, {updated - started:.1f} s",
@@ -255,7 +254,6 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
             **row,
             alarms=list(rung),
             skipped_groups=int(skipped.sum()),
-            idle_steps=idle_steps,
             shared_tokens=share_of_tokens(batch),
             real_calls=environment.tool.raw_calls,
             distinct_calls=environment.tool.distinct_calls,
@@ -432,6 +430,16 @@ def refuse_divergence(figures: Mapping[str, float | None], stage: RLStage, step:
 
 
 # ---- 5. What is logged ---------------------------------------------------------------------------
+def count_idle_steps(steps_before: Sequence[Mapping[str, Any]], skipped: np.ndarray) -> int:
+    """Return how many steps in a row, up to this one, had no group whose rewards teach anything.
+
+    steps_before: the log of the stage. skipped: (questions,), groups that are skipped.
+    """
+    if not skipped.all():
+        return 0
+    return 1 + (steps_before[-1].get("idle_steps", 0) if steps_before else 0)
+
+
 def share_of_tokens(batch: RolloutBatch) -> float:
     """Return how many of a step's tokens are the same as another rollout's, and behind the same.
 

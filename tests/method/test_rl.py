@@ -488,6 +488,14 @@ def test_steps_without_a_group_to_learn_from_are_said(
     assert [row["shared_tokens"] for row in log] == [0.5] * 3
 
 
+def test_idle_steps_are_counted_over_a_checkpoint() -> None:
+    """From the log, so that a resumed stage goes on counting; one group that teaches ends it."""
+    log = [{"idle_steps": 0}, {"idle_steps": 1}]
+    assert train_rl.count_idle_steps(log, np.array([True, True])) == 2
+    assert train_rl.count_idle_steps(log, np.array([True, False])) == 0
+    assert train_rl.count_idle_steps([], np.array([True])) == 1
+
+
 def test_what_is_watched_of_a_step(codec: Codec, tmp_path: Path, monkeypatch: Any) -> None:
     """Sampled elsewhere by a tenth of a nat: the gap says so, and rings when it has lasted.
 
