@@ -24,6 +24,7 @@ import model
 from common import memory, runs
 from common.errors import UserError
 from common.settings import ModelSettings, RolloutSettings, TaskRunSettings, main
+from common.terminal import own_output
 from data.batches import Batch
 from data.scores import exact_match
 from data.show import colored
@@ -445,7 +446,7 @@ def ask(settings: AskSettings) -> None:
     prompt = lm.codec.prompt(settings.ask)
     (trajectory,) = rollout(lm.decoder, lm.codec, [prompt], task.eval_search, settings)
     if sys.stdout.isatty():
-        print(colored(lm.codec, trajectory))
+        print(colored(lm.codec, trajectory), file=own_output())
     else:
         print(lm.codec.decode(trajectory.ids))
     answer = lm.codec.answer(trajectory)

@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.errors import UserError, run_guarded
+from common.terminal import printable
 from data.passages import neutralize
 from data.trajectory import Observation, Trajectory
 from services.bm25 import BM25, open_index, wikipedia_leads
@@ -290,7 +291,7 @@ def main(arguments: list[str]) -> None:
         observations = all_tools(arguments[2:])
         print("\n\n".join(observation.text for observation in observations))
         if any(observation.is_lost for observation in observations):
-            print(all_tools.report(), file=sys.stderr)
+            print(printable(all_tools.report()), file=sys.stderr)
     else:
         serve(corpus, arguments[2])
 

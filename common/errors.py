@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.signals import Stopped, stopping_on_signals
+from common.terminal import printable, printable_output
 
 # What a disk or a folder refuses, and what can be done about it.
 WAYS_OUT = {
@@ -62,7 +63,7 @@ def run_guarded(run: Callable[[], None], can_resume: bool = False) -> None:
     if can_resume:
         way_on = f"; go on with: {resume_command()}"
     try:
-        with stopping_on_signals():
+        with stopping_on_signals(), printable_output():
             try:
                 run()
             finally:
@@ -85,5 +86,5 @@ def run_guarded(run: Callable[[], None], can_resume: bool = False) -> None:
 
 
 def _end(line: str, status: int) -> None:
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
     sys.exit(status)

@@ -41,6 +41,7 @@ from common.setting_values import (
     check_value,
     read_value,
 )
+from common.terminal import own_output
 
 # The types of settings come from here for the scripts too.
 __all__ = [
@@ -319,10 +320,6 @@ def main(
     """
 
     def run_with_settings() -> None:
-        # A terminal that is not UTF-8 shows what it lacks as escapes.
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")
         settings = read_settings(settings_class, doc, begins_run)
         if isinstance(settings, TrainingSettings) and not settings.dry_run:
             with only_process(Path("out", settings.run)):
@@ -594,7 +591,7 @@ def _print_help(settings_class: type, doc: str) -> None:
         )
 
     print(doc.strip() + "\n")
-    with contextlib.suppress(SystemExit):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(own_output()):
         tyro.cli(
             settings_class,
             args=["--help"],

@@ -11,7 +11,10 @@ import stat
 import sys
 from collections.abc import Generator
 from dataclasses import dataclass
+from traceback import format_exception
 from types import FrameType, TracebackType
+
+from common.terminal import printable
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -99,7 +102,7 @@ def _end_import(
     if issubclass(kind, KeyboardInterrupt):
         print("stopped before anything was done", file=sys.stderr)
     else:
-        sys.__excepthook__(kind, error, traceback)
+        sys.stderr.write(printable("".join(format_exception(kind, error, traceback))))
 
 
 # Scripts import this file before the libraries that take seconds.

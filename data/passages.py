@@ -26,9 +26,6 @@ INVISIBLE = re.compile(
 )
 # A terminal would obey control characters, and half a surrogate pair is no text.
 CONTROL = re.compile("[^\n\t\x20-\x7e\x85\xa0-\ud7ff\ue000-\U0010ffff]")
-# What can steer a terminal, or turn the order of the letters around it: control characters, other
-# line ends, bidirectional overrides and isolates, and half a surrogate pair.
-UNPRINTABLE = re.compile("[^\n\t\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\U0010ffff]")
 BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it
 # Some public pools write a passage's title this way.
 TITLE_IN_WORDS = re.compile(r"\"?'?Title: (.*?) Text: (.*)", re.S)
@@ -68,15 +65,6 @@ def nfc(text: str) -> str:
 def on_one_line(text: str) -> str:
     """Return a text in the composed form, with single spaces for all that is between words."""
     return " ".join(nfc(text).split())
-
-
-def printable(text: str) -> str:
-    r"""Return a text for a terminal or a page, with what could steer them spelled out.
-
-    >>> printable("Who?\x1b[2J\u202e")
-    'Who?\\x1b[2J\\u202e'
-    """
-    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 # ---- files ---------------------------------------------------------------------------------------

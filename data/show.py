@@ -7,12 +7,12 @@ ids (the rollouts of a stage, the SFT data of a run) or text (AutoCoA's SFT file
 """
 
 import itertools
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, run_guarded
+from common.terminal import own_output, printable
 from data.autocoa_files import read_json_rows
 from data.sft_data import read_codec
 from data.trajectory import TAGS, Codec, Role, Trajectory
@@ -30,8 +30,6 @@ COLORS = {
     Role.OBSERVATION: "\033[33m",
     Role.ANSWER: GREEN,
 }
-# A file of others could steer the terminal with these.
-CONTROL = re.compile("[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]")
 # A piece of text, and 1 where it carries loss.
 Piece = tuple[str, float]
 
@@ -43,7 +41,7 @@ def colored(codec: Codec, trajectory: Trajectory) -> str:
     start = 0
     for role, members in itertools.groupby(trajectory.role):
         end = start + len(list(members))
-        steps.append(COLORS[Role(role)] + "".join(pieces[start:end]))
+        steps.append(COLORS[Role(role)] + printable("".join(pieces[start:end])))
         start = end
     return PLAIN + f"{PLAIN}\n".join(steps) + PLAIN
 
@@ -65,7 +63,7 @@ def show(path: str | Path, number: int) -> None:
             f"{path}:{line}: not a trajectory; expected ids, mask and role, "
             "or AutoCoA's messages or pairs"
         ) from None
-    print(text)
+    print(text, file=own_output())
 
 
 def _pieces_of_row(row: Any, path: Path) -> list[Piece]:
@@ -104,7 +102,7 @@ def _color_by_loss(pieces: list[Piece]) -> str:
     text = ""
     for mask, members in itertools.groupby(pieces, key=lambda piece: piece[1]):
         color = GREEN if mask else GREY
-        text += color + CONTROL.sub("", "".join(piece for piece, _ in members))
+        text += color + printable("".join(piece for piece, _ in members))
     return text + PLAIN
 
 

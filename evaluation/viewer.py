@@ -14,7 +14,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from data.passages import printable
+from common.terminal import printable
 from data.trajectory import Role
 from data.trajectory_rows import TrajectoryRow
 

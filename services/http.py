@@ -29,7 +29,7 @@ import urllib3
 from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from urllib3.exceptions import InvalidHeader
 
-from data.passages import printable
+from common.terminal import printable
 
 Value = TypeVar("Value")
 

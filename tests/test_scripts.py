@@ -420,9 +420,11 @@ def test_pictures(whole_run: Any) -> None:
 
 
 def test_ask_one_question(whole_run: Any) -> None:
-    """`--ask` answers with the last stage that is there."""
-    printed = succeed(whole_run.cwd, "autocoa.py", "--run=tiny", "--ask=Who directed Silver River?")
-    assert "Who directed Silver River?<think>" in printed
+    """`--ask` answers with the last stage that is there; a question can't steer the terminal."""
+    question = "Who directed \x1b[2J\u202eSilver River?"
+    printed = succeed(whole_run.cwd, "autocoa.py", "--run=tiny", f"--ask={question}")
+    assert r"Who directed \x1b[2J\u202eSilver River?<think>" in printed
+    assert not set(printed) & {"\x1b", "\u202e"}
     assert "answer:" in printed
     assert "rl2" in printed
 

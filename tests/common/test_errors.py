@@ -1,7 +1,9 @@
-"""How a script ends: signals, locks, readers that leave, and terminals that are gone."""
+"""How a script ends: signals, locks, readers that leave, terminals, and hostile text."""
 
+import errno
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +13,11 @@ from typing import Any
 import pytest
 from conftest import ROOT, run_here, strict_json
 
-from common.errors import UserError
+from common.errors import UserError, run_guarded
 from common.files import only_process, to_json
+from common.progress import tqdm
+from common.settings import RunSettings, main
+from common.terminal import own_output, printable
 
 # Scripts whose first import is common.errors.
 SCRIPTS = ("train_sft.py", "eval.py")
@@ -149,3 +154,76 @@ run_guarded(work, can_resume=True)
     process.send_signal(signal.SIGHUP)
     assert process.wait(20) == 128 + signal.SIGHUP
     assert (tmp_path / "saved").exists()
+
+
+# ---- hostile text --------------------------------------------------------------------------------
+HOSTILE = "Who?\x1b[2J\x9b1m\r\u202e"
+ESCAPED = r"Who?\x1b[2J\x9b1m\r\u202e"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Wer ist \u00c9va?\n\t\u6771\u4eac \U0001f600", None),
+        ("\x1b[2J \x9b2J \x00 \r \x7f", r"\x1b[2J \x9b2J \x00 \r \x7f"),
+        ("a\u202eb\u2066c\u2028d", r"a\u202eb\u2066c\u2028d"),
+        ("half \ud83d", r"half \ud83d"),
+    ],
+)
+def test_printable(text: str, shown: str | None) -> None:
+    """What steers a terminal, or turns text around, is spelled out; all else stays (None)."""
+    assert printable(text) == (text if shown is None else shown)
+
+
+def test_nothing_that_is_printed_steers_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a script prints is spelled out; colours of our own are not.
+
+    Its first line repeats the command line, and with it a question.
+    """
+
+    def run(settings: RunSettings) -> None:
+        print("printed", HOSTILE)
+        tqdm.write(f"beside a bar {HOSTILE}")
+        print("\x1b[32min colour", file=own_output())
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["a.py", f"--run={HOSTILE}"])
+    main(run, RunSettings, "")
+    assert capsys.readouterr().out == (
+        f"a.py: run {ESCAPED}, seed 0; set here: run={ESCAPED}\n"
+        f"printed {ESCAPED}\nbeside a bar {ESCAPED}\n\x1b[32min colour\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError(f"in one line: {HOSTILE}"),
+        OSError(errno.ENOSPC, "no room", HOSTILE),
+        AssertionError(HOSTILE),
+    ],
+)
+def test_no_error_steers_a_terminal(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a line, which may hold a server's words, nor the traceback of a bug."""
+
+    def fail() -> None:
+        raise error
+
+    try:
+        run_guarded(fail)
+    except SystemExit:
+        pass
+    except AssertionError:
+        sys.excepthook(AssertionError, error, error.__traceback__)
+    printed = capsys.readouterr().err
+    assert ESCAPED in printed
+    assert not set(printed) & set("\x1b\x9b\r\u202e")
+
+
+def test_every_script_guards_what_it_prints() -> None:
+    """Guards: a script that neither ends with one line nor escapes what it prints."""
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("[!.t]*/*.py")):
+        _, is_script, ending = path.read_text().partition('if __name__ == "__main__":')
+        assert not is_script or re.search(r"run_guarded\(|\bmain\(\w+, \w+Settings", ending), path

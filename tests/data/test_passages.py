@@ -10,12 +10,10 @@ import pytest
 
 from common.errors import UserError
 from data.passages import (
-    LINE_BREAK,
     Passage,
     fit_observation,
     join_passages,
     neutralize,
-    printable,
     read_passages,
     split_observation,
     split_passage,
@@ -201,18 +199,3 @@ def test_other_letters_stay() -> None:
     """Text in which nothing hides keeps its letters, whatever normalizing would make of them."""
     text = "x\u00b2 \u2264 \u00bd, \ufb01sh \u2460 \uff08\u6771\u4eac\uff09 3 < 4"
     assert neutralize(text) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("Wer ist \u00c9va?\n\t\u6771\u4eac \U0001f600", None),
-        ("\x1b[2J \x9b2J \x00 \r \x7f", r"\x1b[2J \x9b2J \x00 \r \x7f"),
-        ("a\u202eb\u2066c\u2028d", r"a\u202eb\u2066c\u2028d"),
-        ("half \ud83d", r"half \ud83d"),
-    ],
-)
-def test_printable(text: str, shown: str | None) -> None:
-    """What steers a terminal, or turns text around, is spelled out; all else stays (None)."""
-    assert printable(text) == (text if shown is None else shown)
-    assert LINE_BREAK in printable(f"a{LINE_BREAK}b")

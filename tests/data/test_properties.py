@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from common.terminal import printable
 from data import passages
 from data.autocoa_files import parse_trajectory, read_sft_files, trajectory_text
 from data.boxes import answer_in_box, closing_brace
@@ -31,7 +32,6 @@ from data.passages import (
     neutralize,
     nfc,
     on_one_line,
-    printable,
     read_passages,
     split_observation,
     split_passage,

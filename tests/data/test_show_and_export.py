@@ -83,20 +83,26 @@ def test_show_both_sides_of_a_pair(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_show_a_file_that_steers_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its escape sequences are taken out; only those of the colours are printed."""
+    """Its escape sequences are spelled out; only those of the colours are printed.
+
+    Guards: an order to write from right to left, which was printed as it is.
+    """
     (tmp_path / "x.jsonl").write_text(
-        json.dumps({"messages": [{"content": "a \x1b[2J\x9b2J\x85 b"}]})
+        json.dumps({"messages": [{"content": "a \x1b[2J\x9b2J\x85\u202e b"}]})
     )
     show(tmp_path / "x.jsonl", 1)
-    assert capsys.readouterr().out == "\x1b[1;32ma [2J2J b\x1b[0m\n"
+    expected = "\x1b[1;32ma \\x1b[2J\\x9b2J\\x85\\u202e b\x1b[0m\n"
+    assert capsys.readouterr().out == expected
+    done = run_here(tmp_path, "data.show", "x.jsonl")
+    assert done.out == expected
 
 
 def test_show_half_a_character(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A lone surrogate is left out, since a terminal can't show it."""
+    """A lone surrogate is spelled out, since a terminal can't show it."""
     (tmp_path / "half.jsonl").write_text('{"messages": [{"content": "half \\ud83d a character"}]}')
     show(tmp_path / "half.jsonl", 1)
     text = capsys.readouterr().out
-    assert "half  a character" in text
+    assert r"half \ud83d a character" in text
     text.encode()
 
 
@@ -133,6 +139,8 @@ def test_roles_in_colours(codec: Codec) -> None:
     assert text.endswith(PLAIN)
     without_colours = re.sub(r"\x1b\[[\d;]*m", "", text).replace("\n", "")
     assert without_colours == codec.decode(codec.build("Who?", CHAIN).ids)
+    hostile = colored(codec, codec.build("Who\x1b[2J?", CHAIN))
+    assert r"Who\x1b[2J?" in hostile
 
 
 # ---- get -----------------------------------------------------------------------------------------
