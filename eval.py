@@ -36,7 +36,7 @@ from pathlib import Path
 import model
 from common import memory
 from common.files import REPLACED_SUFFIX, only_process, to_json, write_text
-from common.runs import COST_FILE, find_start, load_stage, run_folder
+from common.runs import COST_FILE, find_start, run_folder
 from common.settings import CommaList, main
 from data.questions import Question
 from data.scores import cover_match, exact_match, f1, overlap_match
@@ -265,7 +265,7 @@ def open_run(settings: EvalSettings) -> Table:
     root = run_folder(settings)
     stage_folders = [row.folder.name for row in STAGES]
     base_folder = find_start(root, "base", ["base", *stage_folders])
-    base = load_stage(base_folder, settings)
+    base = model.load(base_folder, settings)
     own_rows = [
         TableRow(config.parent.name, Path(config.parent.name), think_and_act)
         for config in sorted(root.glob("*/config.json"))
@@ -426,7 +426,7 @@ def ask_what_is_missing(
         if lm is None:
             lm = table.base
             if row.folder != table.base_folder:
-                lm = load_stage(row.folder, exam.settings)
+                lm = model.load(row.folder, exam.settings)
         questions = [question for _, question in batch]
         answers = row.workflow(lm, questions, exam, row.name)
         results = [

@@ -299,13 +299,16 @@ def load(folder: str | Path, settings: ModelSettings) -> LM:
     """Return the model of a folder that `LM.save` wrote.
 
     With settings.bits of 4, the blocks' matrices are kept in 4 bits.
-    Raises UserError for an adapter whose base is not there.
+    Raises UserError for a file that is not as it was saved, and an adapter whose base is not there.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is missing")
     backend = choose_backend(settings.backend)
+    refuse_damage(folder, "train this stage again")
     base_folder = find_base_folder(folder)
+    if base_folder != folder:
+        refuse_damage(base_folder, "train this run again")
     network = _build_network(backend, read_config(base_folder), settings)
     backend.load_weights(network, base_folder)
     if not (folder / "tokenizer.json").is_file():

@@ -33,7 +33,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 from common.errors import UserError
-from common.files import read_jsonl
+from common.files import read_log
 from common.runs import run_folder
 from common.settings import RunSettings, main
 from data.trajectory_rows import TrajectoryRow
@@ -600,7 +600,7 @@ def read_run(root: Path) -> RunLogs:
     """
     logs = RunLogs({}, {}, {}, {})
     for stage, title in (SFT_TITLES | RL_TITLES).items():
-        steps = read_rows(root / stage / "log.jsonl")
+        steps = read_rows(root / stage / "log.jsonl", "step")
         if steps:
             logs.training[stage] = steps
         rollouts = read_rows(root / stage / "rollouts.jsonl")
@@ -610,7 +610,7 @@ def read_run(root: Path) -> RunLogs:
             logs.rollouts[title] = shown
     if (root / "eval.json").is_file():
         logs.table = read_figures(root / "eval.json")
-    for row in read_rows(root / "predictions.jsonl"):
+    for row in read_rows(root / "predictions.jsonl", "row", "em", "actions"):
         # In a workflow a script acts, not the model.
         if row["row"] not in WORKFLOW_NAMES:
             logs.agents.setdefault(row["row"], []).append(row)
@@ -623,11 +623,11 @@ def read_run(root: Path) -> RunLogs:
     return logs
 
 
-def read_rows(path: Path) -> Rows:
-    """Return the rows of a log; none where it is missing or empty (a stage of 0 steps)."""
+def read_rows(path: Path, *fields: str) -> Rows:
+    """Return the rows of a log with these fields; none where it is missing or empty (0 steps)."""
     if not path.is_file() or not path.stat().st_size:
         return []
-    return [row for _, row in read_jsonl(path, "a log", "plot.py")]
+    return read_log(path, "plot.py", *fields)
 
 
 def run(settings: PlotSettings) -> None:

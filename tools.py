@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common.errors import UserError, run_guarded
+from common.errors import UserError, refuse_other_encoding, run_guarded
 from common.terminal import printable
 from data.passages import neutralize
 from data.trajectory import Observation, Trajectory
@@ -282,7 +282,8 @@ USAGE = "usage: python tools.py ask CORPUS QUERY ..  or  python tools.py serve C
 
 
 def main(arguments: list[str]) -> None:
-    """Run one of the two commands."""
+    """Run one of the two commands. Raises UserError for bad arguments."""
+    refuse_other_encoding(arguments)
     if len(arguments) < 3 or arguments[0] not in ("ask", "serve"):
         raise UserError(USAGE)
     command, corpus = arguments[:2]

@@ -131,6 +131,11 @@ def run(settings: SFTSettings) -> None:
         write_sft_data(plan.data_folder, sft_data)
     sft_data = read_sft_data(plan.data_folder, runs.command_line("train_sft.py"))
     chains = sft_data.chains_of_action + sft_data.chains_of_thought
+    if not chains and {"sft2", "sft3"} & set(plan.todo):
+        raise UserError(
+            f"{plan.data_folder} holds no chain, so SFT-2 and SFT-3 have nothing to learn from; "
+            "remove it, and give the teacher more questions or another --corpus"
+        )
 
     if "sft1" in plan.todo:  # when to act
         folder = plan.folder_of("sft1")

@@ -52,6 +52,7 @@ from environments.distilled import (
     EXAMPLES_FILE,
     Example,
     WorldModel,
+    read_cost,
     read_examples,
     training_trajectory,
     write_examples,
@@ -334,8 +335,8 @@ def load_world_model(settings: DistillSettings) -> WorldModel:
 
 def held_out_entropies(settings: DistillSettings) -> list[float]:
     """Return how unsure the world model of a run is of held-out searches, nats a token each."""
-    path = runs.run_folder(settings) / settings.world_model / COST_FILE
-    return [call["entropy"] for call in json.loads(path.read_text())["held_out"]]
+    cost = read_cost(runs.run_folder(settings) / settings.world_model)
+    return [call["entropy"] for call in cost["held_out"]]
 
 
 def refuse_other_folder(folder: Path) -> None:

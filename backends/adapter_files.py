@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from backends.config import LoRAConfig, ModelConfig
 from common.errors import UserError
-from common.files import hash_file_ends, weight_files
+from common.files import hash_file_ends, parse_json, weight_files
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -99,7 +99,7 @@ def read_peft_adapter(
     """
     path = folder / PEFT_WEIGHTS
     try:
-        raw = json.loads((folder / CONFIG_FILE).read_text())
+        raw = parse_json((folder / CONFIG_FILE).read_text())
         _refuse_other_kinds(raw, folder)
         lora = LoRAConfig(
             rank=raw["r"],
@@ -136,7 +136,7 @@ def find_base_folder(folder: Path) -> Path:
     if not path.is_file():
         return folder
     try:
-        base_folder = Path(json.loads(path.read_text())["base_model_name_or_path"])
+        base_folder = Path(parse_json(path.read_text())["base_model_name_or_path"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"model: {path} can't be read: {error!r}; train this stage again") from None
     if not base_folder.is_dir():

@@ -5,7 +5,6 @@ tokenizer's files, with Hugging Face's parameter names, so weights load and leav
 """
 
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from backends.adapter_files import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from backends.config import ModelConfig, read_token_ids
 from common.errors import UserError
+from common.files import parse_json
 from data.trajectory import TAGS, Codec
 
 # What is left out of a download: weights in forms that are not read. All else comes along, since
@@ -73,7 +73,7 @@ def read_config(folder: str | Path) -> ModelConfig:
             "give a Hugging Face folder, a GGUF file or a hub id"
         )
     try:
-        return ModelConfig.from_dict(json.loads(path.read_text()), path)
+        return ModelConfig.from_dict(parse_json(path.read_text()), path)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"model: {path} is not a network's configuration: {error!r}; "
@@ -167,7 +167,7 @@ def refuse_adapter(folder: str | Path) -> None:
     if not path.is_file():
         return
     try:
-        base = json.loads(path.read_text())["base_model_name_or_path"]
+        base = parse_json(path.read_text())["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
         base = "its base"
     raise UserError(
@@ -209,7 +209,7 @@ def _generation_eos_ids(path: Path) -> list[int]:
     if not path.is_file():
         return []
     try:
-        return read_token_ids(json.loads(path.read_text()).get("eos_token_id"))
+        return read_token_ids(parse_json(path.read_text()).get("eos_token_id"))
     except (ValueError, AttributeError) as error:
         raise UserError(f"model: {path} can't be read: {error}; copy it again") from None
 

@@ -5,7 +5,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from common.signals import Stopped, stopping_on_signals
@@ -49,6 +49,17 @@ def resume_command() -> str:
     if "--resume" not in arguments:
         arguments.append("--resume")
     return shlex.join(arguments)
+
+
+def refuse_other_encoding(arguments: Iterable[str]) -> None:
+    """Raise UserError for an argument that is not UTF-8, since nothing could encode it again."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{argument}: not UTF-8 text; write it in a UTF-8 terminal, or rename the file"
+            ) from None
 
 
 def run_guarded(run: Callable[[], None], can_resume: bool = False) -> None:

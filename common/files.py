@@ -131,7 +131,7 @@ def damaged_file(folder: Path) -> Path | None:
     if not path.is_file():
         return None
     try:
-        checksums = json.loads(path.read_text(encoding="utf-8"))
+        checksums = parse_json(path.read_text(encoding="utf-8"))
         for name, expected in checksums.items():
             file = folder / name
             if not file.is_file() or checksum(file) != expected:
@@ -152,6 +152,14 @@ def refuse_damage(folder: Path, remedy: str) -> None:
 
 
 # ---- reading -------------------------------------------------------------------------------------
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text; raise ValueError for what is none, however it fails."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_jsonl(path: str | Path, expected: str, setting: str) -> list[tuple[int, Any]]:
     """Return (line number, value) for each line of a jsonl file; blank ones are none.
 
@@ -179,9 +187,23 @@ def read_jsonl(path: str | Path, expected: str, setting: str) -> list[tuple[int,
         if not line.strip():
             continue
         try:
-            rows.append((number, json.loads(line)))
-        except (ValueError, RecursionError):
+            rows.append((number, parse_json(line)))
+        except ValueError:
             raise UserError(f"{path}:{number}: not JSON; expected {expected}, one a line") from None
+    return rows
+
+
+def read_log(path: Path, setting: str, *fields: str) -> list[dict[str, Any]]:
+    """Return the lines of a file that this project wrote: objects with these fields at least.
+
+    setting: as in read_jsonl. Raises UserError with file:line.
+    """
+    rows = []
+    for number, row in read_jsonl(path, "a log", setting):
+        if not isinstance(row, dict) or not row.keys() >= set(fields):
+            expected = ", ".join(fields) or "an object"
+            raise UserError(f"{path}:{number}: not a line of this log; expected {expected}")
+        rows.append(row)
     return rows
 
 
@@ -236,7 +258,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     if not index.is_file():
         raise UserError(f"model: {whole} is missing; give a folder with .safetensors weights")
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(parse_json(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"model: {index} can't be read: {error!r}; copy it again") from None
     for name in names:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import write_text
+from common.files import parse_json, write_text
 
 # What belongs to one command: later commands of the run do not repeat it.
 ONE_COMMAND = (
@@ -77,7 +77,7 @@ def read_run_record(run: str) -> RunRecord:
     if not path.is_file():
         return RunRecord()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         stages = {name: StageRecord(**stage) for name, stage in content["stages"].items()}
         return RunRecord(dict(content["given"]), stages)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

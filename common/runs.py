@@ -20,7 +20,7 @@ from typing import Any
 
 import model
 from common.errors import UserError
-from common.files import REPLACED_SUFFIX, refuse_damage, write_text
+from common.files import REPLACED_SUFFIX, write_text
 from common.progress import tqdm
 from common.run_record import (
     RunRecord,
@@ -30,7 +30,7 @@ from common.run_record import (
     to_remember,
     write_run_record,
 )
-from common.settings import ModelSettings, RunSettings, StageSettings, TrainingSettings
+from common.settings import RunSettings, StageSettings, TrainingSettings
 from common.signals import defer_stop, end_deferral, is_stop_asked
 from common.stage_files import (
     Checkpoint,
@@ -107,8 +107,8 @@ class StagePlan:
         return find_start(self.root, self.reference, [*SFT_STAGES, "rl1"])
 
     def load_start(self, settings: StageSettings) -> LM:
-        """Return the model that the first stage begins with. Raises UserError: see load_stage."""
-        return load_stage(self.start_folder(), settings)
+        """Return the model that the first stage begins with. Raises UserError: see model.load."""
+        return model.load(self.start_folder(), settings)
 
     def load_base(self, lm: LM, settings: StageSettings) -> LM:
         """Return the base model, which SFT's data is made with.
@@ -120,14 +120,14 @@ class StagePlan:
         if "base" in self.todo:
             return lm
         folder = find_start(self.root, "base", SFT_STAGES)
-        return load_stage(folder, dataclasses.replace(settings, bits=16))
+        return model.load(folder, dataclasses.replace(settings, bits=16))
 
     def load_reference_and_policy(self, settings: StageSettings) -> tuple[LM, LM]:
         """Return the policy that RL measures KL to, and the one that it trains.
 
         They begin as the same, unless RL-1 is done and --resume goes on after it.
         """
-        reference = load_stage(self.reference_folder(), settings)
+        reference = model.load(self.reference_folder(), settings)
         # Before the copy, so that policy and reference share a base that only carries adapters.
         reference.begin_stage(settings, settings.seed, self.todo[0])
         if not self.goes_on_after_rl1:
@@ -297,12 +297,6 @@ def remove_leftovers(root: Path) -> None:
         stage = leftover.with_suffix("")
         if _is_saved(stage) and not partial_of(stage).exists():
             shutil.rmtree(leftover)
-
-
-def load_stage(folder: Path, settings: ModelSettings) -> LM:
-    """Return the model of a stage. Raises UserError where a file is not as it was saved."""
-    refuse_damage(folder, "train this stage again")
-    return model.load(folder, settings)
 
 
 def find_start(root: Path, start: str, stages: Sequence[str]) -> Path:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from common.errors import UserError, run_guarded
+from common.errors import UserError, refuse_other_encoding, run_guarded
 from common.files import only_process
 from common.run_record import (
     RUN_IDENTITY,
@@ -346,6 +346,7 @@ def read_settings(
     if "-h" in sys.argv or "--help" in sys.argv:
         _print_help(settings_class, doc)
         sys.exit(0)
+    refuse_other_encoding(sys.argv[1:])
     types = all_setting_types() | _setting_types(settings_class)
     command_line, paths = _read_command_line(sys.argv[1:], types)
     config = _read_config_files(paths or [str(DEFAULT_CONFIG)], types)

@@ -9,7 +9,6 @@ A checkpoint knows its files, and the logs up to it, by their checksums. --resum
 one of which all is as it was saved.
 """
 
-import json
 import os
 import shutil
 import time
@@ -24,6 +23,7 @@ from common.files import (
     append_jsonl,
     checksum,
     damaged_file,
+    parse_json,
     sync,
     to_json,
     write_text,
@@ -72,7 +72,7 @@ class LogEnd:
 
 def read_log_ends(checkpoint: Path) -> dict[str, LogEnd]:
     """Return how far each log went when a checkpoint was saved."""
-    content = json.loads((checkpoint / LOG_ENDS_FILE).read_text(encoding="utf-8"))
+    content = parse_json((checkpoint / LOG_ENDS_FILE).read_text(encoding="utf-8"))
     return {name: LogEnd(**end) for name, end in content.items()}
 
 
@@ -127,7 +127,7 @@ class StageLog:
         path = self.folder / name
         if not path.is_file():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import read_jsonl, write_jsonl, write_text
+from common.files import parse_json, read_jsonl, write_jsonl, write_text
 from data.batches import Pair
 from data.boxes import answer_in_box, closing_brace
 from data.passages import BYTE_ORDER_MARK
@@ -131,8 +131,8 @@ def read_json_rows(path: str | Path, expected: str, setting: str) -> list[tuple[
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         text = text.lstrip(f"{BYTE_ORDER_MARK} \t\r\n")
         if text.startswith("["):
-            return list(enumerate(json.loads(text), 1))
-    except (ValueError, RecursionError) as error:
+            return list(enumerate(parse_json(text), 1))
+    except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}; expected {expected}") from None
     return read_jsonl(path, expected, setting)
 

@@ -7,7 +7,6 @@ The number lets a reader, and a small network, say which passage it means.
 """
 
 import gzip
-import json
 import re
 import unicodedata
 import zlib
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import UserError
+from common.files import parse_json
 
 NOTHING_FOUND = "Nothing found."
 LINE_BREAK = "\n "  # between the passages of an observation
@@ -124,12 +124,12 @@ def read_passages(path: str | Path) -> list[dict[str, Any]]:
 
 def _parse_passage(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         passage = {"id": row["id"], "contents": row["contents"]}
         # A lone surrogate is no text: encoding it fails.
         (str(passage["id"]) + passage["contents"]).encode()
         return passage
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f'{where}: not a passage; expected one JSON object a line with "id" and "contents"'
         ) from None

@@ -98,7 +98,7 @@ def short_questions(
     example = f"{questions[long[0]].where or questions[long[0]].id} ({lengths[long[0]]} tokens)"
     if len(long) == len(questions):
         raise UserError(
-            f"max_len: it leaves {longest_prompt} tokens for a prompt, and each of the "
+            f"max_len: it leaves {max(0, longest_prompt)} tokens for a prompt, and each of the "
             f"{len(questions)} questions takes more, the first at {example}; raise --max_len"
         )
     print(

@@ -4,15 +4,13 @@ A line is {"ids", "mask", "role"}, one entry a token. In pairs.jsonl chosen and 
 trajectories take turns.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
-
+from backends.model_files import read_tokenizer
 from common.errors import UserError
-from common.files import write_jsonl
+from common.files import parse_json, write_jsonl
 from data.batches import Pair
 from data.trajectory import Codec, Trajectory
 
@@ -52,13 +50,13 @@ def read_trajectories(path: Path, remedy: str = "python train_sft.py") -> list[T
     trajectories = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             columns = [row["ids"], row["mask"], row["role"]]
             if not all(isinstance(column, list) for column in columns):
                 raise ValueError("a column that is no list")
             if len({len(column) for column in columns}) != 1:
                 raise ValueError("a token without its mask or its role")
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             raise _damaged(path, number) from None
         trajectories.append(Trajectory(*columns))
     return trajectories
@@ -117,8 +115,8 @@ def keep_what_fits(data: SFTData, max_len: int, source: str = "") -> SFTData:
 def read_codec(folder: Path) -> Codec:
     """Return the codec of a run's tokenizer, from the folder of one of its models.
 
-    Raises UserError where there is none.
+    Raises UserError where there is none, or a damaged one.
     """
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer; give a file inside out/<run>/")
-    return Codec(PreTrainedTokenizerFast.from_pretrained(folder))
+    return Codec(read_tokenizer(folder))

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from common.files import read_jsonl
+from common.files import read_log
 from common.settings import RolloutSettings
 from data.passages import neutralize
 from data.questions import Fact, Lookup, Question
@@ -135,10 +135,10 @@ def policy_cases(
     for path in sorted(root.glob("*/calls.jsonl")):
         answers = {
             row["query"]: codec.fit(neutralize(row["text"]), settings.max_observation)
-            for _, row in read_jsonl(path, "a call", "--run")
+            for row in read_log(path, "--run", "query")
             if row.get("provenance") == Provenance.REAL
         }
-        for _, values in read_jsonl(path.with_name("rollouts.jsonl"), "a rollout", "--run"):
+        for values in read_log(path.with_name("rollouts.jsonl"), "--run", "tokens"):
             row = TrajectoryRow.from_json(values)
             question = question_of_text.get(row.question)
             if question is None:

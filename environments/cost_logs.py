@@ -4,17 +4,17 @@ A row is a chain of RL stages. Its calls are those of its stages, and those that
 were distilled with in which they practise.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import read_jsonl
+from common.files import read_log
 from common.run_record import RunRecord, read_run_record
 from common.runs import COST_FILE
 from environments.costs import Point, mean
+from environments.distilled import read_cost
 from environments.fidelity import learned_queries
 from evaluation.figures import read_figures
 from evaluation.predictions import read_predictions
@@ -135,7 +135,7 @@ def read_distillations(root: Path, record: RunRecord) -> dict[str, Distillation]
         path = root / folder / COST_FILE
         if not path.is_file():
             continue
-        cost = json.loads(path.read_text())
+        cost = read_cost(root / folder)
         learned = learned_queries(root / folder)
         if record.stages[folder].settings.get("gold_facts"):
             # A simulator learns from SFT's searches, which cost nothing new.
@@ -154,9 +154,13 @@ def read_distillations(root: Path, record: RunRecord) -> dict[str, Distillation]
     return distillations
 
 
-def world_model_of(settings: Mapping[str, Any]) -> str:
-    """Return the folder of the world model that a stage of RL practised in, "" for none."""
-    environment = settings[f"{settings['stage']}_environment"]
+def world_model_of(folder: str, settings: Mapping[str, Any]) -> str:
+    """Return the folder of the world model that a stage of RL practised in, "" for none.
+
+    folder: of the stage. A command that trains both stages names neither of them.
+    """
+    stage = settings["stage"] or folder
+    environment = settings[f"{stage}_environment"]
     if environment in ("distilled", "mixed"):
         return settings["world_model"]
     return ""
@@ -198,11 +202,11 @@ def read_points(logs: RunLogs, row: CurveRow) -> list[Point]:
     em: float | None = logs.looked_at_em(start)
     ledger = Ledger()
     if start != "sft2":
-        ledger.seconds += read_rows(logs.root / start / "log.jsonl")[-1]["seconds"]
+        ledger.seconds += read_rows(logs.root / start / "log.jsonl", "seconds")[-1]["seconds"]
     paid: set[str] = set()
     points = []
     for stage in row.stages:
-        world_model = world_model_of(logs.record.stages[stage].settings)
+        world_model = world_model_of(stage, logs.record.stages[stage].settings)
         if world_model and world_model not in paid:
             ledger.add_distillation(logs.distillations[world_model])
             paid.add(world_model)
@@ -216,10 +220,10 @@ def stage_points(folder: Path, ledger: Ledger) -> list[Point]:
     """Return a point for each step of a stage, and add to the ledger what it spent."""
     calls: dict[int, list[dict[str, Any]]] = {}
     if (folder / "calls.jsonl").is_file():
-        for call in read_rows(folder / "calls.jsonl"):
+        for call in read_rows(folder / "calls.jsonl", "step", "query", "raw_calls"):
             calls.setdefault(call["step"], []).append(call)
     points = []
-    for step in read_rows(folder / "log.jsonl"):
+    for step in read_rows(folder / "log.jsonl", "step", "seconds_rollout", "seconds_update"):
         ledger.steps += 1
         ledger.seconds += step["seconds_rollout"] + step["seconds_update"]
         for call in calls.get(step["step"], []):
@@ -230,6 +234,6 @@ def stage_points(folder: Path, ledger: Ledger) -> list[Point]:
     return points
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a log."""
-    return [row for _, row in read_jsonl(path, "a log", "--runs")]
+def read_rows(path: Path, *fields: str) -> list[dict[str, Any]]:
+    """Return the rows of a log, which have these fields."""
+    return read_log(path, "--runs", *fields)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import parse_json
 from evaluation.figures import Gain
 
 LATENCIES = (0.0, 0.05, 0.5)  # simulated, in seconds a call
@@ -152,7 +153,7 @@ def curve_to_json(curve: CostCurve) -> str:
 def read_curve(path: Path) -> CostCurve:
     """Return what a cost_curve.json holds. Raises UserError for another file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         rows = [_row_from_json(row) for row in content.pop("rows")]
         return CostCurve(**content, rows=rows)
     except (ValueError, KeyError, TypeError, AttributeError):

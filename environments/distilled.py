@@ -14,10 +14,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from common.files import read_jsonl
+from common.errors import UserError
+from common.files import parse_json, read_log
+from common.runs import COST_FILE
 from common.settings import RolloutSettings
 from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
 from environments.imagining import imagine, observation_text, sum_over_continuations
@@ -61,8 +64,22 @@ def read_examples(folder: Path) -> dict[str, str]:
 
     Raises UserError for a file that is missing or damaged.
     """
-    rows = read_jsonl(folder / EXAMPLES_FILE, "a call", "--world_model")
-    return {row["query"]: row["observation"] for _, row in rows}
+    rows = read_log(folder / EXAMPLES_FILE, "--world_model", "query", "observation")
+    return {row["query"]: row["observation"] for row in rows}
+
+
+def read_cost(folder: Path) -> dict[str, Any]:
+    """Return what a world model cost, by the fields of world_model.py's Cost.
+
+    Raises UserError for a file that is damaged.
+    """
+    path = folder / COST_FILE
+    try:
+        cost = parse_json(path.read_bytes())
+        cost["calls"], cost["held_out"], cost["seconds_of_calls"], cost["seconds_of_training"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged; remove {folder} to have it distilled again") from None
+    return cost
 
 
 class WorldModel:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import read_jsonl
+from common.files import read_log
 from common.run_record import read_run_record
 from data.passages import neutralize
 from data.sft_data import read_trajectories
@@ -110,7 +110,7 @@ def logged_calls(
             if sft_has_same_tool or not _asked_about_sfts_world(root, path.parent.name)
         ]
     for path in paths:
-        for _, row in read_jsonl(path, "a call", "--logs_of"):
+        for row in read_log(path, "--logs_of", "query"):
             if row.get("provenance") == Provenance.REAL:
                 calls[row["query"]] = row["text"]
     if sft_has_same_tool and not stages:

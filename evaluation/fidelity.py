@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.files import parse_json
 from data.passages import NOTHING_FOUND, split_observation
 from data.scores import f1
 
@@ -275,7 +276,7 @@ def fidelity_to_json(table: FidelityTable) -> str:
 def read_fidelity(path: Path) -> FidelityTable:
     """Read fidelity.json. Raises UserError where it is not that file."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = parse_json(path.read_text(encoding="utf-8"))
         return {
             row: {
                 group: {split: _fidelity_from_json(values) for split, values in splits.items()}

@@ -5,13 +5,13 @@ values is None, since NaN is not JSON.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import parse_json
 
 
 @dataclass
@@ -152,7 +152,7 @@ def read_figures(path: Path) -> dict[str, RowFigures]:
     Raises UserError for a file that eval.py did not write as it does now.
     """
     try:
-        rows = json.loads(path.read_text())["rows"]
+        rows = parse_json(path.read_text())["rows"]
         return {name: row_from_json(values) for name, values in rows.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(

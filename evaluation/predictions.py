@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.files import (
     append_jsonl,
     hash_file_ends,
+    parse_json,
     read_jsonl,
     sync,
     write_jsonl,
@@ -157,7 +158,7 @@ def _read_known_facts(path: Path, provenance: str, questions_hash: str) -> set[s
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
         if content["made"] != provenance or content["asked"] != questions_hash:
             return None
         return set(content["known"])
@@ -308,7 +309,7 @@ def _read_lines(path: Path) -> list[bytes]:
 
 
 def _parse_prediction(line: bytes) -> Prediction:
-    prediction = json.loads(line)
+    prediction = parse_json(line)
     if not {"row", "set", "id", "em", "queries"} <= prediction.keys():
         raise KeyError
     # A field of another type, such as a list, can't be looked up.

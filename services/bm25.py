@@ -238,7 +238,7 @@ def open_index(path: str | Path, top_k: int, root: str | Path = "out") -> BM25:
     # Of several processes one builds, and none reads what another is replacing.
     with file_lock(folder):
         if provenance_file.is_file():
-            if provenance_file.read_text() != provenance:
+            if provenance_file.read_bytes() != provenance.encode():
                 print(f"{path.name} has changed since its index was made: building it again")
             else:
                 try:

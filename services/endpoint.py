@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import openai
 
 from common.errors import UserError
+from common.files import parse_json
 from common.progress import tqdm
 from data.passages import CONTROL
 from data.trajectory import TAGS
-from services.http import call_within, one_line, read_json
+from services.http import call_within, one_line
 
 TIMEOUT = 300.0  # seconds without a byte of the reply
 LONGEST_REQUEST = 3600.0  # seconds of a request with all its tries, even if bytes come
@@ -197,7 +198,7 @@ def _find_refused_option(error: StatusError, sent: set[str]) -> str:
 # ---- answers -------------------------------------------------------------------------------------
 def _read_reply(body: bytes) -> Reply:
     """Read an answer; raise ValueError for what is none, and StatusError for an error in it."""
-    answer = read_json(body)
+    answer = parse_json(body)
     if not isinstance(answer, dict):
         raise ValueError("the answer is no object")
     choices = answer.get("choices")
@@ -283,7 +284,7 @@ def _error_message(body: str) -> str:
     'no such model'
     """
     try:
-        error = read_json(body.encode(errors="replace"))
+        error = parse_json(body.encode(errors="replace"))
     except ValueError:
         return one_line(body)
     if isinstance(error, list) and error:

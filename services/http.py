@@ -15,7 +15,6 @@ So is the limit of time: the timeouts of `requests` begin anew with every byte t
 an answer of one byte a second would last for ever.
 """
 
-import json
 import random
 import threading
 import time
@@ -29,6 +28,7 @@ import urllib3
 from requests.exceptions import ChunkedEncodingError, ContentDecodingError
 from urllib3.exceptions import InvalidHeader
 
+from common.files import parse_json
 from common.terminal import printable
 
 Value = TypeVar("Value")
@@ -107,7 +107,7 @@ class PoliteSession:
             try:
                 answer = call_within(self.timeout, lambda: self._fetch(method, url, options))
                 if answer.status < 400:
-                    value = read(read_json(answer.body))
+                    value = read(parse_json(answer.body))
                     self.has_answered = True
                     return value
             except PASSING_FAULTS as error:
@@ -183,14 +183,6 @@ def call_within(seconds: float, call: Callable[[], Value]) -> Value:
         return future.result(seconds)
     except TimeoutError:
         raise TimeoutError(f"no whole answer within {seconds:g} s") from None
-
-
-def read_json(body: bytes) -> Any:
-    """Return the value of a JSON text; raise ValueError for what is none."""
-    try:
-        return json.loads(body)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def one_line(text: str) -> str:

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from common.files import parse_json
 from services.bm25 import BM25
 
 EXPECTED = (
@@ -178,11 +179,11 @@ async def _read_body(request: Request) -> bytes:
 def _read_request(body: bytes, default_top_k: int) -> Search:
     """Parse the body of a request; raise RefusedRequestError for one that is none, or too much."""
     try:
-        request = json.loads(body)
+        request = parse_json(body)
         queries = request["queries"]
         top_k = request.get("topk")
         return_scores = bool(request.get("return_scores", False))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise RefusedRequestError(422, EXPECTED) from None
     if top_k is None:
         top_k = default_top_k

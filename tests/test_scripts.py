@@ -646,6 +646,16 @@ def test_refusals_come_first(copied_run: Any, arguments: list[str], message: str
     assert sorted(copied_run.cwd.rglob("*")) == before
 
 
+def test_a_teacher_that_solved_nothing(copied_run: Any) -> None:
+    """Guards: stages that learned from no chain at all, and were saved and judged without a word."""
+    for name in ("coa", "cot"):
+        (copied_run.root / "data" / f"{name}.jsonl").write_text("")
+    done = run_here(copied_run.cwd, "train_sft.py", "--run=tiny", "--stage=sft2", "--out=x")
+    assert done.status == 2
+    assert "out/tiny/data holds no chain, so SFT-2 and SFT-3 have nothing to learn" in done.err
+    assert not (copied_run.root / "x").exists()
+
+
 def test_a_checkpoint_of_other_settings(whole_run: Any, tmp_path: Path) -> None:
     """Another optimizer or another network is named, with the way out; the checkpoint stays."""
     lm = model.load(whole_run.root / "base", CPU)

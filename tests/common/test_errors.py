@@ -7,17 +7,25 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, run_here, strict_json
 
+import plot
 from common.errors import UserError, run_guarded
 from common.files import only_process, to_json
 from common.progress import tqdm
+from common.run_record import read_run_record
 from common.settings import RunSettings, main
 from common.terminal import own_output, printable
+from environments.cost_logs import Ledger, stage_points
+from environments.costs import read_curve
+from environments.distilled import read_cost, read_examples
+from evaluation.fidelity import read_fidelity
+from evaluation.figures import read_figures
 
 # Scripts whose first import is common.errors.
 SCRIPTS = ("train_sft.py", "eval.py")
@@ -44,6 +52,31 @@ def test_json_has_no_nan() -> None:
     value = {"a": [1.5, float("nan"), {"b": float("-inf")}], "c": (1, "é"), "d": None}
     assert strict_json(to_json(value)) == {"a": [1.5, None, {"b": None}], "c": [1, "é"], "d": None}
     assert to_json({"a": 1}, indent=1) == '{\n "a": 1\n}'
+
+
+@pytest.mark.parametrize("content", ["null", "[1]", '{"a": 1}', "[" * 200_000, "\xff", "[1"])
+def test_damaged_files_of_a_run(content: str, tmp_path: Path) -> None:
+    """Whatever became of one, who reads it names it in one line. Guards: tracebacks of each."""
+    root = tmp_path / "out" / "a"
+    readers: dict[str, Callable[[Path], Any]] = {
+        "settings.json": lambda path: read_run_record(str(root)),
+        "eval.json": read_figures,
+        "fidelity.json": read_fidelity,
+        "cost_curve.json": read_curve,
+        "predictions.jsonl": lambda path: plot.read_run(root),
+        "rl1/log.jsonl": lambda path: plot.read_run(root),
+        "rl1/calls.jsonl": lambda path: stage_points(path.parent, Ledger()),
+        "world_model/cost.json": lambda path: read_cost(path.parent),
+        "world_model/examples.jsonl": lambda path: read_examples(path.parent),
+    }
+    for name, read in readers.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="latin-1")
+        with pytest.raises(UserError, match=re.escape(path.name)) as refusal:
+            read(path)
+        assert len(str(refusal.value)) < 500
+        path.unlink()
 
 
 # ---- one process at a time -----------------------------------------------------------------------

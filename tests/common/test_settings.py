@@ -159,6 +159,7 @@ def test_settings_of_other_scripts_are_read(read: Any) -> None:
         (["--rl1_pool=coa"], "--rl1_pool: 'coa' is not one of rl1, rl2"),
         (["--sources=sweep,web"], "--sources: 'web' is not one of sweep, logs, cache"),
         (["--lora_targets=q_proj,lm_head"], "--lora_targets: 'lm_head' is not one of q_proj, k_"),
+        (["--ask=Who\udcff?"], "--ask=Who\udcff?: not UTF-8 text; write it in a UTF-8 terminal"),
         (["--width=31"], "--width, --world_model_width: 31 is less than a head of attention takes"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import os
 import random
 import re
@@ -19,6 +20,7 @@ from conftest import read_rows, strict_json, tiny_lm
 from file_operations import watched
 from kill_campaign import Length, choose_kill, run_in_child
 
+import model
 from common import runs, stage_files
 from common.errors import UserError, run_guarded
 from common.files import CHECKSUMS_FILE
@@ -246,15 +248,24 @@ def test_steps_are_not_optimizer_steps(codec: Codec, tmp_path: Path, steps: int)
 
 
 def test_the_start_of_a_stage_is_checked_too(root: Path, codec: Codec) -> None:
-    """The way out is said; a folder from elsewhere has no checksums, and is taken as it is."""
+    """The way out is said; a folder from elsewhere has no checksums, and is taken as it is.
+
+    All that load a stage come here. Guards: --ask, world models and adapters' bases, which did not.
+    """
     tiny_lm(codec).save(root / "base")
     flip_a_byte(root / "base" / "model.safetensors")
     settings = StageSettings(device="cpu")
     pattern = r"base/model\.safetensors is not as it was saved; train this stage again, or remove"
     with pytest.raises(UserError, match=pattern):
-        runs.load_stage(root / "base", settings)
+        model.load(root / "base", settings)
+    (root / "sft1").mkdir()
+    shutil.copy(root / "base" / "config.json", root / "sft1")
+    adapter = {"base_model_name_or_path": str(root / "base")}
+    (root / "sft1" / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(UserError, match=r"base/model\.safetensors is not .*; train this run again"):
+        model.load(root / "sft1", settings)
     (root / "base" / CHECKSUMS_FILE).unlink()
-    runs.load_stage(root / "base", settings)
+    model.load(root / "base", settings)
 
 
 # ---- a disk that refuses -------------------------------------------------------------------------

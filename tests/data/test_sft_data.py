@@ -112,3 +112,7 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     """Guards: a traceback for a file that lies outside a run."""
     with pytest.raises(UserError, match="has no tokenizer; give a file inside out/"):
         read_codec(tmp_path / "base")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "tokenizer.json").write_text("cut")
+    with pytest.raises(UserError, match=r"the tokenizer of .*base can't be read"):
+        read_codec(tmp_path / "base")

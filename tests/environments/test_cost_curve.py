@@ -188,6 +188,18 @@ def test_the_papers_row_starts_at_sft3_and_pays_for_it(folder: Path) -> None:
     assert points[-1] == Point(steps=4, raw_calls=7, distinct_calls=3, seconds=80.0, em=25.0)
 
 
+def test_the_stages_of_the_default_command(folder: Path) -> None:
+    """It trains both and names neither. Guards: a KeyError on every run of the default recipe."""
+    made_up = made_up_run("seed0")
+    made_up.add_stage("rl1", "rl1", "sft2", "distilled", [0.5], world_model="world_model")
+    made_up.add_stage("rl2", "rl2", "sft2", "real", [0.5], [(0, "a", 2)])
+    for stage in ("rl1", "rl2"):
+        made_up.stages[stage]["settings"]["stage"] = ""
+    made_up.scores["rl2"] = [1.0, 0.0, 0.0, 0.0]
+    made_up.write()
+    assert points_of(ROWS["rl2"])[-1] == Point(2, 6, 4, 33.0, 50.0)
+
+
 def test_a_mixed_environment_needs_its_own_world_model(folder: Path) -> None:
     """It pays for the one that its settings name, and its own calls."""
     made_up = made_up_run("seed0")

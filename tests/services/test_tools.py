@@ -264,6 +264,7 @@ def test_a_search_by_hand_that_failed(tmp_path: Path, monkeypatch: pytest.Monkey
         (["ask", "p.jsonl"], "usage: python tools.py ask CORPUS QUERY .."),
         (["sing", "p.jsonl", "x"], "usage: python tools.py ask CORPUS QUERY .."),
         (["serve", "p.jsonl", "port"], "usage: python tools.py ask CORPUS QUERY .."),
+        (["ask", "p.jsonl", "caf\udce9"], r"caf\udce9: not UTF-8 text"),
         (["ask", "missing.jsonl", "x"], "no such file: missing.jsonl"),
         (["serve", "p.jsonl", "99999"], "99999: can't serve there"),
         (["serve", "http://127.0.0.1:1", "8000"], "only passages can be served"),
