@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,23 @@ def test_twins_have_the_same_names_in_the_same_order() -> None:
         # MLX keeps the parameters of a network in a tree, torch in a list.
         in_mlx = [name for name in names["mlx"] if name != "flat"]
         assert names["torch"] == in_mlx, path.name
+
+
+def test_tests_that_the_docs_name() -> None:
+    """Guards: a row of docs/faults.md whose test has another name by now.
+
+    The docs write `folder/test_x.py::test_a`, and `::test_b` for another one of the same file.
+    """
+    for page in (ROOT / "docs").glob("*.md"):
+        if page.name == "log.md":
+            # It says what was true on its day.
+            continue
+        file = ""
+        named = re.findall(r"`(?:tests/)?([\w/]*test_\w+\.py)?::(test_\w+)`", page.read_text())
+        for new_file, test in named:
+            file = new_file or file
+            (path,) = (ROOT / "tests").glob(f"**/{file}")
+            assert f"def {test}(" in path.read_text(), f"{page.name}: {file}::{test}"
 
 
 @pytest.mark.parametrize(

@@ -647,7 +647,7 @@ def test_refusals_come_first(copied_run: Any, arguments: list[str], message: str
 
 
 def test_a_teacher_that_solved_nothing(copied_run: Any) -> None:
-    """Guards: stages that learned from no chain at all, and were saved and judged without a word."""
+    """Guards: stages that learned from no chain, and were saved and judged without a word."""
     for name in ("coa", "cot"):
         (copied_run.root / "data" / f"{name}.jsonl").write_text("")
     done = run_here(copied_run.cwd, "train_sft.py", "--run=tiny", "--stage=sft2", "--out=x")
