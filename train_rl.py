@@ -12,6 +12,9 @@ Who writes the observations is one setting a stage (environments/environment.py)
 (`internal`, the paper's RL-1), a separate network that imitates the tool (`distilled`, the default
 of RL-1), the tool (`real`), or both (`mixed`). A stage logs how many searches the tool answered.
 
+A stage looks out for what goes wrong before its reward falls (common/alarms.py). --stop_on_alarm
+ends it there, with the weights that did best on held-out questions of its pool.
+
 Where this departs from textbook GRPO: advantages are not divided by their standard deviation
 (--advantage_std does it); the loss is a mean over all tokens of a step, not of each trajectory;
 clipping is wider above than below; KL to the policy that RL begins with is optional (--kl); and
@@ -46,23 +49,29 @@ from autocoa import (
 from common import memory, runs
 from common.alarms import alarms
 from common.batching import fill_by_tokens
-from common.errors import UserError
+from common.errors import UserError, resume_command
 from common.runs import StageRun
 from common.settings import AboveZero, AboveZeroFloat, StageSettings, main
 from data.batches import Batch, build_trie, pack, pack_texts, real_observation_mask
 from data.questions import Question
 from data.scores import exact_match
 from data.trajectory import Codec, Trajectory
-from environments.choice import EnvironmentSettings, open_environment, prepare_environments
+from environments.choice import (
+    EnvironmentSettings,
+    open_environment,
+    pool_name,
+    prepare_environments,
+)
 from environments.environment import Environment
 from environments.fidelity import known_share
 from model import LM
-from tasks import open_task
+from tasks import Task, open_task
 from workflows.agent import answer_questions, trajectory_row
 
 WARMUP_STEPS = 3  # steps over which the learning rate rises
 EVAL_QUESTIONS = 60  # evaluation questions of each set that --eval_every looks at
 WATCHED = 10  # trajectories of a step whose log-probs are watched
+HELD_OUT_EVERY = 6  # steps between two looks of --stop_on_alarm at held-out questions
 
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
@@ -104,6 +113,9 @@ class RLSettings(StageSettings, EnvironmentSettings):
     # Steps between two looks at evaluation questions, whose exact match is logged; 0: none. Nothing
     # is chosen by it.
     eval_every: int = 0
+    # End a stage when an alarm rings, with the weights that did best on held-out questions of its
+    # pool; they are asked every 6 steps. No stage is begun behind it.
+    stop_on_alarm: bool = False
 
 
 # ---- 2. The stages -------------------------------------------------------------------------------
@@ -121,6 +133,7 @@ class RLStage:
     seed_number: int  # (run's seed, this, step) is the seed of what a step draws
     evaluation: list[Question]  # what --eval_every looks at
     eval_search: Search
+    held_out: list[Question]  # what --stop_on_alarm chooses weights by; empty without it
 
 
 def run(settings: RLSettings) -> None:
@@ -133,6 +146,7 @@ def run(settings: RLSettings) -> None:
     task = open_task(settings)
     reference, policy = plan.load_reference_and_policy(settings)
     task.leave_out_long_questions(policy.codec, settings.longest_prompt)
+    held_out = {stage: held_out_questions(task, stage, settings) for stage in plan.todo}
     # --dry-run times a step by the simplest loss.
     if not memory.report(policy, settings, "rl", nll_loss):
         return
@@ -150,14 +164,18 @@ def run(settings: RLSettings) -> None:
             steps=settings.rl1_steps,
             pool=task.questions(settings.rl1_pool, settings.rl_questions),
             first_question=0,
-            environment=open_environment("rl1", settings, task, policy.codec),
+            environment=open_environment("rl1", settings, task, policy.codec, held_out["rl1"]),
             call_cost=settings.rl1_call_cost,
             rate_scale=settings.rl1_scale,
             seed_number=1,
             evaluation=evaluation,
             eval_search=task.eval_search,
+            held_out=held_out["rl1"],
         )
-        train_grpo(policy, reference, settings, first)
+        is_stopped = train_grpo(policy, reference, settings, first)
+        if is_stopped and "rl2" in plan.todo:
+            print(f"rl2 was not begun; go on with: {resume_command()}")
+            return
     if "rl2" in plan.todo:
         asked_before = 0
         if settings.rl1_pool == "rl2":
@@ -167,18 +185,19 @@ def run(settings: RLSettings) -> None:
             steps=settings.rl2_steps,
             pool=task.questions("rl2", settings.rl_questions),
             first_question=asked_before,
-            environment=open_environment("rl2", settings, task, policy.codec),
+            environment=open_environment("rl2", settings, task, policy.codec, held_out["rl2"]),
             call_cost=settings.call_cost,
             rate_scale=1.0,
             seed_number=2,
             evaluation=evaluation,
             eval_search=task.eval_search,
+            held_out=held_out["rl2"],
         )
         train_grpo(policy, reference, settings, second)
 
 
-def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) -> None:
-    """Train one stage of GRPO.
+def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) -> bool:
+    """Train one stage of GRPO, and return whether an alarm has stopped it (--stop_on_alarm).
 
     reference: the policy to which KL is measured.
     Raises UserError where the loss is not finite, before the weights change.
@@ -190,6 +209,7 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
     environment.tool.restore(progress.log_files.calls)
     for step in progress.steps():
         rng = np.random.default_rng([settings.seed, stage.seed_number, step])
+        held_out = look_at_held_out(policy, settings, stage, progress, step)
         environment.begin_step(step)
         started = time.time()
 
@@ -207,8 +227,6 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
         skipped = groups_to_skip(batch)
         advantages[skipped] = 0
         learned = np.flatnonzero(rollouts_that_teach(batch, skipped, settings))
-        warmup = min(1.0, (step + 1) / WARMUP_STEPS)
-        rate = settings.rl_lr * (stage.rate_scale * warmup)
         figures = {"loss": 0.0, "grad_norm": 0.0, "idle_parameters": 0}
         for part in split_minibatches(learned, settings.minibatches, rng):
             batches = update_batches(batch, part, advantages, skipped, reference, settings)
@@ -217,7 +235,7 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
                 optimizer,
                 grpo_loss,
                 batches,
-                lr=rate,
+                lr=learning_rate(settings, stage, step),
                 muon_lr=0.0,
                 temperature=settings.temperature,
             )
@@ -261,14 +279,18 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
             tokens_per_second=tokens / (updated - started),
             seconds_rollout=sampled - started,
             seconds_update=updated - sampled,
+            **held_out,
         )
         progress.keep_rollouts(rows_of_first_group(policy.codec, batch, step))
         progress.keep_calls(environment.tool.take_rows())
+        if rung and settings.stop_on_alarm:
+            progress.stop_with_best(step, rung)
     progress.finish()
     print(
         f"{stage.folder.name}: {environment.tool.raw_calls:,} searches were answered by the tool, "
         f"{environment.tool.distinct_calls:,} different ones"
     )
+    return progress.is_stopped
 
 
 # ---- 3. Rollouts ---------------------------------------------------------------------------------
@@ -304,18 +326,30 @@ def sample_rollouts(policy: LM, settings: RLSettings, stage: RLStage, step: int)
         temperature=settings.temperature,
         streams=streams,
     )
+    rewards = rewards_of(policy.codec, repeated, trajectories, settings, stage)
+    shape = (settings.questions, settings.rollouts)
+    return RolloutBatch(questions, trajectories, rewards.reshape(shape))
+
+
+def rewards_of(
+    codec: Codec,
+    questions: Sequence[Question],
+    trajectories: Sequence[Trajectory],
+    settings: RLSettings,
+    stage: RLStage,
+) -> np.ndarray:
+    """Return the reward of each question's trajectory in a stage: (trajectories,)."""
     rewards = [
         reward(
-            policy.codec,
+            codec,
             trajectory,
             question.golden_answers,
             settings.format_penalty,
             stage.call_cost,
         )
-        for trajectory, question in zip(trajectories, repeated, strict=True)
+        for trajectory, question in zip(trajectories, questions, strict=True)
     ]
-    shape = (settings.questions, settings.rollouts)
-    return RolloutBatch(questions, trajectories, np.array(rewards).reshape(shape))
+    return np.array(rewards)
 
 
 def repeat_questions(questions: Sequence[Question], rollouts: int) -> list[Question]:
@@ -350,7 +384,63 @@ def rollouts_that_teach(
     return teaches
 
 
-# ---- 4. The update -------------------------------------------------------------------------------
+# ---- 4. Held-out questions: what --stop_on_alarm goes back to ------------------------------------
+def held_out_questions(task: Task, stage: str, settings: RLSettings) -> list[Question]:
+    """Return questions of a stage's pool that no step asks; none without --stop_on_alarm.
+
+    They stand behind the --rl_questions that the steps take theirs from, half as many as a step has
+    rollouts. Those of evaluation are no choice: their exact match would say how well weights do
+    that were chosen by them.
+
+    Raises UserError where the pool has too few.
+    """
+    if not settings.stop_on_alarm:
+        return []
+    pool = pool_name(stage, settings)
+    count = settings.questions * settings.rollouts // 2
+    questions = task.questions(pool, settings.rl_questions + count)
+    asked = {question.question for question in questions[: settings.rl_questions]}
+    behind = questions[settings.rl_questions :]
+    held_out = [question for question in behind if question.question not in asked]
+    if len(behind) < count or not held_out:
+        way_out = "give more --train_data"
+        if len(questions) > count:
+            way_out += f", or take --rl_questions={len(questions) - count}"
+        raise UserError(
+            f"--stop_on_alarm: pool {pool!r} has {len(questions)} questions, which leaves "
+            f"{len(held_out)} of {count} that no step asks; {way_out}"
+        )
+    return held_out
+
+
+def look_at_held_out(
+    policy: LM, settings: RLSettings, stage: RLStage, progress: StageRun, step: int
+) -> dict[str, float]:
+    """Measure the weights before some steps, keep the best, and return what the log says of it.
+
+    The policy answers greedily and in the stage's environment, so that what it asks of the tool
+    counts as all calls do.
+    """
+    is_due = step % HELD_OUT_EVERY == 0 or progress.best_weights.best is None
+    if not (settings.stop_on_alarm and is_due):
+        return {}
+    environment = stage.environment
+    environment.begin_held_out(step)
+    texts = [question.question for question in stage.held_out]
+    trajectories = answer_questions(policy, texts, environment.search, settings)
+    rewards = rewards_of(policy.codec, stage.held_out, trajectories, settings, stage)
+    held_out_reward = float(rewards.mean())
+    progress.best_weights.keep_if_best(step, held_out_reward)
+    return {"held_out_reward": held_out_reward}
+
+
+# ---- 5. The update -------------------------------------------------------------------------------
+def learning_rate(settings: RLSettings, stage: RLStage, step: int) -> float:
+    """Return the learning rate of a step: it rises over the first ones."""
+    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    return settings.rl_lr * (stage.rate_scale * warmup)
+
+
 def split_minibatches(
     rows: np.ndarray, minibatches: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
@@ -429,7 +519,7 @@ def refuse_divergence(figures: Mapping[str, float | None], stage: RLStage, step:
             )
 
 
-# ---- 5. What is logged ---------------------------------------------------------------------------
+# ---- 6. What is logged ---------------------------------------------------------------------------
 def count_idle_steps(steps_before: Sequence[Mapping[str, Any]], skipped: np.ndarray) -> int:
     """Return how many steps in a row, up to this one, had no group whose rewards teach anything.
 

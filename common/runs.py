@@ -33,6 +33,7 @@ from common.run_record import (
 from common.settings import RunSettings, StageSettings, TrainingSettings
 from common.signals import defer_stop, end_deferral, is_stop_asked
 from common.stage_files import (
+    BestWeights,
     Checkpoint,
     StageLog,
     checkpoint_of,
@@ -413,8 +414,10 @@ class StageRun:
         record_stage(settings, folder.name)
         self.name = folder.name
         self.total = total
+        self.is_stopped = False  # whether the stage ends before its last step
         self.checkpoint = Checkpoint(lm, optimizer, folder, settings)
         self.log_files = StageLog(folder, self.checkpoint.log_ends)
+        self.best_weights = BestWeights(lm, folder, self.checkpoint.steps_done)
         self.bar = tqdm(
             desc=folder.name,
             unit="step",
@@ -428,6 +431,8 @@ class StageRun:
         with self.bar:
             for step in range(self.checkpoint.steps_done, self.total):
                 yield step
+                if self.is_stopped:
+                    return
                 self.checkpoint.save_if_due(step + 1)
                 if is_stop_asked():
                     self.checkpoint.save(step + 1)
@@ -448,6 +453,21 @@ class StageRun:
             if name not in ringing:
                 with self.bar.external_write_mode():
                     print(f"{self.name}: alarm: {line}", flush=True)
+
+    def stop_with_best(self, step: int, alarms: Mapping[str, str]) -> None:
+        """Let this step be the last, and go back to the best weights on held-out questions.
+
+        alarms: why, {name: a line}.
+        """
+        self.is_stopped = True
+        best = self.best_weights.load()
+        with self.bar.external_write_mode():
+            print(
+                f"{self.name}: stopped by an alarm at step {step} ({'; '.join(alarms.values())}); "
+                f"it ends with the weights behind {best.steps} steps, whose held-out reward of "
+                f"{best.reward:.3f} was the best",
+                flush=True,
+            )
 
     def keep_rollouts(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write some trajectories to be read."""

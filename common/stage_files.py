@@ -4,6 +4,7 @@ out/nano/
     rl2.partial/         log.jsonl, rollouts.jsonl, calls.jsonl
     rl2.checkpoint/24/   weights, optimizer, and how long each log was behind 24 steps
     rl2.checkpoint/36/   the same behind 36 steps; the last two checkpoints are kept
+    rl2.checkpoint/best/16/    weights behind 16 steps, which did best on held-out questions
 
 A checkpoint knows its files, and the logs up to it, by their checksums. --resume takes the newest
 one of which all is as it was saved.
@@ -34,6 +35,7 @@ from model import LM
 
 LOG_FILES = ("log.jsonl", "rollouts.jsonl", "calls.jsonl")
 LOG_ENDS_FILE = "log_ends.json"  # in a checkpoint
+REWARD_FILE = "reward.json"  # beside the best weights
 CHECKPOINTS_KEPT = 2
 # A kill costs this time at most, or one step ..
 SECONDS_BETWEEN_SAVES = 30.0
@@ -53,12 +55,34 @@ def checkpoint_of(folder: Path) -> Path:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of an unfinished stage, the oldest first. folder: of the stage."""
+    return _saved_in(checkpoint_of(folder))
+
+
+def _saved_in(folder: Path) -> list[Path]:
+    """Return the networks in a folder whose names are numbers of steps, the oldest first."""
     found = [
         path
-        for path in checkpoint_of(folder).glob("*")
+        for path in folder.glob("*")
         if path.name.isdecimal() and (path / "config.json").is_file()
     ]
     return sorted(found, key=lambda path: int(path.name))
+
+
+def _save_with_file(
+    lm: LM, path: Path, name: str, text: str, optimizer: Any = None, steps: int | None = None
+) -> None:
+    """Save a network with one more file, which its checksums cover.
+
+    Raises DiskError where the disk refuses; then half a folder takes no room.
+    """
+    partial = partial_of(path)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        write_text(partial / name, text)
+        lm.save(path, optimizer, steps)
+    except DiskError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 # ---- logs ----------------------------------------------------------------------------------------
@@ -191,15 +215,9 @@ class Checkpoint:
         if steps == self.steps_saved:
             return
         started = time.monotonic()
+        log_ends = self._log_ends_to_json()
         path = self.path / str(steps)
-        partial = partial_of(path)
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            write_text(partial / LOG_ENDS_FILE, self._log_ends_to_json())
-            self.lm.save(path, self.optimizer, steps)
-        except DiskError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        _save_with_file(self.lm, path, LOG_ENDS_FILE, log_ends, self.optimizer, steps)
         for old in list_checkpoints(self.folder)[:-CHECKPOINTS_KEPT]:
             shutil.rmtree(old)
         self.steps_saved = steps
@@ -221,3 +239,71 @@ class Checkpoint:
             self.lm.backend.merge_adapter(self.lm.network)
         self.lm.save(self.folder)
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+# ---- the best weights ----------------------------------------------------------------------------
+@dataclass
+class Best:
+    """Which weights of a stage did best on held-out questions."""
+
+    steps: int  # of the stage, behind which they were measured
+    reward: float  # mean of these questions
+
+
+class BestWeights:
+    """The weights of an unfinished stage that did best on held-out questions.
+
+    Each that was the best once is in <folder>.checkpoint/best/<steps>, as long as the stage may go
+    on from a checkpoint to which it still is.
+    """
+
+    best: Best | None  # None before anything was measured
+
+    def __init__(self, lm: LM, folder: Path, steps_done: int) -> None:
+        """Find the best of the steps that are done, and remove what else is there.
+
+        steps_done: those that a stage goes on behind; what was measured later is measured again.
+        """
+        self.lm = lm
+        self.folder = folder
+        self.path = checkpoint_of(folder) / "best"
+        self.best = None
+        for path in self.path.glob("*"):
+            if not path.name.isdecimal() or int(path.name) >= steps_done:
+                shutil.rmtree(path)
+        for path in _saved_in(self.path):
+            fault = damaged_file(path)
+            if not (path / CHECKSUMS_FILE).is_file():
+                fault = path / CHECKSUMS_FILE
+            if fault is not None:
+                print(f"{fault} is not as it was saved: {path} is left out")
+                shutil.rmtree(path)
+                continue
+            # A later one was better than all before it.
+            content = json.loads((path / REWARD_FILE).read_text(encoding="utf-8"))
+            self.best = Best(int(path.name), content["reward"])
+
+    def keep_if_best(self, steps: int, reward: float) -> None:
+        """Save the weights as they are now, unless others had as high a reward.
+
+        steps: of the stage that are done. Raises DiskError where the disk refuses.
+        """
+        if self.best is not None and reward <= self.best.reward:
+            return
+        text = to_json({"reward": reward})
+        _save_with_file(self.lm, self.path / str(steps), REWARD_FILE, text)
+        self.best = Best(steps, reward)
+        checkpoints = list_checkpoints(self.folder)
+        oldest = int(checkpoints[0].name) if checkpoints else 0
+        before_all_checkpoints = [path for path in _saved_in(self.path) if int(path.name) < oldest]
+        for path in before_all_checkpoints[:-1]:
+            shutil.rmtree(path)
+
+    def load(self) -> Best:
+        """Read the best weights into the network, and return which they are.
+
+        Raises UserError where they are not as they were saved.
+        """
+        assert self.best is not None, "weights are measured before a stage ends with the best"
+        self.lm.resume(self.path / str(self.best.steps))
+        return self.best

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from common import runs
 from common.errors import UserError
 from common.settings import AboveZero, ChosenBy, EnvironmentName, PoolName, ShareOrAll
+from data.questions import Question
 from data.sft_data import read_trajectories
 from data.trajectory import Codec
 from environments.distilled import read_examples
@@ -76,15 +77,26 @@ def environment_name(stage: str, settings: EnvironmentSettings) -> EnvironmentNa
     return settings.rl1_environment if stage == "rl1" else settings.rl2_environment
 
 
+def pool_name(stage: str, settings: EnvironmentSettings) -> PoolName:
+    """Return whose questions a stage asks."""
+    return settings.rl1_pool if stage == "rl1" else "rl2"
+
+
 def open_environment(
-    stage: str, settings: EnvironmentSettings, task: Task, codec: Codec
+    stage: str,
+    settings: EnvironmentSettings,
+    task: Task,
+    codec: Codec,
+    held_out: Sequence[Question] = (),
 ) -> Environment:
     """Return the environment of a stage, with the answers of the tool that cost nothing to know.
 
     They are the calls that a world model was distilled from; of a policy that imagines SFT's world,
     those of SFT's chains.
+
+    held_out: questions that the stage asks beside its pool.
     """
-    environment = _choose_environment(stage, settings, task, codec)
+    environment = _choose_environment(stage, settings, task, codec, held_out)
     name = environment_name(stage, settings)
     calls: dict[str, str] = {}
     if name in ("distilled", "mixed") and not settings.gold_facts:
@@ -102,7 +114,11 @@ def open_environment(
 
 
 def _choose_environment(
-    stage: str, settings: EnvironmentSettings, task: Task, codec: Codec
+    stage: str,
+    settings: EnvironmentSettings,
+    task: Task,
+    codec: Codec,
+    held_out: Sequence[Question],
 ) -> Environment:
     """Return the environment of a stage, with the tools of the world that it asks about."""
     library = task.rl_search
@@ -116,8 +132,10 @@ def _choose_environment(
     imagined = load_world_model(settings)
     steps = settings.rl1_steps if stage == "rl1" else settings.rl2_steps
     if settings.gold_facts:
-        pool = task.questions(settings.rl1_pool if stage == "rl1" else "rl2", settings.rl_questions)
-        question_of_prompt = {tuple(codec.prompt(question.question)): question for question in pool}
+        pool = task.questions(pool_name(stage, settings), settings.rl_questions)
+        question_of_prompt = {
+            tuple(codec.prompt(question.question)): question for question in [*pool, *held_out]
+        }
         simulator = SimulatorLibrary(
             library, imagined, question_of_prompt, settings.noise_share, steps
         )

@@ -39,6 +39,15 @@ class Environment:
         if self.schedule is not None:
             self.schedule.step = step
 
+    def begin_held_out(self, step: int) -> None:
+        """Prepare for held-out questions, which a step asks before its rollouts.
+
+        They always meet the environment of the first step, so that none of their rewards is lower
+        for a world that has become harder.
+        """
+        self.begin_step(0)
+        self.tool.step = step
+
 
 def internal_environment(library: Library) -> Environment:
     """Return the environment that the policy writes itself."""

@@ -28,7 +28,7 @@ from common.run_record import read_run_record
 from common.runs import StageRun
 from common.settings import StageSettings
 from common.signals import Stopped, stopping_on_signals
-from common.stage_files import Checkpoint, StageLog, list_checkpoints
+from common.stage_files import Best, BestWeights, Checkpoint, StageLog, list_checkpoints
 from data.trajectory import Codec
 from model import LM
 
@@ -266,6 +266,40 @@ def test_the_start_of_a_stage_is_checked_too(root: Path, codec: Codec) -> None:
         model.load(root / "sft1", settings)
     (root / "base" / CHECKSUMS_FILE).unlink()
     model.load(root / "base", settings)
+
+
+# ---- the best weights ----------------------------------------------------------------------------
+def test_each_checkpoint_has_its_best_weights(codec: Codec, tmp_path: Path) -> None:
+    """The stage may go on from any that is kept; what was best before all of them goes.
+
+    Weights of a step that is made again, those that are damaged, and half of a save are left out.
+    """
+    lm = tiny_lm(codec)
+    folder = tmp_path / "rl1"
+    kept = folder.with_name("rl1.checkpoint") / "best"
+    checkpoint = Checkpoint(lm, lm.backend.Optimizer(lm.network), folder, StageSettings())
+    best_weights = BestWeights(lm, folder, 0)
+    assert best_weights.best is None
+    # The best change in steps 0, 2, 4, 6; the checkpoints behind 3 and 5 steps stay.
+    for step, reward in enumerate([0.1, 0.1, 0.2, 0.0, 0.3, 0.3, 0.4]):
+        lm.network.model.norm.weight.data[0] = step
+        best_weights.keep_if_best(step, reward)
+        if step in (2, 4):
+            checkpoint.save(step + 1)
+    assert best_weights.best == Best(6, 0.4)
+    assert sorted(path.name for path in kept.iterdir()) == ["2", "4", "6"]
+
+    shutil.copytree(kept / "4", kept / "7.partial")
+    again = BestWeights(lm, folder, 6)
+    assert sorted(path.name for path in kept.iterdir()) == ["2", "4"]
+    assert again.load() == Best(4, 0.3)
+    assert lm.network.model.norm.weight.data[0] == 4
+    flip_a_byte(kept / "4" / "model.safetensors")
+    with pytest.raises(UserError, match=r"best/4/model.safetensors is not as it was saved"):
+        again.load()
+    assert BestWeights(lm, folder, 6).best == Best(2, 0.2)
+    (kept / "2" / CHECKSUMS_FILE).unlink()
+    assert BestWeights(lm, folder, 6).best is None
 
 
 # ---- a disk that refuses -------------------------------------------------------------------------

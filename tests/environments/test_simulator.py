@@ -1,5 +1,6 @@
 """ZeroSearch's form: a simulator that is told the gold facts, and asked for useful or noisy."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from common.errors import UserError
 from common.settings import RolloutSettings
 from data.questions import Fact, Lookup, Question
 from data.trajectory import Codec, Observation, Provenance
+from environments import choice
 from environments.choice import prepare_environments
 from environments.distilled import Example, Imagined, query_prompt, training_trajectory
 from environments.simulator import SimulatorLibrary, hint_of, simulator_examples
@@ -64,6 +66,21 @@ def test_a_simulator_is_told_the_facts_of_the_question_that_it_serves(codec: Cod
         assert trajectory.observations == [
             Observation("A useful film.", Provenance.IMAGINED),
         ]
+
+
+def test_a_simulator_is_told_the_facts_of_held_out_questions(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a look at questions that are none of the pool's, which ended the stage."""
+    monkeypatch.setattr(choice, "load_world_model", lambda _: RecordedSimulator())
+    library = Library({"search": lambda queries: pytest.fail("the tool was asked")})
+    task: Any = SimpleNamespace(rl_search=library, questions=lambda pool, count: [RIVER])
+    environment = choice.open_environment("rl1", RLSettings(gold_facts=True), task, codec, [HILL])
+    line = " Hm<begin_search> film</end_search> so</think>\\boxed{ Ada Falk}<eos>"
+    decoder = ScriptedDecoder(codec, line)
+    prompts = [codec.prompt(HILL.question)]
+    (trajectory,) = rollout(decoder, codec, prompts, environment.search, RolloutSettings())
+    assert trajectory.observations == [Observation("A useful film.", Provenance.IMAGINED)]
 
 
 def test_the_share_of_noise_grows(codec: Codec) -> None:

@@ -1,6 +1,7 @@
 """GRPO's step (train_rl.py): what it learns from, with which numbers, and which way it goes."""
 
 import json
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def stage(name: str = "rl1", steps: int = 1, number: int = 1) -> Any:
         seed_number=number,
         evaluation=[],
         eval_search=Library({"search": find_nothing}),
+        held_out=[question("Who starred in it?", "Ada")],
     )
 
 
@@ -164,6 +166,7 @@ class RecordedRun:
         self.loaded: list[str] = []  # folders that weights were read from
         self.stages: list[RLStage] = []
         self.distilled = 0  # how often a world model was asked for
+        self.is_stopped = False  # whether an alarm stops each stage
         self.search = Library({"search": find_in_sfts_world})
         self.rl_search = Library({"search": find_nothing})
         self.eval_search = Library({"search": find_nothing})
@@ -203,9 +206,10 @@ class RecordedRun:
         self.events.append("copy")
         return self.policy
 
-    def train_grpo(self, policy: Any, reference: Any, settings: Any, stage: RLStage) -> None:
+    def train_grpo(self, policy: Any, reference: Any, settings: Any, stage: RLStage) -> bool:
         assert (policy, reference) == (self.policy, self.reference)
         self.stages.append(stage)
+        return self.is_stopped
 
 
 @pytest.fixture
@@ -733,7 +737,7 @@ def test_without_the_coefficient_a_step_is_the_plain_policy_gradient(codec: Code
         assert (weight == expected[name]).all(), name
 
 
-# ---- over a checkpoint ---------------------------------------------------------------------------
+# ---- over a checkpoint, and behind an alarm ------------------------------------------------------
 @pytest.fixture(scope="module")
 def searching_policy(codec: Codec) -> LM:
     """Return a tiny network that has learned a little to search and to answer."""
@@ -801,6 +805,131 @@ def test_a_budget_holds_over_a_checkpoint(
         assert whole.read_bytes() == resumed.read_bytes(), file
     calls = read_rows(tmp_path / "out/nano/resumed/calls.jsonl")
     assert sum(call["raw_calls"] for call in calls) == budget
+
+
+def rig_alarm(codec: Codec, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each step learn from two rollouts that are written here, and an alarm ring at step 2.
+
+    By the held-out reward, which is looked at in each step, the weights behind one step are best.
+    """
+    replay(monkeypatch, sampled(codec, lm, ["Eva", "Ada"]), [[1.0, 0.0]])
+    held_out_rewards = [0.1, 0.5, 0.3]
+
+    def rewards_of(*arguments: Any) -> Any:
+        (*_, its_stage) = arguments
+        return np.array([held_out_rewards[its_stage.environment.tool.step]])
+
+    def alarms(steps: Any, max_actions: int) -> dict[str, str]:
+        return {"entropy": "entropy fell"} if len(steps) > 2 else {}
+
+    monkeypatch.setattr(train_rl, "rewards_of", rewards_of)
+    monkeypatch.setattr(train_rl, "alarms", alarms)
+    monkeypatch.setattr(train_rl, "HELD_OUT_EVERY", 1)
+
+
+def train_real(policy: LM, name: str, steps: int = 3, stop_on_alarm: bool = False) -> list[Any]:
+    """Train a stage whose tool may answer two searches, and return its log."""
+    settings = RLSettings(questions=1, rollouts=2, max_len=90, rl_lr=1e-3, resume=True)
+    settings.stop_on_alarm = stop_on_alarm
+    real = stage(name, steps)
+    world: Any = imagine
+    tools = Library({"search": find_nothing})
+    real.environment = scheduled_environment(tools, world, 1.0, steps=1, max_real_calls=2)
+    is_stopped = train_rl.train_grpo(policy.copy(), policy, settings, real)
+    assert is_stopped == stop_on_alarm
+    return read_rows(Path("out", "nano", name, "log.jsonl"))
+
+
+def test_an_alarm_ends_a_stage_with_the_best_weights(
+    codec: Codec, searching_policy: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """They are those of a stage of one step; without the flag the same alarm ends nothing.
+
+    So it is over a kill behind the alarm, when steps are made again whose weights were kept. The
+    searches on held-out questions are counted, and keep to the budget.
+    """
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "out" / "nano"
+    rig_alarm(codec, searching_policy, monkeypatch)
+    train_real(searching_policy, "one_step", steps=1)
+    free = train_real(searching_policy, "free", steps=4)
+    assert [row["alarms"] for row in free] == [[], [], ["entropy"], ["entropy"]]
+    assert not any("held_out_reward" in row for row in free)
+    assert free[-1]["real_calls"] == 0
+    assert "stopped" not in capsys.readouterr().out
+
+    whole = train_real(searching_policy, "whole", steps=4, stop_on_alarm=True)
+    line = (
+        "whole: stopped by an alarm at step 2 (entropy fell); it ends with the weights behind "
+        "1 steps, whose held-out reward of 0.500 was the best"
+    )
+    assert line in capsys.readouterr().out.splitlines()
+    assert [row["held_out_reward"] for row in whole] == [0.1, 0.5, 0.3]
+    assert [row["real_calls"] for row in whole] == [1, 2, 2]
+    assert [row["loss"] for row in whole] == [row["loss"] for row in free[:3]]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs.Checkpoint, "save_if_due", save_behind_first_step)
+        patch.setattr(runs.Checkpoint, "finish", stop_here)
+        train_real(searching_policy, "resumed", steps=4, stop_on_alarm=True)
+    assert (root / "resumed.checkpoint" / "best" / "1").is_dir()
+    train_real(searching_policy, "resumed", steps=4, stop_on_alarm=True)
+    for file in ("model.safetensors", "calls.jsonl", "rollouts.jsonl"):
+        content = (root / "whole" / file).read_bytes()
+        assert (root / "resumed" / file).read_bytes() == content, file
+    weights = {
+        name: (root / name / "model.safetensors").read_bytes()
+        for name in ("one_step", "whole", "free")
+    }
+    assert weights["whole"] == weights["one_step"]
+    assert weights["whole"] != weights["free"]
+
+
+def save_behind_first_step(checkpoint: Any, steps: int) -> None:
+    """Stand for Checkpoint.save_if_due where the first step alone took half a minute."""
+    if steps == 1:
+        checkpoint.save(steps)
+
+
+def stop_here(checkpoint: Any) -> None:
+    """Stand for Checkpoint.finish, and a kill before it."""
+    raise KeyboardInterrupt
+
+
+def test_no_stage_is_begun_behind_an_alarm(
+    trained_folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The command ends well, and says how to go on."""
+    recorded = RecordedRun(monkeypatch)
+    recorded.is_stopped = True
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train_rl.py", "--stop_on_alarm"])
+    train_rl.run(RLSettings())
+    assert [stage.folder.name for stage in recorded.stages] == ["rl1"]
+    line = "rl2 was not begun; go on with: python train_rl.py --stop_on_alarm --resume"
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_held_out_questions_are_asked_by_no_step() -> None:
+    """They stand behind the pool's questions; one whose words a step asks too is left out."""
+    texts = ["A?", "B?", "C?", "B?", "D?", "E?"]
+    pool = [question(text) for text in texts]
+    asked = []
+
+    def questions(name: str, count: int) -> Any:
+        asked.append(name)
+        return pool[:count]
+
+    task: Any = types.SimpleNamespace(questions=questions)
+    settings = RLSettings(questions=2, rollouts=3, rl_questions=3, rl1_pool="rl1")
+    assert train_rl.held_out_questions(task, "rl1", settings) == []
+    assert asked == []
+    settings.stop_on_alarm = True
+    assert train_rl.held_out_questions(task, "rl1", settings) == pool[4:]
+    assert train_rl.held_out_questions(task, "rl2", settings) == pool[4:]
+    assert asked == ["rl1", "rl2"]
+    settings.rl_questions = 4
+    with pytest.raises(UserError, match=r"--stop_on_alarm: pool 'rl2'.*take --rl_questions=3"):
+        train_rl.held_out_questions(task, "rl2", settings)
 
 
 @pytest.mark.parametrize(("minibatches", "sizes"), [(1, [7]), (3, [3, 2, 2]), (9, [1] * 7)])
