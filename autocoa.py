@@ -49,27 +49,37 @@ def reward(
     golden: list[str],
     format_penalty: float = 0.5,
     call_cost: float = 0.0,
+    score: Callable[[str, list[str]], float] = exact_match,
 ) -> float:
     """Return 1 for an exact match and 0 otherwise (paper 3.3), less two penalties.
 
     format_penalty: taken off where the policy left a tag out of place or had to be forced.
     call_cost: taken off for each call of the tool.
+    score: of data/scores.py, in place of an exact match.
     """
-    value = exact_match(codec.answer(trajectory), golden)
+    value = score(codec.answer(trajectory), golden)
     if not codec.is_well_formed(trajectory):
         value -= format_penalty
     return value - call_cost * len(trajectory.queries)
 
 
-def group_advantages(rewards: np.ndarray, divide_by_std: bool = False) -> np.ndarray:
+def group_advantages(
+    rewards: np.ndarray, divide_by_std: bool = False, leave_one_out: bool = False
+) -> np.ndarray:
     """Return each reward less the mean of its group (paper 3.3): (questions, rollouts), as rewards.
 
-    divide_by_std: divide by the group's deviation too, as the authors' code does. It inflates
-    groups whose rollouts nearly agree.
+    divide_by_std: divide by the group's sample deviation too, as the authors' code does. It
+        inflates groups whose rollouts nearly agree.
+    leave_one_out: take off the mean of the *other* rollouts (RLOO, arXiv 2402.14740), which does
+        not depend on the rollout itself.
     """
     advantages = rewards - rewards.mean(axis=1, keepdims=True)
+    if leave_one_out:
+        # What a reward is above the mean of all, it is n / (n - 1) times as far above the others'.
+        rollouts = rewards.shape[1]
+        advantages = advantages * rollouts / (rollouts - 1)
     if divide_by_std:
-        advantages = advantages / (rewards.std(axis=1, keepdims=True) + 1e-6)
+        advantages = advantages / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-6)
     return advantages
 
 
@@ -102,7 +112,10 @@ def contrastive_loss(xp: Any, logp: Array, batch: Batch) -> Array:
 
 
 def grpo_loss(xp: Any, logp: Array, batch: Batch) -> Array:
-    """Return the clipped policy gradient, a mean over the policy's tokens, and the KL penalty.
+    """Return the clipped policy gradient, token by token, and the penalties.
+
+    Which mean over the policy's tokens it is, the batch says: --loss=dapo, grpo and dr_grpo give
+    tokens other weights and the sum another `norm` (token_weight in train_rl.py).
 
     A token's loss is -min(r A, clip(r) A), where r is the ratio of its new to its old probability,
     and A the advantage of its rollout. That is -A min(r, 1 + clip_high) where A is positive, and
@@ -113,16 +126,42 @@ def grpo_loss(xp: Any, logp: Array, batch: Batch) -> Array:
     gradient. Clipping acts from the second minibatch on.
 
     batch: `mask`, 1 for tokens of the policy; `old`, log-probs when sampled; `positive` and
-    `negative`, the sums of advantages, 0 where nothing is learned; `clip_low`, `clip_high`, `norm`;
-    `beta`, the weight of KL, and where it is not 0 `ref`, the log-probs of the reference, `count`,
-    how many rollouts share a node, and `kl_norm`; `observation_coef`, the weight of
-    observation_loss.
+    `negative`, the sums of weighted advantages, 0 where nothing is learned; `clip_low`,
+    `clip_high`, `norm`; what add_penalties reads.
     """
     ratio = xp.exp((logp - batch["old"]) * batch["mask"])  # (nodes,)
     raised = xp.clip(ratio, None, 1 + batch["clip_high"])
     lowered = xp.clip(ratio, 1 - batch["clip_low"], None)
     gain = batch["positive"] * raised + batch["negative"] * lowered
     loss = -(gain * batch["mask"]).sum() / batch["norm"]
+    return add_penalties(xp, loss, logp, batch)
+
+
+def sequence_loss(xp: Any, logp: Array, batch: Batch) -> Array:
+    """Return the policy gradient of whole rollouts, clipped or not, and the penalties.
+
+    A rollout has one ratio. For --loss=gspo (arXiv 2507.18071) it is the geometric mean of its
+    tokens' ratios, and is clipped; for --loss=reinforce it is their product, the ratio of the
+    probabilities of the rollout, and is not.
+
+    batch: `mask` and `old` as for grpo_loss; `rows` (rollouts, nodes), the weights with which a
+    rollout adds up its tokens' log-ratios: 1 / its length, or 1; `advantages` (rollouts,);
+    `clip_low`, `clip_high`, `norm`; what add_penalties reads.
+    """
+    ratio = xp.exp(batch["rows"] @ ((logp - batch["old"]) * batch["mask"]))  # (rollouts,)
+    clipped = xp.clip(ratio, 1 - batch["clip_low"], 1 + batch["clip_high"])
+    gain = xp.minimum(ratio * batch["advantages"], clipped * batch["advantages"])
+    loss = -gain.sum() / batch["norm"]
+    return add_penalties(xp, loss, logp, batch)
+
+
+def add_penalties(xp: Any, loss: Array, logp: Array, batch: Batch) -> Array:
+    """Return a loss of the policy with KL to the reference, and with what the tool said.
+
+    batch: `mask`; `beta`, the weight of KL, and where it is not 0 `ref`, the log-probs of the
+    reference, `count`, the weights of all rollouts that share a node, and `kl_norm`;
+    `observation_coef`, the weight of observation_loss.
+    """
     if batch["beta"]:
         penalty = k3(xp, logp, batch) * batch["count"] * batch["mask"]
         loss = loss + batch["beta"] * penalty.sum() / batch["kl_norm"]

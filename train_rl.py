@@ -2,6 +2,7 @@
 
     python train_rl.py                          # nano: 4 to 10 minutes on two cores
     python train_rl.py config/smollm2.py --model=.. --train_data=.. --eval_data=.. --corpus=..
+    python train_rl.py --stage=rl2 --sweep="clip_high=0.2,0.28;kl=0,0.001"     # a grid, tabulated
 
 Each step: some questions, some rollouts of each; the reward is exact match, less a penalty for a
 malformed trajectory and a little for each call; the advantage is the reward less the mean of the
@@ -16,10 +17,10 @@ A stage looks out for what goes wrong before its reward falls (common/alarms.py)
 ends it there, with the weights that did best on held-out questions of its pool.
 
 Where this departs from textbook GRPO: advantages are not divided by their standard deviation
-(--advantage_std does it); the loss is a mean over all tokens of a step, not of each trajectory;
-clipping is wider above than below; KL to the policy that RL begins with is optional (--kl); and
-groups whose rollouts all got the same reward are skipped, since their gradient is zero. So are
-those in which a search failed.
+(--advantage_std does it); the loss is DAPO's mean over all tokens of a step, not over those of each
+trajectory first (--loss); clipping is wider above than below; KL to the policy that RL begins with
+is optional (--kl); and groups whose rollouts all got the same reward are skipped, since their
+gradient is zero. So are those in which a search failed.
 
 The nano path has a world for SFT and another for RL-2, where nothing that SFT learned by heart is
 of use. RL-1 asks RL-2's questions too, and RL-2 goes on behind them. Only a policy that imagines
@@ -45,16 +46,24 @@ from autocoa import (
     nll_loss,
     random_stream,
     reward,
+    sequence_loss,
 )
 from common import memory, runs
 from common.alarms import alarms
 from common.batching import fill_by_tokens
 from common.errors import UserError, resume_command
 from common.runs import StageRun
-from common.settings import AboveZero, AboveZeroFloat, StageSettings, main
+from common.settings import (
+    AboveZero,
+    AboveZeroFloat,
+    LossName,
+    RewardName,
+    StageSettings,
+    main,
+)
 from data.batches import Batch, build_trie, pack, pack_texts, real_observation_mask
 from data.questions import Question
-from data.scores import exact_match
+from data.scores import exact_match, f1, overlap_match
 from data.trajectory import Codec, Trajectory
 from environments.choice import (
     EnvironmentSettings,
@@ -72,6 +81,7 @@ WARMUP_STEPS = 3  # steps over which the learning rate rises
 EVAL_QUESTIONS = 60  # evaluation questions of each set that --eval_every looks at
 WATCHED = 10  # trajectories of a step whose log-probs are watched
 HELD_OUT_EVERY = 6  # steps between two looks of --stop_on_alarm at held-out questions
+SCORES = {"exact_match": exact_match, "f1": f1, "overlap": overlap_match}  # by --reward
 
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
@@ -92,6 +102,11 @@ class RLSettings(StageSettings, EnvironmentSettings):
     rl1_scale: float = 1.0
     # Optimizer steps that a batch of rollouts is cut into.
     minibatches: AboveZero = 1
+    # What the policy gradient is a mean over: dapo (all tokens of a step), grpo (the tokens of each
+    # rollout, then rollouts), dr_grpo (as many tokens as rollouts could have), gspo (rollouts,
+    # each clipped as a whole), reinforce (rollouts, with the mean of the others as baseline, never
+    # clipped).
+    loss: LossName = "dapo"
     # The ratio of new to old probability is clipped below 1 - clip_low ..
     clip_low: float = 0.2
     # .. and above 1 + clip_high.
@@ -100,6 +115,9 @@ class RLSettings(StageSettings, EnvironmentSettings):
     kl: float = 0.0
     # Divide advantages by the group's standard deviation, as the authors' code does.
     advantage_std: bool = False
+    # What an answer earns: exact_match (the paper's), f1 (of words), overlap (the authors' code: an
+    # exact match or 70% of the words).
+    reward: RewardName = "exact_match"
     # Taken off the reward of a malformed trajectory.
     format_penalty: float = 0.5
     # Taken off the reward for each call in RL-2. 0.25 keeps it from searching for what it knows, at
@@ -116,6 +134,9 @@ class RLSettings(StageSettings, EnvironmentSettings):
     # End a stage when an alarm rings, with the weights that did best on held-out questions of its
     # pool; they are asked every 6 steps. No stage is begun behind it.
     stop_on_alarm: bool = False
+    # Settings and the values to try, such as "clip_high=0.2,0.28;kl=0,0.001": each combination is
+    # trained into a folder of its own and evaluated, and a table compares them.
+    sweep: str = ""
 
 
 # ---- 2. The stages -------------------------------------------------------------------------------
@@ -138,6 +159,12 @@ class RLStage:
 
 def run(settings: RLSettings) -> None:
     """Train RL-1 and RL-2, or those that the command asks for."""
+    if settings.sweep:
+        # Here, since it loads train_sft.py and eval.py.
+        from evaluation.sweep import sweep
+
+        sweep(settings.sweep, settings, run)
+        return
     if settings.rollouts < 2:
         raise UserError("--rollouts: one rollout has no other to be compared with; take 2 or more")
     plan = runs.plan_rl(settings)
@@ -223,7 +250,9 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
 
         # Update: a policy-gradient step for each minibatch, on what the groups can teach. The log
         # has the figures of the last one; they are 0 where all groups are skipped.
-        advantages = group_advantages(batch.rewards, settings.advantage_std)
+        advantages = group_advantages(
+            batch.rewards, settings.advantage_std, leave_one_out=settings.loss == "reinforce"
+        )
         skipped = groups_to_skip(batch)
         advantages[skipped] = 0
         learned = np.flatnonzero(rollouts_that_teach(batch, skipped, settings))
@@ -233,7 +262,7 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
             figures = policy.backend.train_step(
                 policy.network,
                 optimizer,
-                grpo_loss,
+                sequence_loss if is_of_sequences(settings.loss) else grpo_loss,
                 batches,
                 lr=learning_rate(settings, stage, step),
                 muon_lr=0.0,
@@ -346,6 +375,7 @@ def rewards_of(
             question.golden_answers,
             settings.format_penalty,
             stage.call_cost,
+            SCORES[settings.reward],
         )
         for trajectory, question in zip(trajectories, questions, strict=True)
     ]
@@ -450,6 +480,29 @@ def split_minibatches(
     return np.array_split(rng.permutation(rows), min(minibatches, len(rows)))
 
 
+def token_weight(loss: LossName, length: int, max_len: int) -> tuple[float, float]:
+    """Return what each of the policy's tokens of a rollout counts, and the rollout in `norm`.
+
+    In gspo the weight is that of a token in its rollout's log-ratio, and in reinforce too.
+
+    length: of the policy's tokens of the rollout.
+    Sources: arXiv 2503.14476 (dapo), 2402.03300 (grpo), 2503.20783 (dr_grpo), 2507.18071 (gspo),
+    2402.14740 (reinforce).
+    """
+    if loss == "dapo":
+        return 1.0, length
+    if loss == "dr_grpo":
+        return 1.0, max_len
+    if loss == "reinforce":
+        return 1.0, 1.0
+    return 1 / length, 1.0
+
+
+def is_of_sequences(loss: LossName) -> bool:
+    """Return whether a loss has one ratio for a whole rollout, and not one for each token."""
+    return loss in ("gspo", "reinforce")
+
+
 def update_batches(
     batch: RolloutBatch,
     rows: np.ndarray,
@@ -458,14 +511,14 @@ def update_batches(
     reference: LM,
     settings: RLSettings,
 ) -> list[Batch]:
-    """Return the micro-batches of one optimizer step of grpo_loss: the rollouts of a question are
-    one trie.
+    """Return the micro-batches of one optimizer step of --loss: the rollouts of a question are one
+    trie.
 
     rows: numbers of the rollouts that this step learns from.
     advantages: (questions, rollouts); 0 in groups that are skipped.
     skipped: (questions,), groups of which the policy gradient is not taken.
-    "norm" is the number of the policy's tokens of all these rollouts, but for skipped ones;
-    "kl_norm" counts them too.
+    "norm" is what --loss divides by, for dapo the number of the policy's tokens of all these
+    rollouts, but for skipped ones; "kl_norm" counts them too.
     """
     rollouts = batch.rewards.shape[1]
     rows_of_question: dict[int, list[int]] = {}
@@ -473,31 +526,49 @@ def update_batches(
         rows_of_question.setdefault(row // rollouts, []).append(row)
     groups = list(rows_of_question.values())
     tries = [build_trie([batch.trajectories[row] for row in group]) for group in groups]
-    policy_tokens = {row: sum(batch.trajectories[row].mask) for row in rows.tolist()}
-    norm = sum(count for row, count in policy_tokens.items() if not skipped[row // rollouts])
+    weights: dict[int, float] = {}  # row -> of each of its tokens
+    norms: dict[int, float] = {}
+    for row in rows.tolist():
+        length = int(sum(batch.trajectories[row].mask))
+        weights[row], norms[row] = token_weight(settings.loss, length, settings.max_len)
+    norm = sum(value for row, value in norms.items() if not skipped[row // rollouts])
     observed = {row: real_observation_mask(batch.trajectories[row]) for row in rows.tolist()}
 
     batches = []
     for members in fill_by_tokens([len(trie.ids) for trie in tries], settings.micro_tokens):
         packed = pack([tries[member] for member in members])
+        # The nodes of each rollout in it, by the rollout's row.
+        paths = {
+            row: start + path
+            for member, (start, _) in zip(members, packed["parts"], strict=True)
+            for row, path in zip(groups[member], tries[member].paths, strict=True)
+        }
         zeros = np.zeros(len(packed["ids"]), np.float32)
         sums = {name: zeros.copy() for name in ("positive", "negative", "count")}
         observation_count = zeros.copy()
-        for member, (start, _) in zip(members, packed["parts"], strict=True):
-            for row, path in zip(groups[member], tries[member].paths, strict=True):
-                advantage = advantages.ravel()[row]
-                sums["positive"][start + path] += max(advantage, 0.0)
-                sums["negative"][start + path] += min(advantage, 0.0)
-                sums["count"][start + path] += 1
-                observation_count[start + path] += observed[row]
+        for row, path in paths.items():
+            advantage = advantages.ravel()[row]
+            sums["positive"][path] += max(advantage, 0.0) * weights[row]
+            sums["negative"][path] += min(advantage, 0.0) * weights[row]
+            sums["count"][path] += weights[row]
+            observation_count[path] += observed[row]
         packed |= sums
         packed["norm"] = max(float(norm), 1.0)
         packed["clip_low"] = settings.clip_low
         packed["clip_high"] = settings.clip_high
+        if is_of_sequences(settings.loss):
+            packed["rows"] = np.stack([zeros] * len(paths))
+            for number, (row, path) in enumerate(paths.items()):
+                packed["rows"][number, path] = weights[row]
+            packed["advantages"] = advantages.ravel()[list(paths)].astype(np.float32)
+        if settings.loss == "reinforce":
+            # It is never clipped.
+            packed["clip_low"] = 1.0
+            packed["clip_high"] = math.inf
         packed["beta"] = settings.kl
         if settings.kl:
             packed["ref"] = reference.backend.score(reference.network, packed, settings.temperature)
-            packed["kl_norm"] = max(float(sum(policy_tokens.values())), 1.0)
+            packed["kl_norm"] = max(float(sum(norms.values())), 1.0)
         else:
             # Nothing is learned at nodes whose advantages are all 0: they are context.
             packed["mask"] *= (sums["positive"] > 0) | (sums["negative"] < 0)

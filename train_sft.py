@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from autocoa import contrastive_loss, nll_loss
 from common import memory, runs
 from common.runs import StageRun
@@ -36,6 +38,7 @@ from common.settings import (
     CommaList,
     NewModelSettings,
     OptimizerSettings,
+    PairDirections,
     RolloutSettings,
     ShareOrAll,
     StageSettings,
@@ -51,7 +54,7 @@ from data.batches import (
     optimizer_steps,
     pair_batches,
 )
-from data.pairs import contrastive_pairs
+from data.pairs import contrastive_pairs, pairs_in_direction
 from data.questions import Question, facts_by_id
 from data.scores import exact_match
 from data.sft_data import SFTData, keep_what_fits, read_sft_data, write_sft_data
@@ -64,6 +67,7 @@ from workflows.react import react
 from workflows.recall import recall
 from workflows.style import style_of
 
+WATCHED_PAIRS = 100  # pairs whose log-probs are printed before and after SFT-1
 PAIRS_OF_A_STEP = 16  # pairs of an optimizer step of SFT-1, as the authors set it
 REACT_CALLS = 4  # calls of the workflow whose outcomes make the pairs of SFT-1
 SAMPLES = 20  # greedy trajectories that a stage leaves to be read
@@ -81,6 +85,8 @@ class SFTSettings(
     # Pairs of SFT-1 at most. They come from twice as many questions, since only a question that
     # exactly one of acting and thinking solves makes a pair.
     pairs: int = 1500
+    # Which pairs SFT-1 learns from: act (where acting was right), think (where thinking was), both.
+    pair_directions: PairDirections = "both"
     # Questions for chains of action; those that the teacher can't solve make none.
     coa: int = 5000
     # Questions for chains of thought. On the nano path three fifths practise planning instead.
@@ -139,7 +145,8 @@ def run(settings: SFTSettings) -> None:
 
     if "sft1" in plan.todo:  # when to act
         folder = plan.folder_of("sft1")
-        train_on_pairs(lm, settings, task, sft_data.pairs, folder)
+        pairs = pairs_in_direction(sft_data.pairs, settings.pair_directions)
+        train_on_pairs(lm, settings, task, pairs, folder)
     if "sft2" in plan.todo:  # how to act: observations carry no loss
         folder = plan.folder_of("sft2")
         lm.begin_stage(settings, settings.seed, folder.name)
@@ -180,7 +187,7 @@ def train_on_pairs(
     if not pairs:
         print(
             "no question was solved by exactly one of recalling and acting, so there are no "
-            "pairs: SFT-1 leaves the model as it is"
+            f"pairs (--pair_directions={settings.pair_directions}): SFT-1 leaves the model as it is"
         )
     steps = [
         pairs[start : start + PAIRS_OF_A_STEP] for start in range(0, len(pairs), PAIRS_OF_A_STEP)
@@ -189,7 +196,25 @@ def train_on_pairs(
     def make_batches(step: Sequence[Pair]) -> list[Batch]:
         return pair_batches(step, settings.micro_tokens, settings.alpha)
 
+    watched = pairs[:WATCHED_PAIRS]
+    before = describe_pairs(lm, watched, settings.micro_tokens)
     train(lm, settings, task, folder, steps, contrastive_loss, make_batches, settings.sft1_scale)
+    after = describe_pairs(lm, watched, settings.micro_tokens)
+    if watched:
+        print(f"{folder.name}: log-probability of a token: {before}; afterwards {after}")
+
+
+def describe_pairs(lm: LM, pairs: Sequence[Pair], micro_tokens: int) -> str:
+    """Return how likely the two sides of some pairs are, in nats a token.
+
+    It shows what the auxiliary term of the loss is for: without it both fall together.
+    """
+    scores = np.zeros(2)  # of all chosen sides, of all rejected ones
+    for batch in pair_batches(pairs, micro_tokens, alpha=0.0):
+        sides = batch["rows"] @ lm.backend.score(lm.network, batch)  # (2 n,)
+        scores += sides.reshape(2, -1).sum(1)
+    chosen, rejected = scores / max(1, len(pairs))
+    return f"chosen {chosen:.3f}, rejected {rejected:.3f}"
 
 
 def steps_of_chains(

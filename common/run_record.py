@@ -23,6 +23,7 @@ ONE_COMMAND = (
     "start",
     "out",
     "resume",
+    "sweep",
     "dry_run",
     "ask",
     "cache",

@@ -51,11 +51,14 @@ __all__ = [
     "ChosenBy",
     "CommaList",
     "EnvironmentName",
+    "LossName",
     "MatrixName",
     "ModelSettings",
     "NanoModelSettings",
     "OptimizerSettings",
+    "PairDirections",
     "PoolName",
+    "RewardName",
     "RolloutSettings",
     "RunSettings",
     "Share",
@@ -64,7 +67,9 @@ __all__ = [
     "TaskRunSettings",
     "TaskSettings",
     "TrainingSettings",
+    "build_settings",
     "main",
+    "read_setting",
     "read_settings",
 ]
 
@@ -75,6 +80,12 @@ EnvironmentName = Literal["internal", "distilled", "real", "mixed"]
 ChosenBy = Literal["schedule", "confidence"]
 # Whose questions RL-1 asks: its own pool, or that of RL-2.
 PoolName = Literal["rl1", "rl2"]
+# Over what the policy gradient is a mean, and what is clipped (autocoa.py).
+LossName = Literal["dapo", "grpo", "dr_grpo", "gspo", "reinforce"]
+# What an answer earns (data/scores.py).
+RewardName = Literal["exact_match", "f1", "overlap"]
+# What the chosen side of SFT-1's pairs does.
+PairDirections = Literal["both", "act", "think"]
 # Real calls that a world model is distilled from (environments/examples.py).
 CallSources = list[Literal["sweep", "logs", "cache"]]
 
@@ -295,7 +306,10 @@ TYPES_OF_SCRIPTS: dict[str, Any] = {
     "ChosenBy": ChosenBy,
     "CommaList": CommaList,
     "EnvironmentName": EnvironmentName,
+    "LossName": LossName,
+    "PairDirections": PairDirections,
     "PoolName": PoolName,
+    "RewardName": RewardName,
     "Share": Share,
     "ShareOrAll": ShareOrAll,
     "bool": bool,
@@ -352,7 +366,7 @@ def read_settings(
     config = _read_config_files(paths or [str(DEFAULT_CONFIG)], types)
     given = config.with_quick(command_line, {}) | command_line
     run = given.setdefault("run", RunSettings.run)
-    settings = _build(settings_class, given)
+    settings = build_settings(settings_class, given)
     if begins_run is None or not begins_run(settings):
         record = read_run_record(run)
         refuse_another_identity(run, record, command_line)
@@ -360,7 +374,7 @@ def read_settings(
             record.given | _given_to_stage(record, settings), types, str(record_file(run))
         )
         given = _with_remembered(command_line, config, bool(paths), remembered)
-        settings = _build(settings_class, given | {"run": run})
+        settings = build_settings(settings_class, given | {"run": run})
     set_here = ", ".join(f"{name}={value}" for name, value in command_line.items())
     note = f"; set here: {set_here}" if set_here else ""
     print(f"{Path(sys.argv[0]).name}: run {run}, seed {settings.seed}{note}", flush=True)
@@ -389,8 +403,8 @@ def _with_remembered(
     return remembered | command_line
 
 
-def _build(settings_class: type[AnySettings], given: dict[str, Any]) -> AnySettings:
-    """Return a script's settings, with its own of what is given."""
+def build_settings(settings_class: type[AnySettings], given: dict[str, Any]) -> AnySettings:
+    """Return a script's settings, with its own of what is given, which is checked already."""
     own = {name: value for name, value in given.items() if name in _setting_types(settings_class)}
     settings = settings_class(**own)
     settings.given = given
@@ -430,6 +444,16 @@ def all_setting_types() -> dict[str, Any]:
             if isinstance(statement, ast.ClassDef) and statement.name.endswith("Settings"):
                 types |= _annotations(statement)
     return types
+
+
+def read_setting(name: str, text: str) -> Any:
+    """Return the value of a setting of any script, as the command line would read it.
+
+    Raises UserError for a name that no script has, and for a text that is no value of it.
+    """
+    types = all_setting_types()
+    _refuse_unknown_name(name, types, f"--{name}")
+    return read_value(name, types[name], text)
 
 
 def _annotations(class_definition: ast.ClassDef) -> dict[str, Any]:

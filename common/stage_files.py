@@ -280,7 +280,7 @@ class BestWeights:
                 shutil.rmtree(path)
                 continue
             # A later one was better than all before it.
-            content = json.loads((path / REWARD_FILE).read_text(encoding="utf-8"))
+            content = parse_json((path / REWARD_FILE).read_text(encoding="utf-8"))
             self.best = Best(int(path.name), content["reward"])
 
     def keep_if_best(self, steps: int, reward: float) -> None:

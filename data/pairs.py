@@ -1,10 +1,13 @@
 """Contrastive pairs for SFT-1: when to act (paper 3.2)."""
 
+from collections.abc import Sequence
+
+from common.settings import PairDirections
 from data.batches import Pair
 from data.questions import Question
 from data.scores import exact_match
 from data.teacher import opening_parts, recall_parts
-from data.trajectory import Codec
+from data.trajectory import Codec, Role, Trajectory
 
 
 def contrastive_pairs(
@@ -44,6 +47,19 @@ def contrastive_pairs(
             acting, thinking = _part_at(codec, question, wrong_facts[0], recalled)
             acting_chosen.append((acting, thinking))
     return acting_chosen, thinking_chosen
+
+
+def pairs_in_direction(pairs: Sequence[Pair], directions: PairDirections) -> list[Pair]:
+    """Return the pairs whose chosen side acts, those in which it does not, or both."""
+    if directions == "both":
+        return list(pairs)
+    return [pair for pair in pairs if _acts(pair[0]) == (directions == "act")]
+
+
+def _acts(side: Trajectory) -> bool:
+    """Whether a side of a pair acts behind what both sides share, which carries no loss."""
+    own_roles = {role for role, is_own in zip(side.role, side.mask, strict=True) if is_own}
+    return Role.ACTION in own_roles
 
 
 def _part_at(codec: Codec, question: Question, cut: int, recalled: dict[str, str]) -> Pair:

@@ -16,7 +16,6 @@ line through the looks that --eval_every took: its start, then every so many ste
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from common.errors import UserError
 from common.files import write_text
@@ -44,7 +43,7 @@ from environments.costs import (
     times_to,
 )
 from evaluation.figures import Gain
-from evaluation.statistics import SetPredictions, paired_gain
+from evaluation.statistics import em_of, paired_gain
 
 
 @dataclass(kw_only=True)
@@ -101,17 +100,6 @@ def pool_row(runs: Sequence[RunLogs], row: CurveRow, target_gain: float) -> RowC
         times_without_cache=times_to(pooled, target, has_cache=False),
         runs=costs,
     )
-
-
-def em_of(runs: Sequence[SetPredictions]) -> Gain:
-    """Return EM over runs with its interval: the gain over a row that has nothing right."""
-    pairs = []
-    for predictions in runs:
-        wrong: dict[str, Any] = {
-            name: [{**row, "em": 0.0} for row in rows] for name, rows in predictions.items()
-        }
-        pairs.append((predictions, wrong))
-    return paired_gain(pairs)
 
 
 # ---- 2. The table --------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """How the figures of a row are counted: means over sets, intervals, the analyses of the paper."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -96,6 +96,11 @@ def _average(sets: Sequence[SetFigures]) -> SetFigures:
         forced=_mean([figures.forced for figures in sets]),
         actions=_mean([figures.actions for figures in sets]),
     )
+
+
+def average_figures(runs: Iterable[SetPredictions]) -> SetFigures:
+    """Return the figures of a row over the sets of one or several runs; all sets weigh the same."""
+    return _average([_set_figures(rows) for sets in runs for rows in sets.values()])
 
 
 def _when_it_acts(
@@ -229,6 +234,17 @@ def paired_gain(
     low, high = bootstrap_interval(sets, draws)
     points = _mean([_mean(values) for values in sets])
     return Gain(points, low, high, questions=sum(map(len, sets)))
+
+
+def em_of(runs: Sequence[SetPredictions]) -> Gain:
+    """Return EM over runs with its interval: the gain over a row that has nothing right."""
+    pairs = []
+    for predictions in runs:
+        wrong: dict[str, Any] = {
+            name: [{**row, "em": 0.0} for row in rows] for name, rows in predictions.items()
+        }
+        pairs.append((predictions, wrong))
+    return paired_gain(pairs)
 
 
 def _question_id(row: Prediction) -> QuestionId:

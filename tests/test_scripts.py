@@ -457,6 +457,28 @@ def test_rl2_alone_is_the_rl2_of_the_whole_command(copied_run: Any) -> None:
         assert first.read_bytes() == again.read_bytes(), file
 
 
+def test_a_sweep_goes_on(copied_run: Any) -> None:
+    """A combination is trained, evaluated and tabulated; the same command keeps all of it."""
+    arguments = ["--run=tiny", "--stage=rl2", "--rl2_steps=1", "--eval_questions=1"]
+    arguments += ["--questions=2", "--rollouts=2", "--sweep=loss=gspo"]
+    succeed(copied_run.cwd, "train_rl.py", *arguments)
+    folder = copied_run.root / "rl2_loss=gspo"
+    table = (copied_run.root / "sweep_loss.md").read_text()
+    predictions = read_rows(folder / "predictions.jsonl")
+    assert len(predictions) == len(SETS)
+    em = 100 * np.mean([prediction["em"] for prediction in predictions])
+    assert f"| gspo | {em:.1f} (" in table
+    record = strict_json((copied_run.root / "settings.json").read_text())
+    assert record["stages"]["rl2_loss=gspo"]["settings"]["loss"] == "gspo"
+
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    printed = succeed(copied_run.cwd, "train_rl.py", *arguments)
+    assert "rl2_loss=gspo: in out/tiny already" in printed
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")} == written
+    assert read_rows(folder / "predictions.jsonl") == predictions
+    assert (copied_run.root / "sweep_loss.md").read_text() == table
+
+
 def test_an_interrupted_run_goes_on(whole_run: Any, tmp_path: Path) -> None:
     """Only base was finished: SFT-1 makes the same data from it, and the same weights."""
     root = tmp_path / "out" / "tiny"
@@ -711,6 +733,7 @@ def test_defaults_are_the_paper_counts() -> None:
     assert rl.rl_questions == 4608
     assert (rl.rl1_environment, rl.rl2_environment, rl.rl1_pool) == ("distilled", "real", "rl2")
     assert rl.observation_coef == 0
+    assert (rl.loss, rl.reward, sft.pair_directions) == ("dapo", "exact_match", "both")
 
 
 def test_the_paper_recipe_is_a_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -199,6 +200,67 @@ def test_gradient(name: Any) -> None:
         is_learned = is_learned | (batch["observation_count"] > 0)
     assert is_learned.any()
     assert not gradient[torch.as_tensor(~is_learned)].any()
+
+
+# ---- beside TRL ----------------------------------------------------------------------------------
+# What TRL 1.16 computes for the batch below, by (loss, beta): GRPOTrainer._compute_loss with
+# epsilon 0.2, epsilon_high 0.28 and max_completion_length 10, for gspo with loss_type "grpo" and
+# one importance weight a sequence; RLOOTrainer._compute_loss without clipping.
+TRL_VALUES = {
+    ("dapo", 0.0): 0.1573859923224768,
+    ("grpo", 0.0): -0.017645917214833107,
+    ("dr_grpo", 0.0): 0.055085097312866885,
+    ("gspo", 0.0): -0.03320348354345984,
+    ("dapo", 0.1): 0.16300067326863926,
+    ("grpo", 0.1): -0.011891293446160162,
+    ("dr_grpo", 0.1): 0.05705023564402374,
+    ("gspo", 0.1): -0.027448859774786893,
+    ("reinforce", 0.0): 0.004655336223602424,
+}
+
+
+@pytest.mark.parametrize(("name", "beta"), TRL_VALUES)
+def test_losses_are_trls(name: Any, beta: float) -> None:
+    """Two questions with two rollouts each, which begin alike: TRL's values, in each framework.
+
+    Guards: a length, a number of rollouts or a clipping that is another than theirs.
+    """
+    chains = []
+    for ids in ([1, 2, 3], [1, 2, 4, 5, 6], [7, 8], [7, 9, 2, 3]):
+        chain = Trajectory()
+        chain.add([50], Role.PROMPT, 0)
+        chain.add(ids, Role.THINK, 1, [-0.5 - 0.1 * token for token in ids])
+        chains.append(chain)
+
+    def score(network: Any, batch: Any, temperature: float) -> Any:
+        return batch["old"] - 0.3 * np.cos(batch["ids"] + batch["depth"] - 1)
+
+    reference: Any = SimpleNamespace(backend=SimpleNamespace(score=score), network=None)
+    settings = RLSettings(loss=name, kl=beta, max_len=10, rollouts=2, micro_tokens=1)
+    rewards = np.array([[1.0, 0.0], [0.5, -0.5]])
+    batches = update_batches(
+        RolloutBatch([], chains, rewards),
+        np.arange(4),
+        autocoa.group_advantages(rewards, leave_one_out=name == "reinforce"),
+        np.zeros(2, bool),
+        reference,
+        settings,
+    )
+    assert len(batches) == 2
+    loss = autocoa.grpo_loss
+    if name in ("gspo", "reinforce"):
+        loss = autocoa.sequence_loss
+    mx = pytest.importorskip("mlx.core")
+    for xp, as_array in ((np, np.asarray), (torch, torch.as_tensor), (mx, mx.array)):
+        total = 0.0
+        for batch in batches:
+            logp = batch["old"] + 0.4 * np.sin(3 * batch["ids"] + 2 * (batch["depth"] - 1))
+            arrays = dict(batch)
+            for key, value in batch.items():
+                if isinstance(value, np.ndarray):
+                    arrays[key] = as_array(value)
+            total += float(loss(xp, as_array(logp.astype(np.float32)), arrays))
+        assert total == pytest.approx(TRL_VALUES[name, beta], abs=1e-6), xp
 
 
 @pytest.mark.parametrize(

@@ -166,17 +166,29 @@ def test_reward(codec: Codec) -> None:
     assert autocoa.reward(codec, malformed, ["Ada"]) == -0.5
     two_calls = autocoa.reward(codec, good, ["Eva Moss"], call_cost=0.1)
     assert two_calls == pytest.approx(0.8)
+    # Another score in place of the exact match; the penalties are the same.
+    assert autocoa.reward(codec, good, ["Eva"], score=f1) == pytest.approx(2 / 3)
+    penalized = autocoa.reward(codec, malformed, ["Ada Eva Moss Falk"], 0.3, score=overlap_match)
+    assert penalized == -0.3
+    assert autocoa.reward(codec, good, ["Moss, Eva"], score=overlap_match) == 1
 
 
 def test_group_advantages() -> None:
-    """The reward less the mean of its question's group; or also over the population deviation."""
+    """The reward less the mean of its question's group, or of the others in it; or over the spread.
+
+    Guards: a population deviation, where the authors' code (verl's) and TRL have a sample's.
+    """
     rewards = np.array([[1.0, 0.0, 0.0, -0.5], [1.0, 1.0, 1.0, 1.0]])
     by_hand = np.array([0.875, -0.125, -0.125, -0.625])
     nothing = np.zeros(4)
     np.testing.assert_allclose(autocoa.group_advantages(rewards), [by_hand, nothing])
-    deviation = ((0.875**2 + 2 * 0.125**2 + 0.625**2) / 4) ** 0.5
+    deviation = ((0.875**2 + 2 * 0.125**2 + 0.625**2) / 3) ** 0.5
     np.testing.assert_allclose(
         autocoa.group_advantages(rewards, divide_by_std=True),
         [by_hand / deviation, nothing],
         atol=1e-5,
+    )
+    others = np.array([-0.5 / 3, 0.5 / 3, 0.5 / 3, 1 / 3])
+    np.testing.assert_allclose(
+        autocoa.group_advantages(rewards, leave_one_out=True), [rewards[0] - others, nothing]
     )

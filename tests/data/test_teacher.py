@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from data.flashrag import whole_fact
-from data.pairs import contrastive_pairs
+from data.pairs import contrastive_pairs, pairs_in_direction
 from data.questions import Lookup, Question, facts_by_id
 from data.teacher import (
     NOT_FOUND,
@@ -230,7 +230,7 @@ def draw_outcomes() -> Any:
 def test_pairs_of_both_directions(nano: Any) -> None:
     """Acting is chosen where recall was wrong and acting right, thinking the other way round.
 
-    Nothing is learned where both agree.
+    Nothing is learned where both agree. Those of one direction can be had alone.
     """
     recalled, solved_by_acting = draw_outcomes()
     acting_right = 0
@@ -249,6 +249,10 @@ def test_pairs_of_both_directions(nano: Any) -> None:
         check_sides(nano, acting=chosen, thinking=rejected, recall_is_right=False)
     for chosen, rejected in thinking_chosen:
         check_sides(nano, acting=rejected, thinking=chosen, recall_is_right=True)
+    pairs = thinking_chosen + acting_chosen
+    assert pairs_in_direction(pairs, "act") == acting_chosen
+    assert pairs_in_direction(pairs, "think") == thinking_chosen
+    assert pairs_in_direction(pairs, "both") == pairs
 
 
 def check_sides(codec: Codec, acting: Any, thinking: Any, recall_is_right: Any) -> None:

@@ -13,6 +13,7 @@ from conftest import read_rows, tiny_lm
 import backends.torch as torch_backend
 import model
 import train_rl
+import train_sft
 from autocoa import IMAGINE, contrastive_loss, grpo_loss, nll_loss
 from common import memory, runs
 from common.errors import UserError
@@ -976,7 +977,10 @@ def test_grpo_learns_the_right_way(codec: Codec) -> None:
 
 
 def test_contrastive_learns_the_right_way(codec: Codec) -> None:
-    """SFT-1 on one pair: the gap grows, and the chosen side does not fall with the rejected."""
+    """SFT-1 on one pair: the gap grows, and the chosen side does not fall with the rejected.
+
+    What SFT-1 prints of pairs is a mean over them of the mean over the tokens of a side.
+    """
     lm = tiny_lm(codec)
     prefix = [("think", "director of it?")]
     chosen, rejected = codec.build_pair(
@@ -984,6 +988,9 @@ def test_contrastive_learns_the_right_way(codec: Codec) -> None:
     )
     chosen_before = logprob(lm, chosen)
     gap_before = chosen_before - logprob(lm, rejected)
+    a_token = [logprob(lm, side) / sum(side.mask) for side in (chosen, rejected)]
+    printed = f"chosen {a_token[0]:.3f}, rejected {a_token[1]:.3f}"
+    assert train_sft.describe_pairs(lm, [(chosen, rejected)] * 3, micro_tokens=1) == printed
     optimizer = torch_backend.Optimizer(lm.network)
     batches = pair_batches([(chosen, rejected)], 1000, 0.2)
     for _ in range(5):

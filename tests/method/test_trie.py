@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import mlx_twin, tiny_lm
 
-from autocoa import IMAGINE, grpo_loss, nll_loss, random_stream, rollout
+from autocoa import IMAGINE, grpo_loss, nll_loss, random_stream, rollout, sequence_loss
 from common.settings import RolloutSettings
 from data.batches import build_trie, learn_observations, pack, pack_texts
 from data.questions import Question
@@ -227,59 +227,80 @@ def group_batch(codec: Codec) -> RolloutBatch:
     return RolloutBatch(questions, trajectories, rewards)
 
 
+def mean_of(values: list[torch.Tensor], loss: str, max_len: int) -> torch.Tensor:
+    """Return the mean that a loss takes over the tokens of some rollouts, (tokens,) each."""
+    if loss == "dapo":
+        return torch.cat(values).mean()
+    if loss == "dr_grpo":
+        return torch.cat(values).sum() / (len(values) * max_len)
+    if loss == "reinforce":
+        return torch.stack([value.sum() for value in values]).mean()
+    return torch.stack([value.mean() for value in values]).mean()
+
+
 def textbook_loss(
     lm: LM, batch: RolloutBatch, advantages: np.ndarray, settings: RLSettings, reference: LM
 ) -> torch.Tensor:
     """Return the loss of an update, rollout by rollout, by the formulas of the papers."""
-    total = torch.zeros(())
-    policy_tokens = 0
-    kl = torch.zeros(())
-    kl_tokens = 0
-    observed = torch.zeros(())
-    observed_tokens = 0
+    policy: list[torch.Tensor] = []
+    kl: list[torch.Tensor] = []
+    observed: list[torch.Tensor] = []
     for row, trajectory in enumerate(batch.trajectories):
         ids = torch.tensor([trajectory.ids])
         logits = lm.network.logits(lm.network(ids))[0]
         with torch.no_grad():
             reference_logits = reference.network.logits(reference.network(ids))[0]
-        for place in range(1, len(trajectory.ids)):
-            token = trajectory.ids[place]
-            if trajectory.role[place] == Role.OBSERVATION:
-                observed = observed - logits[place - 1].log_softmax(-1)[token]
-                observed_tokens += 1
-            if not trajectory.mask[place]:
-                continue
-            logp = (logits[place - 1] / settings.temperature).log_softmax(-1)[token]
-            ratio = torch.exp(logp - trajectory.logprobs[place])
-            advantage = advantages.ravel()[row]
-            clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
-            if row < 4:  # the second group is skipped
-                total = total - torch.minimum(ratio * advantage, clipped * advantage)
-                policy_tokens += 1
-            other = (reference_logits[place - 1] / settings.temperature).log_softmax(-1)[token]
-            kl = kl + torch.exp(other - logp) - (other - logp) - 1
-            kl_tokens += 1
-    loss = total / policy_tokens + settings.kl * kl / kl_tokens
-    return loss + settings.observation_coef * observed / observed_tokens
+        tokens = ids[0, 1:, None]
+        role = torch.tensor(trajectory.role)[1:]
+        own = torch.tensor(trajectory.mask)[1:] > 0
+        observed.append(-logits.log_softmax(-1)[:-1].gather(1, tokens)[role == Role.OBSERVATION, 0])
+        scaled = (logits / settings.temperature).log_softmax(-1)
+        logp = scaled[:-1].gather(1, tokens)[own, 0]
+        scaled = (reference_logits / settings.temperature).log_softmax(-1)
+        difference = scaled[:-1].gather(1, tokens)[own, 0] - logp
+        kl.append(torch.exp(difference) - difference - 1)
+        if row >= 4:  # the second group is skipped
+            continue
+        log_ratio = logp - torch.tensor(trajectory.logprobs)[1:][own]
+        advantage = advantages.ravel()[row]
+        if settings.loss == "reinforce":
+            policy.append(-advantage * torch.exp(log_ratio.sum())[None])
+            continue
+        ratio = torch.exp(log_ratio.mean()[None] if settings.loss == "gspo" else log_ratio)
+        clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+        policy.append(-torch.minimum(ratio * advantage, clipped * advantage))
+    loss = mean_of(policy, settings.loss, settings.max_len)
+    loss = loss + settings.kl * mean_of(kl, settings.loss, settings.max_len)
+    return loss + settings.observation_coef * torch.cat(observed).mean()
 
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"kl": 0.3}, {"observation_coef": 0.2}, {"kl": 0.1, "observation_coef": 0.5}],
-    ids=["policy", "kl", "observations", "all"],
+    [
+        {},
+        {"observation_coef": 0.2},
+        {"kl": 0.1, "observation_coef": 0.5, "micro_tokens": 1},
+        {"loss": "grpo", "micro_tokens": 1},
+        {"loss": "grpo", "kl": 0.3},
+        {"loss": "dr_grpo", "max_len": 20, "kl": 0.3},
+        {"loss": "gspo", "micro_tokens": 1},
+        {"loss": "gspo", "kl": 0.3},
+        {"loss": "reinforce", "kl": 0.03},
+        {"loss": "reinforce", "micro_tokens": 1},
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("micro_tokens", [1, 10_000])
-def test_an_update_is_the_textbooks(codec: Codec, given: Any, micro_tokens: int) -> None:
+def test_an_update_is_the_textbooks(codec: Codec, given: Any) -> None:
     """Loss and gradients of tries, in one micro-batch or many, are those of rollouts one by one.
 
     The ratios lie on both sides of the clipping. Guards: a shared token that counts once, or not;
     a parent that is the token before it in the row; a normaliser of nodes in place of tokens; KL
-    that skipped groups lose.
+    that skipped groups lose; a rollout's length, or its ratio, taken over other rollouts' nodes.
     """
     lm = tiny_lm(codec, noise=0.1)
     reference = tiny_lm(codec, seed=1, noise=0.1)
     settings = RLSettings(
-        questions=2, rollouts=4, temperature=0.9, micro_tokens=micro_tokens, **given
+        questions=2, rollouts=4, temperature=0.9, **{"micro_tokens": 10_000, **given}
     )
     batch = group_batch(codec)
     advantages = np.array([[0.5, -0.5, 0.4, -0.4], [0.0] * 4])
@@ -290,13 +311,14 @@ def test_an_update_is_the_textbooks(codec: Codec, given: Any, micro_tokens: int)
         len(trajectory.ids) for trajectory in batch.trajectories
     )
 
+    loss = sequence_loss if settings.loss in ("gspo", "reinforce") else grpo_loss
     expected = textbook_loss(lm, batch, advantages, settings, reference)
     lm.network.zero_grad()
     expected.backward()
     gradients = {name: weight.grad.clone() for name, weight in lm.network.named_parameters()}
     kept = KeepGradients()
     figures = lm.backend.train_step(
-        lm.network, kept, grpo_loss, batches, 0.0, 0.0, settings.temperature, max_norm=1e9
+        lm.network, kept, loss, batches, 0.0, 0.0, settings.temperature, max_norm=1e9
     )
     assert figures["loss"] == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
     for name, gradient in gradients.items():
@@ -307,7 +329,7 @@ def test_an_update_is_the_textbooks(codec: Codec, given: Any, micro_tokens: int)
     batches = update_batches(batch, rows, advantages, skipped, mlx_twin(reference), settings)
     kept = KeepGradients()
     figures = twin.backend.train_step(
-        twin.network, kept, grpo_loss, batches, 0.0, 0.0, settings.temperature, max_norm=1e9
+        twin.network, kept, loss, batches, 0.0, 0.0, settings.temperature, max_norm=1e9
     )
     assert figures["loss"] == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
     for name, gradient in gradients.items():
