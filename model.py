@@ -10,12 +10,11 @@ import platform
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from transformers import PreTrainedTokenizerFast
 
 from backends.adapter_files import (
     CONFIG_FILE,
@@ -42,6 +41,10 @@ from common.files import refuse_damage, replace_folder, write_checksums, writing
 from common.settings import ModelSettings
 from data.trajectory import TAGS, Codec
 
+if TYPE_CHECKING:
+    # It takes seconds to import, which --help need not wait for.
+    from transformers import PreTrainedTokenizerFast
+
 
 class LM:
     """A network with its tokenizer: what the scripts pass around."""
@@ -49,7 +52,7 @@ class LM:
     def __init__(
         self,
         network: Any,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: "PreTrainedTokenizerFast",
         backend: ModuleType,
         folder: Path | None = None,
     ) -> None:
@@ -282,7 +285,7 @@ def _default_backend() -> str:
 
 def new(
     config: ModelConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: "PreTrainedTokenizerFast",
     seed: int,
     settings: ModelSettings,
 ) -> LM:

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
-
 from common.errors import UserError
 from common.files import write_jsonl
 from data.batches import Pair
@@ -121,4 +119,7 @@ def read_codec(folder: Path) -> Codec:
     """
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer; give a file inside out/<run>/")
+    # It takes seconds to import, which --help need not wait for.
+    from transformers import PreTrainedTokenizerFast
+
     return Codec(PreTrainedTokenizerFast.from_pretrained(folder))
