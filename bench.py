@@ -34,7 +34,7 @@ import numpy as np
 import model
 from autocoa import nll_loss, rollout
 from common.errors import UserError, run_guarded
-from common.runs import find_start, run_folder
+from common.runs import find_start, run_folder, settle_dtype
 from common.settings import AboveZero, ModelSettings, RolloutSettings, TaskRunSettings, main
 from data.batches import language_batches
 from data.sft_data import read_trajectories
@@ -425,6 +425,7 @@ def compare(
 
 def run(settings: BenchSettings) -> None:
     """Compare one answer, agents with tool calls, and training; print a line each."""
+    settle_dtype(settings)
     root = run_folder(settings)
     task = open_task(settings)
     folder = find_start(root, settings.start or "rl2", ["rl2"])

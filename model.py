@@ -10,12 +10,11 @@ import platform
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from transformers import PreTrainedTokenizerFast
 
 from backends.adapter_files import (
     CONFIG_FILE,
@@ -42,6 +41,10 @@ from common.files import refuse_damage, replace_folder, write_checksums, writing
 from common.settings import ModelSettings
 from data.trajectory import TAGS, Codec
 
+if TYPE_CHECKING:
+    # It takes seconds to import, which --help need not wait for.
+    from transformers import PreTrainedTokenizerFast
+
 
 class LM:
     """A network with its tokenizer: what the scripts pass around."""
@@ -49,7 +52,7 @@ class LM:
     def __init__(
         self,
         network: Any,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: "PreTrainedTokenizerFast",
         backend: ModuleType,
         folder: Path | None = None,
     ) -> None:
@@ -271,6 +274,15 @@ def choose_backend(name: str = "auto") -> ModuleType:
     return backend
 
 
+def fast_dtype(settings: ModelSettings) -> Literal["float32", "bfloat16"]:
+    """Return the number type in which a checkpoint runs fastest on the device of the settings.
+
+    Raises UserError for a backend or a device that is not there.
+    """
+    backend = choose_backend(settings.backend)
+    return backend.fast_dtype(backend.pick_device(settings.device))
+
+
 def _default_backend() -> str:
     if importlib.util.find_spec("mlx") is None:
         return "torch"
@@ -282,14 +294,14 @@ def _default_backend() -> str:
 
 def new(
     config: ModelConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: "PreTrainedTokenizerFast",
     seed: int,
     settings: ModelSettings,
 ) -> LM:
     """Return a new model, ready to learn all its weights."""
     backend = choose_backend(settings.backend)
     device = backend.pick_device(settings.device)
-    network = backend.build(config, device, settings.dtype)
+    network = backend.build(config, device, _number_type(settings))
     weights = initial_weights(config, backend.parameter_shapes(network), seed)
     backend.set_weights(network, weights, "initial weights")
     return LM(network, tokenizer, backend)
@@ -363,7 +375,12 @@ def _build_network(backend: ModuleType, config: ModelConfig, settings: ModelSett
     device = backend.pick_device(settings.device)
     # Weights that only carry an adapter are frozen, and never take four bytes each.
     frozen = settings.lora_rank > 0
-    return backend.build(config, device, settings.dtype, frozen)
+    return backend.build(config, device, _number_type(settings), frozen)
+
+
+def _number_type(settings: ModelSettings) -> str:
+    """Return the type of --dtype; what no script has settled (runs.settle_dtype) is float32."""
+    return "float32" if settings.dtype == "auto" else settings.dtype
 
 
 def _report_other_precision(folder: Path, precision: str) -> None:

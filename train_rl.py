@@ -170,6 +170,7 @@ def run(settings: RLSettings) -> None:
     plan = runs.plan_rl(settings)
     if not plan.todo:
         return
+    runs.settle_dtype(settings)
     task = open_task(settings)
     reference, policy = plan.load_reference_and_policy(settings)
     task.leave_out_long_questions(policy.codec, settings.longest_prompt)

@@ -8,17 +8,19 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from huggingface_hub import snapshot_download
-from transformers import PreTrainedTokenizerFast
 
 from backends.adapter_files import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from backends.config import ModelConfig, read_token_ids
 from common.errors import UserError
 from common.files import parse_json
 from data.trajectory import TAGS, Codec
+
+if TYPE_CHECKING:
+    # It takes seconds to import, which --help need not wait for.
+    from transformers import PreTrainedTokenizerFast
 
 # What is left out of a download: weights in forms that are not read. All else comes along, since
 # tokenizers and templates take on new files from year to year.
@@ -57,7 +59,7 @@ class SourceCheckpoint:
     source: str  # where it was read, for messages
     config: ModelConfig
     weights: dict[str, Any]  # tensors of the backend, or NumPy arrays, by parameter name
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: "PreTrainedTokenizerFast"
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         ) from None
 
 
-def read_tokenizer(folder: str | Path, gguf_file: str = "") -> PreTrainedTokenizerFast:
+def read_tokenizer(folder: str | Path, gguf_file: str = "") -> "PreTrainedTokenizerFast":
     """Return the tokenizer of a folder.
 
     tokenizer.json is read as it was saved: AutoTokenizer may rebuild it by model type. Other
@@ -89,10 +91,13 @@ def read_tokenizer(folder: str | Path, gguf_file: str = "") -> PreTrainedTokeniz
     and become what a tokenizer.json holds.
     Raises UserError for files that are cut short or of another kind.
     """
+    # It takes seconds to import, which --help need not wait for.
+    from transformers import PreTrainedTokenizerFast
+
     try:
         if not gguf_file and (Path(folder) / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(folder)
-        # Not imported above, since it takes a second and loads torch.
+        # This one takes another second and loads torch.
         from transformers import AutoTokenizer
 
         options = {"gguf_file": gguf_file} if gguf_file else {}
@@ -144,6 +149,9 @@ def _download(hub_id: str) -> str:
 
     Raises UserError for what is no folder and no model of the hub either.
     """
+    # It takes seconds to import, which --help need not wait for.
+    from huggingface_hub import snapshot_download
+
     try:
         return snapshot_download(hub_id, ignore_patterns=UNREAD_WEIGHTS)
     # The client's errors, those of the connection among them, have no common kind.
@@ -177,7 +185,7 @@ def refuse_adapter(folder: str | Path) -> None:
 
 
 def _settle_end_of_text(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerFast, source: str
+    config: ModelConfig, tokenizer: "PreTrainedTokenizerFast", source: str
 ) -> None:
     """Name in the configuration every token that ends a text, the tokenizer's own first.
 

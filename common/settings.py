@@ -120,8 +120,10 @@ class ModelSettings:
     backend: str = "auto"
     # Device: auto or cpu; with torch also cuda or mps.
     device: str = "auto"
-    # Number type of activations and frozen weights; weights that are trained stay float32.
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Number type of activations and frozen weights; weights that are trained stay float32. auto:
+    # float32 for nano; for a checkpoint from elsewhere bfloat16 where the device is fast in it. A
+    # run keeps the type that it began with.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # Bits of the frozen matrices under an adapter. With torch, 4 needs CUDA or a CPU with
     # bitsandbytes.
     bits: Literal[4, 16] = 16

@@ -7,13 +7,16 @@ the first one where it is.
 """
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    # It takes seconds to import, which --help need not wait for.
+    from transformers import PreTrainedTokenizerFast
 
 
-def make_plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def make_plain_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> Tokenizer:
     """Return a tokenizer with the same ids, to which the spelling of a tag is plain text.
 
     It is also ten times as fast as the tokenizer of transformers.

@@ -21,14 +21,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Any, Literal
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any, Literal
 
 from common.errors import UserError
 from data.boxes import answer_in_box
 from data.passages import fit_observation
 from data.plain_tokenizer import make_plain_tokenizer
+
+if TYPE_CHECKING:
+    # It takes seconds to import, which --help need not wait for.
+    from transformers import PreTrainedTokenizerFast
 
 TAGS = {
     "think": "<think>",
@@ -123,7 +125,7 @@ class Codec:
     is put before it. Every space stands where it was written, and decoding gives the text back.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, eos_ids: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", eos_ids: Iterable[int] = ()) -> None:
         """Raise UserError where the tokenizer lacks the tags, or a token that this form needs.
 
         eos_ids: all ids at which the model may end a text; its tokenizer's own is always one.
@@ -420,6 +422,6 @@ class Codec:
         return shape
 
 
-def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> Any:
+def _token_id(tokenizer: "PreTrainedTokenizerFast", token: str) -> Any:
     """Return the id of one token; None, or the id of unknown tokens, where there is none."""
     return tokenizer.convert_tokens_to_ids(token)

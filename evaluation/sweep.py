@@ -256,6 +256,7 @@ def evaluate(combination: Combination) -> SetPredictions:
     """Return the answers of what a combination trained; they are kept in its folder."""
     settings = build_settings(EvalSettings, combination.commands[-1].given)
     folder = combination.folder
+    runs.settle_dtype(settings)
     lm = model.load(folder, settings)
     task = open_task(settings)
     task.leave_out_long_questions(lm.codec, settings.longest_prompt)

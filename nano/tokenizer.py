@@ -3,9 +3,9 @@
 import itertools
 import random
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from data.questions import Fact
 from data.trajectory import TAGS
@@ -13,13 +13,20 @@ from nano.pretraining import TO_QUERY, TO_READ
 from nano.questions import SETS, draw_questions
 from nano.world import NAMES, SIZES, World
 
+if TYPE_CHECKING:
+    # It takes seconds to import, which --help need not wait for.
+    from transformers import PreTrainedTokenizerFast
+
 # A text is cut here before pairs are merged: qualifiers such as " (film)", words, numbers and
 # punctuation, each with the space before it.
 PIECES = r" \([a-z]+\)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s"
 
 
-def train_tokenizer(vocab_size: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(vocab_size: int, texts: Iterable[str]) -> "PreTrainedTokenizerFast":
     """Return a tokenizer trained on some texts; the tags are single tokens in it."""
+    # It takes seconds to import, which --help need not wait for.
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     split_pieces = pre_tokenizers.Split(Regex(PIECES), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -10,6 +10,7 @@ are kept in out/chat.sqlite. The same model is never asked the same thing twice,
 was interrupted goes on where it was.
 """
 
+import dataclasses
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -101,6 +102,8 @@ class Chat:
             self._identity = (self.name, url)
         else:
             self.name = spec
+            if settings.dtype == "auto":
+                settings = dataclasses.replace(settings, dtype=model.fast_dtype(settings))
             self.local_model = LocalModel(spec, settings, self.setting)
             self._identity = (_weights_identity(spec), settings.dtype, settings.bits)
 

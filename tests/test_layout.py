@@ -61,6 +61,17 @@ def test_only_the_backends_name_a_framework() -> None:
         assert frameworks & {"torch", "mlx"} <= allowed, name
 
 
+def test_no_script_waits_for_slow_libraries() -> None:
+    """Guards: --help and a mistyped setting that wait seconds for transformers."""
+    slow = {"huggingface_hub", "mlx", "torch", "transformers"}
+    for name, tree in TREES.items():
+        if name.startswith(("backends.torch", "backends.mlx")):
+            continue
+        at_the_top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        imported = imported_names(ast.Module(at_the_top, []))
+        assert not slow & {found.split(".")[0] for found in imported}, name
+
+
 def test_only_model_chooses_a_backend() -> None:
     """The choice is made at one place, model.choose_backend."""
     for name, tree in TREES.items():

@@ -36,10 +36,11 @@ from environments.distilled import EXAMPLES_FILE, read_examples
 from tasks import open_task
 
 TINY = (
-    "--run=tiny --width=64 --layers=2 --base_tokens=120000 --batch_tokens=2000 --coa=500 --cot=40"
-    " --pairs=40 --epochs=2 --max_len=200 --rl1_steps=2 --rl2_steps=2 --questions=6 --rollouts=3"
-    " --rl_questions=20 --eval_questions=4 --world_model_width=64 --world_model_layers=2"
-    " --sweep_share=0.05 --world_model_epochs=3"
+    # Runs of subprocesses and of this process are compared byte by byte, on Apple silicon too.
+    "--run=tiny --backend=torch --width=64 --layers=2 --base_tokens=120000 --batch_tokens=2000"
+    " --coa=500 --cot=40 --pairs=40 --epochs=2 --max_len=200 --rl1_steps=2 --rl2_steps=2"
+    " --questions=6 --rollouts=3 --rl_questions=20 --eval_questions=4"
+    " --world_model_width=64 --world_model_layers=2 --sweep_share=0.05 --world_model_epochs=3"
 ).split()
 STAGES = ("base", "sft1", "sft2", "sft3", "rl1", "rl2")
 MODEL_FILES = {

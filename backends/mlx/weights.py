@@ -34,6 +34,16 @@ def pick_device(name: str) -> str:
     return name
 
 
+def fast_dtype(device: str) -> str:
+    """Return the number type that a device multiplies large matrices fastest in.
+
+    device: as pick_device returns it.
+    """
+    # MLX has no fast product of bfloat16 on a CPU.
+    on_gpu = device == "auto" and mx.is_available(mx.gpu)
+    return "bfloat16" if on_gpu else "float32"
+
+
 def build(
     config: ModelConfig, device: str = "cpu", dtype: str = "float32", frozen: bool = False
 ) -> Transformer:

@@ -32,6 +32,22 @@ def pick_device(name: str) -> str:
     return name
 
 
+def fast_dtype(device: str) -> str:
+    """Return the number type that a device multiplies large matrices fastest in.
+
+    device: as pick_device returns it.
+    """
+    if device == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == "mps":
+        has_bfloat16 = True
+    else:
+        # Other CPUs take its numbers apart, which is slower than float32.
+        capabilities = torch.cpu.get_capabilities()
+        has_bfloat16 = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
 def build(
     config: ModelConfig, device: str = "cpu", dtype: str = "float32", frozen: bool = False
 ) -> Transformer:

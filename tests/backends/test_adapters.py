@@ -428,6 +428,14 @@ def test_weights_under_bfloat16(codec: Codec, tmp_path: Path, backend: str) -> N
     after = weights_of(lm)
     for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
         assert np.abs(after[name] - before[name]).mean() > 5e-7
+    # A digit of a weight of 1 is 4e-3 in bfloat16. Steps of 1e-6 add up all the same.
+    optimizer = lm.backend.Optimizer(lm.network, muon=False)
+    for _ in range(30):
+        weights = lm.backend.trained_parameters(lm.network)
+        ones = {name: 0 * weight + 1 for name, weight in weights.items()}
+        optimizer.step(ones, lr=1e-6, muon_lr=0)
+    change = weights_of(lm)["model.norm.weight"] - after["model.norm.weight"]
+    np.testing.assert_allclose(change, -30e-6, rtol=0.1)
     number_types = {
         str(weight.dtype).split(".")[-1]
         for weight in lm.backend.trained_parameters(lm.network).values()
@@ -463,6 +471,14 @@ def test_rollouts_in_bfloat16(codec: Codec, tmp_path: Path, backend: str) -> Non
     policy = np.array(trajectory.mask) > 0
     sampled = np.array(trajectory.logprobs)[policy]
     np.testing.assert_allclose(sampled, scores[policy], atol=0.15)
+
+
+def test_bfloat16_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without a product for it would be slower; so would MLX on any CPU."""
+    for feature, dtype in (("avx2", "float32"), ("amx_bf16", "bfloat16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=feature: {name: True})
+        assert model.fast_dtype(model_settings("torch")) == dtype
+    assert model.fast_dtype(model_settings("mlx")) == "float32"
 
 
 # ---- 4 bits --------------------------------------------------------------------------------------

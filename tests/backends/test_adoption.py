@@ -19,7 +19,6 @@ from tokenizers import Regex, normalizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import model
-from backends import model_files
 from common.errors import UserError
 from data.trajectory import SYSTEM_PROMPT, TAGS, Codec
 
@@ -62,7 +61,7 @@ def test_a_hub_id_is_its_folder(
             shutil.copy(folder / name, tmp_path / hub_id / name)
         return str(tmp_path / hub_id)
 
-    monkeypatch.setattr(model_files, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     downloaded = model.load_pretrained("someone/model", CPU).codec
     prompt = downloaded.prompt("Who?")
     assert prompt == model.load_pretrained(str(folder), CPU).codec.prompt("Who?")

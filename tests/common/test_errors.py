@@ -117,7 +117,7 @@ def test_a_run_that_is_being_trained(tmp_path: Path, script: str) -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_signal_while_a_script_is_imported(tmp_path: Path, script: str) -> None:
     """Ctrl-C in the first second is one line. Guards: thirty lines of imports."""
-    (tmp_path / "transformers.py").write_text(
+    (tmp_path / "numpy.py").write_text(
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nsum(range(10**7))\n"
     )
     done = subprocess.run(

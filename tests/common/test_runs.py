@@ -11,6 +11,7 @@ import pytest
 from conftest import read_rows, tiny_lm
 
 import backends.torch as torch_backend
+import model
 from common import runs
 from common.errors import UserError
 from common.progress import tqdm
@@ -19,6 +20,7 @@ from common.runs import StageRun
 from common.settings import ModelSettings, StageSettings
 from common.stage_files import Checkpoint
 from data.trajectory import Codec
+from train_sft import SFTSettings
 
 
 @pytest.fixture
@@ -301,6 +303,27 @@ def test_a_stage_of_a_run_without_a_record(root: Path) -> None:
     settings.given = {"stage": "base", "width": 64}
     runs.record_stage(settings, "base")
     assert read_run_record("nano").given == {"width": 64}
+
+
+def test_a_run_keeps_its_number_type(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: --dtype=auto that takes another type where a run goes on, on another machine."""
+    fast = "bfloat16"
+    monkeypatch.setattr(model, "fast_dtype", lambda settings: fast)
+
+    def settle(begins_run: bool = False, **given: str) -> str:
+        settings = SFTSettings(**given)
+        settings.given = dict(given)
+        runs.settle_dtype(settings, begins_run)
+        runs.record_stage(settings, "base")
+        return settings.dtype
+
+    assert settle() == "float32"
+    assert settle(begins_run=True, model="x") == "bfloat16"
+    fast = "float32"
+    assert settle(model="x") == "bfloat16"
+    assert read_run_record("nano").stages["base"].given["dtype"] == "bfloat16"
+    assert settle(begins_run=True, model="x") == "float32"
+    assert settle(model="x", dtype="bfloat16") == "bfloat16"
 
 
 def test_data_of_other_settings(root: Path) -> None:

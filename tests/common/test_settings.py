@@ -150,7 +150,7 @@ def test_settings_of_other_scripts_are_read(read: Any) -> None:
         (["--temperature=inf"], "--temperature: inf is out of range"),
         (["--lr=inf"], "--lr: inf is out of range"),
         (["--cache=fresh"], "--cache: 'fresh' is not one of live, replay, refresh"),
-        (["--dtype=float16"], "--dtype: 'float16' is not one of float32, bfloat16"),
+        (["--dtype=float16"], "--dtype: 'float16' is not one of auto, float32, bfloat16"),
         (["--bits=8"], "--bits: 8 is not one of 4, 16"),
         (["--bits=four"], "--bits: 'four' is not a whole number"),
         (["--real_share=1.5"], "--real_share: 1.5 is out of range; it must be at most 1"),
