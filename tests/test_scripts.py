@@ -432,17 +432,31 @@ def test_ask_one_question(whole_run: Any) -> None:
 
 # ---- again, and on from where it stopped ---------------------------------------------------------
 def test_a_stage_again_is_the_same(copied_run: Any) -> None:
-    """The same start and seed: the same losses and weights, in another folder."""
-    printed = succeed(copied_run.cwd, "train_rl.py", "--run=tiny", "--stage=rl1", "--out=again")
+    """The same start and seed: the same losses and weights, in the folder of a sweep.
+
+    It is evaluated and tabulated, and the same command keeps all of it.
+    """
+    arguments = ["--run=tiny", "--stage=rl1", "--eval_questions=1", "--sweep=kl=0"]
+    printed = succeed(copied_run.cwd, "train_rl.py", *arguments)
     # The world model is the one that is there.
     assert "world_model" not in printed
-    logs = [read_rows(copied_run.root / stage / "log.jsonl") for stage in ("rl1", "again")]
+    folders = [copied_run.root / stage for stage in ("rl1", "rl1_kl=0")]
+    logs = [read_rows(folder / "log.jsonl") for folder in folders]
     first, again = ([(row["loss"], row["reward"]) for row in log] for log in logs)
     assert first == again
-    weights = [
-        (copied_run.root / stage / "model.safetensors").read_bytes() for stage in ("rl1", "again")
-    ]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert weights[0] == weights[1]
+
+    table = (copied_run.root / "sweep_kl.md").read_text()
+    predictions = read_rows(folders[1] / "predictions.jsonl")
+    assert len(predictions) == len(SETS)
+    em = 100 * np.mean([prediction["em"] for prediction in predictions])
+    assert f"| 0 | {em:.1f} (" in table
+    saved_at = (folders[1] / "config.json").stat().st_mtime_ns
+    printed = succeed(copied_run.cwd, "train_rl.py", *arguments)
+    assert "rl1_kl=0: in out/tiny already" in printed
+    assert (folders[1] / "config.json").stat().st_mtime_ns == saved_at
+    assert (copied_run.root / "sweep_kl.md").read_text() == table
 
 
 def test_rl2_alone_is_the_rl2_of_the_whole_command(copied_run: Any) -> None:
@@ -456,28 +470,6 @@ def test_rl2_alone_is_the_rl2_of_the_whole_command(copied_run: Any) -> None:
     for file in ("model.safetensors", "rollouts.jsonl"):
         first, again = (copied_run.root / stage / file for stage in ("rl2", "again"))
         assert first.read_bytes() == again.read_bytes(), file
-
-
-def test_a_sweep_goes_on(copied_run: Any) -> None:
-    """A combination is trained, evaluated and tabulated; the same command keeps all of it."""
-    arguments = ["--run=tiny", "--stage=rl2", "--rl2_steps=1", "--eval_questions=1"]
-    arguments += ["--questions=2", "--rollouts=2", "--sweep=loss=gspo"]
-    succeed(copied_run.cwd, "train_rl.py", *arguments)
-    folder = copied_run.root / "rl2_loss=gspo"
-    table = (copied_run.root / "sweep_loss.md").read_text()
-    predictions = read_rows(folder / "predictions.jsonl")
-    assert len(predictions) == len(SETS)
-    em = 100 * np.mean([prediction["em"] for prediction in predictions])
-    assert f"| gspo | {em:.1f} (" in table
-    record = strict_json((copied_run.root / "settings.json").read_text())
-    assert record["stages"]["rl2_loss=gspo"]["settings"]["loss"] == "gspo"
-
-    written = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-    printed = succeed(copied_run.cwd, "train_rl.py", *arguments)
-    assert "rl2_loss=gspo: in out/tiny already" in printed
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")} == written
-    assert read_rows(folder / "predictions.jsonl") == predictions
-    assert (copied_run.root / "sweep_loss.md").read_text() == table
 
 
 def test_an_interrupted_run_goes_on(whole_run: Any, tmp_path: Path) -> None:
