@@ -168,6 +168,8 @@ def refuse_other_settings(settings: StageSettings, stages: Sequence[str]) -> Non
         is_there = (folder / "config.json").is_file() or list_checkpoints(folder)
         if stage not in record.stages or not is_there:
             continue
+        # The stage was recorded with the type that --dtype=auto became.
+        runs.settle_dtype(settings)
         trained_with = record.stages[stage].settings
         for name, value in asdict(settings).items():
             if name in ONE_COMMAND or name not in trained_with or trained_with[name] == value:

@@ -42,8 +42,9 @@ class Trained:
         self.commands.append(f"rl {settings.run} {settings.stage} {settings.start} {folder}")
         if folder == self.refused:
             raise UserError("loss is nan; lower --rl_lr")
+        runs.settle_dtype(settings)
         runs.record_stage(settings, folder)
-        (Path("out", settings.run, folder)).mkdir(parents=True)
+        Path("out", settings.run, folder).mkdir(parents=True, exist_ok=True)
         (Path("out", settings.run, folder, "config.json")).write_text("{}")
 
     def evaluate(self, combination: Any) -> SetPredictions:
@@ -63,7 +64,10 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trained:
 
 
 def test_a_grid_of_rl_settings(trained: Trained) -> None:
-    """Each combination has a folder; without --stage it trains RL-1, then RL-2 from there."""
+    """Each combination has a folder; without --stage it trains RL-1, then RL-2 from there.
+
+    The same command goes on with it. Guards: --dtype=auto, refused as another than what it became.
+    """
     sweep("kl=0,0.1;rollouts=3", settings_of(stage="rl2", start="sft2"), trained.train_rl)
     sweep("clip-high=0.2", settings_of(), trained.train_rl)
     assert trained.commands == [
@@ -75,6 +79,8 @@ def test_a_grid_of_rl_settings(trained: Trained) -> None:
     record = runs.read_run_record("nano").stages["rl2_kl=0.1_rollouts=3"]
     assert (record.settings["kl"], record.settings["rollouts"]) == (0.1, 3)
     assert record.given["kl"] == 0.1
+    sweep("clip-high=0.2", settings_of(), trained.train_rl)
+    assert trained.commands[4:] == trained.commands[2:4]
 
 
 def test_a_grid_over_seeds_trains_whole_runs(trained: Trained, capsys: Any) -> None:
