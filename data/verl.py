@@ -19,9 +19,10 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import sync, writing
+from common.terminal import printable
 from data.flashrag import SPLITS, parse_question
 from data.instructions import authors_turn, question_at_end
-from data.passages import on_one_line, printable
+from data.passages import on_one_line
 from data.questions import Question
 
 SUFFIX = ".parquet"
