@@ -62,6 +62,7 @@ from workflows.gold import gold_observation
 from workflows.prompts import REACT_EXAMPLES
 from workflows.react import react
 from workflows.reflexion import reflexion
+from workflows.spelled import answer_spelled
 from workflows.style import is_asked_in_words, style_of
 
 
@@ -69,8 +70,10 @@ from workflows.style import is_asked_in_words, style_of
 class EvalSettings(AnswerSettings):
     """The settings of eval.py."""
 
-    # FlashRAG question files on which to judge --model as it is, instead of the stages of a run.
+    # Question files on which to judge --model as it is, instead of the stages of a run.
     data: CommaList = field(default_factory=list)
+    # With --data: ask --model as AutoCoA's authors ask theirs, by their prompt, with spelled tags.
+    authors_prompt: bool = False
     # Names of the rows of the table to ask. Empty: all.
     rows: CommaList = field(default_factory=list)
     # Two rows: how much better the first is, over the predictions of --runs.
@@ -100,6 +103,13 @@ def think_and_act(lm: LM, questions: list[Question], exam: Exam, name: str) -> l
     search = exam.task.eval_search
     trajectories = answer_questions(lm, texts_of(questions), search, exam.settings, name)
     return [Answered(lm.codec.answer(trajectory), trajectory) for trajectory in trajectories]
+
+
+def spell_and_act(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+    """Let an agent that spells its tags decide when to search, asked as its authors ask it."""
+    settings = exam.settings
+    search = exam.task.eval_search
+    return answer_spelled(lm, texts_of(questions), search, settings, settings.seed, name)
 
 
 def answer_at_once(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
@@ -297,12 +307,29 @@ def open_checkpoint(settings: EvalSettings) -> Table:
     base, has_tags = model.load_any(settings.model, settings)
     folder = Path(settings.model)
     rows = [dataclasses.replace(row, folder=folder) for row in WORKFLOWS]
-    if has_tags:
+    if settings.authors_prompt:
+        refuse_authors_prompt(base, has_tags)
+        rows.append(TableRow("agent", folder, spell_and_act))
+    elif has_tags:
         rows.append(TableRow("agent", folder, think_and_act))
     # Two runs may have folders of one name.
     path = folder.resolve()
     path_hash = hashlib.sha256(str(path).encode()).hexdigest()[:8]
     return Table(Path("out", "eval", f"{path.name}-{path_hash}"), base, folder, rows)
+
+
+def refuse_authors_prompt(base: LM, has_tags: bool) -> None:
+    """Raise UserError where a checkpoint can't be asked by the authors' prompt."""
+    if has_tags:
+        raise UserError(
+            "--authors_prompt: the tags are tokens of this checkpoint, which spells none; "
+            "leave it out"
+        )
+    if not base.codec.has_chat_template:
+        raise UserError(
+            "--authors_prompt: the authors ask in turns, and this checkpoint has no chat template; "
+            "add its chat_template.jinja"
+        )
 
 
 # ---- 4. The evaluation ---------------------------------------------------------------------------

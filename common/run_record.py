@@ -28,6 +28,7 @@ ONE_COMMAND = (
     "ask",
     "cache",
     "data",
+    "authors_prompt",
     "rows",
     "compare",
     "runs",

@@ -159,9 +159,9 @@ class TaskSettings:
 
     # Model to begin with: a Hugging Face folder, a hub id or a GGUF file. Empty: the nano model.
     model: str = ""
-    # FlashRAG question files to learn from.
+    # Question files to learn from: FlashRAG's .jsonl, or verl's .parquet.
     train_data: CommaList = field(default_factory=list)
-    # FlashRAG question files to be evaluated on.
+    # Question files to be evaluated on, likewise.
     eval_data: CommaList = field(default_factory=list)
     # Where to search: a FlashRAG passage file (.jsonl or .jsonl.gz), "wikipedia", "leads", or the
     # http address of a retrieval server.

@@ -19,13 +19,12 @@ from common.errors import UserError
 from common.files import parse_json, read_jsonl, write_jsonl, write_text
 from data.batches import Pair
 from data.boxes import answer_in_box, closing_brace
+from data.instructions import INSTRUCTIONS_END
 from data.passages import BYTE_ORDER_MARK
 from data.sft_data import SFTData
 from data.trajectory import TAGS, Codec, Part, Role, Trajectory
 
 EXPECTED = "AutoCoA's SFT rows, messages or conversation"
-# The authors' prompt ends with this; our system prompt takes its place.
-INSTRUCTIONS_END = "answer the user's question below:"
 CLOSING_TAGS = {TAGS["search"]: TAGS["end_search"], TAGS["result"]: TAGS["end_result"]}
 OPENING_TAG = re.compile("|".join(map(re.escape, CLOSING_TAGS)))
 # Whose turn it is, by the names that conversations use.
@@ -252,6 +251,7 @@ def _plain_text(content: Any) -> str:
 def _question_of(user_text: str) -> str:
     """Return the question of a user's turn, without the authors' instructions before it.
 
+    Our system prompt takes their place.
     Raises ValueError where it is empty.
     """
     question = user_text.rpartition(INSTRUCTIONS_END)[2].strip()

@@ -1,26 +1,50 @@
-"""Write the SFT data of a run as AutoCoA's files.
+"""Write what this project reads in the forms of other projects.
 
     python -m data.export out/nano/data FOLDER
 
-leaves coa.jsonl, cot.jsonl and pairs.json in FOLDER (see data/autocoa_files.py).
+leaves the SFT data of a run as AutoCoA's files, coa.jsonl, cot.jsonl and pairs.json, in FOLDER (see
+data/autocoa_files.py), and
+
+    python -m data.export hotpotqa_dev.jsonl nq_dev.jsonl test.parquet
+
+question files as one file of verl's (see data/verl.py).
 """
 
 import sys
 from pathlib import Path
 
 from common.errors import UserError, run_guarded
+from data import verl
 from data.autocoa_files import write_sft_files
+from data.question_files import read_question_sets
 from data.sft_data import read_codec, read_sft_data
 
-USAGE = "usage: python -m data.export out/<run>/data FOLDER"
+USAGE = (
+    "usage: python -m data.export out/<run>/data FOLDER, or "
+    "python -m data.export QUESTIONS.jsonl .. FILE.parquet"
+)
 
 
 def main(arguments: list[str]) -> None:
     """Run the command. Raises UserError for bad arguments, and for data that is not there."""
-    if len(arguments) != 2:
+    if len(arguments) > 1 and verl.is_parquet(arguments[-1]):
+        export_questions(arguments[:-1], Path(arguments[-1]))
+    elif len(arguments) == 2:
+        export_sft_data(Path(arguments[0]), Path(arguments[1]))
+    else:
         raise UserError(USAGE)
-    data_folder = Path(arguments[0])
-    out_folder = Path(arguments[1])
+
+
+def export_questions(paths: list[str], out_file: Path) -> None:
+    """Write question files as one file of verl's. Raises UserError."""
+    question_sets = read_question_sets(paths, "data.export")
+    verl.write_question_sets(out_file, question_sets)
+    counts = [f"{name} {len(questions):,}" for name, questions in question_sets.items()]
+    print(f"{out_file}: {', '.join(counts)} questions")
+
+
+def export_sft_data(data_folder: Path, out_folder: Path) -> None:
+    """Write the SFT data of a run as AutoCoA's files. Raises UserError."""
     run = data_folder.parent.name
     data = read_sft_data(data_folder, f"python train_sft.py --run={run}")
     codec = read_codec(data_folder.parent / "base")

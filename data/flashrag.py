@@ -59,7 +59,7 @@ def read_questions(path: str | Path, set_name: str = "") -> list[Question]:
     line_of_id: dict[str, int] = {}
     for number, row in read_jsonl(path, expected, "train_data, eval_data"):
         where = f"{path}:{number}"
-        questions.append(_parse_question(row, set_name, where))
+        questions.append(parse_question(row, set_name, where))
         # What is found out about one question would pass for the other's.
         first = line_of_id.setdefault(str(row["id"]), number)
         if first != number:
@@ -70,7 +70,12 @@ def read_questions(path: str | Path, set_name: str = "") -> list[Question]:
     return questions
 
 
-def _parse_question(row: Any, set_name: str, where: str) -> Question:
+def parse_question(row: Any, set_name: str, where: str) -> Question:
+    """Return the question of a row, with its one fact.
+
+    where: the file and line, for the message.
+    Raises UserError for a malformed row.
+    """
     if not _is_question(row):
         raise UserError(f'{where}: not a question; expected {{"id", "question", "golden_answers"}}')
     golden_answers = _golden_answers(row, where)

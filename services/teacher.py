@@ -27,8 +27,8 @@ from common.errors import UserError
 from common.files import write_jsonl, write_text
 from common.settings import AboveZero, ModelSettings, RolloutSettings, TaskRunSettings, main
 from data.autocoa_files import parse_trajectory
-from data.flashrag import read_questions
 from data.passages import fit_observation
+from data.question_files import read_question_sets
 from data.questions import Question
 from data.scores import exact_match
 from data.trajectory import TAGS, Observation
@@ -326,7 +326,8 @@ def run(settings: TeacherSettings) -> None:
     if settings.dry_run:
         raise UserError("--dry-run: services.teacher has no estimate; try it with --coa=2")
     # The sample is drawn from all files, not from the first.
-    questions = [question for path in settings.train_data for question in read_questions(path)]
+    question_sets = read_question_sets(settings.train_data, "--train_data")
+    questions = [question for members in question_sets.values() for question in members]
     count = min(settings.coa, len(questions))
     questions = random.Random(settings.seed).sample(questions, count)
 

@@ -1,4 +1,4 @@
-"""The task of real questions: FlashRAG question files, and a tool that searches real passages."""
+"""The task of real questions: question files, and a tool that searches real passages."""
 
 import random
 import re
@@ -7,8 +7,8 @@ import model
 import tools
 from common.errors import UserError
 from common.settings import NewModelSettings, RolloutSettings, TaskRunSettings
-from data.flashrag import name_sets, read_questions
 from data.passages import split_passage
+from data.question_files import read_question_sets
 from data.questions import Fact, Lookup, Question, short_questions, sixteenth
 from data.teacher import find_evidence
 from data.trajectory import Codec, Trajectory
@@ -50,11 +50,11 @@ class RealTask:
         self.settings = settings
         self._questions: list[Question] = []  # to learn from
         if not question_files:
-            for name, path in name_sets(settings.train_data, "--train_data").items():
-                self._questions += read_questions(path, name)
+            for questions in read_question_sets(settings.train_data, "--train_data").values():
+                self._questions += questions
         self.evaluation = {
-            name: _sample(read_questions(path, name), name, settings)
-            for name, path in name_sets(
+            name: _sample(questions, name, settings)
+            for name, questions in read_question_sets(
                 question_files or settings.eval_data, "--data, --eval_data"
             ).items()
         }

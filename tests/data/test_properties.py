@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -37,6 +38,7 @@ from data.passages import (
     split_passage,
     title_on_line,
 )
+from data.question_files import read_question_sets
 from data.questions import Lookup
 from data.scores import (
     ABBREVIATION,
@@ -385,6 +387,34 @@ def test_any_question_file(holds_for: Try, tmp_path: Path) -> None:
             assert all(lookup.queries for lookup in question.lookups)
 
     holds_for(check, st.lists(QUESTION_ROWS, min_size=1, max_size=2))
+
+
+def test_any_parquet_file(holds_for: Try, tmp_path: Path) -> None:
+    """Whatever its columns hold: the same holds for it."""
+    path = tmp_path / "x.parquet"
+    numbers = st.integers(0, 9)
+    answers = TEXT | st.lists(TEXT, max_size=2) | numbers | st.none()
+    turn = st.fixed_dictionaries({"role": st.just("user"), "content": TEXT | st.none()})
+    columns = {
+        "id": TEXT | numbers | st.none(),
+        "source_file": TEXT | st.none(),
+        "data_source": TEXT | numbers | st.none(),
+        "prompt": TEXT | st.lists(turn, max_size=2) | st.none(),
+        "reward_model": TEXT | st.fixed_dictionaries({"ground_truth": answers}),
+        "extra_info": TEXT | st.fixed_dictionaries({"split": TEXT | numbers}),
+        "metadata": TEXT | st.fixed_dictionaries({"gold_titles": answers}),
+    }
+
+    def check(row: dict[str, Any]) -> None:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+        sets = read_or_refuse(lambda: read_question_sets([path], "--data")) or {}
+        for name, (question,) in sets.items():
+            assert question.id.startswith(f"{name}:")
+            assert question.golden_answers
+            assert name.isprintable()
+
+    needed = {name: columns.pop(name) for name in ("prompt", "reward_model")}
+    holds_for(check, st.fixed_dictionaries(needed, optional=columns))
 
 
 def test_any_sft_file(holds_for: Try, tmp_path: Path, codec: Codec) -> None:

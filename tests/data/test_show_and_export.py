@@ -7,13 +7,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 from conftest import read_rows, run_here
 
 from common.errors import UserError
+from common.files import write_jsonl
 from data.autocoa_files import read_sft_files, write_sft_files
 from data.flashrag import read_questions
 from data.get import get
+from data.instructions import authors_turn
+from data.question_files import read_question_sets
 from data.questions import Question
 from data.sft_data import SFTData, write_sft_data
 from data.show import COLORS, PLAIN, colored, show
@@ -231,6 +235,33 @@ def test_export(codec: Codec, tmp_path: Path) -> None:
     assert [side.mask for side in again.pairs[0]] == [side.mask for side in pair]
 
 
+def test_export_questions(tmp_path: Path) -> None:
+    """Question files as one file of verl's are read again as the same sets."""
+    row = {"id": "dev_0", "question": "Question: who?", "golden_answers": ["Eva", "Eva Moss"]}
+    hotpotqa = tmp_path / "hotpotqa_dev.jsonl"
+    metadata = {"gold_titles": ["B", "A"], "gold_ids": ["7"]}
+    write_jsonl(hotpotqa, [{**row, "metadata": metadata}, {**row, "id": "dev_1"}])
+    mine = tmp_path / "mine.jsonl"
+    write_jsonl(mine, [row])
+    done = run_here(tmp_path, "data.export", hotpotqa, mine, "theirs/test.parquet")
+    assert done.status == 0, done.err
+    assert done.out == "theirs/test.parquet: hotpotqa_dev 2, mine 1 questions\n"
+
+    path = tmp_path / "theirs" / "test.parquet"
+    assert list(path.parent.iterdir()) == [path]
+    before = read_question_sets([hotpotqa, mine], "--data")
+    after = read_question_sets([path], "--data")
+    for questions in [*before.values(), *after.values()]:
+        for question in questions:
+            question.where = ""
+    assert after == before
+    # As a trainer of theirs reads it.
+    theirs = pyarrow.parquet.read_table(path).to_pylist()
+    assert [row["data_source"] for row in theirs] == ["hotpotqa", "hotpotqa", "mine"]
+    assert theirs[0]["prompt"] == [{"role": "user", "content": authors_turn("Question: who?")}]
+    assert theirs[0]["reward_model"]["ground_truth"] == ["Eva", "Eva Moss"]
+
+
 # ---- command lines -------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "module, arguments",
@@ -245,6 +276,8 @@ def test_export(codec: Codec, tmp_path: Path) -> None:
         ("data.export", []),
         ("data.export", ["x"]),
         ("data.export", ["x", "y"]),
+        ("data.export", ["x", "y", "z"]),
+        ("data.export", ["x.jsonl", "y.parquet"]),
     ],
 )
 def test_bad_commands(tmp_path: Path, module: str, arguments: list[Any]) -> None:

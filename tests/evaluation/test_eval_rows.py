@@ -119,6 +119,16 @@ def test_a_checkpoint_of_this_project_is_an_agent_too(save: Any) -> None:
         benchmark.open_checkpoint(EvalSettings())
 
 
+@pytest.mark.parametrize(
+    ("has_tags", "message"),
+    [(True, "the tags are tokens of this checkpoint"), (False, "has no chat template")],
+)
+def test_who_cannot_be_asked_as_the_authors_ask(lm: LM, has_tags: bool, message: str) -> None:
+    """A checkpoint whose tags are tokens would never spell one."""
+    with pytest.raises(UserError, match=f"--authors_prompt: .*{message}"):
+        benchmark.refuse_authors_prompt(lm, has_tags)
+
+
 def test_a_row_that_is_not_there() -> None:
     with pytest.raises(UserError, match="no row 'SFT-9' here; there are: SFT-1, SFT-2, SFT-1&2"):
         benchmark.refuse_unknown_rows(["SFT-1", "SFT-9"], STAGES)

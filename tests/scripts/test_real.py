@@ -213,6 +213,24 @@ def test_a_checkpoint_of_another_program_is_judged(user: Any) -> None:
     assert "agent" not in table
 
 
+def test_a_checkpoint_is_asked_as_the_authors_ask(user: Any) -> None:
+    """By their preset alone, on their form of file: each of its sets is a column."""
+    exported = run_here(
+        user.cwd, "data.export", "hotpotqa_dev.jsonl", "nq_dev.jsonl", "test.parquet"
+    )
+    assert exported.status == 0, exported.err
+    preset = str(ROOT / "config" / "autocoa.py")
+    settings = ["--data=test.parquet", "--model=checkpoint", "--corpus=passages.jsonl.gz"]
+    tiny = ["--eval_questions=1", "--max_len=1200", "--max_observation=60", "--dtype=float32"]
+    done = run_here(user.cwd, "eval.py", preset, *settings, *tiny)
+    (row,) = last_line(done).items()
+    assert row[0] == "agent"
+    assert set(row[1]["em"]) >= {"hotpotqa_dev", "nq_dev"}
+    done = run_here(user.cwd, "eval.py", preset, *settings, *tiny, "--model=out/real/rl2")
+    assert done.status == 2
+    assert "--authors_prompt: the tags are tokens of this checkpoint" in done.err
+
+
 def test_a_checkpoint_of_this_project_is_judged(judged: Any) -> None:
     """By its workflows, and as the agent that it is."""
     assert len(judged.table) == 7
