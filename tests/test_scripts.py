@@ -33,6 +33,8 @@ from data.scores import exact_match
 from data.sft_data import read_sft_data
 from data.trajectory import Role
 from environments.distilled import EXAMPLES_FILE, read_examples
+from speed import libraries
+from speed.settings import BenchSettings
 from tasks import open_task
 
 TINY = (
@@ -673,17 +675,24 @@ def test_too_long_trajectories_are_reported(
 
 
 def test_bench(
-    whole_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    copied_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Both sides run, and greedy decoding gives the same text on both; speed is no matter here."""
-    monkeypatch.chdir(whole_run.cwd)
-    monkeypatch.setattr(bench, "ROUNDS", 1)
-    monkeypatch.setattr(sys, "argv", ["x", "--run=tiny", "--questions=2", "--rollouts=1"])
-    bench.run(read_settings(bench.BenchSettings, "doc"))
-    printed = capsys.readouterr().out.splitlines()
-    lines = {line[:14].strip(): line for line in printed}
-    assert {"one answer", "agents", "training"} <= set(lines)
-    assert "1 of 1 texts are the same" in lines["one answer"]
+    monkeypatch.chdir(copied_run.cwd)
+    monkeypatch.setattr(libraries, "SFT_STEPS", 1)
+    monkeypatch.setattr(libraries, "SAMPLED_TOKENS", 8)
+    arguments = ["--run=tiny", "--questions=2", "--rollouts=1", "--repeats=1"]
+    monkeypatch.setattr(sys, "argv", ["x", *arguments, "--only=answer,sampling,agents,sft"])
+    bench.compare(read_settings(BenchSettings, "doc"))
+    printed = capsys.readouterr().out
+    assert "1 of 1 texts are the same" in printed
+    (row,) = read_rows(copied_run.root / "bench.jsonl")
+    names = ["answer", "sampling", "agents", "sft"]
+    assert [comparison["name"] for comparison in row["comparisons"]] == names
+    assert (copied_run.root / "figures" / "bench.png").is_file()
+    monkeypatch.setattr(sys, "argv", ["x", *arguments, "--only=sampling,speed"])
+    with pytest.raises(UserError, match="--only: 'speed' is not one of answer"):
+        bench.compare(read_settings(BenchSettings, "doc"))
 
 
 def test_defaults_are_the_paper_counts() -> None:
@@ -727,6 +736,7 @@ def test_the_scripts_on_mlx(tmp_path: Path) -> None:
         "--backend=mlx",
         "--questions=2",
         "--rollouts=1",
+        "--repeats=1",
         timeout=600,
     )
     assert done.status == 0, done.err
