@@ -29,7 +29,6 @@ Every command prints one line of JSON at its end, adds it to out/<run>/bench.jso
 out/<run>/figures/bench.png, against.png, growth.png or sharing.png.
 """
 
-import dataclasses
 import json
 import os
 import sys
@@ -41,7 +40,7 @@ from typing import Any
 import model
 from common.errors import UserError, run_guarded
 from common.files import append_jsonl
-from common.runs import find_start, run_folder
+from common.runs import RL_STAGES, SFT_STAGES, find_start, run_folder
 from common.settings import main
 from speed.against import compare_with_commit
 from speed.drawing import draw_comparisons, draw_growth, draw_sharing, save
@@ -62,8 +61,7 @@ from tasks import open_task
 # ---- commands ------------------------------------------------------------------------------------
 def compare(settings: BenchSettings) -> None:
     """Compare with other libraries, or with another commit."""
-    default_stage = "sft3" if settings.against else "rl2"
-    ours = open_stage(dataclasses.replace(settings, start=settings.start or default_stage))
+    ours = open_stage(settings, "sft3" if settings.against else "rl2")
     ceiling = ceiling_of(ours)
     comparisons: list[Comparison] = []
     print(HEADING)
@@ -113,9 +111,12 @@ def share(settings: BenchSettings) -> None:
 
 
 # ---- what they have in common --------------------------------------------------------------------
-def open_stage(settings: BenchSettings) -> Ours:
-    """Return the network of the stage that is timed. Raises UserError where it is an adapter."""
-    folder = find_start(run_folder(settings), settings.start or "rl2", ["rl2"])
+def open_stage(settings: BenchSettings, default: str = "rl2") -> Ours:
+    """Return the network of the stage that is timed. Raises UserError where it is an adapter.
+
+    default: the stage where --start names none.
+    """
+    folder = find_start(run_folder(settings), settings.start or default, [*SFT_STAGES, *RL_STAGES])
     lm = model.load(folder, settings)
     if lm.network.lora:
         raise UserError(

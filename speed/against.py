@@ -12,7 +12,7 @@ from speed.flops import TRAINING_PASSES, forward_flops, text_flops
 from speed.ours import Ours
 from speed.pairs import Comparison, Timing
 from speed.settings import BenchSettings
-from speed.trees import ROOT, StepRow, Tree, copy_run, cpu_seconds_of_children, worktree
+from speed.trees import ROOT, StepRow, Tree, check_out, copy_run, cpu_seconds_of_children
 
 NAMES = ("rl2", "rl1", "sft", "whole")
 STEPS = 2  # of RL, after a first one in which memory is got
@@ -40,7 +40,9 @@ def compare_with_commit(ours: Ours, report: Callable[[Comparison], None]) -> Non
     other_given = dict(given)
     if settings.other_dtype:
         other_given["dtype"] = settings.other_dtype
-    with worktree(settings.against) as code, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        code = Path(folder, "code")
+        check_out(settings.against, code)
         tree = Tree(ROOT, Path(folder, "ours"), given)
         other = Tree(code, Path(folder, "theirs"), other_given)
         for one in (tree, other):
@@ -78,10 +80,15 @@ def _compare_stage(name: str, ours: Ours, tree: Tree, other: Tree) -> Comparison
     pairs = [
         (time_stage(name, ours, rows), time_stage(name, ours, others)) for rows, others in logs
     ]
-    tokens, other_tokens = (_tokens_of_step(rows) for rows in logs[-1])
-    note = f"{tokens:,.0f} and {other_tokens:,.0f} tokens a step"
     unit = "token" if name == "sft" else "step"
-    return Comparison(name, unit, settings.against, pairs, note)
+    comparison = Comparison(name, unit, settings.against, pairs)
+    tokens, other_tokens = (_tokens_of_step(rows) for rows in logs[-1])
+    comparison.note = f"{tokens:,.0f} and {other_tokens:,.0f} tokens a step"
+    if unit == "step":
+        # The commits may ask other questions, whose rollouts are longer or shorter.
+        by_token = comparison.ratio.median * tokens / other_tokens
+        comparison.note += f"; by the token {by_token:.2f}"
+    return comparison
 
 
 def run_stage(name: str, tree: Tree, start: str) -> list[StepRow]:

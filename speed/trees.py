@@ -6,14 +6,15 @@ log.jsonl. A setting that a script does not know yet is not given to it.
 """
 
 import contextlib
+import io
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Generator, Mapping, Sequence
+import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,33 +116,30 @@ def copy_run(root: Path, folder: Path, stages: Sequence[str], chains: int) -> No
         (folder / "data" / name).write_text("".join(kept))
 
 
-@contextlib.contextmanager
-def worktree(commit: str) -> Generator[Path]:
-    """Check out another commit into a temporary folder, which goes at the end.
+def check_out(commit: str, folder: Path) -> None:
+    """Write the files of another commit into a folder; git itself does not remember it.
 
-    Raises UserError where git does not know it.
+    Raises UserError where git does not know the commit.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        code = Path(folder, "code")
-        _git("worktree", "add", "--detach", str(code), commit)
-        try:
-            yield code
-        finally:
-            _git("worktree", "remove", "--force", str(code))
+    archive = _git("archive", "--format=tar", commit)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        files.extractall(folder, filter="data")
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+def _git(*arguments: str) -> bytes:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True)
     if done.returncode:
-        raise UserError(f"--against: git {' '.join(arguments)}: {done.stderr.strip()}")
-    return done.stdout.strip()
+        last_line = done.stderr.decode().strip().splitlines()[-1]
+        raise UserError(f"--against: git {' '.join(arguments)}: {last_line}")
+    return done.stdout
 
 
 def commit_name() -> str:
     """Return the commit of this tree, with a plus where files were changed; "" without git."""
     with contextlib.suppress(UserError, OSError):
         changed = _git("status", "--porcelain", "--untracked-files=no")
-        return _git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+        commit = _git("rev-parse", "--short", "HEAD").decode().strip()
+        return commit + ("+" if changed else "")
     return ""
 
 

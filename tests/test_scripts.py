@@ -34,6 +34,7 @@ from data.sft_data import read_sft_data
 from data.trajectory import Role
 from environments.distilled import EXAMPLES_FILE, read_examples
 from speed import libraries
+from speed.against import tree_settings
 from speed.settings import BenchSettings
 from tasks import open_task
 
@@ -693,6 +694,25 @@ def test_bench(
     monkeypatch.setattr(sys, "argv", ["x", *arguments, "--only=sampling,speed"])
     with pytest.raises(UserError, match="--only: 'speed' is not one of answer"):
         bench.compare(read_settings(BenchSettings, "doc"))
+
+
+def test_bench_against_a_commit_has_the_runs_settings(
+    whole_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both trees get what the run remembers, and what the command says.
+
+    Guards: a copy of the settings that forgets what was given.
+    """
+    monkeypatch.chdir(whole_run.cwd)
+    monkeypatch.setattr(bench, "ceiling_of", lambda ours: 1.0)
+    stages = []
+    monkeypatch.setattr(bench, "compare_with_commit", lambda ours, report: stages.append(ours))
+    monkeypatch.setattr(sys, "argv", ["x", "--run=tiny", "--questions=2", "--against=HEAD"])
+    bench.compare(read_settings(BenchSettings, "doc"))
+    assert stages[0].folder.name == "sft3"
+    given = tree_settings(stages[0].settings)
+    assert (given["questions"], given["max_len"]) == (2, 200)
+    assert not {"against", "run"} & set(given)
 
 
 def test_defaults_are_the_paper_counts() -> None:

@@ -19,7 +19,7 @@ from speed.ours import Ours
 from speed.pairs import Comparison, Timing, line_of, take_turns, to_json
 from speed.settings import BenchSettings
 from speed.sharing import shared_tokens
-from speed.trees import Tree, worktree
+from speed.trees import Tree, check_out
 
 
 def text(ids: list[int], written: int) -> Trajectory:
@@ -122,9 +122,9 @@ def test_a_tree_is_timed_by_its_scripts_and_logs(lm: LM, tmp_path: Path) -> None
     assert math.isclose(timing.flops, 2 * once * (1 + 3 / 2))
 
 
-def test_an_unknown_commit_is_one_line() -> None:
-    with pytest.raises(UserError, match="--against: git"), worktree("no-such-commit"):
-        pass
+def test_an_unknown_commit_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--against: git.*no-such-commit"):
+        check_out("no-such-commit", tmp_path)
 
 
 def test_cost_by_rows_context_and_calls(
