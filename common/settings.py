@@ -296,7 +296,7 @@ SCRIPTS = (
     "eval.py",
     "environments/cost_curve.py",
     "plot.py",
-    "bench.py",
+    "speed/settings.py",
     "services/teacher.py",
 )
 

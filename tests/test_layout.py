@@ -20,6 +20,7 @@ FOLDERS = (
     "evaluation",
     "nano",
     "services",
+    "speed",
     "tasks",
     "workflows",
 )
@@ -52,10 +53,10 @@ def imported_names(tree: Any) -> Any:
 
 
 def test_only_the_backends_name_a_framework() -> None:
-    """Guards: a script that grows a dependence on torch. bench.py compares with other libraries."""
+    """Guards: a script that grows a dependence on torch. speed/ compares with other libraries."""
     for name, tree in TREES.items():
         frameworks = {part for imported in imported_names(tree) for part in imported.split(".")}
-        if name == "bench" or name == "model":
+        if name == "model" or name.startswith("speed."):
             continue
         allowed = {name.split(".")[1]} if name.startswith("backends.") and "." in name else set()
         assert frameworks & {"torch", "mlx"} <= allowed, name

@@ -33,6 +33,9 @@ from data.scores import exact_match
 from data.sft_data import read_sft_data
 from data.trajectory import Role
 from environments.distilled import EXAMPLES_FILE, read_examples
+from speed import libraries
+from speed.against import tree_settings
+from speed.settings import BenchSettings
 from tasks import open_task
 
 TINY = (
@@ -700,17 +703,43 @@ def test_too_long_trajectories_are_reported(
 
 
 def test_bench(
-    whole_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    copied_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Both sides run, and greedy decoding gives the same text on both; speed is no matter here."""
+    monkeypatch.chdir(copied_run.cwd)
+    monkeypatch.setattr(libraries, "SFT_STEPS", 1)
+    monkeypatch.setattr(libraries, "SAMPLED_TOKENS", 8)
+    arguments = ["--run=tiny", "--questions=2", "--rollouts=1", "--repeats=1"]
+    monkeypatch.setattr(sys, "argv", ["x", *arguments, "--only=answer,sampling,agents,sft"])
+    bench.compare(read_settings(BenchSettings, "doc"))
+    printed = capsys.readouterr().out
+    assert "1 of 1 texts are the same" in printed
+    (row,) = read_rows(copied_run.root / "bench.jsonl")
+    names = ["answer", "sampling", "agents", "sft"]
+    assert [comparison["name"] for comparison in row["comparisons"]] == names
+    assert (copied_run.root / "figures" / "bench.png").is_file()
+    monkeypatch.setattr(sys, "argv", ["x", *arguments, "--only=sampling,speed"])
+    with pytest.raises(UserError, match="--only: 'speed' is not one of answer"):
+        bench.compare(read_settings(BenchSettings, "doc"))
+
+
+def test_bench_against_a_commit_has_the_runs_settings(
+    whole_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both trees get what the run remembers, and what the command says.
+
+    Guards: a copy of the settings that forgets what was given.
+    """
     monkeypatch.chdir(whole_run.cwd)
-    monkeypatch.setattr(bench, "ROUNDS", 1)
-    monkeypatch.setattr(sys, "argv", ["x", "--run=tiny", "--questions=2", "--rollouts=1"])
-    bench.run(read_settings(bench.BenchSettings, "doc"))
-    printed = capsys.readouterr().out.splitlines()
-    lines = {line[:14].strip(): line for line in printed}
-    assert {"one answer", "agents", "training"} <= set(lines)
-    assert "1 of 1 texts are the same" in lines["one answer"]
+    monkeypatch.setattr(bench, "ceiling_of", lambda ours: 1.0)
+    stages = []
+    monkeypatch.setattr(bench, "compare_with_commit", lambda ours, report: stages.append(ours))
+    monkeypatch.setattr(sys, "argv", ["x", "--run=tiny", "--questions=2", "--against=HEAD"])
+    bench.compare(read_settings(BenchSettings, "doc"))
+    assert stages[0].folder.name == "sft3"
+    given = tree_settings(stages[0].settings)
+    assert (given["questions"], given["max_len"]) == (2, 200)
+    assert not {"against", "run"} & set(given)
 
 
 def test_defaults_are_the_paper_counts() -> None:
@@ -755,6 +784,7 @@ def test_the_scripts_on_mlx(tmp_path: Path) -> None:
         "--backend=mlx",
         "--questions=2",
         "--rollouts=1",
+        "--repeats=1",
         timeout=600,
     )
     assert done.status == 0, done.err

@@ -13,7 +13,6 @@ import torch
 from conftest import ROOT, run_here, run_in_shell
 
 from autocoa import AskSettings
-from bench import BenchSettings
 from common import run_record, runs, settings
 from common.errors import UserError
 from common.setting_values import Bounds
@@ -22,6 +21,7 @@ from environments.fidelity_report import FidelitySettings
 from eval import EvalSettings
 from plot import PlotSettings
 from services.teacher import TeacherSettings
+from speed.settings import BenchSettings
 from train_rl import RLSettings
 from train_sft import SFTSettings
 from world_model import DistillSettings

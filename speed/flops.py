@@ -1,0 +1,101 @@
+"""How many products a text takes, and how many the machine can do.
+
+What is counted is what a side has to compute: each token once, with what it looks back at. Padding
+does not count, so it lowers the GFLOP/s that a side achieves. Nor do what is cheap beside products:
+norms, rotations, the softmax, the optimizer.
+"""
+
+import time
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from backends.config import ModelConfig
+from data.batches import Trie
+
+# A training step reads each token once, and computes two products for each of the first pass to
+# get the gradients of inputs and of weights.
+TRAINING_PASSES = 3
+TRIES = 4  # of which the fastest is the ceiling
+CPU_SIZE = 2048  # rows and columns of the matrices of the ceiling
+GPU_SIZE = 8192
+
+
+def forward_flops(config: ModelConfig, tokens: float, keys: float, predicted: float) -> float:
+    """Return the floating-point operations of one pass.
+
+    tokens: that are read.
+    keys: that they look back at, themselves included, in all.
+    predicted: of them, those behind which a distribution is computed.
+    """
+    heads = config.num_attention_heads
+    width = config.head_dim
+    attention_weights = config.hidden_size * width * 2 * (heads + config.num_key_value_heads)
+    mlp_weights = 3 * config.hidden_size * config.intermediate_size
+    layers = config.num_hidden_layers
+    # A product with a matrix is a multiplication and an addition for each weight.
+    in_matrices = 2 * tokens * layers * (attention_weights + mlp_weights)
+    # Scores, then the sum of values.
+    in_attention = 4 * keys * layers * heads * width
+    in_head = 2 * predicted * config.hidden_size * config.vocab_size
+    return in_matrices + in_attention + in_head
+
+
+def text_flops(config: ModelConfig, lengths: Sequence[int], predicted: float) -> float:
+    """Return the operations of reading whole texts, one by one. lengths: tokens of each."""
+    tokens = np.array(lengths, float)
+    keys = tokens * (tokens + 1) / 2
+    return forward_flops(config, tokens.sum(), keys.sum(), predicted)
+
+
+def trie_flops(config: ModelConfig, tries: Sequence[Trie], predicted: float) -> float:
+    """Return the operations of reading texts as tries: what they begin with together once."""
+    nodes = sum(len(trie.ids) for trie in tries)
+    keys = sum(float((trie.depth + 1).sum()) for trie in tries)
+    return forward_flops(config, nodes, keys, predicted)
+
+
+def measure_ceiling(backend: ModuleType, dtype: str, device: str) -> float:
+    """Return the GFLOP/s of a large product of two matrices: the most that a network can reach."""
+    if backend.NAME == "mlx":
+        multiply = _mlx_product(dtype)
+    else:
+        multiply = _torch_product(dtype, device)
+    rates = []
+    for _ in range(TRIES):
+        start = time.perf_counter()
+        size = multiply()
+        rates.append(2 * size**3 / (time.perf_counter() - start) / 1e9)
+    return max(rates)
+
+
+def _torch_product(dtype: str, device: str) -> Any:
+    # A machine may have one of the two frameworks alone.
+    import torch
+
+    size = GPU_SIZE if device.startswith("cuda") else CPU_SIZE
+    matrix = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
+
+    def multiply() -> int:
+        # Reading a number waits for a GPU.
+        (matrix @ matrix)[0, 0].item()
+        return size
+
+    return multiply
+
+
+def _mlx_product(dtype: str) -> Any:
+    from mlx import core as mx
+
+    size = CPU_SIZE
+    if mx.default_device() == mx.Device(mx.DeviceType.gpu):
+        size = GPU_SIZE
+    matrix = mx.ones((size, size), getattr(mx, dtype))
+
+    def multiply() -> int:
+        mx.eval(matrix @ matrix)
+        return size
+
+    return multiply

@@ -1,0 +1,146 @@
+"""bench.py's own part: ratios of pairs, counted operations, other trees, shared tokens."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from data.batches import build_trie
+from data.trajectory import Role, Trajectory
+from model import LM
+from speed import growth
+from speed.against import time_stage
+from speed.flops import forward_flops, text_flops, trie_flops
+from speed.growth import Curve, measure_growth
+from speed.ours import Ours
+from speed.pairs import Comparison, Timing, line_of, take_turns, to_json
+from speed.settings import BenchSettings
+from speed.sharing import shared_tokens
+from speed.trees import Tree, check_out
+
+
+def text(ids: list[int], written: int) -> Trajectory:
+    """Return a rollout whose last tokens the policy wrote, each with probability 1 / e."""
+    mask = [0] * (len(ids) - written) + [1] * written
+    logprobs = [-1.0 * value for value in mask]
+    return Trajectory(ids, mask, [int(Role.THINK)] * len(ids), logprobs)
+
+
+def test_ratios_are_of_pairs_that_take_turns() -> None:
+    """The machine is three times as slow for a whole pair: its ratio is that of the others.
+
+    Guards: medians of each side divided by each other, and a first turn that counts.
+    """
+    seconds = {"ours": [9.0, 1.0, 3.0, 1.0], "theirs": [90.0, 2.0, 6.0, 4.0]}
+    turns = []
+
+    def side(name: str) -> Timing:
+        turns.append(name)
+        return Timing(seconds[name].pop(0), units=10, flops=2e9)
+
+    comparison = take_turns("sft", "token", "x", lambda: side("ours"), lambda: side("theirs"), 3)
+    assert turns == ["ours", "theirs"] * 4
+    assert vars(comparison.ratio) == {"median": 2.0, "lowest": 2.0, "highest": 4.0}
+    row = to_json(comparison, ceiling=4.0)
+    assert row["ours"]["seconds_per_unit"] == {"median": 0.1, "lowest": 0.1, "highest": 0.3}
+    assert (row["ours"]["gflops"], row["ours"]["share_of_ceiling"]) == (2.0, 0.5)
+    assert "2.00 (2.00-4.00)" in line_of(comparison, 4.0)
+
+
+def test_a_ratio_is_by_the_unit() -> None:
+    """The other side takes as long for half as many tokens."""
+    pairs = [(Timing(1.0, 200, 0.0), Timing(1.0, 100, 0.0))]
+    assert Comparison("sampling", "token", "x", pairs).ratio.median == 2.0
+
+
+def test_operations_are_two_a_weight_and_token(lm: LM) -> None:
+    """By the network's own matrices. Torch's FlopCounterMode says the same, and takes seconds."""
+    tokens = 12
+    matrices = [weight.numel() for weight in lm.network.parameters() if weight.ndim == 2]
+    # Scores of a query and a key, and the sum of values, in 2 layers of 2 heads.
+    attention = 2 * 2 * (2 * 2 * 32) * tokens**2
+    expected = 2 * tokens * sum(matrices) + attention
+    assert forward_flops(lm.network.config, tokens, keys=tokens**2, predicted=tokens) == expected
+
+
+def test_a_trie_counts_what_is_shared_once(lm: LM) -> None:
+    """Equal texts cost what one does, different ones what both do."""
+    config = lm.network.config
+    same = build_trie([text([1, 2, 3], 1), text([1, 2, 3], 1)])
+    assert trie_flops(config, [same], 1) == text_flops(config, [3], 1)
+    different = build_trie([text([1, 2, 3], 1), text([4, 2, 3], 1)])
+    assert trie_flops(config, [different], 2) == text_flops(config, [3, 3], 2)
+
+
+def test_shared_tokens_of_groups() -> None:
+    """Of 16 tokens 4 are another rollout's too in the first pair, 3 in the second."""
+    rollouts = [text([1, 2, 3, 4], 2), text([1, 2, 3, 4], 2)]
+    rollouts += [text([1, 2, 5, 6], 2), text([1, 2, 5, 7], 2)]
+    shared = shared_tokens(rollouts, 2, temperature=1.0)
+    assert shared.shared == 7 / 16
+    assert shared.shared_written == 3 / 8
+    assert (shared.equal_groups, shared.entropy) == (0.5, 1.0)
+    assert shared_tokens(rollouts, 4, temperature=1.0).shared == 1 - 7 / 16
+
+
+SCRIPT = """
+import json, pathlib, sys
+if "--help" in sys.argv:
+    print("  --run  --stage --start, --out  --rl2_steps   steps  --temperature")
+else:
+    given = dict(argument.split("=") for argument in sys.argv[1:])
+    folder = pathlib.Path("out", given["--run"], given["--out"])
+    folder.mkdir(parents=True)
+    rows = [
+        {"seconds": seconds, "tokens": 100, "length": 10.0, "policy_tokens": 5.0,
+         "skipped_groups": 1, "given": given}
+        for seconds in (50.0, 52.0, 54.0)
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+"""
+
+
+def test_a_tree_is_timed_by_its_scripts_and_logs(lm: LM, tmp_path: Path) -> None:
+    """It gets the settings that it knows, and its first step does not count.
+
+    Guards: a setting that a commit does not have yet, and memory that is got in the first step.
+    """
+    (tmp_path / "train_rl.py").write_text(SCRIPT)
+    tree = Tree(tmp_path, tmp_path, {"temperature": 0.5, "rl1_environment": "internal"})
+    for _ in range(2):  # the second one takes the place of the first
+        rows = tree.train("train_rl.py", "bench", "--stage=rl2", "--rl2_steps=3", "--rl1_pool=rl1")
+    known = {"--run": "bench", "--stage": "rl2", "--rl2_steps": "3", "--out": "timed"}
+    assert rows[0].values["given"] == known | {"--temperature": "0.5"}
+    ours = Ours(lm, tmp_path, BenchSettings(questions=2))
+    timing = time_stage("rl2", ours, rows)
+    assert (timing.seconds, timing.units) == (4.0, 2)
+    # Ten rollouts of ten tokens a step; of two groups one is learned, at three passes.
+    once = 10 * text_flops(ours.config, [10], 5)
+    assert math.isclose(timing.flops, 2 * once * (1 + 3 / 2))
+
+
+def test_an_unknown_commit_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--against: git.*no-such-commit"):
+        check_out("no-such-commit", tmp_path)
+
+
+def test_cost_by_rows_context_and_calls(
+    lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each curve has a point for each size. Rollouts of a question are timed in the long form."""
+    sizes = {"ROWS": (1, 2), "CONTEXTS": (4, 8), "ACTIONS": (0, 1), "GROUP_SIZES": ()}
+    counts = {"TRAINED_TOKENS": 8, "DECODED_TOKENS": 2, "THOUGHT_TOKENS": 2, "AGENT_ROWS": 2}
+    for name, value in (sizes | counts).items():
+        monkeypatch.setattr(growth, name, value)
+    curves: list[Curve] = []
+    task: Any = None
+    measure_growth(Ours(lm, tmp_path, BenchSettings(repeats=1)), task, curves.append)
+    measured = {curve.name: [point.size for point in curve.points] for curve in curves}
+    assert measured["rows"] == [1, 2]
+    assert measured["context: decoding"] == measured["context: training"] == [4, 8]
+    assert measured["actions"] == [0, 1]
+    seconds = [point.seconds.median for curve in curves for point in curve.points]
+    assert np.all(np.array(seconds) > 0)
