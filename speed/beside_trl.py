@@ -149,8 +149,7 @@ def grpo_steps(
 def rows_at_once(rows: int, length: int, limit: int) -> int:
     """Return the largest part of some rows that holds no more than so many tokens.
 
-    >>> rows_at_once(240, 100, 1600)
-    16
+    Of 240 rows of 100 tokens, 16 are at once with a limit of 1,600.
     """
     fitting = [part for part in range(1, rows + 1) if rows % part == 0 and part * length <= limit]
     return max(fitting, default=1)

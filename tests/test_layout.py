@@ -66,7 +66,8 @@ def test_no_script_waits_for_slow_libraries() -> None:
     """Guards: --help and a mistyped setting that wait seconds for transformers."""
     slow = {"huggingface_hub", "mlx", "torch", "transformers"}
     for name, tree in TREES.items():
-        if name.startswith(("backends.torch", "backends.mlx")):
+        # What names a framework is imported where it is chosen.
+        if name.startswith(("backends.torch", "backends.mlx", "speed.beside_")):
             continue
         at_the_top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         imported = imported_names(ast.Module(at_the_top, []))

@@ -26,6 +26,7 @@ import model
 import train_rl
 import train_sft
 from common.errors import UserError
+from common.files import CHECKSUMS_FILE
 from common.settings import ModelSettings, RolloutSettings, read_settings
 from data.batches import language_batches, pack_texts
 from data.trajectory import Codec, Observation
@@ -261,6 +262,7 @@ def test_a_file_that_is_no_adapter(codec: Codec, tmp_path: Path, backend: str) -
     adapted_lm(codec, tmp_path / "base", backend).save(tmp_path / "sft1")
     content = {"base_model_name_or_path": str(tmp_path / "base"), "r": 4}
     (tmp_path / "sft1" / "adapter_config.json").write_text(json.dumps(content))
+    (tmp_path / "sft1" / CHECKSUMS_FILE).unlink()
     with pytest.raises(UserError, match="sft1 is not a LoRA adapter"):
         load(tmp_path / "sft1", backend)
 
@@ -284,6 +286,7 @@ def test_an_adapter_of_another_kind(
     adapted_lm(codec, tmp_path / "base").save(tmp_path / "sft1")
     path = tmp_path / "sft1" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    (tmp_path / "sft1" / CHECKSUMS_FILE).unlink()
     message = f"sft1 is an adapter with {option}, which is not read"
     with pytest.raises(UserError, match=message):
         load(tmp_path / "sft1")

@@ -225,7 +225,7 @@ def test_a_checkpoint_is_asked_as_the_authors_ask(user: Any) -> None:
     done = run_here(user.cwd, "eval.py", preset, *settings, *tiny)
     (row,) = last_line(done).items()
     assert row[0] == "agent"
-    assert set(row[1]["em"]) >= {"hotpotqa_dev", "nq_dev"}
+    assert set(row[1]) >= {"hotpotqa_dev", "nq_dev"}
     done = run_here(user.cwd, "eval.py", preset, *settings, *tiny, "--model=out/real/rl2")
     assert done.status == 2
     assert "--authors_prompt: the tags are tokens of this checkpoint" in done.err
