@@ -6,6 +6,7 @@ place that chooses between them. A saved model is a Hugging Face folder, an adap
 
 import importlib.util
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -261,6 +262,9 @@ def choose_backend(name: str = "auto") -> ModuleType:
             f"--backend={name}: {name} is not installed; pip install {package}, "
             f"or take --backend={other}"
         )
+    # CUDA's memory that is freed joins again, so that texts of ever other lengths leave no holes in
+    # it. It is read when torch is imported.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         if name == "mlx":
             import backends.mlx as backend

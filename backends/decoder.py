@@ -41,6 +41,7 @@ import numpy as np
 from common.batching import group_by_tokens
 
 # Tokens that are read in one pass at most: the values of more of them fall out of a CPU's cache.
+# A backend may have another number for a GPU, which is not busy with so few.
 TOKENS_AT_ONCE = 2048
 
 # The cache grows by this many positions at a time, so that it is not copied at every token.
@@ -53,6 +54,7 @@ class Decoder(ABC):
     slot: (rows,), where in the cache the tokens of each row are.
     slots: how many slots are in use, 0 to slots - 1.
     logits: (slots or more, vocab), float32, of the token that comes next in each slot.
+    tokens_at_once: tokens that are read in one pass at most, which `_open` may raise.
     length: (rows,), tokens of each row that are in the cache.
     pending: a list of ids for each row, which are the row's last ones and not yet in the cache.
         A sampled token is read together with what comes after it, in one pass.
@@ -61,6 +63,7 @@ class Decoder(ABC):
     slot: np.ndarray
     slots: int
     logits: Any
+    tokens_at_once: int
     length: np.ndarray
     pending: list[list[int]]
 
@@ -73,6 +76,7 @@ class Decoder(ABC):
         self.slots = len(slot_of_text)
         self.length = np.zeros(rows, dtype=np.int64)
         self.pending = [[] for _ in range(rows)]
+        self.tokens_at_once = TOKENS_AT_ONCE
         self._open(network, self.slots)
         self.feed([list(ids) for ids in prompts])
 
@@ -91,14 +95,14 @@ class Decoder(ABC):
         """Append ids to each row, one list for each row; a list may be empty.
 
         Rows of one text that read the same stay one text, and are read once. Slots of like length
-        are read together, TOKENS_AT_ONCE tokens in a pass at most.
+        are read together, tokens_at_once tokens in a pass at most.
         """
         unread = [old + new for old, new in zip(self.pending, sequences, strict=True)]
         self.pending = [[] for _ in unread]
         counts = np.array([len(ids) for ids in unread])
         readers = self._part([tuple(ids) for ids in unread])
         readers = readers[counts[readers] > 0]
-        for group in group_by_tokens(counts[readers].tolist(), TOKENS_AT_ONCE):
+        for group in group_by_tokens(counts[readers].tolist(), self.tokens_at_once):
             rows = readers[group]
             # Padding on the right: it is written beyond the end of its text, and never seen.
             ids = np.zeros((len(rows), counts[rows].max()), dtype=np.int64)

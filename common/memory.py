@@ -169,7 +169,9 @@ def report(lm: LM, settings: Any, kind: Kind, loss: Callable[..., Any] | None) -
         trained = f", {millions:,.2f} M trained (rank {settings.lora_rank})"
     elif workload.trains:
         trained = ", all trained"
-    print(f"{counts.network / 1e6:,.2f} M parameters{trained}")
+    place = f"{lm.backend.NAME} on {lm.backend.describe_device(lm.network)}"
+    number_type = str(lm.network.dtype).split(".")[-1]
+    print(f"{counts.network / 1e6:,.2f} M parameters{trained}; {number_type}, {place}")
 
     memory = _counted_memory(lm, settings, workload)
     parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in memory.items())

@@ -34,6 +34,11 @@ def pick_device(name: str) -> str:
     return name
 
 
+def describe_device(network: Transformer) -> str:
+    """Return on what a network computes, as a run says it before it begins."""
+    return "gpu" if mx.default_device() == mx.gpu else "cpu"
+
+
 def fast_dtype(device: str) -> str:
     """Return the number type that a device multiplies large matrices fastest in.
 

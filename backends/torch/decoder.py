@@ -16,6 +16,9 @@ from backends.decoder import ids_in_block, round_up_to_block
 from backends.torch.network import Transformer
 from backends.torch.weights import compute_copy
 
+# Tokens that CUDA reads in one pass at most; an estimate, not measured yet.
+TOKENS_AT_ONCE_ON_CUDA = 16_384
+
 
 class Place(NamedTuple):
     """Where the tokens of one pass go in the cache, and what they see there."""
@@ -77,6 +80,8 @@ class Decoder(SlotDecoder):
 
     def _open(self, network: Transformer, slots: int) -> None:
         self.network = compute_copy(network)
+        if network.device.type == "cuda":
+            self.tokens_at_once = TOKENS_AT_ONCE_ON_CUDA
         layers = range(network.config.num_hidden_layers)
         self.caches = [KVCache(network, slots) for _ in layers]
         self.logits = torch.zeros(slots, network.config.vocab_size, device=network.device)

@@ -119,12 +119,21 @@ class Optimizer:
         # Moments begin at zero, which is made up for.
         first_correction = 1 - beta1**self.step_count
         second_correction = 1 - beta2**self.step_count
-        for name, second in self.second_moments.items():
-            gradient = gradients[name]
-            first = self.first_moments[name].lerp_(gradient, 1 - beta1)
-            second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            spread = (second / second_correction).sqrt_().add_(eps)
-            parameters[name].addcdiv_(first, spread, value=-lr / first_correction)
+        names = list(self.second_moments)
+        if not names:
+            return
+        weights = [parameters[name] for name in names]
+        slopes = [gradients[name] for name in names]
+        first = [self.first_moments[name] for name in names]
+        second = list(self.second_moments.values())
+        # A call for all parameters at once, where a GPU would wait for hundreds of small ones.
+        torch._foreach_lerp_(first, slopes, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, slopes, slopes, value=1 - beta2)
+        spread = torch._foreach_div(second, second_correction)
+        torch._foreach_sqrt_(spread)
+        torch._foreach_add_(spread, eps)
+        torch._foreach_addcdiv_(weights, first, spread, value=-lr / first_correction)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

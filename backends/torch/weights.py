@@ -22,14 +22,39 @@ def pick_device(name: str) -> str:
     Raises UserError for a device that is not there.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device: {name!r} is not one of auto, cpu, cuda, mps")
-    lacks_cuda = name == "cuda" and not torch.cuda.is_available()
-    lacks_mps = name == "mps" and not torch.backends.mps.is_available()
-    if lacks_cuda or lacks_mps:
-        raise UserError(f"--device={name}: there is none here; use --device=cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device=cuda: {_why_no_cuda()}; use --device=cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device=mps: there is none here; use --device=cpu")
+    if name == "cuda":
+        _set_up_cuda()
     return name
+
+
+def _set_up_cuda() -> None:
+    """Choose how CUDA computes what it can in several ways."""
+    # float32 is multiplied in TF32, with three digits.
+    torch.set_float32_matmul_precision("high")
+    # cuDNN's attention plans anew for each length, and a decoder has another at every token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return f"torch was built for CUDA {torch.version.cuda} and finds no device"
+
+
+def describe_device(network: Transformer) -> str:
+    """Return on what a network computes, as a run says it before it begins."""
+    if network.device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(network.device)})"
+    if network.device.type == "cpu" and torch.version.cuda and not torch.cuda.is_available():
+        return f"cpu ({_why_no_cuda()})"
+    return network.device.type
 
 
 def fast_dtype(device: str) -> str:

@@ -120,6 +120,8 @@ def twin_trees() -> Iterator[Any]:
 
 # What only one of the twins needs.
 OWN = {
+    "_set_up_cuda",
+    "_why_no_cuda",
     "Transformer.device",
     "Transformer._rope",
     "Linear.__init__",

@@ -17,6 +17,7 @@ import model
 from autocoa import nll_loss
 from backends.config import ModelConfig, nano_config
 from common import memory
+from common.errors import UserError
 from common.settings import ModelSettings
 from data.trajectory import Codec
 from model import LM
@@ -138,8 +139,12 @@ def test_cache_of_rollouts(codec: Codec, tmp_path: Path, backend: str, dtype: st
 def shapes_only(config: Any, backend: str) -> Any:
     """Return what the report reads of a model that is too large to be made here."""
     return SimpleNamespace(
-        network=SimpleNamespace(config=config),
-        backend=SimpleNamespace(NAME=backend, workspace=lambda network: 0),
+        network=SimpleNamespace(config=config, dtype="bfloat16"),
+        backend=SimpleNamespace(
+            NAME=backend,
+            workspace=lambda network: 0,
+            describe_device=lambda network: "cpu",
+        ),
     )
 
 
@@ -165,7 +170,7 @@ def test_a_16_gb_mac(capsys: pytest.CaptureFixture[str], kind: str) -> None:
     assert memory.report(shapes_only(R1, "mlx"), settings, kind, None)
     parameters, held = capsys.readouterr().out.splitlines()
     assert parameters.startswith("1,777.09 M parameters, ")
-    assert parameters.endswith("M trained (rank 16)")
+    assert parameters.endswith("M trained (rank 16); bfloat16, mlx on cpu")
     assert held.endswith("activations are not counted; --dry-run measures the whole")
     # 4 bits, a scale and an offset for 64, and the vocabulary's two matrices in bfloat16.
     blocks = 28 * (1536 * 1536 * 2 + 256 * 1536 * 2 + 3 * 8960 * 1536)
@@ -338,6 +343,30 @@ def test_resident_memory_grows_with_what_is_held() -> None:
     arrays = [np.ones(before // 8 + (1 << 24))]
     assert memory._resident_memory() > before + (1 << 26)
     del arrays
+
+
+def test_a_run_says_where_it_computes(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a GPU that torch does not find, and hours on a CPU that nobody asked for."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    reason = "torch was built for CUDA 13.0 and finds no device"
+    assert lm.backend.pick_device("auto") == "cpu"
+    assert lm.backend.describe_device(lm.network) == f"cpu ({reason})"
+    with pytest.raises(UserError, match=f"--device=cuda: {reason}; use --device=cpu"):
+        lm.backend.pick_device("cuda")
+
+
+def test_cuda_is_set_up(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 is on, and the attention that plans anew for each length is off."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        assert lm.backend.pick_device("auto") == "cuda"
+        assert torch.get_float32_matmul_precision() == "high"
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
