@@ -548,6 +548,7 @@ def test_a_stage_goes_on_from_its_checkpoint(
     assert not list(root.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_mixed_stage_goes_on_with_its_counts(
     copied_run: Any, monkeypatch: pytest.MonkeyPatch, saves_each_step: None
 ) -> None:

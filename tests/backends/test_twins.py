@@ -251,6 +251,7 @@ def write_questions_and_corpus(folder: Path) -> None:
     (folder / "p.jsonl").write_text(json.dumps(passage) + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own, other", [("mlx", "torch"), ("torch", "mlx")])
 def test_without_the_other_installed(tmp_path: Path, codec: Codec, own: str, other: str) -> None:
     """A checkpoint of another program becomes a base model, and a stage is trained on it.
@@ -827,6 +828,7 @@ print(lm.backend.peak_memory())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("muon", [False, True])
 def test_memory_of_a_step(codec: Codec, tmp_path: Path, muon: bool) -> None:
     """A step of MLX by its own count, in a process that holds nothing else.
