@@ -37,6 +37,7 @@ from backends.model_files import (
     read_config,
     read_tokenizer,
 )
+from common import ranks
 from common.errors import UserError
 from common.files import refuse_damage, replace_folder, write_checksums, writing
 from common.settings import ModelSettings
@@ -45,6 +46,9 @@ from data.trajectory import TAGS, Codec
 if TYPE_CHECKING:
     # It takes seconds to import, which --help need not wait for.
     from transformers import PreTrainedTokenizerFast
+
+# What starts several processes that work together (common/ranks.py), by backend.
+LAUNCHERS = {"torch": "torchrun", "mlx": "mlx.launch"}
 
 
 class LM:
@@ -86,10 +90,17 @@ class LM:
     def save(self, folder: Path, optimizer: Any = None, steps_done: int | None = None) -> None:
         """Write a Hugging Face folder, or the folder of an adapter: whole or not at all.
 
+        Of several processes the first writes, and the others do not wait for it.
         optimizer: its state goes with it, for a stage that goes on from here.
         steps_done: steps of the stage; in RL a step may be several of the optimizer, or none.
         Raises DiskError where the disk refuses.
         """
+        if ranks.is_first():
+            self._write(folder, optimizer, steps_done)
+        if not self.network.lora:
+            self.folder = folder
+
+    def _write(self, folder: Path, optimizer: Any, steps_done: int | None) -> None:
         partial = folder.with_name(folder.name + ".partial")
         tokenizer = self.codec.tokenizer
         # How it was read would make the files of a resumed run others.
@@ -111,8 +122,6 @@ class LM:
                 save_file(state, partial / "optimizer.safetensors")
             write_checksums(partial)
             replace_folder(folder, partial)
-        if not self.network.lora:
-            self.folder = folder
 
     def resume(self, folder: Path, optimizer: Any = None) -> int | None:
         """Read the weights, and the optimizer's state, that `save` wrote with either backend.
@@ -246,13 +255,19 @@ def _refuse_other_adapter(current: LoRAConfig, wanted: LoRAConfig) -> None:
 def choose_backend(name: str = "auto") -> ModuleType:
     """Return the backend of this name; this is the one place that chooses a framework.
 
-    auto takes MLX on Apple silicon and torch elsewhere, or the one that is installed.
-    Raises UserError for one that is not.
+    auto takes MLX on Apple silicon and torch elsewhere, or the one that is installed. Where a
+    launcher has started several processes, they meet here.
+    Raises UserError for one that is not installed, and for the launcher of the other.
     """
     if name == "auto":
         name = _default_backend()
     if name not in ("torch", "mlx"):
         raise UserError(f"--backend: {name!r} is not one of auto, torch, mlx")
+    if ranks.launcher() not in ("", LAUNCHERS[name]):
+        raise UserError(
+            f"--backend={name}: {ranks.launcher()} starts processes of the other one; start them "
+            f"with {LAUNCHERS[name]}"
+        )
     package = name
     if name == "mlx" and sys.platform == "linux":
         package = "'mlx[cpu]'"
@@ -275,6 +290,7 @@ def choose_backend(name: str = "auto") -> ModuleType:
             f"--backend={name}: {name} is installed but can't be imported ({error}); "
             f"pip install --force-reinstall {package}"
         ) from None
+    backend.join_ranks()
     return backend
 
 

@@ -50,7 +50,7 @@ from autocoa import (
 )
 from common import memory, runs
 from common.alarms import alarms
-from common.batching import fill_by_tokens
+from common.batching import fill_by_tokens, own_micro_batches
 from common.errors import UserError, resume_command
 from common.runs import StageRun
 from common.settings import (
@@ -513,7 +513,7 @@ def update_batches(
     settings: RLSettings,
 ) -> list[Batch]:
     """Return the micro-batches of one optimizer step of --loss: the rollouts of a question are one
-    trie.
+    trie. Of several processes each gets those of its share.
 
     rows: numbers of the rollouts that this step learns from.
     advantages: (questions, rollouts); 0 in groups that are skipped.
@@ -536,7 +536,7 @@ def update_batches(
     observed = {row: real_observation_mask(batch.trajectories[row]) for row in rows.tolist()}
 
     batches = []
-    for members in fill_by_tokens([len(trie.ids) for trie in tries], settings.micro_tokens):
+    for members in own_micro_batches([len(trie.ids) for trie in tries], settings.micro_tokens):
         packed = pack([tries[member] for member in members])
         # The nodes of each rollout in it, by the rollout's row.
         paths = {

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from autocoa import contrastive_loss, nll_loss
-from common import memory, runs
+from common import memory, ranks, runs
 from common.runs import StageRun
 from common.settings import (
     AboveZero,
@@ -135,7 +135,7 @@ def run(settings: SFTSettings) -> None:
         sft_data = make_data(base, settings, task)
         # The record comes first: a kill between the two has the data made once more.
         runs.record_stage(settings, "data")
-        write_sft_data(plan.data_folder, sft_data)
+        ranks.of_first(lambda: write_sft_data(plan.data_folder, sft_data))
     sft_data = read_sft_data(plan.data_folder, runs.command_line("train_sft.py"))
     chains = sft_data.chains_of_action + sft_data.chains_of_thought
     if not chains and {"sft2", "sft3"} & set(plan.todo):
@@ -314,7 +314,7 @@ def train_steps(
                 "kept; lower --lr and --muon_lr"
             )
         mean_loss = smooth(mean_loss, figures["loss"])
-        tokens = sum(len(batch["ids"]) for batch in batches)
+        tokens = sum(ranks.gather(sum(len(batch["ids"]) for batch in batches)))
         speed = tokens / (time.time() - started)
         stage.log(
             f"loss {mean_loss:.3f}, {speed:,.0f} tok/s",

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from common import ranks
+
 
 def group_by_tokens(lengths: Sequence[int], limit: int, waste: float = 0.15) -> list[list[int]]:
     """Return row numbers, shortest first, in groups that a network can take at once.
@@ -43,3 +45,25 @@ def fill_by_tokens(lengths: Sequence[int], limit: int) -> list[list[int]]:
         groups[-1].append(number)
         tokens_in_group += length
     return groups
+
+
+def own_micro_batches(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Return numbers of the texts whose gradient this process computes, in groups as above.
+
+    lengths: tokens of each text of an optimizer step; all processes give the same.
+    """
+    own = deal_by_tokens(lengths, ranks.count())[ranks.rank()]
+    groups = fill_by_tokens([lengths[number] for number in own], limit)
+    return [[own[place] for place in group] for group in groups]
+
+
+def deal_by_tokens(lengths: Sequence[int], shares: int) -> list[list[int]]:
+    """Return numbers of texts, in order, in shares of about as many tokens each."""
+    tokens = [0] * shares
+    numbers: list[list[int]] = [[] for _ in range(shares)]
+    # The longest first, each to the share that has the least.
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        least = tokens.index(min(tokens))
+        tokens[least] += lengths[number]
+        numbers[least].append(number)
+    return [sorted(share) for share in numbers]

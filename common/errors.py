@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from common import ranks
 from common.signals import Stopped, stopping_on_signals
 from common.terminal import printable, printable_output
 
@@ -45,6 +46,8 @@ def disk_error(error: OSError, path: Path | None = None) -> DiskError:
 
 def resume_command() -> str:
     """Return the command that goes on with what this one has begun."""
+    if ranks.launcher():
+        return f"the same {ranks.launcher()} command and --resume"
     arguments = list(sys.orig_argv)
     if "--resume" not in arguments:
         arguments.append("--resume")
@@ -83,7 +86,7 @@ def run_guarded(run: Callable[[], None], can_resume: bool = False) -> None:
         # Who read the output has gone, such as `head`. Python would flush once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except DiskError as error:
+    except (DiskError, ranks.LostRankError) as error:
         _end(f"error: {error}{way_on}", 2)
     except UserError as error:
         _end(f"error: {error}", 2)
@@ -93,9 +96,14 @@ def run_guarded(run: Callable[[], None], can_resume: bool = False) -> None:
         _end(f"error: {disk_error(error)}{way_on}", 2)
     except KeyboardInterrupt as error:
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
+        if not ranks.is_first():
+            # All are stopped together, and the first says it.
+            sys.exit(128 + number)
         _end(f"stopped; what is finished is kept{way_on}", 128 + number)
 
 
 def _end(line: str, status: int) -> None:
+    if not ranks.is_first():
+        line = f"process {ranks.rank()}: {line}"
     print(printable(line), file=sys.stderr)
     sys.exit(status)

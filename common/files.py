@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
+from common import ranks
 from common.errors import UserError, disk_error
 
 REPLACED_SUFFIX = ".replaced"  # of a folder for a moment, while another takes its place
@@ -221,9 +222,13 @@ def file_lock(path: Path) -> Generator[None]:
 def only_process(folder: Path) -> Generator[None]:
     """Refuse a folder to all other processes that ask for it. A kill ends the lock too.
 
-    The folder is made where it is missing, and leaves if nothing was written into it.
+    The folder is made where it is missing, and leaves if nothing was written into it. Processes
+    that work together have it as one.
     Raises UserError where another process has it.
     """
+    if not ranks.is_first():
+        yield
+        return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
+from common import ranks
 from common.errors import UserError, refuse_other_encoding, run_guarded
 from common.files import only_process
 from common.run_record import (
@@ -336,6 +337,10 @@ def main(
     """
 
     def run_with_settings() -> None:
+        with ranks.only_first_prints():
+            read_and_run()
+
+    def read_and_run() -> None:
         settings = read_settings(settings_class, doc, begins_run)
         if isinstance(settings, TrainingSettings) and not settings.dry_run:
             with only_process(Path("out", settings.run)):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common.batching import fill_by_tokens
+from common.batching import own_micro_batches
 from data.trajectory import Provenance, Role, Trajectory
 
 # What a loss reads, by name: arrays of (nodes,), and numbers such as "norm". The arrays are NumPy's
@@ -155,13 +155,15 @@ def optimizer_steps(
 def language_batches(trajectories: Sequence[Trajectory], micro_tokens: int) -> list[Batch]:
     """Return the micro-batches of one optimizer step of next-token loss (SFT-2 and SFT-3).
 
+    Of several processes each gets those of its share.
+
     "norm" is the sum of the masks of the whole step, so that the losses of micro-batches add up to
     the mean over learned tokens. A first token is predicted from nothing and does not count.
     """
     norm = float(sum(sum(trajectory.mask[1:]) for trajectory in trajectories))
     lengths = [len(trajectory.ids) for trajectory in trajectories]
     batches = []
-    for group in fill_by_tokens(lengths, micro_tokens):
+    for group in own_micro_batches(lengths, micro_tokens):
         batch = pack_texts([trajectories[row] for row in group])
         batch["norm"] = norm
         batches.append(batch)
@@ -171,6 +173,8 @@ def language_batches(trajectories: Sequence[Trajectory], micro_tokens: int) -> l
 def pair_batches(pairs: Sequence[Pair], micro_tokens: int, alpha: float) -> list[Batch]:
     """Return the micro-batches of one optimizer step of SFT-1. A pair is a trie of two texts.
 
+    Of several processes each gets those of its share.
+
     "rows": (2 n, nodes), which means over nodes are the chosen sides' scores, then the rejected
     ones' of the same pairs.
     alpha: the weight of the loss's auxiliary term.
@@ -178,7 +182,7 @@ def pair_batches(pairs: Sequence[Pair], micro_tokens: int, alpha: float) -> list
     norm = float(len(pairs))
     tries = [build_trie(pair) for pair in pairs]
     batches = []
-    for group in fill_by_tokens([len(trie.ids) for trie in tries], micro_tokens):
+    for group in own_micro_batches([len(trie.ids) for trie in tries], micro_tokens):
         batch = pack([tries[index] for index in group])
         rows = np.zeros((2 * len(group), len(batch["ids"])), np.float32)
         for number, index in enumerate(group):

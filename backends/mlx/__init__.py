@@ -25,6 +25,7 @@ from backends.mlx.network import (
     rotate,
 )
 from backends.mlx.optimizer import Optimizer, orthogonalize
+from backends.mlx.ranks import join_ranks
 from backends.mlx.training import LossFunction, entropies, logprobs, score, train_step
 from backends.mlx.weights import (
     build,
@@ -71,6 +72,7 @@ __all__ = [
     "entropies",
     "extend_rows",
     "fast_dtype",
+    "join_ranks",
     "load_weights",
     "logprobs",
     "merge_adapter",

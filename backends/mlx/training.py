@@ -11,7 +11,9 @@ from mlx import nn
 from backends.mlx.adapters import block_linears
 from backends.mlx.network import Part, Transformer
 from backends.mlx.optimizer import Optimizer
+from backends.mlx.ranks import sum_gradients
 from backends.mlx.weights import flat
+from common import ranks
 
 # loss(array module, log-probabilities (nodes,), batch) -> the loss of a micro-batch
 LossFunction = Callable[[Any, Any, Any], Any]
@@ -108,7 +110,8 @@ def train_step(
 ) -> dict[str, float]:
     """Make one optimizer step over micro-batches, whose losses and gradients are summed.
 
-    batches: dicts of NumPy arrays and numbers, as the losses of autocoa.py need them.
+    batches: dicts of NumPy arrays and numbers, as the losses of autocoa.py need them; those of this
+        process, where several have a share of the step.
     temperature: of the tokens in "mask"; those of "observation_count" are at 1.
     max_norm: a gradient that is longer is cut to this length.
 
@@ -132,7 +135,7 @@ def train_step(
     total = 0.0
     gradients: dict[str, mx.array] = {}
     for number, batch in enumerate(batches):
-        _set_dropout_keys(network, optimizer, number)
+        _set_dropout_keys(network, optimizer, number * ranks.count() + ranks.rank())
         loss, tree = loss_and_gradient(_to_arrays(batch))
         gradients = _add_gradients(gradients, flat(tree))
         # Or this micro-batch's own would be kept beside the sum.
@@ -140,6 +143,8 @@ def train_step(
         mx.eval(loss, gradients)
         total += float(loss)
     network.eval()
+    total = sum(ranks.gather(total))
+    gradients = sum_gradients(network, gradients)
     squares = [gradient.square().sum() for gradient in gradients.values()]
     norm = float(mx.sqrt(sum(squares, mx.array(0.0))))
     idle = int((mx.stack(squares) == 0).sum())

@@ -25,6 +25,7 @@ from backends.torch.network import (
     rotate,
 )
 from backends.torch.optimizer import Optimizer, orthogonalize
+from backends.torch.ranks import join_ranks
 from backends.torch.training import LossFunction, entropies, logprobs, score, train_step
 from backends.torch.weights import (
     build,
@@ -71,6 +72,7 @@ __all__ = [
     "entropies",
     "extend_rows",
     "fast_dtype",
+    "join_ranks",
     "load_weights",
     "logprobs",
     "merge_adapter",

@@ -12,6 +12,8 @@ from torch.nn import functional
 from backends.torch.adapters import trained_parameters
 from backends.torch.network import Part, Transformer
 from backends.torch.optimizer import Optimizer
+from backends.torch.ranks import sum_gradients
+from common import ranks
 
 # loss(array module, log-probabilities (nodes,), batch) -> the loss of a micro-batch
 LossFunction = Callable[[Any, Any, Any], Any]
@@ -97,7 +99,8 @@ def train_step(
 ) -> dict[str, float]:
     """Make one optimizer step over micro-batches, whose losses and gradients are summed.
 
-    batches: dicts of NumPy arrays and numbers, as the losses of autocoa.py need them.
+    batches: dicts of NumPy arrays and numbers, as the losses of autocoa.py need them; those of this
+        process, where several have a share of the step.
     temperature: of the tokens in "mask"; those of "observation_count" are at 1.
     max_norm: a gradient that is longer is cut to this length.
 
@@ -107,7 +110,8 @@ def train_step(
     network.zero_grad(set_to_none=True)
     network.train()
     if network.lora and network.lora.dropout:
-        torch.manual_seed(optimizer.seed * 10**6 + optimizer.step_count)
+        step = optimizer.seed * 10**6 + optimizer.step_count
+        torch.manual_seed(step * ranks.count() + ranks.rank())
     total = 0.0
     for batch in batches:
         tensors = _to_device(batch, network.device)
@@ -123,6 +127,8 @@ def train_step(
         loss.backward()
         total += loss.item()
     network.eval()
+    total = sum(ranks.gather(total))
+    sum_gradients(network)
     norm = nn.utils.clip_grad_norm_(network.parameters(), max_norm).item()
     parameters = trained_parameters(network)
     gradients: dict[str, Any] = {name: weight.grad for name, weight in parameters.items()}

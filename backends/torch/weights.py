@@ -1,5 +1,6 @@
 """Weights in and out: build a network, fill it, save it and copy it."""
 
+import os
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from backends.checkpoint import fitting_weights, read_shards
 from backends.config import ModelConfig
 from backends.torch.network import MLP, Attention, Linear, Transformer
+from common import ranks
 from common.errors import UserError
 
 
 def pick_device(name: str) -> str:
     """Return the device that --device names; "auto" is CUDA where there is one, else the CPU.
 
+    Of several processes on one machine each takes a GPU of its own.
     Raises UserError for a device that is not there.
     """
     if name == "auto":
@@ -31,6 +34,8 @@ def pick_device(name: str) -> str:
         raise UserError("--device=mps: there is none here; use --device=cpu")
     if name == "cuda":
         _set_up_cuda()
+    if name == "cuda" and ranks.count() > 1:
+        _take_own_gpu(int(os.environ["LOCAL_RANK"]))
     return name
 
 
@@ -40,6 +45,16 @@ def _set_up_cuda() -> None:
     torch.set_float32_matmul_precision("high")
     # cuDNN's attention plans anew for each length, and a decoder has another at every token.
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _take_own_gpu(number: int) -> None:
+    """Let "cuda" mean this GPU in this process. Raises UserError where there are fewer."""
+    gpus = torch.cuda.device_count()
+    if number >= gpus:
+        raise UserError(
+            f"torchrun: there are more processes than GPUs here; take --nproc-per-node={gpus}"
+        )
+    torch.cuda.set_device(number)
 
 
 def _why_no_cuda() -> str:
