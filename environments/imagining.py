@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from common import ranks
 from common.batching import fill_by_tokens
 from common.progress import tqdm
 from common.settings import RolloutSettings
@@ -26,19 +27,23 @@ def imagine(
 ) -> list[list[int]]:
     """Return the ids that a model writes after each prompt, greedily.
 
-    A prompt ends with an opened observation; the tag that closes it is the last id.
+    A prompt ends with an opened observation; the tag that closes it is the last id. Several
+    processes share the prompts.
     """
-    written: list[list[int]] = [[] for _ in prompts]
-    # Prompts of like length are read together.
-    shortest_first = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for start in range(0, len(prompts), settings.batch_rows):
-        rows = shortest_first[start : start + settings.batch_rows]
-        batch = _imagine_batch(lm, [list(prompts[row]) for row in rows], settings)
-        for row, ids in zip(rows, batch, strict=True):
-            written[row] = ids
-        if bar is not None:
-            bar.update(len(rows))
-    return written
+
+    def write(share: list[int], search: None) -> list[list[int]]:
+        written: dict[int, list[int]] = {}
+        # Prompts of like length are read together.
+        shortest_first = sorted(share, key=lambda row: len(prompts[row]))
+        for start in range(0, len(share), settings.batch_rows):
+            rows = shortest_first[start : start + settings.batch_rows]
+            batch = _imagine_batch(lm, [list(prompts[row]) for row in rows], settings)
+            written.update(zip(rows, batch, strict=True))
+            if bar is not None:
+                bar.update(len(rows))
+        return [written[row] for row in share]
+
+    return ranks.split(prompts, write)
 
 
 def _imagine_batch(lm: LM, prompts: list[list[int]], settings: RolloutSettings) -> list[list[int]]:
@@ -78,18 +83,25 @@ def sum_over_continuations(
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[list[int]],
 ) -> list[float]:
-    """Return for each continuation of a prompt the sum of a score over its tokens."""
-    trajectories = []
-    for prompt, ids in zip(prompts, continuations, strict=True):
-        trajectory = Trajectory()
-        trajectory.add(list(prompt), Role.PROMPT, 0)
-        trajectory.add(ids, Role.OBSERVATION, 1)
-        trajectories.append(trajectory)
-    sums = [0.0] * len(trajectories)
-    lengths = [len(trajectory.ids) for trajectory in trajectories]
-    for group in fill_by_tokens(lengths, SCORED_TOKENS):
-        batch = pack_texts([trajectories[row] for row in group])
-        values = score(lm.network, batch)
-        for row, (start, end) in zip(group, batch["parts"], strict=True):
-            sums[row] = float(values[start:end].sum())
-    return sums
+    """Return for each continuation of a prompt the sum of a score over its tokens.
+
+    Several processes share them.
+    """
+
+    def sum_up(share: list[int], search: None) -> list[float]:
+        trajectories = []
+        for row in share:
+            trajectory = Trajectory()
+            trajectory.add(list(prompts[row]), Role.PROMPT, 0)
+            trajectory.add(continuations[row], Role.OBSERVATION, 1)
+            trajectories.append(trajectory)
+        sums = [0.0] * len(trajectories)
+        lengths = [len(trajectory.ids) for trajectory in trajectories]
+        for group in fill_by_tokens(lengths, SCORED_TOKENS):
+            batch = pack_texts([trajectories[row] for row in group])
+            values = score(lm.network, batch)
+            for row, (start, end) in zip(group, batch["parts"], strict=True):
+                sums[row] = float(values[start:end].sum())
+        return sums
+
+    return ranks.split(prompts, sum_up)

@@ -8,6 +8,7 @@ from typing import Any
 
 import requests
 
+from common import ranks
 from data.passages import Passage, join_passages, split_passage
 from data.trajectory import Observation, Provenance
 from services.http import PoliteSession
@@ -40,8 +41,12 @@ class Retriever:
     def __call__(self, queries: list[str]) -> list[Observation]:
         """Return an observation for each query; one that failed says so.
 
+        Of several processes the first asks.
         Raises UserError for a server that never answered, or stays down (see services/outage.py).
         """
+        return ranks.of_first(lambda: self._ask(queries))
+
+    def _ask(self, queries: list[str]) -> list[Observation]:
         self.counts["queries"] += len(queries)
         answers = self.outage.ask(queries, self._search_all)
         self.counts["lost"] += answers.count(None)

@@ -22,6 +22,7 @@ from typing import Any
 
 import requests
 
+from common import ranks
 from common.errors import UserError
 from common.progress import tqdm
 from data.passages import Passage, join_passages
@@ -113,10 +114,13 @@ class Wikipedia:
         self.refreshed: dict[str, list[Passage]] = {}  # what this run has asked for
 
     def __call__(self, queries: list[str]) -> list[Observation]:
-        """Return an observation for each query.
+        """Return an observation for each query; of several processes the first asks.
 
         Raises UserError where Wikipedia stays down (see services/outage.py).
         """
+        return ranks.of_first(lambda: self._ask(queries))
+
+    def _ask(self, queries: list[str]) -> list[Observation]:
         keys = [normalize_query(query) for query in queries]
         results = {key: self._kept_passages(key) for key in dict.fromkeys(keys)}
         missing: dict[str, str] = {}

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from autocoa import Imagine, Search, rollout
+from common import ranks
 from common.progress import progress_bar
 from common.settings import RolloutSettings
 from data.questions import Question
@@ -33,20 +34,25 @@ def answer_questions(
 ) -> list[Trajectory]:
     """Roll out every question, those of like length together, and return them in order.
 
+    Several processes share the questions.
     streams: of random numbers, one for each question; none at temperature 0.
     """
     prompts = [lm.codec.prompt(question) for question in questions]
-    trajectories: dict[int, Trajectory] = {}
-    shortest_first = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    with progress_bar(len(prompts), description, "question") as bar:
-        for start in range(0, len(prompts), settings.batch_rows):
-            numbers = shortest_first[start : start + settings.batch_rows]
-            batch = [prompts[number] for number in numbers]
-            own = [streams[number] for number in numbers] if temperature else []
-            done = rollout(lm.decoder, lm.codec, batch, search, settings, temperature, own)
-            trajectories.update(zip(numbers, done, strict=True))
-            bar.update(len(numbers))
-    return [trajectories[number] for number in range(len(prompts))]
+
+    def roll_out(share: list[int], search: Search | Imagine | None) -> list[Trajectory]:
+        trajectories: dict[int, Trajectory] = {}
+        shortest_first = sorted(share, key=lambda number: len(prompts[number]))
+        with progress_bar(len(share), description, "question") as bar:
+            for start in range(0, len(share), settings.batch_rows):
+                numbers = shortest_first[start : start + settings.batch_rows]
+                batch = [prompts[number] for number in numbers]
+                own = [streams[number] for number in numbers] if temperature else []
+                done = rollout(lm.decoder, lm.codec, batch, search, settings, temperature, own)
+                trajectories.update(zip(numbers, done, strict=True))
+                bar.update(len(numbers))
+        return [trajectories[number] for number in share]
+
+    return ranks.split(prompts, roll_out, search)
 
 
 def sample_rows(

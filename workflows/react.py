@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from autocoa import Row, Search, run_rows
+from common import ranks
 from common.progress import progress_bar
 from common.settings import TAG_ROOM, RolloutSettings
 from data.boxes import answer_in_box
@@ -177,7 +178,7 @@ def react(
     description: str | None = None,
     given: Sequence[str] | None = None,
 ) -> list[Answered]:
-    """Answer questions by the ReAct workflow, greedily.
+    """Answer questions by the ReAct workflow, greedily. Several processes share them.
 
     phrases: how the model is spoken to (workflows/style.py).
     max_actions: calls of the tool; as many as an agent has where it is not said.
@@ -186,16 +187,20 @@ def react(
     if max_actions is None:
         max_actions = settings.max_actions
     controller = ReAct(lm.codec, settings, max_actions, phrases)
-    answered = []
-    with progress_bar(len(questions), description, "question") as bar:
-        for start in range(0, len(questions), settings.batch_rows):
-            batch = questions[start : start + settings.batch_rows]
-            rows = [
-                controller.start_row(question, number, given[start + number] if given else None)
-                for number, question in enumerate(batch)
-            ]
-            decoder = lm.decoder([row.trajectory.ids for row in rows])
-            run_rows(controller, decoder, rows, search)
-            answered += [Answered(row.workflow.answer, row.trajectory) for row in rows]
-            bar.update(len(batch))
-    return answered
+
+    def answer(share: list[int], search: Search | None) -> list[Answered]:
+        answered = []
+        with progress_bar(len(share), description, "question") as bar:
+            for start in range(0, len(share), settings.batch_rows):
+                batch = share[start : start + settings.batch_rows]
+                rows = [
+                    controller.start_row(questions[number], row, given[number] if given else None)
+                    for row, number in enumerate(batch)
+                ]
+                decoder = lm.decoder([row.trajectory.ids for row in rows])
+                run_rows(controller, decoder, rows, search)
+                answered += [Answered(row.workflow.answer, row.trajectory) for row in rows]
+                bar.update(len(batch))
+        return answered
+
+    return ranks.split(questions, answer, search)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from common import ranks
 from common.settings import RolloutSettings
 from model import LM
 from tools import Library
@@ -75,14 +76,17 @@ def prefers_no(lm: LM, texts: Sequence[str], settings: RolloutSettings) -> list[
     and reading its silence as content would leave Reflexion nothing to do.
     """
     yes, no = (_last_token(lm, f"Answer: {word}") for word in ("Yes", "No"))
-    preferences: list[bool] = []
-    for start in range(0, len(texts), settings.batch_rows):
-        prompts = [
-            encode_text(lm.codec, text) for text in texts[start : start + settings.batch_rows]
-        ]
-        logits = lm.backend.to_numpy(lm.decoder(prompts).logits)  # (rows, vocab)
-        preferences += (logits[:, no] > logits[:, yes]).tolist()
-    return preferences
+
+    def compare(share: list[int], search: None) -> list[bool]:
+        preferences: list[bool] = []
+        for start in range(0, len(share), settings.batch_rows):
+            numbers = share[start : start + settings.batch_rows]
+            prompts = [encode_text(lm.codec, texts[number]) for number in numbers]
+            logits = lm.backend.to_numpy(lm.decoder(prompts).logits)  # (rows, vocab)
+            preferences += (logits[:, no] > logits[:, yes]).tolist()
+        return preferences
+
+    return ranks.split(texts, compare)
 
 
 def _last_token(lm: LM, text: str) -> int:
