@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import model
-from common import memory
+from common import memory, ranks
 from common.files import REPLACED_SUFFIX, only_process, to_json, write_text
 from common.runs import COST_FILE, find_start, run_folder, settle_dtype
 from common.settings import CommaList, main
@@ -359,7 +359,7 @@ def ask_rows(table: Table, exam: Exam, start: float) -> None:
     settings = exam.settings
     # A judge that can't be reached is refused before the rows take their time.
     chat = None
-    if settings.judge:
+    if settings.judge and ranks.is_first():
         chat = Chat(settings.judge, settings, "judge", batch_rows=settings.batch_rows)
     known_facts = recall_facts(table, exam)
     predictions = open_predictions(table, exam)
@@ -378,6 +378,8 @@ def ask_rows(table: Table, exam: Exam, start: float) -> None:
         answers[row.name] = predictions.of_row(row.name, sets)
         figures[row.name] = summarize(answers[row.name], sets, known_facts)
 
+    if not ranks.is_first():
+        return
     add_gains(figures, answers)
     judge_error = None
     if chat is not None:
@@ -425,12 +427,15 @@ def recall_facts(table: Table, exam: Exam) -> set[str]:
 
 
 def open_predictions(table: Table, exam: Exam) -> Predictions:
-    """Return the predictions of earlier evaluations that still hold."""
+    """Return the predictions of earlier evaluations that still hold, in all processes the same."""
     settings = exam.settings
-    provenance = {row.name: provenance_hash(row.folder, settings) for row in table.rows}
-    return Predictions(
-        table.root, provenance, settings.resume, settings.rows, exam.task.evaluation.keys()
-    )
+    sets = list(exam.task.evaluation)
+
+    def read_files() -> Predictions:
+        provenance = {row.name: provenance_hash(row.folder, settings) for row in table.rows}
+        return Predictions(table.root, provenance, settings.resume, settings.rows, sets)
+
+    return ranks.of_first(read_files)
 
 
 def warn_of_older_stage(row: TableRow) -> None:
@@ -450,7 +455,8 @@ def ask_what_is_missing(
 ) -> None:
     """Have a row answer the questions of some sets that it has not answered yet."""
     lm = None
-    for batch in predictions.batches_to_ask(row.name, sets, exam.settings.batch_rows):
+    at_once = exam.settings.batch_rows * ranks.count()
+    for batch in predictions.batches_to_ask(row.name, sets, at_once):
         if lm is None:
             lm = table.base
             if row.folder != table.base_folder:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import model
+from common import ranks
 from common.errors import UserError
 from common.files import REPLACED_SUFFIX, write_text
 from common.progress import tqdm
@@ -31,7 +32,7 @@ from common.run_record import (
     write_run_record,
 )
 from common.settings import RunSettings, StageSettings, TrainingSettings
-from common.signals import defer_stop, end_deferral, is_stop_asked
+from common.signals import defer_stop, end_deferral, waiting_signal
 from common.stage_files import (
     BestWeights,
     Checkpoint,
@@ -156,7 +157,7 @@ class StagePlan:
         Call it when nothing can refuse the command any more.
         """
         prepare_stage_folders(settings, [self.out] if self.out else self.todo, self.start)
-        if "base" in self.todo:
+        if "base" in self.todo and ranks.is_first():
             self._remove_data()
             if begins_run(settings):
                 begin_run(settings)
@@ -276,6 +277,10 @@ def prepare_stage_folders(settings: TrainingSettings, stages: Sequence[str], sta
     With --resume, logs stay. So do the checkpoints of the first stage, where they are newer than
     the folder that the stage is trained from, `start`.
     """
+    ranks.of_first(lambda: _remove_interrupted(settings, stages, start))
+
+
+def _remove_interrupted(settings: TrainingSettings, stages: Sequence[str], start: str) -> None:
     root = run_folder(settings)
     remove_leftovers(root)
     for index, stage in enumerate(stages):
@@ -342,7 +347,7 @@ def _one_stage_to_do(settings: StageSettings, start: str) -> list[str]:
 
 def _end_done(settings: StageSettings, all_stages: str) -> None:
     """Say that nothing is left to be trained."""
-    if not settings.dry_run:
+    if not settings.dry_run and ranks.is_first():
         remove_leftovers(run_folder(settings))
     name = settings.out or settings.stage or all_stages
     print(f"{name}: in {run_folder(settings)} already")
@@ -367,6 +372,8 @@ def begin_run(settings: RunSettings) -> None:
 
 def record_stage(settings: RunSettings, stage: str) -> None:
     """Record the settings that a stage is trained with, and make it the newest of the run."""
+    if not ranks.is_first():
+        return
     record = read_run_record(settings.run)
     if not record_file(settings.run).is_file():
         record.given = to_remember(settings.given)
@@ -454,9 +461,12 @@ class StageRun:
                 if self.is_stopped:
                     return
                 self.checkpoint.save_if_due(step + 1)
-                if is_stop_asked():
+                signal = waiting_signal()
+                if signal is not None:
                     self.checkpoint.save(step + 1)
-                    end_deferral()
+                    # Who ends before it is saved ends the process that saves it.
+                    ranks.wait()
+                    end_deferral(signal)
                 report_pace(self.bar, step)
                 self.bar.update()
 
@@ -500,11 +510,14 @@ class StageRun:
 
     def keep_text(self, name: str, text: str) -> None:
         """Write a file beside the stage's logs."""
-        write_text(self.log_files.folder / name, text)
+        if ranks.is_first():
+            write_text(self.log_files.folder / name, text)
 
     def finish(self) -> None:
         """Save the finished stage."""
         self.checkpoint.finish()
+        # Others may read it next.
+        ranks.wait()
         end_deferral()
 
 

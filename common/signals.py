@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from traceback import format_exception
 from types import FrameType, TracebackType
 
+from common import ranks
 from common.terminal import printable
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -56,20 +57,28 @@ def stopping_on_signals() -> Generator[None]:
 
 
 def defer_stop() -> None:
-    """Let a signal wait from here on, until stop_if_asked or end_deferral."""
+    """Let a signal wait from here on, until end_deferral."""
     _request.is_deferred = True
 
 
-def is_stop_asked() -> bool:
-    """Return whether a signal waits."""
-    return _request.number is not None
+def waiting_signal() -> int | None:
+    """Return the number of the signal that waits, None where there is none.
+
+    Of several processes it is enough that one has received it: they end behind the same step.
+    """
+    numbers = [number for number in ranks.gather(_request.number) if number is not None]
+    return numbers[0] if numbers else None
 
 
-def end_deferral() -> None:
-    """Raise Stopped if a signal waits; from here on one raises it at once."""
+def end_deferral(number: int | None = None) -> None:
+    """Raise Stopped if a signal waits; from here on one raises it at once.
+
+    number: of one that waits in another process.
+    """
     _request.is_deferred = False
-    if _request.number is not None:
-        raise Stopped(_request.number)
+    number = number or _request.number
+    if number is not None:
+        raise Stopped(number)
 
 
 def _receive(number: int, frame: FrameType | None) -> None:
@@ -78,6 +87,8 @@ def _receive(number: int, frame: FrameType | None) -> None:
     if not _request.is_deferred or _request.number is not None:
         raise Stopped(number)
     _request.number = number
+    if not ranks.is_first():
+        return
     name = signal.Signals(number).name
     line = f"\n{name}: stopping as soon as this step is saved; a second signal stops at once\n"
     # print() may be what the signal has interrupted, and can't be entered twice.

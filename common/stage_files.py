@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from common import ranks
 from common.errors import DiskError
 from common.files import (
     CHECKSUMS_FILE,
@@ -115,20 +116,23 @@ class StageLog:
         ends: of the checkpoint that a stage goes on from; none where it begins.
         """
         self.folder = partial_of(folder)
+        ranks.of_first(lambda: self._cut_off(ends or {}))
+        self.steps = self._read("log.jsonl")
+        self.calls = self._read("calls.jsonl")
+        seconds_before = self.steps[-1]["seconds"] if self.steps else 0.0
+        self.started = time.time() - seconds_before
+
+    def _cut_off(self, ends: Mapping[str, LogEnd]) -> None:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
-                elif ends is None or path.name not in ends:
+                elif path.name not in ends:
                     path.unlink()
-            for name, end in (ends or {}).items():
+            for name, end in ends.items():
                 os.truncate(self.folder / name, end.size)
         append_jsonl(self.folder / "log.jsonl", [])
-        self.steps = self._read("log.jsonl")
-        self.calls = self._read("calls.jsonl")
-        seconds_before = self.steps[-1]["seconds"] if self.steps else 0.0
-        self.started = time.time() - seconds_before
 
     def write(self, **figures: Any) -> None:
         """Append the figures of one step, and the seconds since the stage began.
@@ -145,7 +149,8 @@ class StageLog:
 
     def append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows to one of the files."""
-        append_jsonl(self.folder / name, rows)
+        if ranks.is_first():
+            append_jsonl(self.folder / name, rows)
 
     def _read(self, name: str) -> list[dict[str, Any]]:
         path = self.folder / name
@@ -170,7 +175,7 @@ class Checkpoint:
         self.path = checkpoint_of(folder)
         self.steps_done = 0
         self.log_ends = None
-        newest = self._newest_whole()
+        newest = ranks.of_first(self._newest_whole)
         if newest is not None:
             steps_done = lm.resume(newest, optimizer)
             assert steps_done is not None, "resume counts steps where it is given an optimizer"
@@ -208,11 +213,11 @@ class Checkpoint:
             self.save(steps)
 
     def save(self, steps: int) -> None:
-        """Save the state behind a step, and keep the one before it.
+        """Save the state behind a step, and keep the one before it; the first process does.
 
         Raises DiskError where the disk refuses; then half a checkpoint takes no room.
         """
-        if steps == self.steps_saved:
+        if steps == self.steps_saved or not ranks.is_first():
             return
         started = time.monotonic()
         log_ends = self._log_ends_to_json()
@@ -238,7 +243,8 @@ class Checkpoint:
         if self.merges_adapter and self.lm.network.lora:
             self.lm.backend.merge_adapter(self.lm.network)
         self.lm.save(self.folder)
-        shutil.rmtree(self.path, ignore_errors=True)
+        if ranks.is_first():
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 # ---- the best weights ----------------------------------------------------------------------------
@@ -267,7 +273,10 @@ class BestWeights:
         self.lm = lm
         self.folder = folder
         self.path = checkpoint_of(folder) / "best"
-        self.best = None
+        self.best = ranks.of_first(lambda: self._find_best(steps_done))
+
+    def _find_best(self, steps_done: int) -> Best | None:
+        best = None
         for path in self.path.glob("*"):
             if not path.name.isdecimal() or int(path.name) >= steps_done:
                 shutil.rmtree(path)
@@ -281,18 +290,21 @@ class BestWeights:
                 continue
             # A later one was better than all before it.
             content = parse_json((path / REWARD_FILE).read_text(encoding="utf-8"))
-            self.best = Best(int(path.name), content["reward"])
+            best = Best(int(path.name), content["reward"])
+        return best
 
     def keep_if_best(self, steps: int, reward: float) -> None:
-        """Save the weights as they are now, unless others had as high a reward.
+        """Save the weights as they are now, unless others had as high a reward; the first process.
 
         steps: of the stage that are done. Raises DiskError where the disk refuses.
         """
         if self.best is not None and reward <= self.best.reward:
             return
+        self.best = Best(steps, reward)
+        if not ranks.is_first():
+            return
         text = to_json({"reward": reward})
         _save_with_file(self.lm, self.path / str(steps), REWARD_FILE, text)
-        self.best = Best(steps, reward)
         checkpoints = list_checkpoints(self.folder)
         oldest = int(checkpoints[0].name) if checkpoints else 0
         before_all_checkpoints = [path for path in _saved_in(self.path) if int(path.name) < oldest]
@@ -305,5 +317,8 @@ class BestWeights:
         Raises UserError where they are not as they were saved.
         """
         assert self.best is not None, "weights are measured before a stage ends with the best"
+        # Of several processes the first has to have saved them, and removes them next.
+        ranks.wait()
         self.lm.resume(self.path / str(self.best.steps))
+        ranks.wait()
         return self.best

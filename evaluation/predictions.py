@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
+from common import ranks
 from common.errors import UserError
 from common.files import (
     append_jsonl,
@@ -146,10 +147,9 @@ def recall_known_facts(
         if kept_facts is not None:
             return kept_facts
     known_facts, _ = recall(base, list(questions), settings)
-    write_text(
-        path,
-        json.dumps({"made": provenance, "asked": questions_hash, "known": sorted(known_facts)}),
-    )
+    row = {"made": provenance, "asked": questions_hash, "known": sorted(known_facts)}
+    if ranks.is_first():
+        write_text(path, json.dumps(row))
     return known_facts
 
 
@@ -253,7 +253,10 @@ class Predictions:
         return [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
 
     def add(self, row: str, batch: Sequence[SetQuestion], answers: Iterable[ScoredAnswer]) -> None:
-        """Keep what a row answered to the questions of a batch, here and in the file."""
+        """Keep what a row answered to the questions of a batch, here and in the file.
+
+        Of several processes the first writes it.
+        """
         predictions = []
         for (set_name, question), answer in zip(batch, answers, strict=True):
             prediction: Prediction = {
@@ -265,8 +268,9 @@ class Predictions:
             }
             self._answers[self._key(row, set_name, question)] = prediction
             predictions.append(prediction)
-        append_jsonl(self.partial_path, predictions)
-        sync(self.partial_path)
+        if ranks.is_first():
+            append_jsonl(self.partial_path, predictions)
+            sync(self.partial_path)
 
     def of_row(self, row: str, sets: QuestionSets) -> dict[str, list[Prediction]]:
         """Return the predictions of one row: {set: those of its questions, in order}."""

@@ -160,11 +160,11 @@ def test_a_terminal_that_is_gone(tmp_path: Path) -> None:
     program = """
 import sys, time
 from common.errors import run_guarded
-from common.signals import defer_stop, end_deferral, is_stop_asked
+from common.signals import defer_stop, end_deferral, waiting_signal
 def work():
     defer_stop()
     print("ready", flush=True)
-    while not is_stop_asked():
+    while waiting_signal() is None:
         time.sleep(0.01)
     print("a step", flush=True)
     print("a bar", file=sys.stderr, flush=True)
