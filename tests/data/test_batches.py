@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from autocoa import nll_loss
-from common.batching import fill_by_tokens, group_by_tokens
+from common.batching import deal_by_tokens, fill_by_tokens, group_by_tokens
 from data.batches import (
     language_batches,
     learn_observations,
@@ -55,6 +55,17 @@ def test_fill_by_tokens(limit: int) -> None:
     for size, following in zip(sizes, groups[1:], strict=False):
         assert size + lengths[following[0]] > limit
     assert fill_by_tokens([], limit) == []
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3, 8])
+def test_deal_by_tokens(shares: int) -> None:
+    """Each text once, in order, and no share has more than a text more than another."""
+    lengths = [7, 100, 3, 40, 40, 12, 55]
+    dealt = deal_by_tokens(lengths, shares)
+    assert sorted(number for share in dealt for number in share) == list(range(len(lengths)))
+    assert all(share == sorted(share) for share in dealt)
+    tokens = [sum(lengths[number] for number in share) for share in dealt]
+    assert max(tokens) - min(tokens) <= max(lengths)
 
 
 @pytest.mark.parametrize("limit", [1, 50, 400, 10**6])

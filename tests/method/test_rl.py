@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import read_rows, tiny_lm
+from processes import in_processes
 
 import backends.torch as torch_backend
 import model
@@ -751,15 +752,17 @@ def searching_policy(codec: Codec) -> LM:
     return lm
 
 
-def train_mixed(policy: LM, name: str, budget: int, steps_kept: int = 0) -> list[Any]:
-    """Train four steps of a mixed stage, and return its log.
+def train_mixed(
+    policy: LM, name: str, budget: int, steps_kept: int = 0, steps: int = 4
+) -> list[Any]:
+    """Train some steps of a mixed stage, and return its log.
 
     steps_kept: stop behind these steps and one more, and go on from the checkpoint; 0: in one go.
     """
     settings = RLSettings(questions=2, rollouts=4, max_len=90, resume=True, rl_lr=1e-3)
 
     def train() -> None:
-        mixed = stage(name, steps=4)
+        mixed = stage(name, steps=steps)
         tools = Library({"search": find_nothing})
         world: Any = imagine
         mixed.environment = scheduled_environment(tools, world, 0.4, 4, budget)
@@ -806,6 +809,32 @@ def test_a_budget_holds_over_a_checkpoint(
         assert whole.read_bytes() == resumed.read_bytes(), file
     calls = read_rows(tmp_path / "out/nano/resumed/calls.jsonl")
     assert sum(call["raw_calls"] for call in calls) == budget
+
+
+def test_a_stage_of_two_processes_is_that_of_one(
+    searching_policy: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rollouts, calls and figures; and a budget is spent, but never exceeded.
+
+    Guards: a process with a memory, a count or a budget of its own.
+    """
+    monkeypatch.chdir(tmp_path)
+    alone = train_mixed(searching_policy, "alone", budget=0, steps=2)
+    budget = alone[0]["real_calls"] + 1
+
+    def work() -> Any:
+        train_mixed(searching_policy, "together", budget=0, steps=2)
+        return train_mixed(searching_policy, "bounded", budget, steps=2)
+
+    bounded, _ = in_processes(work)
+    assert bounded[-1]["real_calls"] == budget
+    together = read_rows(Path("out", "nano", "together", "log.jsonl"))
+    for row, expected in zip(together, alone, strict=True):
+        for name, value in expected.items():
+            if "second" not in name:
+                assert row[name] == pytest.approx(value, abs=1e-5), name
+    rollouts = [Path("out", "nano", name, "rollouts.jsonl") for name in ("alone", "together")]
+    assert rollouts[0].read_bytes() == rollouts[1].read_bytes()
 
 
 def rig_alarm(codec: Codec, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
