@@ -214,7 +214,8 @@ def describe_pairs(lm: LM, pairs: Sequence[Pair], micro_tokens: int) -> str:
     for batch in pair_batches(pairs, micro_tokens, alpha=0.0):
         sides = batch["rows"] @ lm.backend.score(lm.network, batch)  # (2 n,)
         scores += sides.reshape(2, -1).sum(1)
-    chosen, rejected = scores / max(1, len(pairs))
+    # Of several processes each has scored its share.
+    chosen, rejected = np.sum(ranks.gather(scores), axis=0) / max(1, len(pairs))
     return f"chosen {chosen:.3f}, rejected {rejected:.3f}"
 
 

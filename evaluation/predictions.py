@@ -280,11 +280,13 @@ class Predictions:
         }
 
     def finish(self, rows: Mapping[str, Mapping[str, Sequence[Prediction]]]) -> None:
-        """Write predictions.jsonl and remove the partial file.
+        """Write predictions.jsonl and remove the partial file; of several processes the first does.
 
         rows: {row: {set: predictions}} of this evaluation. Earlier answers of other rows, sets and
         questions stay where the weights and settings of their row are still the same.
         """
+        if not ranks.is_first():
+            return
         current = [
             prediction
             for sets in rows.values()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import model
 import train_sft
-from common import runs
+from common import ranks, runs
 from common.errors import DiskError, UserError
 from common.files import only_process, write_text
 from common.run_record import ONE_COMMAND, RUN_IDENTITY, read_run_record
@@ -220,7 +220,8 @@ def sweep(grid_text: str, settings: StageSettings, train: Callable[[Any], None])
     if table.rows:
         names = "_".join(choices[0].name for choices in grid)
         path = runs.run_folder(settings) / f"sweep_{names}.md"
-        write_text(path, table.to_markdown() + "\n")
+        if ranks.is_first():
+            write_text(path, table.to_markdown() + "\n")
         print(f"{table.to_markdown()}\n\n{path}")
     if failed:
         raise UserError(

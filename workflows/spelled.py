@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Sequence
 
 from autocoa import Row, Search, random_stream, run_rows
+from common import ranks
 from common.errors import UserError
 from common.progress import progress_bar
 from common.settings import RolloutSettings
@@ -160,25 +161,29 @@ def answer_spelled(
     seed: int,
     description: str | None = None,
 ) -> list[Answered]:
-    """Answer questions as the authors have their models answer.
+    """Answer questions as the authors have their models answer. Several processes share them.
 
     seed: with the question, of the random numbers that its tokens are drawn by.
     Raises UserError for a prompt that leaves no room for an answer.
     """
     controller = SpelledAgent(lm.codec, settings)
-    answered = []
-    with progress_bar(len(questions), description, "question") as bar:
-        for start in range(0, len(questions), settings.batch_rows):
-            batch = questions[start : start + settings.batch_rows]
-            rows = [
-                controller.start_row(question, number, seed)
-                for number, question in enumerate(batch)
-            ]
-            decoder = lm.decoder([row.trajectory.ids for row in rows])
-            run_rows(controller, decoder, rows, search, TEMPERATURE)
-            answered += [_read_answer(lm.codec, row.trajectory) for row in rows]
-            bar.update(len(batch))
-    return answered
+
+    def answer(share: list[int], search: Search) -> list[Answered]:
+        answered = []
+        with progress_bar(len(share), description, "question") as bar:
+            for start in range(0, len(share), settings.batch_rows):
+                batch = share[start : start + settings.batch_rows]
+                rows = [
+                    controller.start_row(questions[number], row, seed)
+                    for row, number in enumerate(batch)
+                ]
+                decoder = lm.decoder([row.trajectory.ids for row in rows])
+                run_rows(controller, decoder, rows, search, TEMPERATURE)
+                answered += [_read_answer(lm.codec, row.trajectory) for row in rows]
+                bar.update(len(batch))
+        return answered
+
+    return ranks.split(questions, answer, search)
 
 
 def _read_answer(codec: Codec, trajectory: Trajectory) -> Answered:
