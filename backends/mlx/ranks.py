@@ -12,7 +12,7 @@ from common import ranks
 
 
 def join_ranks() -> None:
-    """Meet the processes that mlx.launch has started, once; alone, there is nobody to meet."""
+    """Meet the processes that the backend's launcher has started, once; alone, it does nothing."""
     if ranks.launcher() != "mlx.launch" or ranks.count() > 1:
         return
     group = mx.distributed.init(strict=True)
@@ -33,20 +33,22 @@ def _gather(value: Any) -> list[Any]:
 
 
 def sum_gradients(network: Transformer, gradients: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Return the sums of the gradients of all ranks; each had a share of the texts."""
+    """Return the sums of the gradients of all ranks, by name; each had a share of the texts."""
     if ranks.count() == 1:
         return gradients
     parameters = trained_parameters(network)
     if not gradients:
+        # A rank may have had no text.
         gradients = {name: mx.zeros_like(weight) for name, weight in parameters.items()}
     # In one message: a small one takes as long as one of 100,000 numbers.
-    flat = mx.concatenate([gradients[name].flatten() for name in parameters])
+    total = mx.concatenate([gradients[name].flatten() for name in parameters])
     with ranks.talking():
-        total = mx.distributed.all_sum(flat)
+        total = mx.distributed.all_sum(total)
         mx.eval(total)
     sums = {}
     start = 0
     for name, weight in parameters.items():
-        sums[name] = total[start : start + weight.size].reshape(weight.shape)
-        start += weight.size
+        end = start + weight.size
+        sums[name] = total[start:end].reshape(weight.shape)
+        start = end
     return sums

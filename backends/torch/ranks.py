@@ -11,11 +11,7 @@ from common import ranks
 
 
 def join_ranks() -> None:
-    """Meet the processes that torchrun has started, once; alone, there is nobody to meet.
-
-    A process that does not come, or stops answering, ends the others after half an hour; one that
-    is killed ends them at once.
-    """
+    """Meet the processes that the backend's launcher has started, once; alone, it does nothing."""
     if ranks.launcher() != "torchrun" or distributed.is_initialized():
         return
     # Values go from CPU to CPU, gradients of a GPU from GPU to GPU.
@@ -29,20 +25,24 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
-def sum_gradients(network: Transformer) -> None:
-    """Add up the gradients of all ranks, in place; each had a share of the texts."""
+def sum_gradients(network: Transformer, gradients: dict[str, Any]) -> dict[str, Any]:
+    """Return the sums of the gradients of all ranks, by name; each had a share of the texts."""
     if ranks.count() == 1:
-        return
-    parameters = list(trained_parameters(network).values())
+        return gradients
+    parameters = trained_parameters(network)
+    flat = []
+    for name, weight in parameters.items():
+        gradient = gradients[name]
+        # A rank may have had no text.
+        flat.append(weight.new_zeros(weight.numel()) if gradient is None else gradient.flatten())
     # In one message: a small one takes as long as one of 100,000 numbers.
-    flat = torch.cat([_gradient(parameter).flatten() for parameter in parameters])
+    total = torch.cat(flat)
     with ranks.talking():
-        distributed.all_reduce(flat)
-    parts = flat.split([parameter.numel() for parameter in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter)
-
-
-def _gradient(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a gradient; it is 0 where this rank had no text."""
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        distributed.all_reduce(total)
+    sums = {}
+    start = 0
+    for name, weight in parameters.items():
+        end = start + weight.numel()
+        sums[name] = total[start:end].view_as(weight)
+        start = end
+    return sums

@@ -128,10 +128,12 @@ def train_step(
         total += loss.item()
     network.eval()
     total = sum(ranks.gather(total))
-    sum_gradients(network)
-    norm = nn.utils.clip_grad_norm_(network.parameters(), max_norm).item()
     parameters = trained_parameters(network)
     gradients: dict[str, Any] = {name: weight.grad for name, weight in parameters.items()}
+    gradients = sum_gradients(network, gradients)
+    for name, gradient in gradients.items():
+        parameters[name].grad = gradient
+    norm = nn.utils.clip_grad_norm_(network.parameters(), max_norm).item()
     idle = [grad for grad in gradients.values() if grad is None or not bool(grad.any())]
     if math.isfinite(total) and math.isfinite(norm):
         optimizer.step(gradients, lr, muon_lr)

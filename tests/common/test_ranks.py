@@ -240,6 +240,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(weights, "_set_up_cuda", lambda: None)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert weights.pick_device("auto") == "cuda"
     assert taken == [1]
