@@ -117,7 +117,7 @@ def test_what_ends_a_row(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sampling_depends_on_seed_and_question(lm: LM) -> None:
     """Not on what is asked beside it. Guards: an evaluation that goes on with other answers."""
     length = len(authors_prompt(lm.codec, "Who wrote it?"))
-    settings = RolloutSettings(max_len=length + 30)
+    settings = RolloutSettings(max_len=length + 22)
 
     def texts(questions: list[str], seed: int) -> list[str]:
         answers = answer_spelled(lm, questions, library(PASSAGES, 1), settings, seed)
