@@ -708,7 +708,7 @@ def test_bench(
 ) -> None:
     """Both sides run, and greedy decoding gives the same text on both; speed is no matter here."""
     monkeypatch.chdir(copied_run.cwd)
-    monkeypatch.setattr(flops, "CPU_SIZE", 64)
+    monkeypatch.setattr(flops, "CPU_SIZES", (64,))
     monkeypatch.setattr(libraries, "SFT_STEPS", 1)
     monkeypatch.setattr(libraries, "SAMPLED_TOKENS", 8)
     arguments = ["--run=tiny", "--questions=2", "--rollouts=1", "--repeats=1"]
