@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from data.trajectory import Trajectory
 from speed.agents import Generate, run_agents
-from speed.flops import text_flops
+from speed.flops import TRAINING_PASSES, text_flops
 from speed.ours import LEARNING_RATE, Ours, training_work
 from speed.pairs import Timing
 from tools import Library
@@ -163,7 +163,7 @@ class Transformers:
             for step in steps:
                 train_step(step)
             seconds = time.perf_counter() - start
-            return Timing(seconds, *training_work(self.ours, steps))
+            return Timing(seconds, *training_work(self.ours, steps, TRAINING_PASSES))
 
         return train
 
@@ -184,9 +184,13 @@ def padded_batches(step: Sequence[Trajectory], limit: int) -> list[list[Trajecto
 def _pad_left(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor]:
     """Return ids and attention mask of some rows: tensors of (rows, tokens)."""
     longest = max(len(row) for row in rows)
-    ids = [[0] * (longest - len(row)) + row for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        start = longest - len(row)
+        ids[number, start:] = torch.tensor(row)
+        mask[number, start:] = 1
+    return ids.to(device), mask.to(device)
 
 
 def _pad_right(texts: Sequence[Trajectory], device: Any) -> tuple[Tensor, Tensor, Tensor]:
