@@ -711,7 +711,6 @@ def test_bench(
     monkeypatch.setattr(flops, "CPU_SIZES", (64,))
     monkeypatch.setattr(libraries, "SFT_STEPS", 1)
     monkeypatch.setattr(libraries, "SAMPLED_TOKENS", 8)
-    monkeypatch.setattr(libraries, "ANSWER_TOKENS", 8)
     arguments = ["--run=tiny", "--questions=2", "--rollouts=1", "--repeats=1"]
     monkeypatch.setattr(sys, "argv", ["x", *arguments, "--only=answer,sampling,agents,sft"])
     bench.compare(read_settings(BenchSettings, "doc"))
