@@ -114,6 +114,7 @@ def test_a_run_that_is_being_trained(tmp_path: Path, script: str) -> None:
 
 
 # ---- signals and readers -------------------------------------------------------------------------
+@pytest.mark.usefixtures("signals_of_a_shell")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_signal_while_a_script_is_imported(tmp_path: Path, script: str) -> None:
     """Ctrl-C in the first second is one line. Guards: thirty lines of imports."""
@@ -126,7 +127,6 @@ def test_a_signal_while_a_script_is_imported(tmp_path: Path, script: str) -> Non
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert done.returncode == -signal.SIGINT
     assert done.stderr == "stopped before anything was done\n"
@@ -152,6 +152,7 @@ def test_a_terminal_that_is_not_utf_8(tmp_path: Path) -> None:
     assert r"run \xe9, seed 0" in done.stdout
 
 
+@pytest.mark.usefixtures("signals_of_a_shell")
 def test_a_terminal_that_is_gone(tmp_path: Path) -> None:
     """SIGHUP comes with it, and work is saved although nothing can be printed any more.
 
