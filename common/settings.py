@@ -295,6 +295,7 @@ SCRIPTS = (
     "environments/fidelity_report.py",
     "eval.py",
     "environments/cost_curve.py",
+    "environments/trade_offs.py",
     "plot.py",
     "speed/settings.py",
     "services/teacher.py",

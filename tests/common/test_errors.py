@@ -24,6 +24,7 @@ from common.terminal import own_output, printable
 from environments.cost_logs import Ledger, stage_points
 from environments.costs import read_curve
 from environments.distilled import read_cost, read_examples
+from environments.trades import read_trade_offs
 from evaluation.fidelity import read_fidelity
 from evaluation.figures import read_figures
 
@@ -63,6 +64,7 @@ def test_damaged_files_of_a_run(content: str, tmp_path: Path) -> None:
         "eval.json": read_figures,
         "fidelity.json": read_fidelity,
         "cost_curve.json": read_curve,
+        "trade_offs.json": read_trade_offs,
         "predictions.jsonl": lambda path: plot.read_run(root),
         "rl1/log.jsonl": lambda path: plot.read_run(root),
         "rl1/calls.jsonl": lambda path: stage_points(path.parent, Ledger()),
