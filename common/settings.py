@@ -296,6 +296,7 @@ SCRIPTS = (
     "eval.py",
     "environments/cost_curve.py",
     "environments/trade_offs.py",
+    "evaluation/reproduction.py",
     "plot.py",
     "speed/settings.py",
     "services/teacher.py",
