@@ -174,9 +174,9 @@ def format_claims(claims: Sequence[Claim]) -> str:
             )
         )
     note = (
-        "\n\nA claim holds where its whole interval lies above what it needs, and does not where it "
-        "lies below. Claim 1 shows the weakest of its comparisons. p is of a two-sided permutation "
-        "test over questions: how likely so large a difference is between equals.\n"
+        "\n\nA claim holds where its whole interval lies above what it needs, and does not where "
+        "it lies below. Claim 1 shows the weakest of its comparisons. p is of a two-sided "
+        "permutation test over questions: how likely so large a difference is between equals.\n"
     )
     return "\n".join(lines) + note
 
