@@ -210,7 +210,7 @@ def _fuse(*linears: Linear) -> tuple[Tensor, Tensor | None]:
     """Return weight and bias of the linear map whose output is that of several, side by side."""
     weights: list[Tensor] = [linear.weight for linear in linears]
     biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-    # Its columns lie together in memory: a few rows times such a matrix take half the time on a CPU.
+    # Its columns lie together in memory: a CPU multiplies a few rows with it in half the time.
     weight = torch.cat(weights).t().contiguous().t()
     return weight, torch.cat(biases) if biases else None
 
