@@ -256,19 +256,28 @@ def rollout(
     """
     rows = []
     for number, prompt in enumerate(prompts):
-        if len(prompt) > settings.longest_prompt:
-            raise UserError(
-                f"max_len: {settings.max_len} leaves no room for a prompt of {len(prompt)} tokens "
-                "and an answer; raise --max_len"
-            )
-        row = Row(Trajectory(), decoder_row=number)
-        row.trajectory.add(list(prompt), Role.PROMPT, 0)
+        row = open_row(prompt, number, settings)
         if temperature:
             row.stream = streams[number]
         rows.append(row)
     agent = Agent(codec, settings, imagines=search == IMAGINE)
     run_rows(agent, decoder(list(prompts)), rows, search, temperature)
     return [row.trajectory for row in rows]
+
+
+def open_row(prompt: Sequence[int], number: int, settings: RolloutSettings) -> Row:
+    """Return the row of a prompt, before anything is written behind it.
+
+    Raises UserError for a prompt that leaves no room for an answer.
+    """
+    if len(prompt) > settings.longest_prompt:
+        raise UserError(
+            f"max_len: {settings.max_len} leaves no room for a prompt of {len(prompt)} tokens "
+            "and an answer; raise --max_len"
+        )
+    row = Row(Trajectory(), decoder_row=number)
+    row.trajectory.add(list(prompt), Role.PROMPT, 0)
+    return row
 
 
 def random_stream(length: int, *numbers: int) -> np.ndarray:

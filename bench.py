@@ -43,7 +43,6 @@ from common.files import append_jsonl
 from common.runs import RL_STAGES, SFT_STAGES, find_start, run_folder, settle_dtype
 from common.settings import main
 from speed.against import compare_with_commit
-from speed.drawing import draw_comparisons, draw_growth, draw_sharing, save
 from speed.flops import measure_ceiling
 from speed.growth import Curve, lines_of, measure_growth
 from speed.index import index_command
@@ -61,6 +60,9 @@ from tasks import open_task
 # ---- commands ------------------------------------------------------------------------------------
 def compare(settings: BenchSettings) -> None:
     """Compare with other libraries, or with another commit."""
+    # What draws is slow to import, and --help does without; so in the other commands.
+    from speed.drawing import draw_comparisons, save
+
     ours = open_stage(settings, "sft3" if settings.against else "rl2")
     ceiling = ceiling_of(ours)
     comparisons: list[Comparison] = []
@@ -83,6 +85,8 @@ def compare(settings: BenchSettings) -> None:
 
 def grow(settings: BenchSettings) -> None:
     """Measure how cost grows."""
+    from speed.drawing import draw_growth, save
+
     ours = open_stage(settings)
     curves: list[Curve] = []
 
@@ -97,6 +101,8 @@ def grow(settings: BenchSettings) -> None:
 
 def share(settings: BenchSettings) -> None:
     """Measure what rollouts share."""
+    from speed.drawing import draw_sharing, save
+
     ours = open_stage(settings)
     shares: list[SharedTokens] = []
     print(SHARING_HEADING)

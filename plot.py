@@ -13,6 +13,9 @@ actions.png          agent models by number of actions: share of the correct ans
                      rate (paper Fig. 3)
 world_models.png     when imagination pays: exact match against calls of the tool, and the time to
                      reach one (python -m environments.cost_curve writes what it draws)
+trade_offs.png       exact match against how right the policy imagines (SFT-3), what the world model
+                     knows (share of the titles), and how often it searches for what is known
+                     (price of a call) (python -m environments.trade_offs writes what it draws)
 fidelity.png         how often what each model imagines states the asked fact, right or wrong
                      (python world_model.py fidelity writes what it draws)
 trajectories.html    what the policy wrote, token by token, coloured by who wrote it
@@ -38,6 +41,7 @@ from common.runs import run_folder
 from common.settings import RunSettings, main
 from data.trajectory_rows import TrajectoryRow
 from environments.costs import CURVE_FILE, LATENCIES, CostCurve, RowCost, read_curve
+from environments.trades import TRADE_OFFS_FILE, TradeOffs, read_trade_offs
 from evaluation.fidelity import ALL, FIDELITY_FILE, GROUPS, FidelityTable, read_fidelity
 from evaluation.figures import RowFigures, read_figures
 from evaluation.table import WorkflowName
@@ -94,6 +98,7 @@ KIND_COLORS = {
     "distilled": BLUE,
     "mixed": GREEN,
 }
+LINE_COLORS = (BLUE, ORANGE)  # of the lines of a trade-off
 SHADES = plt.get_cmap("Blues")
 SHARE_SHADES = (0.12, 0.95)  # of no action, and of the most
 SUCCESS_SHADES = (0.08, 0.95)  # of a success rate of 0 and of 1
@@ -110,6 +115,7 @@ PAIR_OFFSET = 0.2  # of the two bars of a row, up and down from its middle
 ACTION_BAR = 0.7
 ACTION_BOX = 0.94  # width of a box in the right part of actions.png
 CURVE_WIDTH = 14
+TRADE_HEIGHT = 3.6
 CURVE_MARKER = 11  # diameters of markers, in points
 TIME_MARKER = 6
 FEWEST_CALLS = 300  # the axis of calls is logarithmic from here on; 0 is at its left edge
@@ -552,6 +558,38 @@ def _draw_times(axes: Axes, y: int, row: RowCost, color: str) -> None:
         axes.plot(time, y, "o", color=color, markersize=TIME_MARKER, alpha=opacity)
 
 
+# ---- trade_offs.png ------------------------------------------------------------------------------
+def draw_trade_offs(content: TradeOffs) -> Figure:
+    """Draw exact match against a second figure, a part for each setting that was turned."""
+    trade_offs = content.trade_offs
+    figure, all_axes = plt.subplots(
+        1, len(trade_offs), figsize=(WIDTH, TRADE_HEIGHT), sharey=True, squeeze=False
+    )
+    for axes, trade_off in zip(all_axes[0], trade_offs, strict=True):
+        axes.axhline(content.start_em, color=GREY, linewidth=THIN, linestyle=(0, (4, 3)))
+        for color, (name, points) in zip(LINE_COLORS, trade_off.lines.items(), strict=False):
+            xs = [point.x for point in points]
+            ems = [point.em.points for point in points]
+            axes.plot(xs, ems, "o-", color=color, linewidth=MEDIUM, label=name)
+            for point in points:
+                axes.vlines(point.x, point.em.low, point.em.high, color=color, linewidth=THIN)
+                axes.annotate(
+                    point.label,
+                    (point.x, point.em.points),
+                    (4, 4),
+                    textcoords="offset points",
+                    fontsize=SMALL_FONT,
+                    color=color,
+                )
+        axes.set(title=trade_off.title, xlabel=trade_off.x_title)
+        if len(trade_off.lines) > 1:
+            axes.legend(frameon=False)
+    all_axes[0, 0].set_ylabel("exact match, %")
+    runs = "1 run" if len(content.runs) == 1 else f"up to {len(content.runs)} runs"
+    _set_title(figure, f"What is paid for what ({runs}; bars: 95% interval; dashed: SFT-1&2)")
+    return figure
+
+
 # ---- fidelity.png --------------------------------------------------------------------------------
 def draw_fidelity(table: FidelityTable) -> Figure:
     """Draw how often each model states the asked fact right, and another value of it instead."""
@@ -649,6 +687,8 @@ def run(settings: PlotSettings) -> None:
         _save(draw_fidelity(read_fidelity(root / FIDELITY_FILE)), folder / "fidelity.png")
     if (root / CURVE_FILE).is_file():
         _save(draw_world_models(read_curve(root / CURVE_FILE)), folder / "world_models.png")
+    if (root / TRADE_OFFS_FILE).is_file():
+        _save(draw_trade_offs(read_trade_offs(root / TRADE_OFFS_FILE)), folder / "trade_offs.png")
     if logs.rollouts:
         (folder / "trajectories.html").write_text(render_page(logs.rollouts), encoding="utf-8")
         print(folder / "trajectories.html")

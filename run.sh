@@ -79,9 +79,26 @@ if [ $world_models = 1 ]; then
   practise $first_80 --start=sft2 --out=quarter_80 $quarter
   practise $last_16 --start=quarter_80 --out=quarter_80_real_16
   practise $all_96 --start=sft2 --out=quarter_confident_96 --rl2_environment=mixed $quarter
+
+  # The lines of the trade-offs (environments/trade_offs.py): SFT-3, and the price of a call.
+  for weight in 0.3 1; do
+    run train_sft.py --stage=sft3 --resume --out=sft3_1_$weight \
+      --sft3_epochs=1 --sft3_observation_coef=$weight
+  done
+  for weight in 0.1 0.3; do
+    run train_sft.py --stage=sft3 --resume --out=sft3_2_$weight \
+      --sft3_epochs=2 --sft3_observation_coef=$weight
+  done
+  for price in 0 0.2 0.3; do
+    practise $first_80 --start=sft2 --out=cost_$price --rl1_call_cost=$price
+  done
 fi
 run eval.py
 if [ $world_models = 1 ]; then
+  sft3_rows=sft3,sft3_1_0.3,sft3_1_1,sft3_2_0.1,sft3_2_0.3,sft3_paper
+  run world_model.py fidelity \
+    --rows=sft2,$sft3_rows,world_model,world_model_half,world_model_quarter
   run -m environments.cost_curve
+  run -m environments.trade_offs
 fi
 run plot.py

@@ -236,49 +236,25 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
     environment = stage.environment
     environment.tool.restore(progress.log_files.calls)
     for step in progress.steps():
-        rng = np.random.default_rng([settings.seed, stage.seed_number, step])
         held_out = look_at_held_out(policy, settings, stage, progress, step)
         environment.begin_step(step)
         started = time.time()
 
-        # Rollouts: several trajectories of each question, and what they are worth.
+        # 1. Rollouts: several trajectories of each question, and what they are worth.
         batch = sample_rollouts(policy, settings, stage, step)
         sampled = time.time()
+        watched = watched_rollouts(batch)
+        before = policy_logprobs(policy, watched.trajectories, settings)
 
-        watched = slice(None, None, max(1, len(batch.trajectories) // WATCHED))
-        some = batch.trajectories[watched]
-        before = policy_logprobs(policy, some, settings)
-
-        # Update: a policy-gradient step for each minibatch, on what the groups can teach. The log
-        # has the figures of the last one; they are 0 where all groups are skipped.
-        advantages = group_advantages(
-            batch.rewards, settings.advantage_std, leave_one_out=settings.loss == "reinforce"
-        )
+        # 2. Update, by what the groups can teach.
         skipped = groups_to_skip(batch)
-        advantages[skipped] = 0
-        learned = np.flatnonzero(rollouts_that_teach(batch, skipped, settings))
-        figures = {"loss": 0.0, "grad_norm": 0.0, "idle_parameters": 0}
-        for part in split_minibatches(learned, settings.minibatches, rng):
-            batches = update_batches(batch, part, advantages, skipped, reference, settings)
-            figures = policy.backend.train_step(
-                policy.network,
-                optimizer,
-                sequence_loss if is_of_sequences(settings.loss) else grpo_loss,
-                batches,
-                lr=learning_rate(settings, stage, step),
-                muon_lr=0.0,
-                temperature=settings.temperature,
-            )
-            refuse_divergence(figures, stage, step)
+        figures = update_policy(policy, optimizer, reference, batch, skipped, settings, stage, step)
         updated = time.time()
 
-        # Log: what the step looked like, and its first group to read.
+        # 3. Log: what the step looked like, and its first group to read.
         row = describe_step(policy.codec, batch)
-        after = policy_logprobs(policy, some, settings)
-        row["kl"] = drift(after, policy_logprobs(reference, some, settings))
+        row |= describe_change(policy, reference, watched, before, settings)
         refuse_divergence(row, stage, step)
-        row["sampler_gap"] = sampler_gap(some, before)
-        row["correct_change"] = mean_change(correct_rollouts(batch)[watched], before, after)
         searches = [
             search
             for trajectory in batch.trajectories
@@ -466,6 +442,44 @@ def look_at_held_out(
 
 
 # ---- 5. The update -------------------------------------------------------------------------------
+def update_policy(
+    policy: LM,
+    optimizer: Any,
+    reference: LM,
+    batch: RolloutBatch,
+    skipped: np.ndarray,
+    settings: RLSettings,
+    stage: RLStage,
+    step: int,
+) -> dict[str, float]:
+    """Make a policy-gradient step for each minibatch; return the figures of the last one.
+
+    They are 0 where nothing is learned.
+    skipped: (questions,), groups of which the policy gradient is not taken.
+    Raises UserError where a figure is not finite.
+    """
+    advantages = group_advantages(
+        batch.rewards, settings.advantage_std, leave_one_out=settings.loss == "reinforce"
+    )
+    advantages[skipped] = 0
+    learned = np.flatnonzero(rollouts_that_teach(batch, skipped, settings))
+    rng = np.random.default_rng([settings.seed, stage.seed_number, step])
+    figures = {"loss": 0.0, "grad_norm": 0.0, "idle_parameters": 0}
+    for rows in split_minibatches(learned, settings.minibatches, rng):
+        batches = update_batches(batch, rows, advantages, skipped, reference, settings)
+        figures = policy.backend.train_step(
+            policy.network,
+            optimizer,
+            sequence_loss if is_of_sequences(settings.loss) else grpo_loss,
+            batches,
+            lr=learning_rate(settings, stage, step),
+            muon_lr=0.0,
+            temperature=settings.temperature,
+        )
+        refuse_divergence(figures, stage, step)
+    return figures
+
+
 def learning_rate(settings: RLSettings, stage: RLStage, step: int) -> float:
     """Return the learning rate of a step: it rises over the first ones."""
     warmup = min(1.0, (step + 1) / WARMUP_STEPS)
@@ -640,14 +654,52 @@ def drift(policy: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> floa
     return float(k3(np, np.concatenate(policy), batch).mean())
 
 
-def sampler_gap(trajectories: Sequence[Trajectory], scored: Sequence[np.ndarray]) -> float:
-    """Return how far log-probs of sampling are from those of training: mean, nats a token.
-
-    scored: those of training before the update, of the policy's tokens.
-    """
-    sampled = [
+def sampled_logprobs(trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
+    """Return for each trajectory the log-probs of the policy's tokens when sampled: (tokens,)."""
+    return [
         np.array(trajectory.logprobs)[np.array(trajectory.mask) > 0] for trajectory in trajectories
     ]
+
+
+@dataclass
+class Watched:
+    """A few rollouts of a step, whose log-probs are looked at before and after its update."""
+
+    trajectories: list[Trajectory]
+    is_correct: np.ndarray  # (trajectories,) of bool, as correct_rollouts has it
+
+
+def watched_rollouts(batch: RolloutBatch) -> Watched:
+    """Return some WATCHED rollouts, evenly over the step."""
+    some = slice(None, None, max(1, len(batch.trajectories) // WATCHED))
+    return Watched(batch.trajectories[some], correct_rollouts(batch)[some])
+
+
+def describe_change(
+    policy: LM,
+    reference: LM,
+    watched: Watched,
+    before: Sequence[np.ndarray],
+    settings: RLSettings,
+) -> dict[str, float | None]:
+    """Return what an update has changed, nats a token: means over the watched rollouts.
+
+    before: log-probs of training before the update, of the policy's tokens, by trajectory.
+    """
+    after = policy_logprobs(policy, watched.trajectories, settings)
+    of_reference = policy_logprobs(reference, watched.trajectories, settings)
+    return {
+        "kl": drift(after, of_reference),
+        "sampler_gap": sampler_gap(sampled_logprobs(watched.trajectories), before),
+        "correct_change": mean_change(watched.is_correct, before, after),
+    }
+
+
+def sampler_gap(sampled: Sequence[np.ndarray], scored: Sequence[np.ndarray]) -> float:
+    """Return how far log-probs of sampling are from those of training: mean, nats a token.
+
+    sampled, scored: of the policy's tokens, by trajectory; those of training before the update.
+    """
     return float(np.abs(np.concatenate(scored) - np.concatenate(sampled)).mean())
 
 
@@ -674,12 +726,7 @@ def mean_change(
 def describe_step(codec: Codec, batch: RolloutBatch) -> dict[str, float | None]:
     """Return what the rollouts of one step looked like: means over its trajectories."""
     trajectories = batch.trajectories
-    logprobs = np.concatenate(
-        [
-            np.array(trajectory.logprobs)[np.array(trajectory.mask) > 0]
-            for trajectory in trajectories
-        ]
-    )
+    logprobs = np.concatenate(sampled_logprobs(trajectories))
     repeated = repeat_questions(batch.questions, batch.rewards.shape[1])
     scores = [
         exact_match(codec.answer(trajectory), question.golden_answers)

@@ -296,6 +296,8 @@ SCRIPTS = (
     "environments/fidelity_report.py",
     "eval.py",
     "environments/cost_curve.py",
+    "environments/trade_offs.py",
+    "evaluation/reproduction.py",
     "plot.py",
     "speed/settings.py",
     "services/teacher.py",

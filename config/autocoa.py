@@ -3,8 +3,8 @@
     python eval.py config/autocoa.py --model=FOLDER --data=test.parquet --corpus=passages.jsonl.gz
 
 FOLDER is a Hugging Face folder, as their model_merger.py leaves it. Their prompt asks it, its tags
-are text, tokens are drawn at their temperature, and the answer is read by their rules. eval.json
-has the score of their code as `overlap`. test.parquet is theirs, a row of eval.json a set of it.
+are text, tokens are drawn at their temperature, and the answer is read by their rules. The score of
+their code is `overlap` in eval.json. test.parquet is theirs too; it holds seven sets.
 """
 
 run = "autocoa"

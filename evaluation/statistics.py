@@ -18,6 +18,7 @@ from evaluation.figures import (
 from evaluation.predictions import Prediction
 
 BOOTSTRAP_DRAWS = 2000
+SIGN_FLIPS = 10_000
 INTERVAL_PERCENTILES = (2.5, 97.5)  # 95% of the draws lie between them
 
 # A question is the same in two rows or runs where its id and its text are.
@@ -215,6 +216,39 @@ def paired_gain(
     runs: of each run the predictions of the two rows.
     Raises UserError where the rows share no question.
     """
+    sets = _paired_differences(runs)
+    low, high = bootstrap_interval(sets, draws)
+    points = _mean([_mean(values) for values in sets])
+    return Gain(points, low, high, questions=sum(map(len, sets)))
+
+
+def sign_flip_p(
+    runs: Sequence[tuple[SetPredictions, SetPredictions]], draws: int = SIGN_FLIPS
+) -> float:
+    """Return how likely so large a gain is where the two rows are equally good: two-sided.
+
+    Where they are, each question's difference could as well have the other sign (Fisher's
+    permutation test for pairs). The questions are those of `paired_gain`.
+    """
+    sets = _paired_differences(runs)
+    rng = np.random.default_rng(0)
+    flipped = np.zeros(draws)
+    for values in sets:
+        signs = rng.choice((-1.0, 1.0), (draws, len(values)))
+        flipped += (signs * np.array(values)).mean(1) / len(sets)
+    gain = abs(_mean([_mean(values) for values in sets]))
+    # The gain itself is one of the draws, so that p is never 0.
+    as_large = int((np.abs(flipped) >= gain - 1e-9).sum())
+    return (as_large + 1) / (draws + 1)
+
+
+def _paired_differences(
+    runs: Sequence[tuple[SetPredictions, SetPredictions]],
+) -> list[list[float]]:
+    """Return for each set the differences of the questions that both rows answered, in points.
+
+    Raises UserError where the rows share no question.
+    """
     gains: dict[str, dict[QuestionId, list[float]]] = {}
     for first, second in runs:
         for name, rows in first.items():
@@ -230,10 +264,7 @@ def paired_gain(
             "--compare: the two rows answered no question in common; "
             "evaluate both on the same files, with one --seed and --eval_questions"
         )
-    sets = [[float(np.mean(values)) for values in by_id.values()] for by_id in gains.values()]
-    low, high = bootstrap_interval(sets, draws)
-    points = _mean([_mean(values) for values in sets])
-    return Gain(points, low, high, questions=sum(map(len, sets)))
+    return [[float(np.mean(values)) for values in by_id.values()] for by_id in gains.values()]
 
 
 def em_of(runs: Sequence[SetPredictions]) -> Gain:

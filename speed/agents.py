@@ -1,14 +1,31 @@
 """Tool calls around another library's generation, as one would write them."""
 
+import time
 from collections.abc import Callable, Sequence
 
 from common.settings import RolloutSettings
 from data.trajectory import Codec
+from speed.flops import text_flops
+from speed.ours import Ours
+from speed.pairs import Timing
 from tools import Library
 
 # A library's batched generation with caches: (row numbers, ids that each row has to read, tokens
 # that each may write) -> what each wrote, its stop token included.
 Generate = Callable[[list[int], list[list[int]], list[int]], list[list[int]]]
+
+
+def time_agents(
+    generate: Generate, ours: Ours, prompts: Sequence[list[int]], search: Library
+) -> Timing:
+    """Return what the agents of a library took, greedily; a unit is an agent."""
+    start = time.perf_counter()
+    texts = run_agents(generate, ours.lm.codec, prompts, search, ours.settings)
+    seconds = time.perf_counter() - start
+    lengths = [len(text) for text in texts]
+    # About half of a text is the policy's own.
+    flops = text_flops(ours.config, lengths, sum(lengths) / 2)
+    return Timing(seconds, len(texts), flops, texts)
 
 
 def run_agents(

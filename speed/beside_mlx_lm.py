@@ -15,11 +15,10 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.tuner import trainer, utils
 
 from data.trajectory import Trajectory
-from speed.agents import Generate, run_agents
-from speed.flops import text_flops
+from speed.agents import Generate
+from speed.flops import ADAPTER_PASSES, text_flops
 from speed.ours import LEARNING_RATE, Ours, training_work
 from speed.pairs import Timing
-from tools import Library
 
 
 class MlxLm:
@@ -42,16 +41,7 @@ class MlxLm:
         flops = text_flops(self.ours.config, [len(prompt) + count], count)
         return Timing(seconds, count, flops, texts)
 
-    def run_agents(self, prompts: list[list[int]], search: Library) -> Timing:
-        """Run an agent on each prompt, greedily; rows of a turn are decoded together."""
-        start = time.perf_counter()
-        texts = run_agents(self._generation(), self.codec, prompts, search, self.ours.settings)
-        seconds = time.perf_counter() - start
-        lengths = [len(text) for text in texts]
-        flops = text_flops(self.ours.config, lengths, sum(lengths) / 2)
-        return Timing(seconds, len(texts), flops, texts)
-
-    def _generation(self) -> Generate:
+    def generation(self) -> Generate:
         """Return a generation of rows by its BatchGenerator, which keeps their caches."""
         stops = [[token] for token in (*self.codec.eos_ids, self.codec.end_search_id)]
         caches: dict[int, Any] = {}
@@ -127,7 +117,8 @@ class MlxLm:
                     training_callback=clock,
                 )
             # The first two steps compile.
-            return Timing(clock.times[-1] - clock.times[1], *training_work(self.ours, steps))
+            work = training_work(self.ours, steps, ADAPTER_PASSES)
+            return Timing(clock.times[-1] - clock.times[1], *work)
 
         return train
 

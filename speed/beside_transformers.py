@@ -10,11 +10,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from data.trajectory import Trajectory
-from speed.agents import Generate, run_agents
-from speed.flops import text_flops
+from speed.agents import Generate
+from speed.flops import TRAINING_PASSES, text_flops
 from speed.ours import LEARNING_RATE, Ours, training_work
 from speed.pairs import Timing
-from tools import Library
 
 NO_LABEL = -100  # of a token without loss, by the library's convention
 
@@ -70,16 +69,7 @@ class Transformers:
         tokens = sum(map(len, written))
         return Timing(seconds, tokens, text_flops(self.ours.config, lengths, tokens), written)
 
-    def run_agents(self, prompts: list[list[int]], search: Library) -> Timing:
-        """Run an agent on each prompt, greedily; rows of a turn are decoded together."""
-        start = time.perf_counter()
-        texts = run_agents(self._generation(), self.codec, prompts, search, self.ours.settings)
-        seconds = time.perf_counter() - start
-        lengths = [len(text) for text in texts]
-        flops = text_flops(self.ours.config, lengths, sum(lengths) / 2)
-        return Timing(seconds, len(texts), flops, texts)
-
-    def _generation(self) -> Generate:
+    def generation(self) -> Generate:
         """Return a generation of rows that keeps the cache of the turn before."""
         stops = [*self.codec.eos_ids, self.codec.end_search_id]
         last_turn: dict[str, Any] = {}
@@ -163,7 +153,7 @@ class Transformers:
             for step in steps:
                 train_step(step)
             seconds = time.perf_counter() - start
-            return Timing(seconds, *training_work(self.ours, steps))
+            return Timing(seconds, *training_work(self.ours, steps, TRAINING_PASSES))
 
         return train
 
@@ -184,9 +174,13 @@ def padded_batches(step: Sequence[Trajectory], limit: int) -> list[list[Trajecto
 def _pad_left(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor]:
     """Return ids and attention mask of some rows: tensors of (rows, tokens)."""
     longest = max(len(row) for row in rows)
-    ids = [[0] * (longest - len(row)) + row for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        start = longest - len(row)
+        ids[number, start:] = torch.tensor(row)
+        mask[number, start:] = 1
+    return ids.to(device), mask.to(device)
 
 
 def _pad_right(texts: Sequence[Trajectory], device: Any) -> tuple[Tensor, Tensor, Tensor]:

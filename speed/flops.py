@@ -6,7 +6,7 @@ norms, rotations, the softmax, the optimizer.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -16,11 +16,12 @@ from backends.config import ModelConfig
 from data.batches import Trie
 
 # A training step reads each token once, and computes two products for each of the first pass to
-# get the gradients of inputs and of weights.
+# get the gradients of inputs and of weights. Frozen weights under an adapter get none.
 TRAINING_PASSES = 3
-TRIES = 4  # of which the fastest is the ceiling
-CPU_SIZE = 2048  # rows and columns of the matrices of the ceiling
-GPU_SIZE = 8192
+ADAPTER_PASSES = 2
+TRIES = 4  # of each size, of which the fastest is the ceiling
+CPU_SIZES = (512, 2048)  # rows and columns of the matrices of the ceiling
+GPU_SIZES = (4096, 8192)
 
 
 def forward_flops(config: ModelConfig, tokens: float, keys: float, predicted: float) -> float:
@@ -59,43 +60,28 @@ def trie_flops(config: ModelConfig, tries: Sequence[Trie], predicted: float) -> 
 
 def measure_ceiling(backend: ModuleType, dtype: str, device: str) -> float:
     """Return the GFLOP/s of a large product of two matrices: the most that a network can reach."""
-    if backend.NAME == "mlx":
-        multiply = _mlx_product(dtype)
-    else:
-        multiply = _torch_product(dtype, device)
+    product = _mlx_product if backend.NAME == "mlx" else _torch_product
     rates = []
-    for _ in range(TRIES):
-        start = time.perf_counter()
-        size = multiply()
-        rates.append(2 * size**3 / (time.perf_counter() - start) / 1e9)
+    for size in CPU_SIZES if device == "cpu" else GPU_SIZES:
+        multiply = product(size, dtype, device)
+        for _ in range(TRIES):
+            start = time.perf_counter()
+            multiply()
+            rates.append(2 * size**3 / (time.perf_counter() - start) / 1e9)
     return max(rates)
 
 
-def _torch_product(dtype: str, device: str) -> Any:
+def _torch_product(size: int, dtype: str, device: str) -> Callable[[], Any]:
     # A machine may have one of the two frameworks alone.
     import torch
 
-    size = GPU_SIZE if device.startswith("cuda") else CPU_SIZE
     matrix = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
-
-    def multiply() -> int:
-        # Reading a number waits for a GPU.
-        (matrix @ matrix)[0, 0].item()
-        return size
-
-    return multiply
+    # Reading a number waits for a GPU.
+    return lambda: (matrix @ matrix)[0, 0].item()
 
 
-def _mlx_product(dtype: str) -> Any:
+def _mlx_product(size: int, dtype: str, device: str) -> Callable[[], Any]:
     from mlx import core as mx
 
-    size = CPU_SIZE
-    if mx.default_device() == mx.Device(mx.DeviceType.gpu):
-        size = GPU_SIZE
     matrix = mx.ones((size, size), getattr(mx, dtype))
-
-    def multiply() -> int:
-        mx.eval(matrix @ matrix)
-        return size
-
-    return multiply
+    return lambda: mx.eval(matrix @ matrix)

@@ -14,11 +14,11 @@ from data.batches import optimizer_steps
 from data.sft_data import read_trajectories
 from data.trajectory import Trajectory
 from speed.against import RUN, run_stage, time_stage, tree_settings
+from speed.agents import Generate, time_agents
 from speed.ours import Ours
 from speed.pairs import Comparison, Timing, count_same_texts, take_turns
 from speed.trees import ROOT, StepRow, Tree, copy_run
 from tasks import Task, open_task
-from tools import Library
 
 NAMES = ("answer", "sampling", "agents", "sft", "rl")
 MLX_NAMES = ("answer", "agents", "sft")
@@ -39,8 +39,8 @@ class OtherLibrary(Protocol):
         """Write so many tokens after one prompt, greedily."""
         ...
 
-    def run_agents(self, prompts: list[list[int]], search: Library) -> Timing:
-        """Run an agent on each prompt, greedily; rows of a turn are decoded together."""
+    def generation(self) -> Generate:
+        """Return a generation of rows that keeps their caches over the calls of the tool."""
         ...
 
 
@@ -156,7 +156,7 @@ def _agents(ours: Ours, library: OtherLibrary, prompts: list[list[int]], task: T
         "agent",
         library.name,
         lambda: ours.run_agents(prompts, task.rl_search),
-        lambda: library.run_agents(prompts, task.rl_search),
+        lambda: time_agents(library.generation(), ours, prompts, task.rl_search),
         ours.settings.repeats,
     )
     comparison.note = count_same_texts(comparison)

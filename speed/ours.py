@@ -12,7 +12,7 @@ from autocoa import nll_loss, random_stream, rollout
 from data.batches import build_trie, language_batches
 from data.trajectory import Role, Trajectory
 from model import LM
-from speed.flops import TRAINING_PASSES, text_flops, trie_flops
+from speed.flops import ADAPTER_PASSES, TRAINING_PASSES, text_flops, trie_flops
 from speed.pairs import Timing
 from speed.settings import BenchSettings
 from tools import Library
@@ -105,17 +105,20 @@ class Ours:
                     student.network, optimizer, nll_loss, batches, LEARNING_RATE, muon_lr=0.0
                 )
             seconds = time.perf_counter() - start
-            return Timing(seconds, *training_work(self, steps))
+            passes = ADAPTER_PASSES if lora_rank else TRAINING_PASSES
+            return Timing(seconds, *training_work(self, steps, passes))
 
         return train
 
 
-def training_work(ours: Ours, steps: Sequence[Sequence[Trajectory]]) -> tuple[float, float]:
+def training_work(
+    ours: Ours, steps: Sequence[Sequence[Trajectory]], passes: int
+) -> tuple[float, float]:
     """Return the tokens with loss of some steps of SFT, and the operations that they take."""
     texts = [text for step in steps for text in step]
     learned = sum(sum(text.mask[1:]) for text in texts)
     lengths = [len(text.ids) for text in texts]
-    return learned, TRAINING_PASSES * text_flops(ours.config, lengths, learned)
+    return learned, passes * text_flops(ours.config, lengths, learned)
 
 
 def _as_trajectory(ids: list[int]) -> Trajectory:

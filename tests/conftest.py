@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -43,6 +44,23 @@ WORDS = (
     " yes, no? A B C D x y 1950 1999 and search nothing else."
 )
 CPU = ModelSettings(device="cpu")
+
+
+@pytest.fixture
+def signals_of_a_shell() -> Iterator[None]:
+    """SIGINT and SIGHUP as a command in a terminal has them.
+
+    Guards: `nohup bash test.sh &`, which ignores both, and so do its child processes.
+    """
+    before = {}
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        before[number] = signal.signal(number, handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 # The longest files come first, so that two workers end at about the same time.

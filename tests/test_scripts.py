@@ -33,7 +33,7 @@ from data.scores import exact_match
 from data.sft_data import read_sft_data
 from data.trajectory import Role
 from environments.distilled import EXAMPLES_FILE, read_examples
-from speed import libraries
+from speed import flops, libraries
 from speed.against import tree_settings
 from speed.settings import BenchSettings
 from tasks import open_task
@@ -708,6 +708,7 @@ def test_bench(
 ) -> None:
     """Both sides run, and greedy decoding gives the same text on both; speed is no matter here."""
     monkeypatch.chdir(copied_run.cwd)
+    monkeypatch.setattr(flops, "CPU_SIZES", (64,))
     monkeypatch.setattr(libraries, "SFT_STEPS", 1)
     monkeypatch.setattr(libraries, "SAMPLED_TOKENS", 8)
     arguments = ["--run=tiny", "--questions=2", "--rollouts=1", "--repeats=1"]

@@ -16,9 +16,8 @@ import re
 import zlib
 from collections.abc import Sequence
 
-from autocoa import Row, Search, random_stream, run_rows
+from autocoa import Row, Search, open_row, random_stream, run_rows
 from common import ranks
-from common.errors import UserError
 from common.progress import progress_bar
 from common.settings import RolloutSettings
 from data.boxes import answer_in_box
@@ -101,14 +100,7 @@ class SpelledAgent:
 
         Raises UserError for a prompt that leaves no room for an answer.
         """
-        row = Row(Trajectory(), decoder_row=number)
-        row.trajectory.add(authors_prompt(self.codec, question), Role.PROMPT, 0)
-        length = len(row.trajectory.ids)
-        if length > self.settings.longest_prompt:
-            raise UserError(
-                f"max_len: {self.settings.max_len} leaves no room for a prompt of {length} tokens "
-                "and an answer; raise --max_len"
-            )
+        row = open_row(authors_prompt(self.codec, question), number, self.settings)
         row.workflow = len(row.trajectory.ids)
         row.stream = random_stream(self.settings.max_len, seed, zlib.crc32(question.encode()))
         return row

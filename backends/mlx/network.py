@@ -161,13 +161,10 @@ class Attention(nn.Module):
         parts: of a packed row, in order, which do not see each other.
         """
         rows, length, _ = x.shape
-        q, k, v = self._project(x)
-        if self.config.qk_norm:
-            q = self.q_norm(q)
-            k = self.k_norm(k)
+        queries_and_keys, v = self._project(x)
         # One call turns both, (B, heads, T, head_dim).
-        turned = rotate(mx.concatenate([q, k], 2).swapaxes(1, 2), rope)
-        q, k = mx.split(turned, [q.shape[2]], 1)
+        turned = rotate(queries_and_keys.swapaxes(1, 2), rope)
+        q, k = mx.split(turned, [self.config.num_attention_heads], 1)
         v = v.swapaxes(1, 2)
         if cache is not None:
             k, v = cache(k, v)  # (B, key and value heads, keys, head_dim)
@@ -182,8 +179,8 @@ class Attention(nn.Module):
         y = y.swapaxes(1, 2).reshape(rows, length, -1)
         return self.o_proj(y)
 
-    def _project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Return queries, keys and values of hidden states, (B, T, heads, head_dim) each."""
+    def _project(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Return queries and keys as heads side by side, and values, (B, T, heads, head_dim)."""
         heads = self.config.num_attention_heads
         key_heads = self.config.num_key_value_heads
         if self._fused is not None:
@@ -192,12 +189,18 @@ class Attention(nn.Module):
             if bias is not None:
                 all_heads = all_heads + bias
             all_heads = all_heads.reshape(*x.shape[:2], heads + 2 * key_heads, -1)
-            q, k, v = mx.split(all_heads, [heads, heads + key_heads], 2)
-            return q, k, v
-        q = mx.unflatten(self.q_proj(x), -1, (heads, -1))
-        k = mx.unflatten(self.k_proj(x), -1, (key_heads, -1))
-        v = mx.unflatten(self.v_proj(x), -1, (key_heads, -1))
-        return q, k, v
+            queries_and_keys, v = mx.split(all_heads, [heads + key_heads], 2)
+            if not self.config.qk_norm:
+                return queries_and_keys, v
+            q, k = mx.split(queries_and_keys, [heads], 2)
+        else:
+            q = mx.unflatten(self.q_proj(x), -1, (heads, -1))
+            k = mx.unflatten(self.k_proj(x), -1, (key_heads, -1))
+            v = mx.unflatten(self.v_proj(x), -1, (key_heads, -1))
+        if self.config.qk_norm:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        return mx.concatenate([q, k], 2), v
 
 
 def _attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:

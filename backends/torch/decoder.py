@@ -59,16 +59,21 @@ class KVCache:
 
         k, v: (B, heads, T, head_dim) -> (B, heads, visible, head_dim).
         """
+        if place.is_first_slots:
+            # Nothing is copied.
+            keys = self.keys[: len(k)]
+            values = self.values[: len(v)]
+            index = place.positions[:, None, :, None].expand_as(k)
+            keys.scatter_(2, index, k)
+            values.scatter_(2, index, v)
+            return keys[:, :, : place.visible], values[:, :, : place.visible]
         slots = place.slots[:, None]
         self.keys[slots, :, place.positions] = k.transpose(1, 2)
         self.values[slots, :, place.positions] = v.transpose(1, 2)
-        keys = self.keys[:, :, : place.visible]
-        values = self.values[:, :, : place.visible]
-        if place.is_first_slots:
-            # Nothing is copied.
-            count = len(place.slots)
-            return keys[:count], values[:count]
-        return keys[place.slots], values[place.slots]
+        return (
+            self.keys[:, :, : place.visible][place.slots],
+            self.values[:, :, : place.visible][place.slots],
+        )
 
 
 class Decoder(SlotDecoder):
@@ -78,6 +83,7 @@ class Decoder(SlotDecoder):
     caches: list[KVCache]  # one for each layer
     logits: Tensor
 
+    @torch.inference_mode()
     def _open(self, network: Transformer, slots: int) -> None:
         self.network = compute_copy(network)
         if network.device.type == "cuda":
@@ -86,6 +92,7 @@ class Decoder(SlotDecoder):
         self.caches = [KVCache(network, slots) for _ in layers]
         self.logits = torch.zeros(slots, network.config.vocab_size, device=network.device)
 
+    @torch.inference_mode()
     def _select(self, slots: np.ndarray, used: int) -> None:
         index = self._index(slots)
         # Layer by layer, or there would be two whole caches for a moment.
@@ -93,6 +100,7 @@ class Decoder(SlotDecoder):
             cache.select(index, used)
         self.logits = self.logits[index]
 
+    @torch.inference_mode()
     def _copy_slots(self, sources: np.ndarray, copies: np.ndarray) -> None:
         needed = int(copies.max()) + 1 - len(self.logits)
         if needed > 0:
@@ -107,7 +115,7 @@ class Decoder(SlotDecoder):
         for cache in self.caches:
             cache.copy_slots(source, copy)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _read(
         self, ids: np.ndarray, slots: np.ndarray, start: np.ndarray, last: np.ndarray
     ) -> None:
@@ -117,7 +125,7 @@ class Decoder(SlotDecoder):
         logits = self.network.logits(last_states)
         self.logits[self._index(slots)] = logits
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _advance(self, tokens: np.ndarray, start: np.ndarray, is_read: np.ndarray) -> None:
         slots = np.arange(self.slots)
         x = self._forward(tokens[:, None], slots, start)
@@ -153,7 +161,7 @@ class Decoder(SlotDecoder):
         mask = torch.zeros(is_future.shape, device=device, dtype=self.network.dtype)
         return mask.masked_fill_(is_future, -torch.inf)[:, None]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _choose(
         self, temperatures: np.ndarray, uniforms: np.ndarray | None
     ) -> tuple[np.ndarray, Tensor]:

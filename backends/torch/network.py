@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from backends.config import LoRAConfig, ModelConfig
 
-# The cosines and sines of all positions, (1 or B, 1, T, head_dim) each.
+# The cosines and sines of all positions, (1 or B, 1, T, head_dim) each; the sines of a head's first
+# half have a minus sign.
 Rope = tuple[Tensor, Tensor]
 # Stores the keys and values of one layer's new tokens, and returns those of all tokens so far.
 LayerCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -161,13 +162,10 @@ class Attention(nn.Module):
         parts: of a packed row, in order, which do not see each other.
         """
         rows, length, _ = x.shape
-        q, k, v = self._project(x)
-        if self.config.qk_norm:
-            q = self.q_norm(q)
-            k = self.k_norm(k)
+        queries_and_keys, v = self._project(x)
         # One call turns both, (B, heads, T, head_dim).
-        turned = rotate(torch.cat((q, k), 2).transpose(1, 2), rope)
-        q, k = turned.split((q.shape[2], k.shape[2]), 1)
+        turned = rotate(queries_and_keys.transpose(1, 2), rope)
+        q, k = turned.split((self.config.num_attention_heads, v.shape[2]), 1)
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache(k, v)  # (B, key and value heads, keys, head_dim)
@@ -182,18 +180,24 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).reshape(rows, length, -1)
         return self.o_proj(y)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values of hidden states, (B, T, heads, head_dim) each."""
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys as heads side by side, and values, (B, T, heads, head_dim)."""
         heads = self.config.num_attention_heads
         key_heads = self.config.num_key_value_heads
         if self.fused is not None:
             all_heads = functional.linear(x, *self.fused).unflatten(-1, (heads + 2 * key_heads, -1))
-            q, k, v = all_heads.split((heads, key_heads, key_heads), 2)
-            return q, k, v
-        q = self.q_proj(x).unflatten(-1, (heads, -1))
-        k = self.k_proj(x).unflatten(-1, (key_heads, -1))
-        v = self.v_proj(x).unflatten(-1, (key_heads, -1))
-        return q, k, v
+            queries_and_keys, v = all_heads.split((heads + key_heads, key_heads), 2)
+            if not self.config.qk_norm:
+                return queries_and_keys, v
+            q, k = queries_and_keys.split((heads, key_heads), 2)
+        else:
+            q = self.q_proj(x).unflatten(-1, (heads, -1))
+            k = self.k_proj(x).unflatten(-1, (key_heads, -1))
+            v = self.v_proj(x).unflatten(-1, (key_heads, -1))
+        if self.config.qk_norm:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        return torch.cat((q, k), 2), v
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -205,7 +209,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         # The query heads of one key head become rows of one query, so that its keys are read once.
         group = heads // key_heads
         grouped_q = q.reshape(rows, key_heads, group * length, head_dim)
-        grouped_mask = mask.repeat(1, 1, group, 1)
+        if length == 1:
+            # All rows of such a query look at one row of the mask, which is not copied for them.
+            grouped_mask = mask.expand(-1, -1, group, -1)
+        else:
+            grouped_mask = mask.repeat(1, 1, group, 1)
         y = attend(grouped_q, k, v, attn_mask=grouped_mask)
         return y.reshape(q.shape)
     if key_heads < heads and q.is_cuda and q.dtype == torch.float32:
@@ -225,8 +233,8 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     """
     cos, sin = rope
     first, second = x.chunk(2, -1)
-    crossed = torch.cat((-second, first), -1)
-    return x * cos + crossed * sin
+    crossed = torch.cat((second, first), -1)
+    return torch.addcmul(x * cos, crossed, sin)
 
 
 class MLP(nn.Module):
@@ -340,10 +348,11 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
-        angles = positions[..., None].float() * self.inverse_frequencies
-        # Both halves of a head turn alike.
-        angles = angles.repeat(1, 1, 2)[:, None]  # (1 or B, 1, T, head_dim)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        angles = positions[:, None, :, None].float() * self.inverse_frequencies
+        cos = angles.cos().to(dtype)  # (1 or B, 1, T, head_dim / 2)
+        sin = angles.sin().to(dtype)
+        # Both halves of a head turn by the same angle.
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of hidden states, (.., hidden) -> (.., vocab), in float32."""

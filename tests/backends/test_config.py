@@ -136,7 +136,7 @@ def attention_of_first_layer(network: Any, ids: Any) -> Any:
     x = layer.input_layernorm(network.model.embed_tokens(ids))
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
     angle = torch.arange(length)[:, None] * frequencies
-    rope = (angle.repeat(1, 2).cos(), angle.repeat(1, 2).sin())
+    rope = (angle.repeat(1, 2).cos(), torch.cat((-angle.sin(), angle.sin()), -1))
 
     def heads(projection: Any) -> Any:
         split = projection(x).view(len(ids), length, -1, config.head_dim)

@@ -24,6 +24,7 @@ from common.terminal import own_output, printable
 from environments.cost_logs import Ledger, stage_points
 from environments.costs import read_curve
 from environments.distilled import read_cost, read_examples
+from environments.trades import read_trade_offs
 from evaluation.fidelity import read_fidelity
 from evaluation.figures import read_figures
 
@@ -63,6 +64,7 @@ def test_damaged_files_of_a_run(content: str, tmp_path: Path) -> None:
         "eval.json": read_figures,
         "fidelity.json": read_fidelity,
         "cost_curve.json": read_curve,
+        "trade_offs.json": read_trade_offs,
         "predictions.jsonl": lambda path: plot.read_run(root),
         "rl1/log.jsonl": lambda path: plot.read_run(root),
         "rl1/calls.jsonl": lambda path: stage_points(path.parent, Ledger()),
@@ -114,6 +116,7 @@ def test_a_run_that_is_being_trained(tmp_path: Path, script: str) -> None:
 
 
 # ---- signals and readers -------------------------------------------------------------------------
+@pytest.mark.usefixtures("signals_of_a_shell")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_signal_while_a_script_is_imported(tmp_path: Path, script: str) -> None:
     """Ctrl-C in the first second is one line. Guards: thirty lines of imports."""
@@ -126,7 +129,6 @@ def test_a_signal_while_a_script_is_imported(tmp_path: Path, script: str) -> Non
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert done.returncode == -signal.SIGINT
     assert done.stderr == "stopped before anything was done\n"
@@ -152,6 +154,7 @@ def test_a_terminal_that_is_not_utf_8(tmp_path: Path) -> None:
     assert r"run \xe9, seed 0" in done.stdout
 
 
+@pytest.mark.usefixtures("signals_of_a_shell")
 def test_a_terminal_that_is_gone(tmp_path: Path) -> None:
     """SIGHUP comes with it, and work is saved although nothing can be printed any more.
 

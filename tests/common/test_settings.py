@@ -41,7 +41,7 @@ ABOVE_ZERO = (
     "vocab_size width layers base_tokens train_scale epochs sft3_epochs batch_tokens micro_tokens "
     "world_model_width world_model_layers world_model_epochs searches questions rollouts "
     "rl_questions temperature minibatches top_k max_actions tries max_len max_answer max_thought "
-    "max_observation eval_questions batch_rows repeats"
+    "max_observation eval_questions batch_rows repeats hours side_by_side"
 ).split()
 
 

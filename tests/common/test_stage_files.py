@@ -456,6 +456,7 @@ def test_a_stage_that_is_killed_again_and_again(root: Path, codec: Codec, whole:
 
 
 # ---- signals -------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("signals_of_a_shell")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_waits_for_the_step(
     root: Path, codec: Codec, whole: Any, capfd: Any, number: int

@@ -389,6 +389,7 @@ def test_any_question_file(holds_for: Try, tmp_path: Path) -> None:
     holds_for(check, st.lists(QUESTION_ROWS, min_size=1, max_size=2))
 
 
+@pytest.mark.slow
 def test_any_parquet_file(holds_for: Try, tmp_path: Path) -> None:
     """Whatever its columns hold: the same holds for it."""
     path = tmp_path / "x.parquet"

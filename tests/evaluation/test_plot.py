@@ -19,6 +19,13 @@ from common.errors import UserError
 from data.trajectory import Role
 from data.trajectory_rows import TrajectoryRow
 from environments.costs import CURVE_FILE, CostCurve, RowCost, RunCost, curve_to_json
+from environments.trades import (
+    TRADE_OFFS_FILE,
+    TradeOff,
+    TradeOffs,
+    TradePoint,
+    trade_offs_to_json,
+)
 from evaluation.figures import ActingFigures, Gain, RowFigures, SetFigures, row_to_json
 from evaluation.viewer import ROLE_NAMES, TRAJECTORIES_OF_A_STAGE, render_page
 from plot import PlotSettings
@@ -299,6 +306,33 @@ def test_what_practice_gives_and_costs(root: Path) -> None:
     (root / CURVE_FILE).write_text(curve_to_json(curve))
     plot.run(PlotSettings())
     assert "world_models.png" in drawn(root)
+
+
+def test_what_is_paid_for_what(root: Path) -> None:
+    """A part for each setting that was turned: a line of points, each with its value beside it.
+
+    trade_offs.json is drawn where it is there.
+    """
+    gain = Gain(80.0, 78.0, 82.0, questions=60)
+    lines = {
+        "one pass": [
+            TradePoint("sft3", "0.1", 60.0, gain),
+            TradePoint("sft3_1_1", "1", 70.0, gain),
+        ],
+        "two passes": [],
+    }
+    content = TradeOffs(["nano"], 75.0, [TradeOff("SFT-3", "right titles, %", lines)])
+    figure: Any = plot.draw_trade_offs(content)
+    (axes,) = figure.axes
+    (line, _) = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    assert list(line.get_xdata()) == [60.0, 70.0]
+    assert list(line.get_ydata()) == [80.0, 80.0]
+    assert [text.get_text() for text in axes.texts] == ["0.1", "1"]
+
+    write_logs(root)
+    (root / TRADE_OFFS_FILE).write_text(trade_offs_to_json(content))
+    plot.run(PlotSettings())
+    assert "trade_offs.png" in drawn(root)
 
 
 # ---- the viewer ----------------------------------------------------------------------------------

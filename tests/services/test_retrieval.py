@@ -150,6 +150,7 @@ def test_the_server_answers_many_at_once(serve_index: Any, tmp_path: Path) -> No
     assert answers == [expected] * 8
 
 
+@pytest.mark.usefixtures("signals_of_a_shell")
 def test_the_command_serves_until_it_is_stopped(tmp_path: Path) -> None:
     """The line with the address comes once the server listens; Ctrl-C ends it in good order."""
     path = tmp_path / "p.jsonl"
@@ -160,7 +161,6 @@ def test_the_command_serves_until_it_is_stopped(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     assert process.stdout.readline().startswith("index of 3 passages made")

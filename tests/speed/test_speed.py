@@ -89,7 +89,7 @@ def test_shared_tokens_of_groups() -> None:
 SCRIPT = """
 import json, pathlib, sys
 if "--help" in sys.argv:
-    print("  --run  --stage --start, --out  --rl2_steps   steps  --temperature")
+    print("  --run  --stage --start, --out  --rl2_steps   steps  --temperature --corpus")
 else:
     given = dict(argument.split("=") for argument in sys.argv[1:])
     folder = pathlib.Path("out", given["--run"], given["--out"])
@@ -103,17 +103,25 @@ else:
 """
 
 
-def test_a_tree_is_timed_by_its_scripts_and_logs(lm: LM, tmp_path: Path) -> None:
+def test_a_tree_is_timed_by_its_scripts_and_logs(
+    lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It gets the settings that it knows, and its first step does not count.
 
     Guards: a setting that a commit does not have yet, and memory that is got in the first step.
     """
     (tmp_path / "train_rl.py").write_text(SCRIPT)
-    tree = Tree(tmp_path, tmp_path, {"temperature": 0.5, "rl1_environment": "internal"})
+    monkeypatch.chdir(tmp_path.parent)
+    corpus = f"{tmp_path.name}/train_rl.py"  # any file, as this folder sees it
+    given = {"temperature": 0.5, "rl1_environment": "internal", "corpus": corpus}
+    tree = Tree(tmp_path, tmp_path, given)
     for _ in range(2):  # the second one takes the place of the first
         rows = tree.train("train_rl.py", "bench", "--stage=rl2", "--rl2_steps=3", "--rl1_pool=rl1")
     known = {"--run": "bench", "--stage": "rl2", "--rl2_steps": "3", "--out": "timed"}
-    assert rows[0].values["given"] == known | {"--temperature": "0.5"}
+    assert rows[0].values["given"] == known | {
+        "--temperature": "0.5",
+        "--corpus": str(tmp_path / "train_rl.py"),
+    }
     ours = Ours(lm, tmp_path, BenchSettings(questions=2))
     timing = time_stage("rl2", ours, rows)
     assert (timing.seconds, timing.units) == (4.0, 2)

@@ -100,15 +100,18 @@ def test_an_action_that_is_spelled(lm: LM, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_ends_a_row(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own end, a result without room, and no room at all; each row is its own."""
+    """Its own end, a result without room, and no room at all; each row is its own.
+
+    What looks like a call behind the thoughts is none.
+    """
     action = "<begin_search>Silver River</end_search>"
-    script(lm, monkeypatch, "</think> Eva.", "so " * 80 + action, "so " * 300)
+    script(lm, monkeypatch, "</think> Eva.", "so " * 80 + action, "so " * 300, f"</think> {action}")
     length = len(authors_prompt(lm.codec, "Who?"))
     settings = RolloutSettings(max_len=length + 200, max_observation=150)
     search = library([{"id": "0", "contents": f'"Silver River"\n{"Eva Moss. " * 40}'}], 1)
-    answers = answer_spelled(lm, ["Who?"] * 3, search, settings, seed=0)
-    assert [answer for answer, _ in answers] == ["Eva", "", ""]
-    assert [len(trajectory.queries) for _, trajectory in answers] == [0, 1, 0]
+    answers = answer_spelled(lm, ["Who?"] * 4, search, settings, seed=0)
+    assert [answer for answer, _ in answers] == ["Eva", "", "", ""]
+    assert [len(trajectory.queries) for _, trajectory in answers] == [0, 1, 0, 0]
     assert max(len(trajectory.ids) for _, trajectory in answers) <= settings.max_len
     with pytest.raises(UserError, match=r"max_len: \d+ leaves no room for a prompt"):
         answer_spelled(lm, ["Who?"], search, RolloutSettings(max_len=length), seed=0)
@@ -117,7 +120,7 @@ def test_what_ends_a_row(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sampling_depends_on_seed_and_question(lm: LM) -> None:
     """Not on what is asked beside it. Guards: an evaluation that goes on with other answers."""
     length = len(authors_prompt(lm.codec, "Who wrote it?"))
-    settings = RolloutSettings(max_len=length + 30)
+    settings = RolloutSettings(max_len=length + 22)
 
     def texts(questions: list[str], seed: int) -> list[str]:
         answers = answer_spelled(lm, questions, library(PASSAGES, 1), settings, seed)

@@ -1,0 +1,66 @@
+"""What is paid for what: exact match beside a second figure, and the file that holds both.
+
+`python -m environments.trade_offs` measures them and plot.py draws them.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import parse_json
+from evaluation.figures import Gain
+
+TRADE_OFFS_FILE = "trade_offs.json"  # in the folder of a run
+
+
+@dataclass
+class TradePoint:
+    """One stage."""
+
+    folder: str
+    label: str  # value of the setting
+    x: float  # the second figure, percent, mean over runs
+    em: Gain  # percent, with its interval; as a gain over a row that has nothing right
+
+
+@dataclass
+class TradeOff:
+    """EM against a second figure along one setting."""
+
+    title: str
+    x_title: str
+    lines: dict[str, list[TradePoint]]  # name of a line -> its points
+
+
+@dataclass
+class TradeOffs:
+    """The content of trade_offs.json."""
+
+    runs: list[str]
+    start_em: float  # of SFT-1&2, percent
+    trade_offs: list[TradeOff]
+
+
+def trade_offs_to_json(trade_offs: TradeOffs) -> str:
+    """Return the text of trade_offs.json."""
+    return json.dumps(asdict(trade_offs), indent=1, allow_nan=False) + "\n"
+
+
+def read_trade_offs(path: Path) -> TradeOffs:
+    """Return what a trade_offs.json holds. Raises UserError for another file."""
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        trade_offs = []
+        for values in content.pop("trade_offs"):
+            lines = {
+                name: [TradePoint(**(point | {"em": Gain(**point["em"])})) for point in points]
+                for name, points in values.pop("lines").items()
+            }
+            trade_offs.append(TradeOff(**values, lines=lines))
+        return TradeOffs(**content, trade_offs=trade_offs)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path}: not what environments/trade_offs.py writes; "
+            f"make it again with: python -m environments.trade_offs --run={path.parent.name}"
+        ) from None

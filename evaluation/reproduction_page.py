@@ -1,0 +1,246 @@
+"""docs/reproduction.md: the paper's table and claims, from the results of several seeds."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import plot
+from common.files import write_text
+from evaluation.claims import (
+    AGENTS,
+    RL1,
+    RL2_ALONE,
+    RL2_FROM_SFT2,
+    RL12,
+    SFT1,
+    SFT2_ALONE,
+    SFT12,
+    SFT123,
+    WORKFLOWS,
+    Claim,
+    SeedResults,
+    judge_claims,
+    seed_interval,
+)
+from evaluation.figures import ActingFigures, Gain, RowFigures, read_figures
+from evaluation.predictions import read_predictions
+from evaluation.statistics import average_figures, by_actions, em_of
+
+PAGE = Path("docs", "reproduction.md")
+PICTURES = Path("pictures")
+
+# The rows as the paper names them, with its average EM of a 7B model over six sets.
+NAMES = {
+    "model only": "model only",
+    "ReAct workflow": "ReAct",
+    SFT1: "SFT-1",
+    SFT2_ALONE: "SFT-2",
+    SFT12: "SFT-1&2",
+    SFT123: "SFT-1&2&3",
+    RL2_ALONE: "RL-2 alone",
+    RL1: "SFT-1&2&3 + RL-1",
+    RL12: "SFT-1&2&3 + RL-1&2",
+    RL2_FROM_SFT2: "SFT-1&2 + RL-2",
+}
+PAPER_EM = {
+    "model only": 11.8,
+    "ReAct workflow": 15.2,
+    SFT1: 22.7,
+    SFT2_ALONE: 29.5,
+    SFT12: 32.0,
+    SFT123: 31.3,
+    RL2_ALONE: 23.7,
+    RL1: 31.7,
+    RL12: 33.4,
+    RL2_FROM_SFT2: 33.9,
+}
+MOST_SHOWN_ACTIONS = 4  # columns of the table of actions; the last one is for more as well
+
+HEADER = """# The paper's claims, on nano
+
+`bash reproduce.sh` wrote this page from the runs of {count}: {seeds}. It trains every row of the \
+paper's table with the default settings, and evaluates it on {questions} questions a seed, in a \
+world that training never saw. The paper's figures are of a model of 7 billion parameters on six \
+sets of real questions; they are the shape to compare with, not the values.
+"""
+
+
+# ---- 1. What a seed has left ---------------------------------------------------------------------
+def read_seed(seed: str, root: Path) -> SeedResults:
+    """Return the rows of a seed's evaluation. Raises UserError for a file that can't be read."""
+    figures = read_figures(root / "eval.json")
+    rows = [row for row in NAMES if row in figures]
+    predictions = read_predictions(root / "predictions.jsonl", rows, "--seeds")
+    return SeedResults(seed, {**predictions}, {row: figures[row] for row in rows})
+
+
+def pool_row(seeds: Sequence[SeedResults], row: str) -> RowFigures:
+    """Return the figures of a row over the seeds that have it."""
+    having = [results for results in seeds if row in results.predictions]
+    answers = [results.predictions[row] for results in having]
+    em = em_of(answers)
+    acting = [results.figures[row].acting for results in having]
+    flat = [one for sets in answers for rows in sets.values() for one in rows]
+    return RowFigures(
+        sets={},
+        average=average_figures(answers),
+        acting=ActingFigures(
+            *(_mean_if_any([getattr(one, name) for one in acting]) for name in vars(acting[0]))
+        ),
+        em_low=em.low,
+        em_high=em.high,
+        by_actions=by_actions(flat),
+    )
+
+
+def _mean_if_any(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return float(np.mean(found)) if found else None
+
+
+# ---- 2. The page ---------------------------------------------------------------------------------
+def write_page(seeds: Sequence[SeedResults]) -> Path:
+    """Write the page and its figures; return where it is."""
+    rows = [row for row in NAMES if any(row in results.predictions for results in seeds)]
+    pooled = {row: pool_row(seeds, row) for row in rows}
+    names = ", ".join(results.seed for results in seeds)
+    count = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    questions = em_of([seeds[0].predictions[rows[0]]]).questions
+    parts = [
+        HEADER.format(count=count, seeds=names, questions=questions),
+        "## The table\n\n" + format_rows(seeds, pooled),
+        "## The claims\n\n" + format_claims(judge_claims(seeds)),
+        "## Success by the number of actions (Fig. 3)\n\n" + format_actions(pooled),
+        draw_figures(seeds, pooled),
+    ]
+    write_text(PAGE, "\n".join(parts))
+    return PAGE
+
+
+def format_rows(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) -> str:
+    """Return the table: EM over questions and over seeds, searches, and the paper's EM."""
+    titles = [
+        "",
+        "EM (95% over questions)",
+        "95% over seeds",
+        "by seed",
+        "searches for known / unknown facts",
+        "malformed",
+        "paper's EM",
+    ]
+    lines = [_line(titles), _line(["---"] * len(titles))]
+    for row, figures in pooled.items():
+        by_seed = [
+            em_of([results.predictions[row]]).points
+            for results in seeds
+            if row in results.predictions
+        ]
+        acting = figures.acting
+        lines.append(
+            _line(
+                [
+                    NAMES[row],
+                    f"{figures.average.em:.1f} ({figures.em_low:.1f} to {figures.em_high:.1f})",
+                    _interval(*seed_interval(by_seed)),
+                    ", ".join(f"{em:.1f}" for em in by_seed),
+                    f"{_share(acting.search_known)} / {_share(acting.search_unknown)}",
+                    f"{figures.average.malformed:.1f}%",
+                    f"{PAPER_EM[row]}",
+                ]
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+def format_claims(claims: Sequence[Claim]) -> str:
+    """Return a row for each claim: verdict, difference, interval, test, and each seed's."""
+    titles = ["claim", "verdict", "measured", "points (95%)", "needs", "p", "by seed"]
+    lines = [_line(titles), _line(["---"] * len(titles))]
+    for claim in claims:
+        by_seed = ", ".join(f"{points:+.1f}" for points in claim.by_seed.values())
+        lines.append(
+            _line(
+                [
+                    f"{claim.number}. {claim.text}",
+                    f"**{claim.verdict}**",
+                    claim.measure,
+                    _gain(claim.gain),
+                    f"above {claim.needs:g}",
+                    "" if claim.p is None else f"{claim.p:.4f}",
+                    by_seed,
+                ]
+            )
+        )
+    note = (
+        "\n\nA claim holds where its whole interval lies above what it needs, and does not where "
+        "it lies below. Claim 1 shows the weakest of its comparisons. p is of a two-sided "
+        "permutation test over questions: how likely so large a difference is between equals.\n"
+    )
+    return "\n".join(lines) + note
+
+
+def format_actions(pooled: Mapping[str, RowFigures]) -> str:
+    """Return the success rate of each row by the number of actions."""
+    counts = range(MOST_SHOWN_ACTIONS + 1)
+    titles = ["success, % (answers)", *(str(count) for count in counts)]
+    titles[-1] += " or more"
+    lines = [_line(titles), _line(["---"] * len(titles))]
+    for row, figures in pooled.items():
+        cells = [NAMES[row]]
+        for count in counts:
+            groups = [
+                group
+                for actions, group in figures.by_actions.items()
+                if actions == count or (count == MOST_SHOWN_ACTIONS and actions > count)
+            ]
+            answers = sum(group.questions for group in groups)
+            correct = sum(group.correct for group in groups)
+            cells.append(f"{100 * correct / answers:.0f} ({answers})" if answers else "")
+        lines.append(_line(cells))
+    return "\n".join(lines) + "\n"
+
+
+def draw_figures(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) -> str:
+    """Draw the pooled rows into pictures/, and return the part of the page that shows them."""
+    named = {NAMES[row]: figures for row, figures in pooled.items()}
+    agents: dict[str, list[dict[str, Any]]] = {
+        NAMES[row]: [
+            dict(answer)
+            for results in seeds
+            for answers in results.predictions.get(row, {}).values()
+            for answer in answers
+        ]
+        for row in (WORKFLOWS[-1], *AGENTS)
+        if row in pooled
+    }
+    figures = {
+        "reproduction_table.png": ("Exact match", plot.draw_table(named)),
+        "reproduction_actions.png": ("By number of actions", plot.draw_actions(agents)),
+        "reproduction_search.png": ("Known and unknown facts", plot.draw_search(named)),
+    }
+    PICTURES.mkdir(exist_ok=True)
+    lines = ["## Figures\n"]
+    for file, (title, figure) in figures.items():
+        figure.savefig(PICTURES / file)
+        lines.append(f"![{title}](../{PICTURES / file})\n")
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _gain(gain: Gain) -> str:
+    return f"{gain.points:+.1f} ({_interval(gain.low, gain.high, '+.1f')})"
+
+
+def _interval(low: float, high: float, form: str = ".1f") -> str:
+    if not np.isfinite(low):
+        return "-"
+    return f"{low:{form}} to {high:{form}}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

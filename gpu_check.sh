@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Check PyTorch on this machine's GPU: bash gpu_check.sh (some minutes; out/gpu_check.json).
+#   bash gpu_check.sh --quick    trains the short form on it too, and compares its speed
+#   bash gpu_check.sh cpu        the same checks at a tiny size
+set -euo pipefail
+. "$(dirname "$0")/setup.sh"
+if [ "${1:-}" = --quick ]; then
+  .venv/bin/python -m speed.gpu_check
+  bash run.sh --quick --run=gpu_check --backend=torch --device=cuda
+  exec .venv/bin/python bench.py --run=gpu_check
+fi
+exec .venv/bin/python -m speed.gpu_check "$@"
