@@ -53,7 +53,7 @@ if [ $world_models = 1 ]; then
 
   # The paper's: the policy imagines, which SFT-3 taught it; then the same about SFT's world.
   run train_sft.py --stage=sft3 --resume --out=sft3_paper --sft3_epochs=2 --sft3_observation_coef=1
-  practise $first_80 --start=sft3_paper --out=internal_80 --rl1_environment=internal
+  practise $first_80 --start=sft3_paper --out=internal_80 --rl1_environment=internal --rl1_scale=1
   practise $last_16 --start=internal_80 --out=internal_80_real_16
   practise $first_80 --start=sft3_paper --out=internal_sft_80 --rl1_environment=internal \
     --rl1_pool=rl1 --rl1_call_cost=0 --rl1_scale=0.03
@@ -61,7 +61,8 @@ if [ $world_models = 1 ]; then
 
   practise $first_80 --start=sft2 --out=distilled_80
   practise $last_16 --start=distilled_80 --out=distilled_80_real_16
-  practise $last_16 --start=distilled_80 --out=distilled_96 --rl2_environment=distilled
+  practise $last_16 --start=distilled_80 --out=distilled_96 --rl2_environment=distilled \
+    --rl_lr=1.5e-4
   practise $all_96 --start=sft2 --out=scheduled_96 --rl2_environment=mixed --mixed_by=schedule
   practise $all_96 --start=sft2 --out=confident_96 --rl2_environment=mixed --mixed_by=confidence
 

@@ -98,8 +98,8 @@ class RLSettings(StageSettings, EnvironmentSettings):
     # Learning rate of AdamW, for all weights: Muon would lift the noise of a policy gradient to
     # the size of its signal.
     rl_lr: float = 3e-4
-    # RL-1 trains at this part of the rate.
-    rl1_scale: float = 1.0
+    # RL-1 trains at this part of the rate: at the whole of it, a policy in an imagined world drifts.
+    rl1_scale: float = 0.5
     # Optimizer steps that a batch of rollouts is cut into.
     minibatches: AboveZero = 1
     # What the policy gradient is a mean over: dapo (all tokens of a step), grpo (the tokens of each

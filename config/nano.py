@@ -17,6 +17,7 @@ QUICK = {
     "rl2_steps": 3,
     "rl_questions": 240,
     "rl_lr": 1e-4,
+    "rl1_scale": 1.0,
     "call_cost": 0.0,
     "rl1_call_cost": 0.0,
     "eval_questions": 20,
