@@ -23,6 +23,10 @@ trajectories.html    what the policy wrote, token by token, coloured by who wrot
 Stages that are not there are left out, and so is a stage that is still training.
 """
 
+# First, so that Ctrl-C is one line from here on.
+from common.errors import UserError
+
+# isort: split
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +40,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
-from common.errors import UserError
 from common.files import read_log, write_bytes, write_text
 from common.runs import run_folder
 from common.settings import RunSettings, main

@@ -29,6 +29,10 @@ Those begin at what the model does not know by heart: where it knows, recalling 
 search whose result it has to make up, and it would stop searching.
 """
 
+# First, so that Ctrl-C is one line from here on.
+from common.errors import UserError, resume_command
+
+# isort: split
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -51,7 +55,6 @@ from autocoa import (
 from common import memory, runs
 from common.alarms import alarms
 from common.batching import fill_by_tokens
-from common.errors import UserError, resume_command
 from common.runs import StageRun
 from common.settings import (
     AboveZero,
