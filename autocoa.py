@@ -13,6 +13,10 @@ what is done with trajectories:
 4. `--ask`: one question, answered before your eyes.
 """
 
+# First, so that Ctrl-C is one line from here on.
+from common.errors import UserError
+
+# isort: split
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +26,6 @@ import numpy as np
 
 import model
 from common import memory, runs
-from common.errors import UserError
 from common.settings import ModelSettings, RolloutSettings, TaskRunSettings, main
 from common.terminal import own_output
 from data.batches import Batch

@@ -29,6 +29,10 @@ Every command prints one line of JSON at its end, adds it to out/<run>/bench.jso
 out/<run>/figures/bench.png, against.png, growth.png or sharing.png.
 """
 
+# First, so that Ctrl-C is one line from here on.
+from common.errors import UserError, run_guarded
+
+# isort: split
 import json
 import os
 import sys
@@ -38,7 +42,6 @@ from pathlib import Path
 from typing import Any
 
 import model
-from common.errors import UserError, run_guarded
 from common.files import append_jsonl
 from common.runs import RL_STAGES, SFT_STAGES, find_start, run_folder, settle_dtype
 from common.settings import main

@@ -382,7 +382,8 @@ def load_any(name: str, settings: ModelSettings) -> tuple[LM, bool]:
     """
     # The folder of an adapter that another program trained has no config.json.
     files = [Path(name) / "config.json", Path(name) / "tokenizer.json"]
-    if all(path.is_file() for path in files) and f'"{TAGS["search"]}"' in files[1].read_text():
+    tag = f'"{TAGS["search"]}"'.encode()
+    if all(path.is_file() for path in files) and tag in files[1].read_bytes():
         return load(name, settings), True
     lm = load_pretrained(name, settings)
     if settings.bits < 16:

@@ -23,6 +23,11 @@ trajectories.html    what the policy wrote, token by token, coloured by who wrot
 Stages that are not there are left out, and so is a stage that is still training.
 """
 
+# First, so that Ctrl-C is one line from here on.
+from common.errors import UserError
+
+# isort: split
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +40,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
-from common.errors import UserError
-from common.files import read_log
+from common.files import read_log, write_bytes, write_text
 from common.runs import run_folder
 from common.settings import RunSettings, main
 from data.trajectory_rows import TrajectoryRow
@@ -675,22 +679,24 @@ def run(settings: PlotSettings) -> None:
     folder = root / "figures"
     folder.mkdir(exist_ok=True)
     if logs.training:
-        _save(draw_training(logs.training), folder / "training.png")
+        save_figure(draw_training(logs.training), folder / "training.png")
     if logs.table:
-        _save(draw_table(logs.table), folder / "table.png")
+        save_figure(draw_table(logs.table), folder / "table.png")
     rows_with_facts = {name: row for name, row in logs.table.items() if _needs_facts(row)}
     if rows_with_facts:
-        _save(draw_search(rows_with_facts), folder / "search.png")
+        save_figure(draw_search(rows_with_facts), folder / "search.png")
     if logs.agents:
-        _save(draw_actions(logs.agents), folder / "actions.png")
+        save_figure(draw_actions(logs.agents), folder / "actions.png")
     if (root / FIDELITY_FILE).is_file():
-        _save(draw_fidelity(read_fidelity(root / FIDELITY_FILE)), folder / "fidelity.png")
+        save_figure(draw_fidelity(read_fidelity(root / FIDELITY_FILE)), folder / "fidelity.png")
     if (root / CURVE_FILE).is_file():
-        _save(draw_world_models(read_curve(root / CURVE_FILE)), folder / "world_models.png")
+        save_figure(draw_world_models(read_curve(root / CURVE_FILE)), folder / "world_models.png")
     if (root / TRADE_OFFS_FILE).is_file():
-        _save(draw_trade_offs(read_trade_offs(root / TRADE_OFFS_FILE)), folder / "trade_offs.png")
+        save_figure(
+            draw_trade_offs(read_trade_offs(root / TRADE_OFFS_FILE)), folder / "trade_offs.png"
+        )
     if logs.rollouts:
-        (folder / "trajectories.html").write_text(render_page(logs.rollouts), encoding="utf-8")
+        write_text(folder / "trajectories.html", render_page(logs.rollouts))
         print(folder / "trajectories.html")
 
 
@@ -699,8 +705,11 @@ def _needs_facts(row: RowFigures) -> bool:
     return row.acting.search_known is not None or row.acting.search_unknown is not None
 
 
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path)
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure, whole or not at all, and print its path. Raises DiskError."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."))
+    write_bytes(path, content.getvalue())
     print(path)
 
 

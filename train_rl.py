@@ -29,6 +29,10 @@ Those begin at what the model does not know by heart: where it knows, recalling 
 search whose result it has to make up, and it would stop searching.
 """
 
+# First, so that Ctrl-C is one line from here on.
+from common.errors import UserError, resume_command
+
+# isort: split
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -51,7 +55,6 @@ from autocoa import (
 from common import memory, runs
 from common.alarms import alarms
 from common.batching import fill_by_tokens, own_micro_batches
-from common.errors import UserError, resume_command
 from common.runs import StageRun
 from common.settings import (
     AboveZero,
@@ -98,7 +101,7 @@ class RLSettings(StageSettings, EnvironmentSettings):
     # Learning rate of AdamW, for all weights: Muon would lift the noise of a policy gradient to
     # the size of its signal.
     rl_lr: float = 3e-4
-    # RL-1 trains at this part of the rate: at the whole of it, a policy in an imagined world drifts.
+    # RL-1 trains at this part of the rate; at the whole, a policy in an imagined world drifts.
     rl1_scale: float = 0.5
     # Optimizer steps that a batch of rollouts is cut into.
     minibatches: AboveZero = 1

@@ -13,6 +13,10 @@ answers are known (environments/fidelity.py). It prints a table and writes out/<
 figures/fidelity.png and figures/imagined.html, imagined observations beside the real ones.
 """
 
+# First, so that Ctrl-C is one line from here on.
+from common.errors import UserError, run_guarded
+
+# isort: split
 import dataclasses
 import json
 import random
@@ -28,7 +32,6 @@ import model
 from autocoa import nll_loss
 from backends.adapter_files import CONFIG_FILE
 from common import memory, runs
-from common.errors import UserError, run_guarded
 from common.run_record import read_run_record
 from common.runs import COST_FILE, StageRun
 from common.settings import (

@@ -14,6 +14,8 @@ from common.terminal import printable, printable_output
 
 # What a disk or a folder refuses, and what can be done about it.
 WAYS_OUT = {
+    # A library that does not say why it could not write: nearly always this is why.
+    0: "make room on that disk",
     errno.ENOSPC: "make room on that disk",
     errno.EDQUOT: "make room within your quota",
     errno.EFBIG: "raise the limit on the size of a file",
@@ -41,7 +43,8 @@ def disk_error(error: OSError, path: Path | None = None) -> DiskError:
     path: what was written, for an error that does not say it.
     """
     way_out = WAYS_OUT.get(error.errno or 0, "see what became of it")
-    return DiskError(f"{error.filename or path}: {error.strerror}; {way_out}")
+    name = error.filename or path or "a file that was written"
+    return DiskError(f"{name}: {error.strerror or error}; {way_out}")
 
 
 def resume_command() -> str:

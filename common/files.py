@@ -56,13 +56,18 @@ def writing(path: Path) -> Generator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text as a file; see write_bytes."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that it is whole or not there at all, also after a loss of power."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         new_path = path.with_name(path.name + ".new")
         try:
-            with open(new_path, "w", encoding="utf-8") as file:
-                file.write(text)
+            with open(new_path, "wb") as file:
+                file.write(content)
             sync(new_path)
             new_path.rename(path)
         except OSError:

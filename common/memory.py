@@ -172,6 +172,7 @@ def report(lm: LM, settings: Any, kind: Kind, loss: Callable[..., Any] | None) -
     place = f"{lm.backend.NAME} on {lm.backend.describe_device(lm.network)}"
     number_type = str(lm.network.dtype).split(".")[-1]
     print(f"{counts.network / 1e6:,.2f} M parameters{trained}; {number_type}, {place}")
+    _report_unseen_length(config.max_position_embeddings, settings.max_len)
 
     memory = _counted_memory(lm, settings, workload)
     parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in memory.items())
@@ -185,6 +186,15 @@ def report(lm: LM, settings: Any, kind: Kind, loss: Callable[..., Any] | None) -
     _measure(lm, settings, workload, loss)
     print("nothing was trained or written (--dry-run)")
     return False
+
+
+def _report_unseen_length(longest: int, max_len: int) -> None:
+    """Say so where a trajectory may be longer than any text that the network was made for."""
+    if max_len > longest:
+        print(
+            f"max_len {max_len}: the checkpoint was made for texts of {longest} tokens "
+            "at most (max_position_embeddings); behind that it may write nonsense"
+        )
 
 
 def _workload(settings: Any, kind: Kind) -> Workload:

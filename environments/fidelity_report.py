@@ -48,7 +48,7 @@ from evaluation.fidelity import (
     table_line,
 )
 from evaluation.viewer import ShownModel, compare_texts, render_imagined
-from plot import draw_fidelity
+from plot import draw_fidelity, save_figure
 from tasks import Task, open_task
 
 SHOWN_SEARCHES = 20  # of each model on the page of imagined observations
@@ -149,7 +149,6 @@ def draw_what_was_measured(
     """Write the figure and the page, and print their paths."""
     folder = root / "figures"
     folder.mkdir(exist_ok=True)
-    draw_fidelity(table).savefig(folder / "fidelity.png")
+    save_figure(draw_fidelity(table), folder / "fidelity.png")
     write_text(folder / "imagined.html", render_imagined(examples))
-    print(folder / "fidelity.png")
     print(folder / "imagined.html")

@@ -220,10 +220,9 @@ def draw_figures(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures])
         "reproduction_actions.png": ("By number of actions", plot.draw_actions(agents)),
         "reproduction_search.png": ("Known and unknown facts", plot.draw_search(named)),
     }
-    PICTURES.mkdir(exist_ok=True)
     lines = ["## Figures\n"]
     for file, (title, figure) in figures.items():
-        figure.savefig(PICTURES / file)
+        plot.save_figure(figure, PICTURES / file)
         lines.append(f"![{title}](../{PICTURES / file})\n")
     return "\n".join(lines)
 

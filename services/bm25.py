@@ -18,8 +18,8 @@ from typing import Any
 import bm25s
 import numpy as np
 
-from common.errors import UserError
-from common.files import file_lock, write_jsonl
+from common.errors import DiskError, UserError
+from common.files import file_lock, write_jsonl, writing
 from common.progress import tqdm
 from data.passages import Passage, join_passages, nfc, read_passages, split_passage
 from data.scores import find_spelling
@@ -252,17 +252,26 @@ def open_index(path: str | Path, top_k: int, root: str | Path = "out") -> BM25:
 
 
 def _build_index(path: Path, folder: Path, provenance: str) -> None:
-    """Write the index of a passage file; the folder is whole or not there."""
+    """Write the index of a passage file; the folder is whole or not there.
+
+    Raises DiskError where the disk refuses; then half an index takes no room.
+    """
     start = time.time()
     passages = read_passages(path)
     search = BM25(passages, b=0.9, title_weight=8)
     partial_folder = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     rows = tqdm(passages, desc="writing the index", unit="passage", leave=False, delay=2)
-    search.index.save(partial_folder, corpus=rows, show_progress=False)
-    (partial_folder / "made_from.json").write_text(provenance)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial_folder.rename(folder)
+    try:
+        with writing(folder):
+            search.index.save(partial_folder, corpus=rows, show_progress=False)
+            (partial_folder / "made_from.json").write_text(provenance)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial_folder.rename(folder)
+    except DiskError:
+        # Half an index would only take room.
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        raise
     seconds = time.time() - start
     print(f"index of {len(passages):,} passages made in {seconds:.1f} s: {folder}")
 

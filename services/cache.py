@@ -16,19 +16,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import DiskError
 from common.files import file_lock
 
-# The file is fine, but it can't be used just now: locked, read-only, or on a disk that fails.
-UNAVAILABLE_CODES = (
-    sqlite3.SQLITE_PERM,
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_CANTOPEN,
-)
+LOCKED = "wait for the process that holds it"
+READ_ONLY = "let it be written to"
+# The file is fine, but it can't be used just now, and what can be done about it.
+WAYS_OUT = {
+    sqlite3.SQLITE_PERM: READ_ONLY,
+    sqlite3.SQLITE_BUSY: LOCKED,
+    sqlite3.SQLITE_LOCKED: LOCKED,
+    sqlite3.SQLITE_READONLY: READ_ONLY,
+    sqlite3.SQLITE_IOERR: "make room on that disk, or see to it",
+    sqlite3.SQLITE_FULL: "make room on that disk",
+    sqlite3.SQLITE_CANTOPEN: READ_ONLY,
+}
 # What json.loads raises for a row that is no JSON.
 DAMAGE = (ValueError, TypeError, RecursionError)
 
@@ -41,13 +43,13 @@ class Cache:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Open or begin the file; raise UserError where its folder can't be made."""
+        """Open or begin the file; raise DiskError where its folder can't be made."""
         self.path = Path(path)
         self.lock = threading.Lock()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.path.parent}: {error.strerror}; it must be a folder") from None
+            raise DiskError(f"{self.path.parent}: {error.strerror}; it must be a folder") from None
         try:
             self._open()
         except sqlite3.DatabaseError as error:
@@ -111,13 +113,12 @@ class Cache:
         """Rename a file that can't be read, and begin an empty one.
 
         One process at a time does so; the next one finds the new file and uses it.
-        Raises UserError where nothing is wrong with the file itself.
+        Raises DiskError where nothing is wrong with the file itself.
         """
         # The lower eight bits of an extended code are the kind of error.
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in UNAVAILABLE_CODES:
-            raise UserError(
-                f"{self.path}: {error}; make it writable, or wait for the process that holds it"
-            ) from None
+        way_out = WAYS_OUT.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+        if way_out is not None:
+            raise DiskError(f"{self.path}: {error}; {way_out}") from None
         self.database.close()
         with file_lock(self.path):
             if self._opens_undamaged():

@@ -19,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common.files import parse_json
 from services.bm25 import BM25
@@ -32,7 +33,7 @@ MOST_QUERIES = 2048
 LONGEST_QUERY = 2000  # letters
 LARGEST_TOP_K = 100
 MOST_PASSAGES = 10_000  # queries x topk
-# A request may take so many seconds to arrive, and as many until its last query has its turn.
+# The head of a request may take so many seconds, its body too, and its last query to have its turn.
 SECONDS = 30.0
 BATCH = 64  # queries that are searched for at once; no request keeps others waiting for longer
 
@@ -54,6 +55,41 @@ class Search:
     top_k: int
     return_scores: bool
     results: list[str] = field(default_factory=list)  # JSON for each query, once it is found
+
+
+class Connection(H11Protocol):
+    """A connection of uvicorn's, which is closed where the head of a request does not come.
+
+    By itself uvicorn waits for ever for it, and a process may hold so many connections alone.
+    """
+
+    head_timer: asyncio.TimerHandle
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self.head_timer = self.loop.call_later(SECONDS, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        """Stop waiting when a request has begun."""
+        super().data_received(data)
+        if self._is_answering():
+            self.head_timer.cancel()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, if it is not here already."""
+        super().on_response_complete()
+        self.head_timer.cancel()
+        if not self._is_answering():
+            self.head_timer = self.loop.call_later(SECONDS, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
+        self.head_timer.cancel()
+        super().connection_lost(exc)
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
 
 class RetrievalServer:
@@ -78,7 +114,9 @@ class RetrievalServer:
                 Route("/{path:path}", _refuse_path, methods=["POST"]),
             ]
         )
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
+        config = uvicorn.Config(
+            app, http=Connection, log_level="warning", access_log=False, lifespan="off"
+        )
         self.server = uvicorn.Server(config)
 
     def run(self) -> None:

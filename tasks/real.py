@@ -6,7 +6,7 @@ import re
 import model
 import tools
 from common.errors import UserError
-from common.settings import NewModelSettings, RolloutSettings, TaskRunSettings
+from common.settings import NewModelSettings, TaskRunSettings
 from data.passages import split_passage
 from data.question_files import read_question_sets
 from data.questions import Fact, Lookup, Question, short_questions, sixteenth
@@ -115,23 +115,11 @@ class RealTask:
         """Return the checkpoint from elsewhere, with the tags added."""
         # A device that is not there is refused before the checkpoint is read.
         model.choose_backend(settings.backend).pick_device(settings.device)
-        lm = model.load_pretrained(self.settings.model, settings)
-        if isinstance(settings, RolloutSettings):
-            _report_unseen_length(lm.network.config.max_position_embeddings, settings)
-        return lm
+        return model.load_pretrained(self.settings.model, settings)
 
     def pretraining_texts(self, codec: Codec, rng: random.Random, tokens: int) -> list[Trajectory]:
         """Return nothing: the checkpoint is the base model as it is."""
         return []
-
-
-def _report_unseen_length(longest: int, settings: RolloutSettings) -> None:
-    """Say so where a trajectory may be longer than any text that the checkpoint was made for."""
-    if settings.max_len > longest:
-        print(
-            f"max_len {settings.max_len}: the checkpoint was made for texts of {longest} tokens "
-            "at most (max_position_embeddings); behind that it may write nonsense"
-        )
 
 
 def _sample(questions: list[Question], name: str, settings: TaskRunSettings) -> list[Question]:

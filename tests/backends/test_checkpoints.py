@@ -177,6 +177,14 @@ def test_packed_weights(tmp_path: Path, backend_name: str, number_type: Any) -> 
         backend.load_weights(network, tmp_path)
 
 
+def test_a_tokenizer_that_is_no_text(codec: Codec, tmp_path: Path) -> None:
+    """Whoever asks whether a checkpoint has the tags says so. Guards: a traceback of eval.py."""
+    tiny_lm(codec).save(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(UserError, match=r"the tokenizer of \S+ can't be read"):
+        model.load_any(str(tmp_path), CPU)
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [

@@ -29,7 +29,16 @@ from evaluation.fidelity import read_fidelity
 from evaluation.figures import read_figures
 
 # Scripts whose first import is common.errors.
-SCRIPTS = ("train_sft.py", "eval.py")
+SCRIPTS = (
+    "train_sft.py",
+    "train_rl.py",
+    "eval.py",
+    "autocoa.py",
+    "world_model.py",
+    "plot.py",
+    "tools.py",
+    "bench.py",
+)
 
 
 def run_python(program: str, **options: Any) -> subprocess.CompletedProcess[str]:

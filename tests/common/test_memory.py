@@ -158,6 +158,21 @@ def read_megabytes(line: Any) -> Any:
     return megabytes
 
 
+@pytest.mark.parametrize("kind", ["sft", "rl", "eval"])
+@pytest.mark.parametrize("max_len", [1024, 1025])
+def test_longer_than_the_checkpoint_has_seen(
+    capsys: pytest.CaptureFixture[str], kind: str, max_len: int
+) -> None:
+    """It is said by every script, before anything is done.
+
+    Guards: positions beyond the checkpoint's own; an evaluation and RL with a larger --max_len.
+    """
+    settings = SFTSettings(max_len=max_len) if kind == "sft" else RLSettings(max_len=max_len)
+    assert memory.report(shapes_only(NANO, "torch"), settings, kind, None)
+    line = f"max_len {max_len}: the checkpoint was made for texts of 1024 tokens at most"
+    assert (line in capsys.readouterr().out) == (max_len == 1025)
+
+
 @pytest.mark.parametrize("kind", ["sft", "rl"])
 def test_a_16_gb_mac(capsys: pytest.CaptureFixture[str], kind: str) -> None:
     """R1-Distill-Qwen-1.5B with its preset: what is counted is under two thirds of 16 GB."""

@@ -5,6 +5,7 @@ import html
 import json
 import random
 import re
+import resource
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -15,7 +16,7 @@ import pytest
 from conftest import ROOT, run_here
 
 import plot
-from common.errors import UserError
+from common.errors import DiskError, UserError
 from data.trajectory import Role
 from data.trajectory_rows import TrajectoryRow
 from environments.costs import CURVE_FILE, CostCurve, RowCost, RunCost, curve_to_json
@@ -185,6 +186,19 @@ def test_nothing_to_draw_as_a_user_sees_it(tmp_path: Path) -> None:
     assert done.status == 2
     assert "python train_sft.py" in done.err
     assert "Traceback" not in done.err
+
+
+def test_a_figure_on_a_full_disk(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is named, and half a figure takes no room."""
+    write_logs(root)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(DiskError, match=r"figures/training\.png: File too large; raise the"):
+            plot.run(PlotSettings())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert drawn(root) == []
 
 
 def test_plot_does_not_load_what_answers_questions(tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ import model
 from data.questions import sixteenth
 from data.sft_data import read_trajectories
 from data.trajectory import Role
-from tasks.real import PARTS, RealTask
-from train_sft import SFTSettings
+from tasks.real import PARTS
 
 CONFIG = str(ROOT / "config" / "smollm2.py")
 TINY = [
@@ -150,18 +149,6 @@ def test_the_last_stage_in_transformers(user: Any) -> None:
     with torch.no_grad():
         logits = lm.network.logits(lm.network(ids))
         torch.testing.assert_close(logits, network(ids).logits, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("max_len", [2048, 2049])
-def test_longer_than_the_checkpoint_has_seen(
-    user: Any, capsys: pytest.CaptureFixture[str], max_len: int
-) -> None:
-    """It is said before anything is trained. Guards: positions beyond the checkpoint's own."""
-    settings = SFTSettings(device="cpu", model=str(user.cwd / "checkpoint"), max_len=max_len)
-    task: Any = SimpleNamespace(settings=settings)
-    RealTask.new_model(task, settings)
-    line = f"max_len {max_len}: the checkpoint was made for texts of 2048 tokens at most"
-    assert (line in capsys.readouterr().out) == (max_len == 2049)
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import resource
 import subprocess
 import sys
 import unicodedata
@@ -14,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 import tools
-from common.errors import UserError
+from common.errors import UserError, run_guarded
 from services import bm25
 from services.bm25 import BM25, open_index, wikipedia_leads
 
@@ -290,6 +291,32 @@ def test_a_damaged_index_is_built_again(
         damage(folder / name)
         assert open_index(path, 1, tmp_path)(["Iron Hill"]) == expected, name
     assert "building it again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [300, 30_000, 100_000])
+def test_an_index_on_a_full_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int
+) -> None:
+    """One line names it, and half an index takes no room.
+
+    Guards: a traceback of NumPy's, whose error has no number, and a line that names no file.
+    """
+    rows = [
+        {"id": str(number), "contents": f'"Number {number}"\nIt is w{number}, of many.'}
+        for number in range(2000)
+    ]
+    path = write_passages(tmp_path / "p.jsonl", rows)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(SystemExit):
+            run_guarded(lambda: open_index(path, 1, tmp_path) and None, can_resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    pattern = r"error: \S*/index/p-\w+: .*(make room|raise the limit).*; go on with: .* --resume\n"
+    assert re.fullmatch(pattern, error)
+    assert [entry.suffix for entry in (tmp_path / "index").iterdir()] == [".lock"]
 
 
 def test_wikipedia_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

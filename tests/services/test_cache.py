@@ -1,5 +1,6 @@
 """The cache of answers: shared by processes, set aside when broken (services/cache.py)."""
 
+import re
 import sqlite3
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from common.errors import UserError
+from common.errors import UserError, run_guarded
 from services.cache import Cache
 
 NO_DATABASE = b"not a database, but long enough to be taken for one" * 50
@@ -156,6 +157,19 @@ def test_a_file_that_cannot_be_written_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"c\.sqlite: attempt to write"):
         cache.put("b", 2, "en", answer=[])
     assert cache.get("a", 2, "en") == [["t", "x"]]
+    assert not list(tmp_path.glob("*.broken*"))
+
+
+def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line says how to go on, and what was kept stays. Guards: "make it writable"."""
+    cache = Cache(tmp_path / "c.sqlite")
+    cache.put("a", answer=1)
+    cache.database.execute("PRAGMA max_page_count = 3")
+    with pytest.raises(SystemExit):
+        run_guarded(lambda: cache.put("b", answer="x" * 100_000), can_resume=True)
+    pattern = r"error: \S*c\.sqlite: .*full; make room on that disk; go on with: .* --resume\n"
+    assert re.fullmatch(pattern, capsys.readouterr().err)
+    assert cache.get("a") == 1
     assert not list(tmp_path.glob("*.broken*"))
 
 

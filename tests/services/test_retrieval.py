@@ -244,6 +244,27 @@ def test_a_slow_client(serve_index: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         assert answer.startswith(b"HTTP/1.1 408 ")
 
 
+@pytest.mark.parametrize(
+    "before", [b"", b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"]
+)
+def test_a_head_that_does_not_come(
+    serve_index: Any, monkeypatch: pytest.MonkeyPatch, before: bytes
+) -> None:
+    """The connection is closed, also behind a request that was answered.
+
+    Guards: clients that say nothing, who in time hold all connections that a process may have.
+    """
+    monkeypatch.setattr(retrieval_server, "SECONDS", 0.3)
+    host, port = serve_index(BM25(PASSAGES, 2)).split("/")[2].split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(before)
+        answer = b""
+        while before and not answer.endswith(b'"}'):
+            answer += connection.recv(65536)
+        connection.sendall(b"POST /retr")
+        assert connection.recv(65536) == b""
+
+
 def test_a_server_that_is_behind(serve_index: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has waited for too long is refused, before it takes time of its own."""
     monkeypatch.setattr(retrieval_server, "SECONDS", -1.0)
