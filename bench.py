@@ -64,7 +64,8 @@ from tasks import open_task
 def compare(settings: BenchSettings) -> None:
     """Compare with other libraries, or with another commit."""
     # What draws is slow to import, and --help does without; so in the other commands.
-    from speed.drawing import draw_comparisons, save
+    from plot import save_figure
+    from speed.drawing import draw_comparisons
 
     ours = open_stage(settings, "sft3" if settings.against else "rl2")
     ceiling = ceiling_of(ours)
@@ -83,12 +84,13 @@ def compare(settings: BenchSettings) -> None:
         rows = [to_json(comparison, ceiling) for comparison in comparisons]
         keep(ours, ceiling, {"comparisons": rows})
         name = "against.png" if settings.against else "bench.png"
-        save(draw_comparisons(comparisons), figures_folder(settings) / name)
+        save_figure(draw_comparisons(comparisons), figures_folder(settings) / name)
 
 
 def grow(settings: BenchSettings) -> None:
     """Measure how cost grows."""
-    from speed.drawing import draw_growth, save
+    from plot import save_figure
+    from speed.drawing import draw_growth
 
     ours = open_stage(settings)
     curves: list[Curve] = []
@@ -99,12 +101,13 @@ def grow(settings: BenchSettings) -> None:
 
     measure_growth(ours, open_task(settings), report)
     keep(ours, ceiling_of(ours), {"curves": [asdict(curve) for curve in curves]})
-    save(draw_growth(curves), figures_folder(settings) / "growth.png")
+    save_figure(draw_growth(curves), figures_folder(settings) / "growth.png")
 
 
 def share(settings: BenchSettings) -> None:
     """Measure what rollouts share."""
-    from speed.drawing import draw_sharing, save
+    from plot import save_figure
+    from speed.drawing import draw_sharing
 
     ours = open_stage(settings)
     shares: list[SharedTokens] = []
@@ -116,7 +119,7 @@ def share(settings: BenchSettings) -> None:
 
     measure_sharing(ours, open_task(settings), report)
     keep(ours, ceiling_of(ours), {"sharing": [asdict(shared) for shared in shares]})
-    save(draw_sharing(shares), figures_folder(settings) / "sharing.png")
+    save_figure(draw_sharing(shares), figures_folder(settings) / "sharing.png")
 
 
 # ---- what they have in common --------------------------------------------------------------------

@@ -76,6 +76,7 @@ RL_PANELS = {
     "length": "Tokens of a trajectory",
 }
 SHARES = ("em", "malformed")  # panels whose figures are shares, shown in percent
+ROLLOUT_FIELDS = ("question", "golden_answers", "reward", "text", "ids", "role", "mask")
 WORKFLOW_NAMES = list(WorkflowName)
 
 SFT_SMOOTHING = 11  # steps of the moving mean
@@ -645,7 +646,7 @@ def read_run(root: Path) -> RunLogs:
         steps = read_rows(root / stage / "log.jsonl", "step")
         if steps:
             logs.training[stage] = steps
-        rollouts = read_rows(root / stage / "rollouts.jsonl")
+        rollouts = read_rows(root / stage / "rollouts.jsonl", *ROLLOUT_FIELDS)
         # Only those of older versions lack the text of their tokens.
         shown = [TrajectoryRow.from_json(row) for row in rollouts if "tokens" in row]
         if shown:
@@ -706,9 +707,10 @@ def _needs_facts(row: RowFigures) -> bool:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all, and print its path. Raises DiskError."""
+    """Write a figure, whole or not at all, print its path, and forget it. Raises DiskError."""
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.removeprefix("."))
+    plt.close(figure)
     write_bytes(path, content.getvalue())
     print(path)
 

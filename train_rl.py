@@ -373,8 +373,13 @@ def groups_to_skip(batch: RolloutBatch) -> np.ndarray:
     Equal rewards have no gradient. And nobody knows what a failed search would have found.
     """
     agrees = batch.rewards.max(1) == batch.rewards.min(1)
+    return agrees | groups_that_lost(batch)
+
+
+def groups_that_lost(batch: RolloutBatch) -> np.ndarray:
+    """Return for each question whether a search of its rollouts failed: (questions,) of bool."""
     lost = np.array([trajectory.has_lost_observation for trajectory in batch.trajectories])
-    return agrees | lost.reshape(batch.rewards.shape).any(1)
+    return lost.reshape(batch.rewards.shape).any(1)
 
 
 def rollouts_that_teach(
@@ -382,15 +387,16 @@ def rollouts_that_teach(
 ) -> np.ndarray:
     """Return which rollouts an update goes over: (questions * rollouts,) of bool.
 
-    Of a group that is skipped, the policy's tokens still count for KL, and what the tool said for
-    the auxiliary loss.
+    Of a group whose rewards agree, the policy's tokens still count for KL, and what the tool said
+    for the auxiliary loss. A group that lost a search teaches nothing at all.
     """
+    is_whole = ~groups_that_lost(batch).repeat(settings.rollouts)
     if settings.kl:
-        return np.ones(len(batch.trajectories), dtype=bool)
+        return is_whole
     teaches = ~skipped.repeat(settings.rollouts)
     if settings.observation_coef:
         says_something = [any(real_observation_mask(rollout)) for rollout in batch.trajectories]
-        teaches = teaches | np.array(says_something)
+        teaches = teaches | (np.array(says_something) & is_whole)
     return teaches
 
 

@@ -1,7 +1,6 @@
 """The figures of bench.py."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -95,14 +94,6 @@ def draw_sharing(shares: Sequence[SharedTokens]) -> Figure:
     for axes in (by_temperature, by_entropy):
         _remove_frame(axes)
     return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure, and forget it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
-    print(path)
 
 
 def _remove_frame(axes: Axes) -> None:

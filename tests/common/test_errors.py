@@ -64,7 +64,9 @@ def test_json_has_no_nan() -> None:
     assert to_json({"a": 1}, indent=1) == '{\n "a": 1\n}'
 
 
-@pytest.mark.parametrize("content", ["null", "[1]", '{"a": 1}', "[" * 200_000, "\xff", "[1"])
+@pytest.mark.parametrize(
+    "content", ["null", "[1]", '{"a": 1}', '{"tokens": []}', "[" * 200_000, "\xff", "[1"]
+)
 def test_damaged_files_of_a_run(content: str, tmp_path: Path) -> None:
     """Whatever became of one, who reads it names it in one line. Guards: tracebacks of each."""
     root = tmp_path / "out" / "a"
@@ -76,6 +78,7 @@ def test_damaged_files_of_a_run(content: str, tmp_path: Path) -> None:
         "trade_offs.json": read_trade_offs,
         "predictions.jsonl": lambda path: plot.read_run(root),
         "rl1/log.jsonl": lambda path: plot.read_run(root),
+        "rl1/rollouts.jsonl": lambda path: plot.read_run(root),
         "rl1/calls.jsonl": lambda path: stage_points(path.parent, Ledger()),
         "world_model/cost.json": lambda path: read_cost(path.parent),
         "world_model/examples.jsonl": lambda path: read_examples(path.parent),

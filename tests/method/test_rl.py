@@ -399,18 +399,33 @@ def test_groups_that_agree_are_skipped_and_counted(
     assert kept[0]["reward"] == 1
 
 
-@pytest.mark.parametrize("provenance", [Provenance.FAILED, Provenance.MISSED])
+@pytest.mark.parametrize(
+    "provenance, given",
+    [
+        (Provenance.FAILED, {}),
+        (Provenance.MISSED, {}),
+        (Provenance.FAILED, {"kl": 0.1}),
+        (Provenance.FAILED, {"observation_coef": 0.1}),
+    ],
+)
 def test_a_group_with_a_lost_search_is_skipped(
-    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, provenance: Any
+    codec: Codec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    provenance: Any,
+    given: dict[str, float],
 ) -> None:
-    """What is rewarded behind a search that failed says nothing of the policy."""
+    """What is rewarded behind a search that failed says nothing of the policy.
+
+    Guards: its tokens in the penalty and in the auxiliary loss, which skipped groups may be in.
+    """
     monkeypatch.chdir(tmp_path)
     lm = tiny_lm(codec)
     trajectories = sampled(codec, lm, ["Eva", "Ada", "Eva", "Ada"])
     trajectories[0].observations[0] = Observation("The search failed.", provenance)
     replay(monkeypatch, trajectories, [[1.0, 0.0], [1.0, 0.0]])
     updates = record_updates(monkeypatch)
-    settings = RLSettings(questions=2, rollouts=2)
+    settings = RLSettings(questions=2, rollouts=2, **given)
     train_rl.train_grpo(lm, lm.copy(), settings, stage("rl2", number=2))
     ((learned, _),) = updates
     assert {id(trajectory) for trajectory in learned} == {
