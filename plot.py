@@ -76,7 +76,6 @@ RL_PANELS = {
     "length": "Tokens of a trajectory",
 }
 SHARES = ("em", "malformed")  # panels whose figures are shares, shown in percent
-ROLLOUT_FIELDS = ("question", "golden_answers", "reward", "text", "ids", "role", "mask")
 WORKFLOW_NAMES = list(WorkflowName)
 
 SFT_SMOOTHING = 11  # steps of the moving mean
@@ -646,9 +645,7 @@ def read_run(root: Path) -> RunLogs:
         steps = read_rows(root / stage / "log.jsonl", "step")
         if steps:
             logs.training[stage] = steps
-        rollouts = read_rows(root / stage / "rollouts.jsonl", *ROLLOUT_FIELDS)
-        # Only those of older versions lack the text of their tokens.
-        shown = [TrajectoryRow.from_json(row) for row in rollouts if "tokens" in row]
+        shown = read_rollouts(root / stage / "rollouts.jsonl")
         if shown:
             logs.rollouts[title] = shown
     if (root / "eval.json").is_file():
@@ -671,6 +668,24 @@ def read_rows(path: Path, *fields: str) -> Rows:
     if not path.is_file() or not path.stat().st_size:
         return []
     return read_log(path, "plot.py", *fields)
+
+
+def read_rollouts(path: Path) -> list[TrajectoryRow]:
+    """Return the rollouts that can be shown: those of older versions lack the text of tokens.
+
+    Raises UserError for a damaged file.
+    """
+    rollouts = []
+    for number, row in enumerate(read_rows(path), 1):
+        if "tokens" not in row:
+            continue
+        try:
+            rollouts.append(TrajectoryRow.from_json(row))
+        except KeyError as missing:
+            raise UserError(
+                f"{path}:{number}: a rollout without {missing}; train the stage again"
+            ) from None
+    return rollouts
 
 
 def run(settings: PlotSettings) -> None:

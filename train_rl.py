@@ -379,7 +379,8 @@ def groups_to_skip(batch: RolloutBatch) -> np.ndarray:
 def groups_that_lost(batch: RolloutBatch) -> np.ndarray:
     """Return for each question whether a search of its rollouts failed: (questions,) of bool."""
     lost = np.array([trajectory.has_lost_observation for trajectory in batch.trajectories])
-    return lost.reshape(batch.rewards.shape).any(1)
+    has_lost = lost.reshape(batch.rewards.shape)
+    return np.any(has_lost, axis=1)
 
 
 def rollouts_that_teach(

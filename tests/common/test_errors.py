@@ -65,7 +65,7 @@ def test_json_has_no_nan() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["null", "[1]", '{"a": 1}', '{"tokens": []}', "[" * 200_000, "\xff", "[1"]
+    "content", ["null", "[1]", '{"tokens": []}', "[" * 200_000, "\xff", "[1"]
 )
 def test_damaged_files_of_a_run(content: str, tmp_path: Path) -> None:
     """Whatever became of one, who reads it names it in one line. Guards: tracebacks of each."""
@@ -78,7 +78,7 @@ def test_damaged_files_of_a_run(content: str, tmp_path: Path) -> None:
         "trade_offs.json": read_trade_offs,
         "predictions.jsonl": lambda path: plot.read_run(root),
         "rl1/log.jsonl": lambda path: plot.read_run(root),
-        "rl1/rollouts.jsonl": lambda path: plot.read_run(root),
+        "rl1/rollouts.jsonl": plot.read_rollouts,
         "rl1/calls.jsonl": lambda path: stage_points(path.parent, Ledger()),
         "world_model/cost.json": lambda path: read_cost(path.parent),
         "world_model/examples.jsonl": lambda path: read_examples(path.parent),
