@@ -10,9 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import sentencepiece
 from conftest import CPU, WORDS
 from huggingface_hub.utils import filter_repo_objects
+from sentencepiece_families import (
+    FAMILIES,
+    train_sentencepiece,
+    write_llama2_tokenizer_json,
+    write_tokenizer_config,
+)
 from test_checkpoints import on_cpu, tokenizer_without_tags
 from test_config import llama_config
 from tokenizers import Regex, normalizers
@@ -165,103 +170,17 @@ def test_a_tokenizer_that_composes_letters(codec: Codec, tmp_path: Path) -> None
 
 
 # ---- sentencepiece -------------------------------------------------------------------------------
-LLAMA2_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ bos_token }}[INST] <<SYS>>\n"
-    "{{ m.content }}\n<</SYS>>\n\n{% else %}{{ m.content | trim }} [/INST]{% endif %}{% endfor %}"
-)
-TINYLLAMA_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
-    "<|assistant|>\n"
-)
-MISTRAL_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
-    "{{ raise_exception('no system turn') }}{% endif %}[INST] {{ m.content }} [/INST]{% endfor %}"
-)
-GEMMA_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
-    "{{ raise_exception('no system turn') }}{% endif %}<start_of_turn>{{ m.role }}\n"
-    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}<start_of_turn>model\n"
-)
-GEMMA_PIECES = {
-    "add_dummy_prefix": False,
-    "pad_id": 0,
-    "eos_id": 1,
-    "bos_id": 2,
-    "unk_id": 3,
-    "bos_piece": "<bos>",
-    "eos_piece": "<eos>",
-    "user_defined_symbols": "<mask>,<start_of_turn>,<end_of_turn>",
-}
-# Options of the trainer, and tokenizer_config.json; the last entry is whether there is a
-# tokenizer.json too, as Llama 2 and its children have it.
-FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
-    "Llama 2": ({}, {"legacy": True, "chat_template": LLAMA2_TEMPLATE}, False),
-    "Llama 2, tokenizer.json": ({}, {"legacy": True, "chat_template": LLAMA2_TEMPLATE}, True),
-    "TinyLlama": ({}, {"legacy": True, "chat_template": TINYLLAMA_TEMPLATE}, True),
-    "Mistral": ({}, {"legacy": False, "chat_template": MISTRAL_TEMPLATE}, False),
-    "Gemma": (
-        GEMMA_PIECES,
-        {
-            "tokenizer_class": "GemmaTokenizer",
-            "bos_token": "<bos>",
-            "eos_token": "<eos>",
-            "chat_template": GEMMA_TEMPLATE,
-        },
-        False,
-    ),
-    "unigram": ({"model_type": "unigram"}, {}, False),
-    "tokenizer.model alone": ({}, {}, False),
-}
-
-
-def train_sentencepiece(folder: Path, **options: Any) -> Any:
-    """Write a tokenizer.model, as Llama 2's was trained, and return what reads it."""
-    standard = {
-        "model_type": "bpe",
-        "vocab_size": 400,
-        "hard_vocab_limit": False,
-        "byte_fallback": True,
-        "character_coverage": 1.0,
-        # Text is kept as it is.
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "unk_id": 0,
-        "bos_id": 1,
-        "eos_id": 2,
-        "minloglevel": 2,
-    }
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([WORDS + " { } \\ < > _ / [INST] [/INST]"] * 50),
-        model_prefix=str(folder / "tokenizer"),
-        **{**standard, **options},
-    )
-    (folder / "tokenizer.vocab").unlink()
-    return sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
-
-
-def write_llama2_tokenizer_json(folder: Path) -> None:
-    """Write a tokenizer.json that puts a space before the text behind every special token."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    raw = json.loads(tokenizer.backend_tokenizer.to_str())
-    prepend = {"type": "Prepend", "prepend": "\u2581"}
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-    raw["normalizer"] = {"type": "Sequence", "normalizers": [prepend, replace]}
-    raw["pre_tokenizer"] = None
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return an adopted checkpoint, and what others make of its tokenizer."""
     folder = tmp_path_factory.mktemp("family")
     trainer_options, tokenizer_config, has_json = FAMILIES[request.param]
-    processor = train_sentencepiece(folder, **trainer_options)
+    texts = [WORDS + " { } \\ < > _ / [INST] [/INST]"] * 50
+    processor = train_sentencepiece(folder, texts, **trainer_options)
     config = llama_config(vocab_size=processor.vocab_size(), tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     if tokenizer_config:
-        names = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
-        content = json.dumps({**names, "add_bos_token": True, **tokenizer_config})
-        (folder / "tokenizer_config.json").write_text(content)
+        write_tokenizer_config(folder, tokenizer_config)
     if has_json:
         write_llama2_tokenizer_json(folder)
         reference: Any = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -64,9 +64,7 @@ def test_json_has_no_nan() -> None:
     assert to_json({"a": 1}, indent=1) == '{\n "a": 1\n}'
 
 
-@pytest.mark.parametrize(
-    "content", ["null", "[1]", '{"tokens": []}', "[" * 200_000, "\xff", "[1"]
-)
+@pytest.mark.parametrize("content", ["null", "[1]", '{"tokens": []}', "[" * 200_000, "\xff", "[1"])
 def test_damaged_files_of_a_run(content: str, tmp_path: Path) -> None:
     """Whatever became of one, who reads it names it in one line. Guards: tracebacks of each."""
     root = tmp_path / "out" / "a"

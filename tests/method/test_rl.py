@@ -1,6 +1,7 @@
 """GRPO's step (train_rl.py): what it learns from, with which numbers, and which way it goes."""
 
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -824,6 +825,30 @@ def test_a_budget_holds_over_a_checkpoint(
         assert whole.read_bytes() == resumed.read_bytes(), file
     calls = read_rows(tmp_path / "out/nano/resumed/calls.jsonl")
     assert sum(call["raw_calls"] for call in calls) == budget
+
+
+@pytest.mark.slow
+def test_memory_of_a_thousand_steps(
+    searching_policy: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays as it is behind the first steps, but for the log's lines and noise.
+
+    Guards: a cache, a graph or a memo that grows with each step.
+    """
+    monkeypatch.chdir(tmp_path)
+    sizes = []
+    save_if_due = runs.Checkpoint.save_if_due
+
+    def measured(checkpoint: Any, steps: int) -> None:
+        save_if_due(checkpoint, steps)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        sizes.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+
+    monkeypatch.setattr(runs.Checkpoint, "save_if_due", measured)
+    train_mixed(searching_policy, "long", budget=0, steps=1000)
+    assert len(sizes) == 1000
+    # Medians of a hundred steps, in MiB.
+    assert np.median(sizes[900:]) - np.median(sizes[100:200]) < 8
 
 
 def test_a_stage_of_two_processes_is_that_of_one(
