@@ -13,7 +13,7 @@ actions.png          agent models by number of actions: share of the correct ans
                      rate (paper Fig. 3)
 world_models.png     when imagination pays: exact match against calls of the tool, and the time to
                      reach one (python -m environments.cost_curve writes what it draws)
-trade_offs.png       exact match against how right the policy imagines (SFT-3), what the world model
+trade_offs.png       exact match against how well the policy imagines (SFT-3), what the world model
                      knows (share of the titles), and how often it searches for what is known
                      (price of a call) (python -m environments.trade_offs writes what it draws)
 fidelity.png         how often what each model imagines states the asked fact, right or wrong
@@ -102,7 +102,7 @@ KIND_COLORS = {
     "distilled": BLUE,
     "mixed": GREEN,
 }
-LINE_COLORS = (BLUE, ORANGE)  # of the lines of a trade-off
+LINE_COLORS = (BLUE, ORANGE, GREEN)  # of the lines of a trade-off
 SHADES = plt.get_cmap("Blues")
 SHARE_SHADES = (0.12, 0.95)  # of no action, and of the most
 SUCCESS_SHADES = (0.08, 0.95)  # of a success rate of 0 and of 1

@@ -7,7 +7,8 @@
 
 Three trade-offs, each of lines of stages that differ in one setting:
 
-SFT-3      how well the policy imagines, along the weight of the observations' loss and the passes
+SFT-3      how well the policy imagines what SFT-3 read about, along the weight of the
+           observations' loss and the passes
 titles     how well a distilled model knows what policies ask, along the share of the titles
            that it learned
 price      how many of the known facts the policy still searches for, along the price of a call
@@ -35,7 +36,7 @@ from environments.trades import (
     TradePoint,
     trade_offs_to_json,
 )
-from evaluation.fidelity import ALL, FIDELITY_FILE, HELD_OUT, POLICY, FidelityTable, read_fidelity
+from evaluation.fidelity import ALL, FIDELITY_FILE, POLICY, TRAINING, FidelityTable, read_fidelity
 from evaluation.figures import RowFigures, read_figures
 from evaluation.predictions import read_predictions
 from evaluation.statistics import SetPredictions, em_of
@@ -55,6 +56,7 @@ SFT3_LINES = {
     "two passes": ("sft3_2_0.1", "sft3_2_0.3", "sft3_paper"),
 }
 TITLE_LINES = {
+    "80 imagined": ("quarter_80", "half_80", "distilled_80"),
     "80 imagined + 16 real": ("quarter_80_real_16", "half_80_real_16", "distilled_80_real_16"),
     "mixed by confidence": ("quarter_confident_96", "half_confident_96", "confident_96"),
 }
@@ -97,11 +99,11 @@ def read_results(name: str) -> RunResults:
     )
 
 
-def imagined_titles(results: RunResults, folder: str) -> float | None:
-    """Return the share of held-out searches for which a stage imagines the right title, percent."""
+def surprise(results: RunResults, folder: str) -> float | None:
+    """Return how surprising a stage finds what the tool says in SFT's world: nats a token."""
     if folder not in results.fidelity:
         return None
-    return 100 * results.fidelity[folder][HELD_OUT][ALL].title_right
+    return results.fidelity[folder][TRAINING][ALL].nll
 
 
 def known_by_model(results: RunResults, folder: str) -> float | None:
@@ -125,8 +127,8 @@ def measure(runs: Sequence[RunResults]) -> list[TradeOff]:
     trade_offs = [
         TradeOff(
             title="SFT-3: weight of the observations' loss",
-            x_title="right titles that the policy imagines, %",
-            lines=read_lines(runs, SFT3_LINES, "sft3_observation_coef", imagined_titles),
+            x_title="surprise at what the tool says in SFT's world, nats a token",
+            lines=read_lines(runs, SFT3_LINES, "sft3_observation_coef", surprise),
         ),
         TradeOff(
             title="Distillation: share of the titles",
@@ -177,9 +179,11 @@ def pool_point(
         if folder not in results.record.stages or row not in results.predictions:
             continue
         x = second_figure(results, folder)
-        if x is None:
+        value = results.record.stages[folder].settings.get(setting)
+        # Stages of older versions may lack the setting.
+        if x is None or value is None:
             continue
-        label = f"{results.record.stages[folder].settings[setting]:g}"
+        label = f"{value:g}"
         xs.append(x)
         predictions.append(results.predictions[row])
     if not xs:
@@ -197,7 +201,7 @@ def format_trade_off(trade_off: TradeOff) -> str:
     for name, points in trade_off.lines.items():
         for point in points:
             em = f"{point.em.points:.1f} ({point.em.low:.1f} to {point.em.high:.1f})"
-            lines.append(f"| {name} | {point.label} | {em} | {point.x:.1f} |")
+            lines.append(f"| {name} | {point.label} | {em} | {point.x:.2f} |")
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ class TradePoint:
 
     folder: str
     label: str  # value of the setting
-    x: float  # the second figure, percent, mean over runs
+    x: float  # the second figure, mean over runs
     em: Gain  # percent, with its interval; as a gain over a row that has nothing right
 
 

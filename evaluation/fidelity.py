@@ -203,7 +203,7 @@ def _mean_if_any(values: Sequence[float]) -> float | None:
 
 
 # ---- the table -----------------------------------------------------------------------------------
-ROW_WIDTH = 15
+ROW_WIDTH = 24
 GROUP_WIDTH = 10
 COLUMNS = [
     ("searches", 9),

@@ -14,6 +14,7 @@ from evaluation.fidelity import (
     FIDELITY_FILE,
     HELD_OUT,
     POLICY,
+    TRAINING,
     FidelityTable,
     Outcome,
     fidelity_to_json,
@@ -28,10 +29,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def imagined(right: int, wrong: int) -> dict[str, Any]:
-    """Return the figures of a model that writes some observations right, and some wrong."""
+def imagined(right: int, wrong: int, nats: float = 1.0) -> dict[str, Any]:
+    """Return the figures of a model that writes some observations right, and some wrong.
+
+    nats: of the four tokens of each real observation.
+    """
     outcomes = [
-        Outcome("a", "A 1: B.", "A 1: B." if number < right else "C 1: D.", 0.5, 1.0, 4, None, None)
+        Outcome(
+            "a", "A 1: B.", "A 1: B." if number < right else "C 1: D.", 0.5, nats, 4, None, None
+        )
         for number in range(right + wrong)
     ]
     return summarize_splits(outcomes)
@@ -51,8 +57,8 @@ def made_up_run(name: str, sft3_is_right: list[float]) -> None:
     made_up.scores["half_80_real_16"] = [1.0, 0.0]
     made_up.write()
     table: FidelityTable = {
-        "sft3": {HELD_OUT: imagined(3, 1)},
-        "sft3_1_1": {HELD_OUT: imagined(4, 0)},
+        "sft3": {TRAINING: imagined(3, 1)},
+        "sft3_1_1": {TRAINING: imagined(4, 0, nats=2.0)},
         "world_model_half": {HELD_OUT: imagined(1, 3), POLICY: imagined(2, 3)},
     }
     (made_up.root / FIDELITY_FILE).write_text(fidelity_to_json(table))
@@ -69,13 +75,13 @@ def test_points_of_two_runs(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert content.start_em == 50.0
     sft3, titles, price = content.trade_offs
     points = [(point.label, point.x, point.em.points) for point in sft3.lines["one pass"]]
-    assert points == [("0.1", 75.0, 75.0), ("1", 100.0, 0.0)]
+    assert points == [("0.1", 0.25, 75.0), ("1", 0.5, 0.0)]
     points = [(point.label, point.x, point.em.points) for point in price.lines["80 imagined"]]
     assert points == [("0.1", 90.0, 100.0), ("0.3", 25.0, 100.0)]
     (half,) = titles.lines["80 imagined + 16 real"]
     assert (half.label, half.x, half.em.points) == ("0.5", 40.0, 50.0)
     lines = capsys.readouterr().out.splitlines()
-    assert "| 80 imagined | 0.3 | 100.0 (100.0 to 100.0) | 25.0 |" in lines
+    assert "| 80 imagined | 0.3 | 100.0 (100.0 to 100.0) | 25.00 |" in lines
 
 
 def test_a_stage_that_fidelity_has_not_measured(folder: Path) -> None:
