@@ -203,16 +203,16 @@ def _mean_if_any(values: Sequence[float]) -> float | None:
 
 
 # ---- the table -----------------------------------------------------------------------------------
-ROW_WIDTH = 24
+ROW_WIDTH = 20  # of world_model_quarter, and a space
 GROUP_WIDTH = 10
 COLUMNS = [
     ("searches", 9),
-    ("exact", 8),
-    ("title", 8),
-    ("nothing", 9),
+    ("exact", 7),
+    ("title", 7),
+    ("nothing", 8),
     ("facts", 7),
-    ("right", 8),
-    ("false", 8),
+    ("right", 7),
+    ("false", 7),
     ("sure", 7),
     ("F1", 7),
     ("nll", 7),

@@ -519,7 +519,7 @@ def test_the_command(small_run: Path) -> None:
         for group in table[row]:
             assert table[row][group]["all"]["searches"] == 4
             assert table[row][group]["all"]["asked_facts"] == 4
-            assert any(line.startswith(f"{row:15}{group:10}") for line in done.out.splitlines())
+            assert any(line.startswith(f"{row:20}{group:10}") for line in done.out.splitlines())
     assert table["world_model"]["held out"]["seen"]["searches"] >= 1
     assert table["sft3"]["training"]["seen"]["searches"] == 4
     assert set(Fidelity.__dataclass_fields__) == set(table["sft2"]["training"]["all"])
