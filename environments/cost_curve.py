@@ -42,7 +42,7 @@ from environments.costs import (
     measured_points,
     times_to,
 )
-from evaluation.figures import Gain
+from evaluation.markdown import em_text, gain_text, table_head, table_row
 from evaluation.statistics import em_of, paired_gain
 
 
@@ -107,13 +107,13 @@ def format_curve(curve: CostCurve) -> str:
     """Return the table of a cost curve in Markdown."""
     titles = ["", "EM (95%)", "over SFT-1&2", "over all real", "raw calls", "distinct", "minutes"]
     titles += [f"to +{curve.target_gain:g} at {1000 * latency:.0f} ms" for latency in LATENCIES]
-    lines = [_line(titles), _line(["---"] * len(titles))]
+    lines = table_head(titles)
     for row in curve.rows:
         cells = [
             row.name,
-            f"{row.em.points:.1f} ({row.em.low:.1f} to {row.em.high:.1f})",
-            _gain(row.gain_over_start),
-            _gain(row.gain_over_real) if row.gain_over_real else "",
+            em_text(row.em),
+            gain_text(row.gain_over_start),
+            gain_text(row.gain_over_real) if row.gain_over_real else "",
             f"{row.raw_calls:,.0f}",
             f"{row.distinct_calls:,.0f}",
             f"{row.seconds / 60:.1f}",
@@ -124,16 +124,8 @@ def format_curve(curve: CostCurve) -> str:
             cells.append(
                 _minutes(time) if not latency else f"{_minutes(time)}, {_minutes(uncached)}"
             )
-        lines.append(_line(cells))
+        lines.append(table_row(cells))
     return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _gain(gain: Gain) -> str:
-    return f"{gain.points:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})"
 
 
 def _minutes(seconds: float | None) -> str:

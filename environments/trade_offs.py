@@ -38,6 +38,7 @@ from environments.trades import (
 )
 from evaluation.fidelity import ALL, FIDELITY_FILE, POLICY, TRAINING, FidelityTable, read_fidelity
 from evaluation.figures import RowFigures, read_figures
+from evaluation.markdown import em_text, table_head, table_row
 from evaluation.predictions import read_predictions
 from evaluation.statistics import SetPredictions, em_of
 
@@ -194,14 +195,10 @@ def pool_point(
 # ---- 4. The table --------------------------------------------------------------------------------
 def format_trade_off(trade_off: TradeOff) -> str:
     """Return the table of one trade-off in Markdown."""
-    lines = [
-        f"| {trade_off.title} | | EM (95%) | {trade_off.x_title} |",
-        "| --- | --- | --- | --- |",
-    ]
+    lines = table_head([trade_off.title, "", "EM (95%)", trade_off.x_title])
     for name, points in trade_off.lines.items():
         for point in points:
-            em = f"{point.em.points:.1f} ({point.em.low:.1f} to {point.em.high:.1f})"
-            lines.append(f"| {name} | {point.label} | {em} | {point.x:.2f} |")
+            lines.append(table_row([name, point.label, em_text(point.em), f"{point.x:.2f}"]))
     return "\n".join(lines)
 
 

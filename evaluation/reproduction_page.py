@@ -24,7 +24,8 @@ from evaluation.claims import (
     judge_claims,
     seed_interval,
 )
-from evaluation.figures import ActingFigures, Gain, RowFigures, read_figures
+from evaluation.figures import ActingFigures, RowFigures, read_figures
+from evaluation.markdown import gain_text, table_head, table_row
 from evaluation.predictions import read_predictions
 from evaluation.statistics import average_figures, by_actions, em_of
 
@@ -130,7 +131,7 @@ def format_rows(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) 
         "malformed",
         "paper's EM",
     ]
-    lines = [_line(titles), _line(["---"] * len(titles))]
+    lines = table_head(titles)
     for row, figures in pooled.items():
         by_seed = [
             em_of([results.predictions[row]]).points
@@ -139,7 +140,7 @@ def format_rows(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) 
         ]
         acting = figures.acting
         lines.append(
-            _line(
+            table_row(
                 [
                     NAMES[row],
                     f"{figures.average.em:.1f} ({figures.em_low:.1f} to {figures.em_high:.1f})",
@@ -157,16 +158,16 @@ def format_rows(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) 
 def format_claims(claims: Sequence[Claim]) -> str:
     """Return a row for each claim: verdict, difference, interval, test, and each seed's."""
     titles = ["claim", "verdict", "measured", "points (95%)", "needs", "p", "by seed"]
-    lines = [_line(titles), _line(["---"] * len(titles))]
+    lines = table_head(titles)
     for claim in claims:
         by_seed = ", ".join(f"{points:+.1f}" for points in claim.by_seed.values())
         lines.append(
-            _line(
+            table_row(
                 [
                     f"{claim.number}. {claim.text}",
                     f"**{claim.verdict}**",
                     claim.measure,
-                    _gain(claim.gain),
+                    gain_text(claim.gain),
                     f"above {claim.needs:g}",
                     "" if claim.p is None else f"{claim.p:.4f}",
                     by_seed,
@@ -186,7 +187,7 @@ def format_actions(pooled: Mapping[str, RowFigures]) -> str:
     counts = range(MOST_SHOWN_ACTIONS + 1)
     titles = ["success, % (answers)", *(str(count) for count in counts)]
     titles[-1] += " or more"
-    lines = [_line(titles), _line(["---"] * len(titles))]
+    lines = table_head(titles)
     for row, figures in pooled.items():
         cells = [NAMES[row]]
         for count in counts:
@@ -198,7 +199,7 @@ def format_actions(pooled: Mapping[str, RowFigures]) -> str:
             answers = sum(group.questions for group in groups)
             correct = sum(group.correct for group in groups)
             cells.append(f"{100 * correct / answers:.0f} ({answers})" if answers else "")
-        lines.append(_line(cells))
+        lines.append(table_row(cells))
     return "\n".join(lines) + "\n"
 
 
@@ -227,18 +228,10 @@ def draw_figures(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures])
     return "\n".join(lines)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _gain(gain: Gain) -> str:
-    return f"{gain.points:+.1f} ({_interval(gain.low, gain.high, '+.1f')})"
-
-
-def _interval(low: float, high: float, form: str = ".1f") -> str:
+def _interval(low: float, high: float) -> str:
     if not np.isfinite(low):
         return "-"
-    return f"{low:{form}} to {high:{form}}"
+    return f"{low:.1f} to {high:.1f}"
 
 
 def _share(value: float | None) -> str:

@@ -43,6 +43,7 @@ from eval import (
     open_predictions,
     think_and_act,
 )
+from evaluation.markdown import em_text, gain_text, table_head, table_row
 from evaluation.statistics import SetPredictions, average_figures, em_of, paired_gain
 from tasks import open_task
 from world_model import DistillSettings
@@ -292,7 +293,7 @@ class SweepTable:
         has_seeds = any("" not in by_seed for by_seed in self.rows.values())
         if has_seeds:
             titles.append("EM by seed")
-        lines = [_line(titles), _line(["---"] * len(titles))]
+        lines = table_head(titles)
         first = next(iter(self.rows.values()))
         for values, by_seed in self.rows.items():
             answers = list(by_seed.values())
@@ -300,7 +301,7 @@ class SweepTable:
             figures = average_figures(answers)
             cells = [
                 *values,
-                f"{em.points:.1f} ({em.low:.1f} to {em.high:.1f})",
+                em_text(em),
                 _gain(by_seed, first),
                 f"{figures.f1:.1f}",
                 f"{figures.actions:.2f}",
@@ -309,7 +310,7 @@ class SweepTable:
             if has_seeds:
                 by_seed_em = [f"{seed}: {em_of([one]).points:.1f}" for seed, one in by_seed.items()]
                 cells.append(", ".join(by_seed_em))
-            lines.append(_line(cells))
+            lines.append(table_row(cells))
         questions = em_of(list(first.values())).questions
         lines.append(
             f"\nEM in percent with its interval over {questions} questions; the difference to the "
@@ -318,14 +319,9 @@ class SweepTable:
         return "\n".join(lines)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _gain(by_seed: dict[str, SetPredictions], first: dict[str, SetPredictions]) -> str:
     """Return how much more EM a row has than the first one, over the seeds that both have."""
     pairs = [(answers, first[seed]) for seed, answers in by_seed.items() if seed in first]
     if by_seed is first or not pairs:
         return ""
-    gain = paired_gain(pairs)
-    return f"{gain.points:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})"
+    return gain_text(paired_gain(pairs))
