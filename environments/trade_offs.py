@@ -21,6 +21,7 @@ where it is needed.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from common.files import write_text
@@ -52,6 +53,7 @@ class TradeOffSettings(RunSettings):
 
 
 # ---- 1. The stages of each trade-off -------------------------------------------------------------
+REAL_END = "_real_16"  # of folders whose last steps ask the tool
 SFT3_LINES = {
     "one pass": ("sft3", "sft3_1_0.3", "sft3_1_1"),
     "two passes": ("sft3_2_0.1", "sft3_2_0.3", "sft3_paper"),
@@ -107,9 +109,15 @@ def surprise(results: RunResults, folder: str) -> float | None:
     return results.fidelity[folder][TRAINING][ALL].nll
 
 
+def practice_settings(results: RunResults, folder: str) -> dict[str, Any]:
+    """Return the settings of a stage; of one that real steps end, those of what they go on from."""
+    stage = folder.removesuffix(REAL_END)
+    return results.record.stages[stage if stage in results.record.stages else folder].settings
+
+
 def known_by_model(results: RunResults, folder: str) -> float | None:
     """Return the share of policies' searches that a stage's world model answers to the letter."""
-    world_model = results.record.stages[folder].settings["world_model"]
+    world_model = practice_settings(results, folder)["world_model"]
     groups = results.fidelity.get(world_model, {})
     if POLICY not in groups:
         return None
@@ -180,7 +188,7 @@ def pool_point(
         if folder not in results.record.stages or row not in results.predictions:
             continue
         x = second_figure(results, folder)
-        value = results.record.stages[folder].settings.get(setting)
+        value = practice_settings(results, folder).get(setting)
         # Stages of older versions may lack the setting.
         if x is None or value is None:
             continue
