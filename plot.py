@@ -123,6 +123,7 @@ TRADE_HEIGHT = 3.6
 CURVE_MARKER = 11  # diameters of markers, in points
 TIME_MARKER = 6
 FEWEST_CALLS = 300  # the axis of calls is logarithmic from here on; 0 is at its left edge
+POINTS_BELOW_START = 12  # of EM; rows further below lie on the lower edge
 CALL_TICKS = (0, 1000, 3000, 10_000, 30_000, 100_000)
 THIN = 0.8  # widths of lines, in points
 MEDIUM = 1.2
@@ -455,17 +456,13 @@ def draw_world_models(curve: CostCurve) -> Figure:
     figure = plt.figure(figsize=(CURVE_WIDTH, height))
     raw, distinct, times = figure.subplots(1, 3, width_ratios=[1, 1, 0.8])
     distinct.sharey(raw)
+    lowest_em = curve.start_em - POINTS_BELOW_START
     for number, row in enumerate(curve.rows, 1):
         color = KIND_COLORS[row.kind]
-        _draw_em(raw, number, row, row.raw_calls, [run.raw_calls for run in row.runs], color)
-        _draw_em(
-            distinct,
-            number,
-            row,
-            row.distinct_calls,
-            [run.distinct_calls for run in row.runs],
-            color,
-        )
+        raw_calls = [run.raw_calls for run in row.runs]
+        _draw_em(raw, number, row, row.raw_calls, raw_calls, color, lowest_em)
+        distinct_calls = [run.distinct_calls for run in row.runs]
+        _draw_em(distinct, number, row, row.distinct_calls, distinct_calls, color, lowest_em)
         _draw_times(times, number, row, color)
     _set_call_axes(raw, distinct, curve)
     _set_time_axes(times, curve)
@@ -521,16 +518,38 @@ def _set_time_axes(times: Axes, curve: CostCurve) -> None:
 
 
 def _draw_em(
-    axes: Axes, number: int, row: RowCost, calls: float, calls_of_runs: list[float], color: str
+    axes: Axes,
+    number: int,
+    row: RowCost,
+    calls: float,
+    calls_of_runs: list[float],
+    color: str,
+    lowest_em: float,
 ) -> None:
-    """Draw the exact match of a row against its calls, as a disc with the row's number."""
-    axes.vlines(calls, row.em.low, row.em.high, color=color, linewidth=THIN, zorder=1)
+    """Draw the exact match of a row against its calls, as a disc with the row's number.
+
+    lowest_em: a row below it lies on the lower edge, with its figure beside it.
+    """
+    em = row.em.points
+    if em < lowest_em:
+        axes.annotate(
+            f"{em:.0f}%",
+            (calls, lowest_em),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+            color=color,
+            fontsize=SMALL_FONT,
+        )
+        em = lowest_em
+    else:
+        axes.vlines(calls, row.em.low, row.em.high, color=color, linewidth=THIN, zorder=1)
     lowest = min(calls_of_runs)
-    axes.hlines(row.em.points, lowest, max(calls_of_runs), color=color, linewidth=THIN, zorder=1)
-    axes.plot(calls, row.em.points, "o", color=color, markersize=CURVE_MARKER)
+    axes.hlines(em, lowest, max(calls_of_runs), color=color, linewidth=THIN, zorder=1)
+    axes.plot(calls, em, "o", color=color, markersize=CURVE_MARKER, clip_on=False)
     axes.text(
         calls,
-        row.em.points,
+        em,
         str(number),
         ha="center",
         va="center_baseline",

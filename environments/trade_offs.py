@@ -136,17 +136,17 @@ def measure(runs: Sequence[RunResults]) -> list[TradeOff]:
     trade_offs = [
         TradeOff(
             title="SFT-3: weight of the observations' loss",
-            x_title="surprise at what the tool says in SFT's world, nats a token",
+            x_title="tool's words in SFT's world, nats a token",
             lines=read_lines(runs, SFT3_LINES, "sft3_observation_coef", surprise),
         ),
         TradeOff(
             title="Distillation: share of the titles",
-            x_title="policies' searches that the world model answers to the letter, %",
+            x_title="policies' searches answered to the letter, %",
             lines=read_lines(runs, TITLE_LINES, "sweep_share", known_by_model),
         ),
         TradeOff(
             title="RL: price of a call, in rewards",
-            x_title="known facts that the policy searches for, %",
+            x_title="known facts searched for, %",
             lines=read_lines(runs, PRICE_LINES, "rl1_call_cost", searched_known),
         ),
     ]
