@@ -234,7 +234,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     cos, sin = rope
     first, second = x.chunk(2, -1)
     crossed = torch.cat((second, first), -1)
-    return torch.addcmul(x * cos, crossed, sin)
+    return x * cos + crossed * sin
 
 
 class MLP(nn.Module):
