@@ -199,6 +199,18 @@ def read_jsonl(path: str | Path, expected: str, setting: str) -> list[tuple[int,
     return rows
 
 
+@contextlib.contextmanager
+def refusing_damage(refusal: str) -> Generator[None]:
+    """Raise UserError with one line where a JSON file of this project is not as it was written.
+
+    The body reads the file and takes its values apart.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(refusal) from None
+
+
 def read_log(path: Path, setting: str, *fields: str) -> list[dict[str, Any]]:
     """Return the lines of a file that this project wrote: objects with these fields at least.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import parse_json
+from common.files import parse_json, refusing_damage
 from evaluation.figures import Gain
 
 LATENCIES = (0.0, 0.05, 0.5)  # simulated, in seconds a call
@@ -152,15 +152,14 @@ def curve_to_json(curve: CostCurve) -> str:
 
 def read_curve(path: Path) -> CostCurve:
     """Return what a cost_curve.json holds. Raises UserError for another file."""
-    try:
+    refusal = (
+        f"{path}: not what environments/cost_curve.py writes; "
+        f"make it again with: python -m environments.cost_curve --run={path.parent.name}"
+    )
+    with refusing_damage(refusal):
         content = parse_json(path.read_text(encoding="utf-8"))
         rows = [_row_from_json(row) for row in content.pop("rows")]
         return CostCurve(**content, rows=rows)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{path}: not what environments/cost_curve.py writes; "
-            f"make it again with: python -m environments.cost_curve --run={path.parent.name}"
-        ) from None
 
 
 def _row_from_json(values: dict[str, Any]) -> RowCost:

@@ -7,8 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.errors import UserError
-from common.files import parse_json
+from common.files import parse_json, refusing_damage
 from evaluation.figures import Gain
 
 TRADE_OFFS_FILE = "trade_offs.json"  # in the folder of a run
@@ -49,7 +48,11 @@ def trade_offs_to_json(trade_offs: TradeOffs) -> str:
 
 def read_trade_offs(path: Path) -> TradeOffs:
     """Return what a trade_offs.json holds. Raises UserError for another file."""
-    try:
+    refusal = (
+        f"{path}: not what environments/trade_offs.py writes; "
+        f"make it again with: python -m environments.trade_offs --run={path.parent.name}"
+    )
+    with refusing_damage(refusal):
         content = parse_json(path.read_text(encoding="utf-8"))
         trade_offs = []
         for values in content.pop("trade_offs"):
@@ -59,8 +62,3 @@ def read_trade_offs(path: Path) -> TradeOffs:
             }
             trade_offs.append(TradeOff(**values, lines=lines))
         return TradeOffs(**content, trade_offs=trade_offs)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{path}: not what environments/trade_offs.py writes; "
-            f"make it again with: python -m environments.trade_offs --run={path.parent.name}"
-        ) from None

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
-from common.files import parse_json
+from common.files import parse_json, refusing_damage
 from data.passages import NOTHING_FOUND, split_observation
 from data.scores import f1
 
@@ -275,7 +274,8 @@ def fidelity_to_json(table: FidelityTable) -> str:
 
 def read_fidelity(path: Path) -> FidelityTable:
     """Read fidelity.json. Raises UserError where it is not that file."""
-    try:
+    refusal = f"{path}: cut or damaged; make it with: python world_model.py fidelity"
+    with refusing_damage(refusal):
         rows = parse_json(path.read_text(encoding="utf-8"))
         return {
             row: {
@@ -284,10 +284,6 @@ def read_fidelity(path: Path) -> FidelityTable:
             }
             for row, groups in rows.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{path}: cut or damaged; make it with: python world_model.py fidelity"
-        ) from None
 
 
 def _fidelity_from_json(values: Mapping[str, Any]) -> Fidelity:

@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from common.files import parse_json
+from common.files import parse_json, refusing_damage
 
 
 @dataclass
@@ -151,10 +150,7 @@ def read_figures(path: Path) -> dict[str, RowFigures]:
 
     Raises UserError for a file that eval.py did not write as it does now.
     """
-    try:
+    refusal = f"{path}: not the figures that eval.py writes; evaluate this run again"
+    with refusing_damage(refusal):
         rows = parse_json(path.read_text())["rows"]
         return {name: row_from_json(values) for name, values in rows.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{path}: not the figures that eval.py writes; evaluate this run again"
-        ) from None

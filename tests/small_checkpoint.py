@@ -58,6 +58,18 @@ TWO_HOPS = [
     }
     for number, (book, person, town) in enumerate(zip(BOOKS, PEOPLE, TOWNS, strict=True))
 ]
+# Counts with which all scripts of the real path take seconds.
+TINY_COUNTS = [
+    "--coa=12",
+    "--cot=4",
+    "--pairs=6",
+    "--epochs=1",
+    "--rl1_steps=1",
+    "--rl2_steps=1",
+    "--questions=2",
+    "--rollouts=2",
+    "--rl_questions=4",
+]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}<s>assistant\n"
 )

@@ -14,7 +14,15 @@ import pytest
 import torch
 import transformers
 from conftest import CPU, ROOT, read_rows, run_here, strict_json
-from small_checkpoint import ONE_HOP, PASSAGES, PEOPLE, TOWNS, TWO_HOPS, save_checkpoint
+from small_checkpoint import (
+    ONE_HOP,
+    PASSAGES,
+    PEOPLE,
+    TINY_COUNTS,
+    TOWNS,
+    TWO_HOPS,
+    save_checkpoint,
+)
 
 import model
 from data.questions import sixteenth
@@ -29,15 +37,7 @@ TINY = [
     "--train_data=hotpotqa_train.jsonl,nq_train.jsonl",
     "--eval_data=hotpotqa_dev.jsonl,nq_dev.jsonl",
     "--corpus=passages.jsonl.gz",
-    "--coa=12",
-    "--cot=4",
-    "--pairs=6",
-    "--epochs=1",
-    "--rl1_steps=1",
-    "--rl2_steps=1",
-    "--questions=2",
-    "--rollouts=2",
-    "--rl_questions=4",
+    *TINY_COUNTS,
     "--eval_questions=3",
     "--max_len=480",
     "--max_observation=60",

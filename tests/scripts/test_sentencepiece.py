@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import CPU, ROOT, read_rows, run_here, strict_json
 from sentencepiece_families import FAMILIES, train_sentencepiece, write_tokenizer_config
-from small_checkpoint import ONE_HOP, PASSAGES, TWO_HOPS, save_checkpoint
+from small_checkpoint import ONE_HOP, PASSAGES, TINY_COUNTS, TWO_HOPS, save_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import model
@@ -21,15 +21,7 @@ TINY = [
     "--train_data=train.jsonl",
     "--eval_data=dev.jsonl",
     "--corpus=passages.jsonl",
-    "--coa=12",
-    "--cot=4",
-    "--pairs=6",
-    "--epochs=1",
-    "--rl1_steps=1",
-    "--rl2_steps=1",
-    "--questions=2",
-    "--rollouts=2",
-    "--rl_questions=4",
+    *TINY_COUNTS,
     "--eval_questions=2",
     "--max_len=700",
     "--max_observation=80",
