@@ -68,7 +68,7 @@ LONGEST_FILES = ("test_scripts.py", "test_adapters.py", "test_twins.py", "test_r
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests of the longest files first."""
+    """Run the tests of the longest files first, and give slow tests hours instead of minutes."""
 
     def rank(item: pytest.Item) -> int:
         if item.path.name in LONGEST_FILES:
@@ -76,6 +76,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return len(LONGEST_FILES)
 
     items.sort(key=rank)
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.timeout(3 * 3600))
 
 
 @pytest.fixture(scope="session")

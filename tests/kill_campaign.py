@@ -32,6 +32,7 @@ from typing import Any
 
 from file_operations import watched
 from small_checkpoint import BOOKS, PEOPLE, save_checkpoint
+from tqdm import tqdm
 
 import tasks.nano
 from common import stage_files
@@ -91,6 +92,8 @@ def run_in_child(
     child = os.fork()
     if child == 0:
         status: Any = 1
+        # All forked processes share the lock of tqdm, and one that is killed never gives it back.
+        tqdm.set_lock(threading.RLock())
         try:
             # A checkpoint behind each step, so that each is met by kills.
             stage_files.SECONDS_BETWEEN_SAVES = 0.0
@@ -111,7 +114,11 @@ def run_in_child(
         os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
         end.cancel()
         end.join()
-    _, status = os.waitpid(child, 0)
+    try:
+        _, status = os.waitpid(child, 0)
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
     return os.waitstatus_to_exitcode(status)
 
 

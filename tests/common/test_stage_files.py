@@ -1,6 +1,7 @@
 """Logs and checkpoints of a stage under way: damage, full disks, signals, and going on."""
 
 import errno
+import io
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 from conftest import read_rows, strict_json, tiny_lm
 from file_operations import watched
 from kill_campaign import Length, choose_kill, run_in_child
+from tqdm import tqdm
 
 import model
 from common import runs, stage_files
@@ -453,6 +455,25 @@ def test_a_stage_that_is_killed_again_and_again(root: Path, codec: Codec, whole:
             assert -status in (signal.SIGKILL, signal.SIGXFSZ), kill
     train(codec)
     assert content(root) == whole
+
+
+def test_a_kill_beside_a_progress_bar() -> None:
+    """The next child process draws its own bar.
+
+    Guards: a lock that tqdm shares among processes, which waits for ever for one that was killed.
+    """
+
+    def hold_the_lock() -> None:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def draw() -> None:
+        signal.alarm(20)
+        tqdm(total=1, file=io.StringIO()).close()
+
+    tqdm.get_lock()
+    assert run_in_child(hold_the_lock) == -signal.SIGKILL
+    assert run_in_child(draw) == 0
 
 
 # ---- signals -------------------------------------------------------------------------------------
