@@ -33,8 +33,8 @@ MOST_QUERIES = 2048
 LONGEST_QUERY = 2000  # letters
 LARGEST_TOP_K = 100
 MOST_PASSAGES = 10_000  # queries x topk
-# The head of a request may take so many seconds, its body too, and its last query to have its turn.
-SECONDS = 30.0
+SECONDS = 30.0  # that the head of a request may take, and its body too
+SECONDS_IN_LINE = 30.0  # within which the last query of a request must have its turn
 BATCH = 64  # queries that are searched for at once; no request keeps others waiting for longer
 
 
@@ -143,7 +143,7 @@ class RetrievalServer:
 
     async def _find(self, request: Search) -> list[str]:
         """Return the results of a request, as JSON for each query."""
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + SECONDS_IN_LINE
         results: list[str] = []
         for start in range(0, len(request.queries), BATCH):
             queries = request.queries[start : start + BATCH]

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import requests
 from conftest import ROOT
-from starlette.requests import Request
 
 from common.errors import UserError
 from services import http, retrieval, retrieval_server
@@ -254,7 +253,7 @@ def test_a_head_that_does_not_come(
 
     Guards: clients that say nothing, who in time hold all connections that a process may have.
     """
-    monkeypatch.setattr(retrieval_server, "SECONDS", 0.3)
+    monkeypatch.setattr(retrieval_server, "SECONDS", 1.0)
     host, port = serve_index(BM25(PASSAGES, 2)).split("/")[2].split(":")
     with socket.create_connection((host, int(port)), timeout=5) as connection:
         connection.sendall(before)
@@ -267,8 +266,7 @@ def test_a_head_that_does_not_come(
 
 def test_a_server_that_is_behind(serve_index: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has waited for too long is refused, before it takes time of its own."""
-    monkeypatch.setattr(retrieval_server, "SECONDS", -1.0)
-    monkeypatch.setattr(retrieval_server, "_read_body", Request.body)
+    monkeypatch.setattr(retrieval_server, "SECONDS_IN_LINE", -1.0)
     answer = retrieve(serve_index(BM25(PASSAGES, 2)), queries=["Iron Hill"])
     assert answer.status_code == 503
     assert answer.json() == {"error": "too many requests at once; try again later"}
