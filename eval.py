@@ -43,11 +43,9 @@ from data.scores import cover_match, exact_match, f1, overlap_match
 from data.trajectory import Observation, Provenance
 from evaluation.figures import RowFigures, gain_to_json, row_to_json
 from evaluation.predictions import (
-    AnswerSettings,
     Prediction,
     Predictions,
     ScoredAnswer,
-    provenance_hash,
     read_predictions,
     recall_known_facts,
 )
@@ -59,6 +57,7 @@ from services.judge import judge
 from tasks import Task, open_task
 from workflows.agent import Answered, answer_questions
 from workflows.gold import gold_observation
+from workflows.journal import AnswerSettings, provenance_hash
 from workflows.prompts import REACT_EXAMPLES
 from workflows.react import react
 from workflows.reflexion import reflexion

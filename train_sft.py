@@ -39,10 +39,8 @@ from common.settings import (
     NewModelSettings,
     OptimizerSettings,
     PairDirections,
-    RolloutSettings,
     ShareOrAll,
     StageSettings,
-    TaskRunSettings,
     main,
 )
 from data.autocoa_files import read_sft_files
@@ -63,6 +61,7 @@ from data.trajectory import Trajectory
 from model import LM
 from tasks import Task, open_task
 from workflows.agent import sample_rows
+from workflows.journal import AnswerSettings, Journal, provenance_hash
 from workflows.react import react
 from workflows.recall import recall
 from workflows.style import style_of
@@ -75,9 +74,7 @@ SAMPLES = 20  # greedy trajectories that a stage leaves to be read
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
 @dataclass(kw_only=True)
-class SFTSettings(
-    StageSettings, TaskRunSettings, NewModelSettings, OptimizerSettings, RolloutSettings
-):
+class SFTSettings(StageSettings, AnswerSettings, NewModelSettings, OptimizerSettings):
     """The settings of train_sft.py; the counts are the authors'."""
 
     # SFT files of AutoCoA's form, jsonl and json, to learn from in place of the teacher's chains.
@@ -132,10 +129,12 @@ def run(settings: SFTSettings) -> None:
 
     if plan.must_make_data:
         base = plan.load_base(lm, settings)
-        sft_data = make_data(base, settings, task)
+        journal = open_journal(plan, settings)
+        sft_data = make_data(base, settings, task, journal)
         # The record comes first: a kill between the two has the data made once more.
         runs.record_stage(settings, "data")
         ranks.of_first(lambda: write_sft_data(plan.data_folder, sft_data))
+        journal.remove()
     sft_data = read_sft_data(plan.data_folder, runs.command_line("train_sft.py"))
     chains = sft_data.chains_of_action + sft_data.chains_of_thought
     if not chains and {"sft2", "sft3"} & set(plan.todo):
@@ -333,11 +332,24 @@ def smooth(mean: float | None, value: float) -> float:
 
 
 # ---- 3. The data of SFT --------------------------------------------------------------------------
-def make_data(base: LM, settings: SFTSettings, task: Task) -> SFTData:
+def open_journal(plan: runs.StagePlan, settings: SFTSettings) -> Journal:
+    """Return the base model's answers that an interrupted command has left."""
+    base_folder = plan.folder_of("base") if "base" in plan.todo else plan.root / "base"
+    return Journal(
+        plan.data_folder / runs.DATA_JOURNAL,
+        provenance_hash(base_folder, settings),
+        settings.resume,
+        settings.batch_rows,
+    )
+
+
+def make_data(base: LM, settings: SFTSettings, task: Task, journal: Journal) -> SFTData:
     """Make what SFT learns from: a teacher's chains, and pairs from measured outcomes.
 
     The base model is asked for every fact that the questions need. The teacher recalls what it
     knows and searches for the rest with the real tool.
+
+    journal: of the base model's answers.
     """
     if settings.sft_files:
         sft_data, problems = read_sft_files(base.codec, settings.sft_files)
@@ -360,7 +372,7 @@ def make_data(base: LM, settings: SFTSettings, task: Task) -> SFTData:
 
     # What the base model knows decides what the teacher recalls and what it looks up.
     asked = action_questions + thought_questions + pair_questions
-    known, recalled = recall(base, asked, settings)
+    known, recalled = recall(base, asked, settings, journal)
     chains, counts = write_chains(
         base.codec, action_questions, known, task.search, settings.max_observation
     )
@@ -371,7 +383,7 @@ def make_data(base: LM, settings: SFTSettings, task: Task) -> SFTData:
     ]
 
     # A pair comes from a question that exactly one of acting and thinking solves.
-    solved = solved_by_acting(base, pair_questions, settings, task)
+    solved = solved_by_acting(base, pair_questions, settings, task, journal)
     acting_right, thinking_right = contrastive_pairs(base.codec, pair_questions, recalled, solved)
     # Both directions weigh the same, where there are enough of each.
     half = settings.pairs // 2
@@ -395,27 +407,29 @@ def _without_repeats(questions: Sequence[Question]) -> list[Question]:
 
 
 def solved_by_acting(
-    base: LM, questions: list[Question], settings: SFTSettings, task: Task
+    base: LM, questions: list[Question], settings: SFTSettings, task: Task, journal: Journal
 ) -> set[str]:
-    """Return the ids of the questions that acting at every step solves."""
+    """Return the ids of the questions that acting at every step solves.
+
+    journal: of the base model's answers.
+    """
     if not task.base_model_acts:
         # A small checkpoint's ReAct hardly solves anything, so the teacher's searches decide.
         chains, _ = write_chains(
             base.codec, questions, set(), task.search, settings.max_observation
         )
         return {question.id for question, _ in chains}
-    answered = react(
-        base,
-        [question.question for question in questions],
-        task.search,
-        settings,
-        style_of(base.codec).react_phrases(base.codec, examples=""),
-        max_actions=REACT_CALLS,
-        description="where acting and thinking part",
-    )
+    phrases = style_of(base.codec).react_phrases(base.codec, examples="")
+
+    def ask(texts: list[str]) -> list[str]:
+        answered = react(base, texts, task.search, settings, phrases, max_actions=REACT_CALLS)
+        return [answer for answer, _ in answered]
+
+    texts = [question.question for question in questions]
+    answers = journal.answers("acting", texts, ask, "where acting and thinking part")
     return {
         question.id
-        for question, (answer, _) in zip(questions, answered, strict=True)
+        for question, answer in zip(questions, answers, strict=True)
         if exact_match(answer, question.golden_answers)
     }
 

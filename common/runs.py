@@ -21,7 +21,7 @@ from typing import Any
 import model
 from common import ranks
 from common.errors import UserError
-from common.files import REPLACED_SUFFIX, write_text
+from common.files import CHECKSUMS_FILE, REPLACED_SUFFIX, write_text
 from common.progress import tqdm
 from common.run_record import (
     RunRecord,
@@ -62,6 +62,7 @@ DATA_SETTINGS = (
     "max_len",
 )
 DATA_MARK = "pairs.jsonl"  # the last file of SFT's data that is written
+DATA_JOURNAL = "answers.jsonl.partial"  # what the base model said, until the data is written
 COST_FILE = "cost.json"  # in the folder of a distilled world model, which is no stage
 
 
@@ -165,8 +166,9 @@ class StagePlan:
     def _remove_data(self) -> None:
         """Remove the SFT data of another base model, the file by which it is known first."""
         (self.data_folder / DATA_MARK).unlink(missing_ok=True)
-        for file in self.data_folder.glob("*.jsonl"):
-            file.unlink()
+        for pattern in ("*.jsonl", DATA_JOURNAL, CHECKSUMS_FILE):
+            for file in self.data_folder.glob(pattern):
+                file.unlink()
 
 
 def begins_run(settings: StageSettings) -> bool:
@@ -303,6 +305,9 @@ def remove_leftovers(root: Path) -> None:
         stage = leftover.with_suffix("")
         if _is_saved(stage) and not partial_of(stage).exists():
             shutil.rmtree(leftover)
+    data_folder = root / "data"
+    if (data_folder / DATA_MARK).is_file():
+        (data_folder / DATA_JOURNAL).unlink(missing_ok=True)
 
 
 def find_start(root: Path, start: str, stages: Sequence[str]) -> Path:

@@ -1,16 +1,24 @@
 """The SFT data of a run, kept as token ids: out/<run>/data/coa.jsonl, cot.jsonl and pairs.jsonl.
 
 A line is {"ids", "mask", "role"}, one entry a token. In pairs.jsonl chosen and rejected
-trajectories take turns.
+trajectories take turns. checksums.json knows the three files.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from backends.model_files import read_tokenizer
 from common.errors import UserError
-from common.files import parse_json, write_jsonl
+from common.files import (
+    CHECKSUMS_FILE,
+    parse_json,
+    refuse_damage,
+    to_json,
+    write_bytes,
+    write_text,
+)
 from data.batches import Pair
 from data.trajectory import Codec, Trajectory
 
@@ -30,6 +38,7 @@ def read_sft_data(folder: Path, remedy: str = "python train_sft.py") -> SFTData:
     remedy: the command that makes it, for the message.
     Raises UserError for a file that is missing or damaged.
     """
+    refuse_damage(folder, f"remove {folder} and run train_sft.py again, which makes it anew")
     chains_of_action = read_trajectories(folder / "coa.jsonl", remedy)
     chains_of_thought = read_trajectories(folder / "cot.jsonl", remedy)
     sides = read_trajectories(folder / "pairs.jsonl", remedy)
@@ -70,17 +79,24 @@ def _damaged(path: Path, line: int) -> UserError:
 
 
 def write_sft_data(folder: Path, data: SFTData) -> None:
-    """Write the SFT data of a run; each file is whole or not there."""
-    _write_trajectories(folder / "coa.jsonl", data.chains_of_action)
-    _write_trajectories(folder / "cot.jsonl", data.chains_of_thought)
-    _write_trajectories(folder / "pairs.jsonl", [side for pair in data.pairs for side in pair])
+    """Write the SFT data of a run, pairs last; each file is whole or not there."""
+    contents = {
+        "coa.jsonl": _to_jsonl(data.chains_of_action),
+        "cot.jsonl": _to_jsonl(data.chains_of_thought),
+        "pairs.jsonl": _to_jsonl([side for pair in data.pairs for side in pair]),
+    }
+    checksums = {name: hashlib.sha256(text).hexdigest() for name, text in contents.items()}
+    write_text(folder / CHECKSUMS_FILE, to_json(checksums, indent=1))
+    for name, text in contents.items():
+        write_bytes(folder / name, text)
 
 
-def _write_trajectories(path: Path, trajectories: Iterable[Trajectory]) -> None:
-    rows = []
-    for trajectory in trajectories:
-        rows.append({"ids": trajectory.ids, "mask": trajectory.mask, "role": trajectory.role})
-    write_jsonl(path, rows)
+def _to_jsonl(trajectories: Iterable[Trajectory]) -> bytes:
+    rows = [
+        {"ids": trajectory.ids, "mask": trajectory.mask, "role": trajectory.role}
+        for trajectory in trajectories
+    ]
+    return "".join(to_json(row) + "\n" for row in rows).encode()
 
 
 def keep_what_fits(data: SFTData, max_len: int, source: str = "") -> SFTData:

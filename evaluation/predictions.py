@@ -2,14 +2,12 @@
 
 `predictions.jsonl` holds one answer a line with its scores. Until an evaluation is complete its
 answers are in `predictions.jsonl.partial`, where --resume finds them. An answer is used again only
-where the same weights gave it, with the same tool, under the same settings (`provenance_hash`), to
-the same question with the same golden answers (`question_hash`).
+where the same weights gave it, with the same tool, under the same settings (`provenance_hash` in
+workflows/journal.py), to the same question with the same golden answers (`question_hash`).
 """
 
-import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -17,7 +15,6 @@ from common import ranks
 from common.errors import UserError
 from common.files import (
     append_jsonl,
-    hash_file_ends,
     parse_json,
     read_jsonl,
     sync,
@@ -25,17 +22,12 @@ from common.files import (
     write_text,
     writing,
 )
-from common.settings import ModelSettings, RolloutSettings, TaskRunSettings
 from data.questions import Question
 from model import LM
+from workflows.journal import AnswerSettings, Journal, short_hash
 from workflows.recall import recall
 
 QuestionSets = Mapping[str, Sequence[Question]]  # name of a question set -> its questions
-
-
-@dataclass(kw_only=True)
-class AnswerSettings(ModelSettings, TaskRunSettings, RolloutSettings):
-    """The settings of evaluation that an answer may depend on."""
 
 
 class ScoredAnswer(TypedDict):
@@ -85,44 +77,11 @@ class PredictionKey(NamedTuple):
     provenance: str | None
 
 
-# ---- what an answer depends on -------------------------------------------------------------------
-def provenance_hash(folder: Path, settings: AnswerSettings) -> str:
-    """Return a hash of the weights in a folder, of the passages, and of the settings.
-
-    An answer depends on these, beside its question and its row.
-    """
-    weight_files = sorted(folder.glob("*.safetensors")) or [folder]
-    weights = [hash_file_ends([path]) if path.is_file() else str(path) for path in weight_files]
-    corpus_file = Path(settings.corpus)
-    corpus: Any = settings.corpus
-    if corpus_file.is_file():
-        corpus = [hash_file_ends([corpus_file]), corpus_file.stat().st_size]
-    values = [
-        settings.seed,
-        corpus,
-        settings.language,
-        settings.cache,
-        settings.top_k,
-        settings.max_actions,
-        settings.max_len,
-        settings.max_answer,
-        settings.max_thought,
-        settings.max_observation,
-        settings.dtype,
-        settings.bits,
-    ]
-    return _hash([weights, values])
-
-
 def question_hash(question: Question) -> str:
     """Return a hash of all in a question that an answer, or its score, depends on."""
-    return _hash(
+    return short_hash(
         [question.question, question.golden_answers, question.gold_titles, question.gold_ids]
     )
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 # ---- what the base model knows -------------------------------------------------------------------
@@ -141,15 +100,16 @@ def recall_known_facts(
     provenance: the base model's `provenance_hash`.
     may_reuse: take them from the file, where they are of this model and these questions.
     """
-    questions_hash = _hash([question_hash(question) for question in questions])
-    if may_reuse:
-        kept_facts = _read_known_facts(path, provenance, questions_hash)
-        if kept_facts is not None:
-            return kept_facts
-    known_facts, _ = recall(base, list(questions), settings)
-    row = {"made": provenance, "asked": questions_hash, "known": sorted(known_facts)}
-    if ranks.is_first():
-        write_text(path, json.dumps(row))
+    questions_hash = short_hash([question_hash(question) for question in questions])
+    journal_path = path.with_name(path.name + ".partial")
+    journal = Journal(journal_path, provenance, may_reuse, settings.batch_rows)
+    known_facts = _read_known_facts(path, provenance, questions_hash) if may_reuse else None
+    if known_facts is None:
+        known_facts, _ = recall(base, list(questions), settings, journal)
+        row = {"made": provenance, "asked": questions_hash, "known": sorted(known_facts)}
+        if ranks.is_first():
+            write_text(path, json.dumps(row))
+    journal.remove()
     return known_facts
 
 

@@ -27,7 +27,8 @@ import train_rl
 import train_sft
 from common import runs, stage_files
 from common.errors import UserError
-from common.runs import COST_FILE
+from common.files import CHECKSUMS_FILE
+from common.runs import COST_FILE, DATA_JOURNAL
 from common.settings import read_settings
 from data.scores import exact_match
 from data.sft_data import read_sft_data
@@ -37,6 +38,7 @@ from speed import flops, libraries
 from speed.against import tree_settings
 from speed.settings import BenchSettings
 from tasks import open_task
+from workflows.journal import Journal
 
 TINY = (
     # Runs of subprocesses and of this process are compared byte by byte, on Apple silicon too.
@@ -475,11 +477,34 @@ def test_rl2_alone_is_the_rl2_of_the_whole_command(copied_run: Any) -> None:
         assert first.read_bytes() == again.read_bytes(), file
 
 
-def test_an_interrupted_run_goes_on(whole_run: Any, tmp_path: Path) -> None:
-    """Only base was finished: SFT-1 makes the same data from it, and the same weights."""
+def test_an_interrupted_run_goes_on(
+    whole_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while SFT's data is made, SFT-1 makes the same data from base, and the same weights.
+
+    What the base model has answered is not asked again.
+    """
     root = tmp_path / "out" / "tiny"
     shutil.copytree(whole_run.root / "base", root / "base")
-    succeed(tmp_path, "train_sft.py", *TINY, "--stage=sft1")
+    keep = Journal._keep
+    asked: list[str] = []
+
+    def keep_and_stop(self: Any, kind: str, questions: list[str], answers: list[str]) -> None:
+        keep(self, kind, questions, answers)
+        raise KeyboardInterrupt
+
+    def keep_and_note(self: Any, kind: str, questions: list[str], answers: list[str]) -> None:
+        keep(self, kind, questions, answers)
+        asked.extend(f"{kind}: {question}" for question in questions)
+
+    monkeypatch.setattr(Journal, "_keep", keep_and_stop)
+    assert run_here(tmp_path, "train_sft.py", *TINY, "--stage=sft1").status != 0
+    kept = read_rows(root / "data" / DATA_JOURNAL)
+    assert len(kept) == 256
+    monkeypatch.setattr(Journal, "_keep", keep_and_note)
+    succeed(tmp_path, "train_sft.py", *TINY, "--stage=sft1", "--resume")
+    assert not {f"{row['kind']}: {row['question']}" for row in kept} & set(asked)
+    assert not (root / "data" / DATA_JOURNAL).exists()
     files = ("data/coa.jsonl", "data/cot.jsonl", "data/pairs.jsonl", "sft1/model.safetensors")
     for file in files:
         assert (root / file).read_bytes() == (whole_run.root / file).read_bytes(), file
@@ -669,6 +694,7 @@ def test_a_teacher_that_solved_nothing(copied_run: Any) -> None:
     """Guards: stages that learned from no chain, and were saved and judged without a word."""
     for name in ("coa", "cot"):
         (copied_run.root / "data" / f"{name}.jsonl").write_text("")
+    (copied_run.root / "data" / CHECKSUMS_FILE).unlink()
     done = run_here(copied_run.cwd, "train_sft.py", "--run=tiny", "--stage=sft2", "--out=x")
     assert done.status == 2
     assert "out/tiny/data holds no chain, so SFT-2 and SFT-3 have nothing to learn" in done.err

@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from autocoa import Imagine, Search, rollout
-from common import ranks
-from common.progress import progress_bar
 from common.settings import RolloutSettings
 from data.questions import Question
 from data.scores import exact_match
 from data.trajectory import Codec, Trajectory
 from data.trajectory_rows import TrajectoryRow
 from model import LM
+from workflows.batches import in_batches
 
 
 class Answered(NamedTuple):
@@ -38,21 +37,17 @@ def answer_questions(
     streams: of random numbers, one for each question; none at temperature 0.
     """
     prompts = [lm.codec.prompt(question) for question in questions]
+    shortest_first = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    sorted_prompts = [prompts[number] for number in shortest_first]
 
-    def roll_out(share: list[int], search: Search | Imagine | None) -> list[Trajectory]:
-        trajectories: dict[int, Trajectory] = {}
-        shortest_first = sorted(share, key=lambda number: len(prompts[number]))
-        with progress_bar(len(share), description, "question") as bar:
-            for start in range(0, len(share), settings.batch_rows):
-                numbers = shortest_first[start : start + settings.batch_rows]
-                batch = [prompts[number] for number in numbers]
-                own = [streams[number] for number in numbers] if temperature else []
-                done = rollout(lm.decoder, lm.codec, batch, search, settings, temperature, own)
-                trajectories.update(zip(numbers, done, strict=True))
-                bar.update(len(numbers))
-        return [trajectories[number] for number in share]
+    def roll_out(places: list[int], search: Search | Imagine | None) -> list[Trajectory]:
+        batch = [sorted_prompts[place] for place in places]
+        own = [streams[shortest_first[place]] for place in places] if temperature else []
+        return rollout(lm.decoder, lm.codec, batch, search, settings, temperature, own)
 
-    return ranks.split(prompts, roll_out, search)
+    done = in_batches(sorted_prompts, roll_out, settings.batch_rows, search, description)
+    trajectory_of = dict(zip(shortest_first, done, strict=True))
+    return [trajectory_of[number] for number in range(len(prompts))]
 
 
 def sample_rows(

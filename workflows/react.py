@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from autocoa import Row, Search, run_rows
-from common import ranks
-from common.progress import progress_bar
 from common.settings import TAG_ROOM, RolloutSettings
 from data.boxes import answer_in_box
 from data.trajectory import Codec, Observation, Role, Trajectory
 from model import LM
 from workflows.agent import Answered
+from workflows.batches import in_batches
 
 TOO_LONG = "The result is too long to show."
 SHORTEST_OBSERVATION = 64  # tokens that must be free for an observation, or no action is begun
@@ -188,19 +187,13 @@ def react(
         max_actions = settings.max_actions
     controller = ReAct(lm.codec, settings, max_actions, phrases)
 
-    def answer(share: list[int], search: Search | None) -> list[Answered]:
-        answered = []
-        with progress_bar(len(share), description, "question") as bar:
-            for start in range(0, len(share), settings.batch_rows):
-                batch = share[start : start + settings.batch_rows]
-                rows = [
-                    controller.start_row(questions[number], row, given[number] if given else None)
-                    for row, number in enumerate(batch)
-                ]
-                decoder = lm.decoder([row.trajectory.ids for row in rows])
-                run_rows(controller, decoder, rows, search)
-                answered += [Answered(row.workflow.answer, row.trajectory) for row in rows]
-                bar.update(len(batch))
-        return answered
+    def answer(numbers: list[int], search: Search | None) -> list[Answered]:
+        rows = [
+            controller.start_row(questions[number], row, given[number] if given else None)
+            for row, number in enumerate(numbers)
+        ]
+        decoder = lm.decoder([row.trajectory.ids for row in rows])
+        run_rows(controller, decoder, rows, search)
+        return [Answered(row.workflow.answer, row.trajectory) for row in rows]
 
-    return ranks.split(questions, answer, search)
+    return in_batches(questions, answer, settings.batch_rows, search, description)

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from common import ranks
 from common.settings import RolloutSettings
 from model import LM
 from tools import Library
 from workflows.agent import Answered
+from workflows.batches import in_batches
 from workflows.prompts import JUDGE_OWN_ANSWER, REACT_EXAMPLES, REFLECT
 from workflows.react import react
 from workflows.words import beginning_of_text, complete_lines, encode_text, react_phrases
@@ -77,16 +77,12 @@ def prefers_no(lm: LM, texts: Sequence[str], settings: RolloutSettings) -> list[
     """
     yes, no = (_last_token(lm, f"Answer: {word}") for word in ("Yes", "No"))
 
-    def compare(share: list[int], search: None) -> list[bool]:
-        preferences: list[bool] = []
-        for start in range(0, len(share), settings.batch_rows):
-            numbers = share[start : start + settings.batch_rows]
-            prompts = [encode_text(lm.codec, texts[number]) for number in numbers]
-            logits = lm.backend.to_numpy(lm.decoder(prompts).logits)  # (rows, vocab)
-            preferences += (logits[:, no] > logits[:, yes]).tolist()
-        return preferences
+    def compare(numbers: list[int], search: None) -> list[bool]:
+        prompts = [encode_text(lm.codec, texts[number]) for number in numbers]
+        logits = lm.backend.to_numpy(lm.decoder(prompts).logits)  # (rows, vocab)
+        return (logits[:, no] > logits[:, yes]).tolist()
 
-    return ranks.split(texts, compare)
+    return in_batches(texts, compare, settings.batch_rows)
 
 
 def _last_token(lm: LM, text: str) -> int:

@@ -17,8 +17,6 @@ import zlib
 from collections.abc import Sequence
 
 from autocoa import Row, Search, open_row, random_stream, run_rows
-from common import ranks
-from common.progress import progress_bar
 from common.settings import RolloutSettings
 from data.boxes import answer_in_box
 from data.instructions import AUTHORS_INSTRUCTIONS, authors_turn
@@ -26,6 +24,7 @@ from data.passages import split_observation
 from data.trajectory import PLACEHOLDER, TAGS, Codec, Observation, Role, Trajectory
 from model import LM
 from workflows.agent import Answered
+from workflows.batches import in_batches
 
 TEMPERATURE = 0.6  # the authors draw one answer to each question
 ACTION = re.compile(f"{re.escape(TAGS['search'])}(.*?){re.escape(TAGS['end_search'])}", re.S)
@@ -160,22 +159,15 @@ def answer_spelled(
     """
     controller = SpelledAgent(lm.codec, settings)
 
-    def answer(share: list[int], search: Search) -> list[Answered]:
-        answered = []
-        with progress_bar(len(share), description, "question") as bar:
-            for start in range(0, len(share), settings.batch_rows):
-                batch = share[start : start + settings.batch_rows]
-                rows = [
-                    controller.start_row(questions[number], row, seed)
-                    for row, number in enumerate(batch)
-                ]
-                decoder = lm.decoder([row.trajectory.ids for row in rows])
-                run_rows(controller, decoder, rows, search, TEMPERATURE)
-                answered += [_read_answer(lm.codec, row.trajectory) for row in rows]
-                bar.update(len(batch))
-        return answered
+    def answer(numbers: list[int], search: Search) -> list[Answered]:
+        rows = [
+            controller.start_row(questions[number], row, seed) for row, number in enumerate(numbers)
+        ]
+        decoder = lm.decoder([row.trajectory.ids for row in rows])
+        run_rows(controller, decoder, rows, search, TEMPERATURE)
+        return [_read_answer(lm.codec, row.trajectory) for row in rows]
 
-    return ranks.split(questions, answer, search)
+    return in_batches(questions, answer, settings.batch_rows, search, description)
 
 
 def _read_answer(codec: Codec, trajectory: Trajectory) -> Answered:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
+from common.files import CHECKSUMS_FILE
 from data.sft_data import (
     SFTData,
     keep_what_fits,
@@ -64,7 +65,19 @@ def test_a_pair_of_one_side(tmp_path: Path) -> None:
     write_sft_data(tmp_path, SFTData([row_of(1)], [row_of(1)], [(row_of(2), row_of(3))]))
     path = tmp_path / "pairs.jsonl"
     path.write_text(path.read_text().splitlines()[0] + "\n")
+    (tmp_path / CHECKSUMS_FILE).unlink()
     with pytest.raises(UserError, match=r"pairs\.jsonl:1: cut or damaged"):
+        read_sft_data(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["coa.jsonl", "cot.jsonl", "pairs.jsonl"])
+def test_another_number_in_a_file_of_a_run(tmp_path: Path, name: str) -> None:
+    """Guards: a flipped bit that makes another token, which would be learned without a word."""
+    write_sft_data(tmp_path, SFTData([row_of(1)], [row_of(1)], [(row_of(2), row_of(3))]))
+    path = tmp_path / name
+    path.write_text(path.read_text().replace("1", "3", 1))
+    message = f"{name} is not as it was saved; remove {tmp_path} and run train_sft.py again"
+    with pytest.raises(UserError, match=re.escape(message)):
         read_sft_data(tmp_path)
 
 

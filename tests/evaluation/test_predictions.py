@@ -16,12 +16,12 @@ from eval import EvalSettings
 from evaluation import predictions as predictions_module
 from evaluation.predictions import (
     Predictions,
-    provenance_hash,
     question_hash,
     read_predictions,
     recall_known_facts,
 )
 from model import LM
+from workflows.journal import provenance_hash
 
 
 def question_of(question_id: Any, golden: str = "x") -> Any:
@@ -292,7 +292,7 @@ def test_known_facts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """They are used again for the same model and questions; a damaged file is made again."""
     recalled = []
 
-    def recall(base: Any, questions: Any, settings: Any) -> Any:
+    def recall(base: Any, questions: Any, settings: Any, journal: Any) -> Any:
         recalled.append([question.id for question in questions])
         return {"b", "a"}, {}
 

@@ -1,0 +1,81 @@
+"""Answers that are kept while more are asked (workflows/journal.py)."""
+
+from pathlib import Path
+
+import pytest
+from conftest import read_rows
+
+from workflows.journal import Journal
+
+QUESTIONS = ["Who?", "When?", "Where?", "Who?", "Why?"]
+
+
+class Model:
+    """Answers questions, until it is interrupted."""
+
+    def __init__(self, calls: int | None = None) -> None:
+        """calls: after so many it is interrupted."""
+        self.calls_left = calls
+        self.asked: list[list[str]] = []
+
+    def __call__(self, questions: list[str]) -> list[str]:
+        if self.calls_left == 0:
+            raise KeyboardInterrupt
+        if self.calls_left is not None:
+            self.calls_left -= 1
+        self.asked.append(questions)
+        return [f"{question} Eva" for question in questions]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "answers.partial"
+
+
+def ask(path: Path, model: Model, made: str = "w", resume: bool = True, kind: str = "k") -> None:
+    """Ask all questions, two at a time, and check the answers."""
+    journal = Journal(path, made, resume, batch_rows=2)
+    answers = journal.answers(kind, QUESTIONS, model, "bar")
+    assert answers == [f"{question} Eva" for question in QUESTIONS]
+
+
+def interrupt(path: Path) -> None:
+    """Leave the answers of one batch."""
+    with pytest.raises(KeyboardInterrupt):
+        ask(path, Model(calls=1))
+
+
+def test_an_interruption_costs_one_batch(path: Path) -> None:
+    """And nothing is asked twice. The file goes when the result is written."""
+    interrupt(path)
+    model = Model()
+    ask(path, model)
+    assert model.asked == [["Where?", "Why?"]]
+    assert len(read_rows(path)) == 4
+    ask(path, Model(calls=0))
+    Journal(path, "w", True, 2).remove()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_what_does_not_hold_is_asked_again(path: Path) -> None:
+    """Answers of other weights, of another kind, and all without --resume."""
+    for made, resume, kind in (("other", True, "k"), ("w", True, "other"), ("w", False, "k")):
+        interrupt(path)
+        model = Model()
+        ask(path, model, made, resume, kind)
+        assert model.asked == [["Who?", "When?"], ["Where?", "Why?"]]
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"made": "w", "kind": "k", "ques', b"\xff\n", b"3\n", b'{"made": "w"}\n', b"{}\n"]
+)
+def test_a_damaged_line_is_asked_again(path: Path, damage: bytes) -> None:
+    """Guards: a line that is written behind one that was cut."""
+    interrupt(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + damage)
+    model = Model()
+    ask(path, model)
+    assert model.asked == [["When?", "Where?"], ["Why?"]]
+    assert len(read_rows(path)) == 4

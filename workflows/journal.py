@@ -1,0 +1,141 @@
+"""Answers that are kept while more are asked, so that a kill costs those of one batch."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from common import ranks
+from common.files import append_jsonl, hash_file_ends, parse_json, sync, write_text, writing
+from common.progress import progress_bar
+from common.settings import ModelSettings, RolloutSettings, TaskRunSettings
+
+
+@dataclass(kw_only=True)
+class AnswerSettings(TaskRunSettings, ModelSettings, RolloutSettings):
+    """The settings that an answer may depend on."""
+
+
+def short_hash(value: Any) -> str:
+    """Return a hash of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def provenance_hash(folder: Path, settings: AnswerSettings) -> str:
+    """Return a hash of the weights in a folder, of the passages, and of the settings.
+
+    An answer depends on these, beside its question and its row.
+    """
+    weight_files = sorted(folder.glob("*.safetensors")) or [folder]
+    weights = [hash_file_ends([path]) if path.is_file() else str(path) for path in weight_files]
+    corpus_file = Path(settings.corpus)
+    corpus: Any = settings.corpus
+    if corpus_file.is_file():
+        corpus = [hash_file_ends([corpus_file]), corpus_file.stat().st_size]
+    values = [
+        settings.seed,
+        corpus,
+        settings.language,
+        settings.cache,
+        settings.top_k,
+        settings.max_actions,
+        settings.max_len,
+        settings.max_answer,
+        settings.max_thought,
+        settings.max_observation,
+        settings.dtype,
+        settings.bits,
+    ]
+    return short_hash([weights, values])
+
+
+class Line(TypedDict):
+    """A line of a journal."""
+
+    made: str  # provenance_hash
+    kind: str  # of the question: one text may be asked in several ways
+    question: str
+    answer: str
+
+
+class Journal:
+    """The answers of a computation that takes minutes, in a file until its result is written."""
+
+    def __init__(self, path: Path, provenance: str, resume: bool, batch_rows: int) -> None:
+        """Read what an interrupted command has left.
+
+        provenance: answers of another one are asked again.
+        resume: use the answers that are there.
+        batch_rows: questions that one process answers at once.
+        """
+        self.path = path
+        self._provenance = provenance
+        self._at_once = batch_rows * ranks.count()
+        self._answers: dict[tuple[str, str], str] = ranks.of_first(lambda: self._read(resume))
+
+    def answers(
+        self,
+        kind: str,
+        questions: Sequence[str],
+        ask: Callable[[list[str]], list[str]],
+        description: str,
+    ) -> list[str]:
+        """Return the answers to some questions; only those that are not there yet are asked.
+
+        ask: questions -> their answers, together in all processes.
+        """
+        missing = [question for question in questions if (kind, question) not in self._answers]
+        missing = list(dict.fromkeys(missing))
+        with progress_bar(len(missing), description, "question") as bar:
+            for start in range(0, len(missing), self._at_once):
+                batch = missing[start : start + self._at_once]
+                self._keep(kind, batch, ask(batch))
+                bar.update(len(batch))
+        return [self._answers[kind, question] for question in questions]
+
+    def remove(self) -> None:
+        """Remove the file, when the result is written; of several processes the first does."""
+        if ranks.is_first():
+            self.path.unlink(missing_ok=True)
+
+    def _keep(self, kind: str, questions: list[str], answers: list[str]) -> None:
+        lines = []
+        for question, answer in zip(questions, answers, strict=True):
+            self._answers[kind, question] = answer
+            line = Line(made=self._provenance, kind=kind, question=question, answer=answer)
+            lines.append(line)
+        if ranks.is_first():
+            append_jsonl(self.path, lines)
+            sync(self.path)
+
+    def _read(self, resume: bool) -> dict[tuple[str, str], str]:
+        """Return the answers that hold, and leave these alone in the file."""
+        answers = {}
+        kept = []
+        if resume and self.path.is_file():
+            for line in self.path.read_bytes().splitlines(keepends=True):
+                row = _parse(line)
+                if row is not None and row["made"] == self._provenance:
+                    answers[row["kind"], row["question"]] = row["answer"]
+                    kept.append(line)
+        if kept:
+            write_text(self.path, b"".join(kept).decode())
+        else:
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.unlink(missing_ok=True)
+        return answers
+
+
+def _parse(line: bytes) -> Line | None:
+    """Return a line, None for one that an interruption cut, or that is damaged."""
+    if not line.endswith(b"}\n"):
+        return None
+    try:
+        row = parse_json(line)
+        is_line = all(isinstance(row[name], str) for name in Line.__annotations__)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return row if is_line else None
