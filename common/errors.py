@@ -37,6 +37,10 @@ class DiskError(UserError):
     """A file that can't be written. What was finished before is kept."""
 
 
+class OutageError(UserError):
+    """A service that stays down. What was finished before is kept."""
+
+
 def disk_error(error: OSError, path: Path | None = None) -> DiskError:
     """Return the line for what a disk or a folder refuses.
 
@@ -91,6 +95,9 @@ def run_guarded(run: Callable[[], None], can_resume: bool = False) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except (DiskError, ranks.LostRankError) as error:
         _end(f"error: {error}{way_on}", 2)
+    except OutageError as error:
+        # What keeps answers in a cache goes on by itself.
+        _end(f"error: {error}{way_on or '; then run the same command again'}", 2)
     except UserError as error:
         _end(f"error: {error}", 2)
     except OSError as error:

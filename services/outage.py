@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from common.errors import UserError
+from common.errors import OutageError, UserError
 from common.progress import tqdm
 from services.http import PoliteSession, one_line
 
@@ -34,7 +34,7 @@ class Outage:
         session: what asks the service.
         service: its name in messages.
         never_answered: what to do where it has never answered.
-        way_out: what to do where it is down for long.
+        way_out: what to do where it is down for long; how a script goes on, run_guarded adds.
         """
         self.session = session
         self.service = service
@@ -76,7 +76,7 @@ class Outage:
         """Return what a search says to each query; what fails in an outage is asked again.
 
         search: returns None for each query that failed. It asks for nothing while `is_down`.
-        Raises UserError where the service stays down.
+        Raises OutageError where the service stays down, UserError where it never answered.
         """
         answers = search(queries)
         while self.is_down:
@@ -91,7 +91,7 @@ class Outage:
         return answers
 
     def _wait(self) -> None:
-        """Say why, and sleep; raise UserError where that was of no use before."""
+        """Say why, and sleep; raise OutageError where that was of no use before."""
         if not self.session.has_answered:
             raise UserError(f"{self.service}: {self.last_fault}; {self.never_answered}")
         failures = (
@@ -100,7 +100,7 @@ class Outage:
         )
         if self._waits_in_a_row == len(WAITS):
             minutes = sum(WAITS) / 60
-            raise UserError(f"{failures}; {minutes:.0f} minutes did not help; {self.way_out}")
+            raise OutageError(f"{failures}; {minutes:.0f} minutes did not help; {self.way_out}")
         seconds = WAITS[self._waits_in_a_row]
         tqdm.write(f"{failures}; asking again in {seconds:.0f} s")
         time.sleep(seconds)

@@ -35,7 +35,7 @@ class Retriever:
             f"--corpus={url}",
             never_answered="not a retrieval server that answers; "
             "start one with: python tools.py serve CORPUS 8000",
-            way_out="start the server again, and go on with --resume",
+            way_out="start the server again",
         )
 
     def __call__(self, queries: list[str]) -> list[Observation]:

@@ -108,8 +108,7 @@ class Wikipedia:
             self.http,
             "Wikipedia",
             never_answered="is this machine online? --cache=replay searches what was found before",
-            way_out=f"what was found is in {self.cache.path}; "
-            "go on later with --resume, or with --cache=replay",
+            way_out=f"what was found is in {self.cache.path}; wait, or take --cache=replay",
         )
         self.refreshed: dict[str, list[Passage]] = {}  # what this run has asked for
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, run_here, strict_json
 
 import plot
-from common.errors import UserError, run_guarded
+from common.errors import OutageError, UserError, run_guarded
 from common.files import only_process, to_json
 from common.progress import tqdm
 from common.run_record import read_run_record
@@ -89,6 +89,22 @@ def test_damaged_files_of_a_run(content: str, tmp_path: Path) -> None:
             read(path)
         assert len(str(refusal.value)) < 500
         path.unlink()
+
+
+@pytest.mark.parametrize(("can_resume", "way_on"), [(True, "--resume"), (False, "same command")])
+def test_a_service_that_stays_down(
+    capsys: pytest.CaptureFixture[str], can_resume: bool, way_on: str
+) -> None:
+    """The line says how this script goes on. Guards: a --resume that a script does not have."""
+
+    def fail() -> None:
+        raise OutageError("the server is down")
+
+    with pytest.raises(SystemExit) as end:
+        run_guarded(fail, can_resume)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: the server is down; .*{way_on}", line)
 
 
 # ---- one process at a time -----------------------------------------------------------------------

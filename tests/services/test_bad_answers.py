@@ -15,7 +15,7 @@ from test_wikipedia import FAILED, RIVER, MediaWiki
 from wikipedia import wikipedia as package
 
 from autocoa import rollout
-from common.errors import UserError
+from common.errors import OutageError, UserError
 from common.settings import RolloutSettings
 from data.trajectory import Codec, Observation
 from services import http, outage, retrieval
@@ -183,7 +183,7 @@ def test_an_outage_that_stays_ends_the_run(
     search = Retriever(server.address, 1)
     search(["number 0"])
     server.faults = ["503"] * 100
-    with pytest.raises(UserError, match=r"--corpus=.*11 failures in a row.*go on with --resume"):
+    with pytest.raises(OutageError, match=r"--corpus=.*11 failures in a row.*the server again"):
         search(QUERIES)
     assert server.sent_faults == 11
 

@@ -244,6 +244,18 @@ def test_an_endless_answer(serve: Any, tmp_path: Path, monkeypatch: pytest.Monke
     answered.set()
 
 
+@pytest.mark.parametrize("reply", ["word " * 2000, Failure(404, "word " * 2000)])
+def test_an_answer_that_is_too_long(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reply: Any
+) -> None:
+    """It is broken off. Guards: an endpoint that fills the memory, with an error too."""
+    monkeypatch.setattr(endpoint_module, "LARGEST_BODY", 5000)
+    monkeypatch.setattr(endpoint_module, "RETRIES", 0)
+    endpoint = FakeEndpoint(serve, lambda request: reply)
+    with pytest.raises(UserError, match="an answer of more than 5,000 bytes"):
+        judge_chat(endpoint, tmp_path)([user("a")], 5)
+
+
 def test_an_address_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:port: not an address"):
         Chat("http://127.0.0.1:port#x", CPU, "judge", tmp_path / "c.sqlite")

@@ -11,7 +11,7 @@ import pytest
 import wikipedia
 
 from autocoa import random_stream, rollout
-from common.errors import UserError
+from common.errors import OutageError, UserError
 from common.settings import RolloutSettings
 from data.trajectory import Observation, Provenance
 from model import LM
@@ -275,7 +275,7 @@ def test_a_fault_that_stays(wiki: Any, open_search: Any, fault: str) -> None:
     wiki.faults = []
     assert search(["b river"]) == [RIVER]
     wiki.faults = [fault] * 400
-    with pytest.raises(UserError, match=r"11 failures in a row.*--resume.*--cache=replay"):
+    with pytest.raises(OutageError, match=r"11 failures in a row.*wait, or take --cache=replay"):
         search([f"{number} river" for number in range(20)])
     wiki.faults = []
     assert open_search("replay")(["b river"]) == [RIVER]
