@@ -1,6 +1,6 @@
 """Kill training and evaluation a hundred times, and compare the end with that of a run in one go.
 
-    bash test.sh --kills                         # 25 kills each of both tasks on both backends
+    bash test.sh --kills                         # 25 kills of each task on each backend
     PYTHONPATH=. .venv/bin/python tests/kill_campaign.py torch nano 100
 
 A round trains and evaluates a tiny run in a folder of its own. Each command is killed at some
@@ -31,13 +31,15 @@ from pathlib import Path
 from typing import Any
 
 from file_operations import watched
-from small_checkpoint import BOOKS, PEOPLE, save_checkpoint
+from small_checkpoint import save_checkpoint
+from small_wikipedia import COPIES, about, book, serve_wikipedia, writer
 from tqdm import tqdm
 
 import tasks.nano
 from common import stage_files
 from common.files import CHECKSUMS_FILE, append_jsonl
 from common.runs import COST_FILE
+from services.cache import Cache
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_sft.py", "train_rl.py", "eval.py")
@@ -55,7 +57,9 @@ REAL = (
     " --max_observation=60 --rl1_environment=internal --rl1_steps=3 --rl2_steps=3 --questions=2"
     " --rollouts=2 --eval_questions=3 --batch_rows=64"
 ).split()
-TASKS = {"nano": NANO, "real": REAL}
+# The same from Wikipedia, whose cache all rounds keep as a user would: it must end as it was.
+WIKIPEDIA = [argument.replace("passages.jsonl", "wikipedia") for argument in REAL]
+TASKS = {"nano": NANO, "real": REAL, "wikipedia": WIKIPEDIA}
 # Figures that are times, in logs and reports.
 TIMES = {"seconds", "seconds_rollout", "seconds_update", "tokens_per_second", "step_seconds"}
 KILLS_OF_A_SCRIPT = 6  # in a round, about
@@ -214,23 +218,28 @@ def differences(whole: Path, killed: Path) -> list[str]:
     return found
 
 
+def cached(folder: Path) -> list[Any]:
+    """Return what the cache of Wikipedia holds; nothing where there is none."""
+    path = folder / "out" / "wikipedia.sqlite"
+    return Cache(path).items() if path.is_file() else []
+
+
 # ---- a campaign ----------------------------------------------------------------------------------
 def prepare(folder: Path, task: str) -> None:
     """Make the folder in which a run's commands are given."""
     folder.mkdir(parents=True)
-    if task == "real":
-        save_checkpoint(folder / "checkpoint")
-        questions = []
-        passages = []
-        for number in range(48):
-            book = f"{BOOKS[number % 8]} {number}"
-            person = f"{PEOPLE[number % 8]} {number}"
-            question = {"id": str(number), "question": f"Who wrote {book}?"}
-            questions.append({**question, "golden_answers": [person]})
-            contents = f'"{book}"\n{book} is a novel. It was written by {person}.'
-            passages.append({"id": str(number), "contents": contents})
-        append_jsonl(folder / "questions.jsonl", questions)
-        append_jsonl(folder / "passages.jsonl", passages)
+    if task == "nano":
+        return
+    save_checkpoint(folder / "checkpoint")
+    questions = []
+    passages = []
+    for number in range(COPIES):
+        question = {"id": str(number), "question": f"Who wrote {book(number)}?"}
+        questions.append({**question, "golden_answers": [writer(number)]})
+        contents = f'"{book(number)}"\n{about(number)}'
+        passages.append({"id": str(number), "contents": contents})
+    append_jsonl(folder / "questions.jsonl", questions)
+    append_jsonl(folder / "passages.jsonl", passages)
 
 
 def run_whole(folder: Path, arguments: list[str], task: str) -> dict[str, Length]:
@@ -289,6 +298,8 @@ def campaign(folder: Path, backend: str, task: str, kills: int) -> None:
                 append_jsonl(log, [{"script": script, **asdict(kill or Kill("", 0))}])
                 made += 1
         found = differences(folder / "whole" / "out" / "tiny", round_folder / "out" / "tiny")
+        if cached(folder / "whole") != cached(round_folder):
+            found.append("the cache differs")
         assert not found, f"{round_folder}: {found}"
         shutil.rmtree(round_folder)
         print(f"{backend}, {task}: {made} kills, and every end was that of a run in one go")
@@ -318,6 +329,7 @@ def main(words: list[str]) -> None:
         backend, task, kills = words
         asked = [(backend, task, kills)]
     hurry()
+    serve_wikipedia()
     for backend, task, kills in asked:
         campaign(ROOT / "out" / "kills" / f"{backend}-{task}", backend, task, int(kills))
 
