@@ -1,11 +1,5 @@
 """Progress bars, by tqdm."""
 
-import os
-import sys
-
-if not sys.stderr.isatty():
-    # In a file a bar is a line now and then. tqdm reads this when it is imported.
-    os.environ.setdefault("TQDM_MININTERVAL", "20")
 from tqdm import tqdm
 
 __all__ = ["progress_bar", "tqdm"]

@@ -7,6 +7,7 @@ tracebacks through `printable`. The colours of our own go around it, by `own_out
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Generator
@@ -15,6 +16,12 @@ from typing import Any
 # What can steer a terminal, or turn the order of the letters around it: control characters, other
 # line ends, bidirectional overrides and isolates, and half a surrogate pair.
 UNPRINTABLE = re.compile("[^\n\t\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\U0010ffff]")
+
+
+if not sys.stderr.isatty():
+    # In a file a progress bar is a line now and then. tqdm reads this when it is imported, by
+    # whichever library comes first.
+    os.environ.setdefault("TQDM_MININTERVAL", "20")
 
 
 def printable(text: str) -> str:

@@ -2,13 +2,16 @@
 
 import inspect
 import json
+import os
+import subprocess
+import sys
 import time
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_here
+from conftest import ROOT, run_here
 
 import tools
 from common.settings import TaskSettings
@@ -240,6 +243,19 @@ def passage_file(tmp_path: Path) -> Any:
     contents = '"Iron Hill"\nA band from Alder Bay.'
     path.write_text(json.dumps({"id": "p0", "contents": contents}) + "\n")
     return path
+
+
+def test_bars_in_a_file_are_a_line_now_and_then() -> None:
+    """Guards: a library that imports tqdm before it is told so, and hundreds of lines."""
+    program = (
+        "import inspect, tools, tqdm\n"
+        "print(inspect.signature(tqdm.tqdm.__init__).parameters['mininterval'].default)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_MININTERVAL"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "20.0\n"
 
 
 def test_tools_are_asked_by_hand(tmp_path: Path, passage_file: Any) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.files import write_jsonl
 from data.batches import build_trie
 from data.trajectory import Role, Trajectory
 from model import LM
@@ -17,6 +18,7 @@ from speed.flops import forward_flops, text_flops, trie_flops
 from speed.growth import Curve, measure_growth
 from speed.ours import Ours
 from speed.pairs import Comparison, Timing, line_of, take_turns, to_json
+from speed.serving import measure
 from speed.settings import BenchSettings
 from speed.sharing import shared_tokens
 from speed.trees import Tree, check_out
@@ -133,6 +135,17 @@ def test_a_tree_is_timed_by_its_scripts_and_logs(
 def test_an_unknown_commit_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--against: git.*no-such-commit"):
         check_out("no-such-commit", tmp_path)
+
+
+def test_a_retrieval_server_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three clients that each ask one query after the other are all answered."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": str(number), "contents": f'"T{number}"\nIt is x.'} for number in range(9)]
+    write_jsonl(tmp_path / "passages.jsonl", rows)
+    figures = measure("passages.jsonl", ["T1", "T2"], clients=3, seconds=1.0)
+    assert figures["failures"] == 0
+    assert figures["requests"] > 10
+    assert 0 < figures["seconds_p50"] <= figures["seconds_p99"]
 
 
 def test_cost_by_rows_context_and_calls(
