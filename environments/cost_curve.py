@@ -3,6 +3,7 @@
     bash run.sh --world-models                                  # trains the rows, once for a seed
     python -m environments.cost_curve                           # of one run
     python -m environments.cost_curve --runs=nano,seed1,seed2   # seeds pooled
+    python -m environments.cost_curve --clock=quiet             # seconds of a step from another run
 
 It reads the logs and predictions of some runs, prints a table in Markdown and writes
 out/<run>/cost_curve.json, which plot.py draws. Rows that were not trained or not evaluated are left
@@ -27,6 +28,7 @@ from environments.cost_logs import (
     CurveRow,
     RunLogs,
     eval_row,
+    read_clock,
     read_points,
     read_run,
 )
@@ -52,6 +54,9 @@ class CostCurveSettings(RunSettings):
 
     # Runs whose seeds are pooled. Empty: this run.
     runs: CommaList = field(default_factory=list)
+    # A run whose stages tell what a step takes in each environment, for rows that were trained
+    # beside other work. Empty: their own logs.
+    clock: str = ""
     # Times are those to an EM of so many points more than SFT-1&2 has.
     target_gain: float = 3.0
 
@@ -137,6 +142,10 @@ def run(settings: CostCurveSettings) -> None:
     """Print the rows of some runs, and write cost_curve.json."""
     names = settings.runs or [settings.run]
     runs = [read_run(name) for name in names]
+    if settings.clock:
+        clock = read_clock(settings.clock)
+        for logs in runs:
+            logs.clock = clock
     rows = []
     for row in CURVE_ROWS:
         trained = [logs for logs in runs if logs.has(row)]

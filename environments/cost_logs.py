@@ -7,6 +7,7 @@ were distilled with in which they practise.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from common.errors import UserError
@@ -75,6 +76,15 @@ class Distillation:
 
 
 @dataclass
+class Clock:
+    """What practice takes on a machine that has nothing else to do, in seconds."""
+
+    run: str
+    of_step: dict[str, float]  # environment, see environment_of -> a step of RL
+    of_query: float  # distilling a world model, for each query that it learns from
+
+
+@dataclass
 class RunLogs:
     """What a run says of its rows."""
 
@@ -83,6 +93,7 @@ class RunLogs:
     record: RunRecord
     predictions: dict[str, SetPredictions]  # row of eval.json -> question set -> predictions
     distillations: dict[str, Distillation]  # folder of a world model -> its cost
+    clock: Clock | None = None  # tells seconds in place of the logs
 
     def has(self, row: CurveRow) -> bool:
         """Whether a row was trained and evaluated."""
@@ -154,6 +165,35 @@ def read_distillations(root: Path, record: RunRecord) -> dict[str, Distillation]
     return distillations
 
 
+def read_clock(name: str) -> Clock:
+    """Return what practice took in a run: the median of each environment's steps.
+
+    The first step of a stage gets memory and does not count.
+    Raises UserError where the run has no world model, or no stage of RL of two steps.
+    """
+    root = Path("out", name)
+    record = read_run_record(name)
+    of_step = {}
+    for folder, stage in record.stages.items():
+        path = root / folder / "log.jsonl"
+        if stage.settings_class != "RLSettings" or not path.is_file():
+            continue
+        rows = read_rows(path, "seconds_rollout", "seconds_update")[1:]
+        if rows:
+            seconds = [row["seconds_rollout"] + row["seconds_update"] for row in rows]
+            of_step[environment_of(folder, stage.settings)] = median(seconds)
+    distillations = list(read_distillations(root, record).values())
+    if not of_step or not distillations:
+        raise UserError(f"--clock={name}: it needs a world model, and stages of RL of two steps")
+    return Clock(name, of_step, distillations[0].seconds / len(distillations[0].learned))
+
+
+def environment_of(folder: str, settings: Mapping[str, Any]) -> str:
+    """Return where a stage of RL practised, and whether it learned observations beside it."""
+    name = settings[f"{settings['stage'] or folder}_environment"]
+    return f"{name} + observation loss" if settings.get("observation_coef") else name
+
+
 def world_model_of(folder: str, settings: Mapping[str, Any]) -> str:
     """Return the folder of the world model that a stage of RL practised in, "" for none.
 
@@ -176,7 +216,7 @@ class Ledger:
     queries: set[str] = field(default_factory=set)
     seconds: float = 0.0
 
-    def add_distillation(self, distillation: Distillation) -> None:
+    def add_distillation(self, distillation: Distillation, clock: Clock | None) -> None:
         """Add what a world model cost.
 
         One that learned from logs asked for nothing but its held-out queries. Where the logs held
@@ -185,7 +225,10 @@ class Ledger:
         new_queries = (distillation.learned | distillation.held_out) - self.queries
         self.raw_calls += max(distillation.calls, len(new_queries))
         self.queries |= new_queries
-        self.seconds += distillation.seconds
+        if clock is None:
+            self.seconds += distillation.seconds
+        else:
+            self.seconds += clock.of_query * len(distillation.learned)
 
     def point(self, em: float | None) -> Point:
         """Return what was spent up to now, beside the EM that is measured now."""
@@ -208,16 +251,23 @@ def read_points(logs: RunLogs, row: CurveRow) -> list[Point]:
     for stage in row.stages:
         world_model = world_model_of(stage, logs.record.stages[stage].settings)
         if world_model and world_model not in paid:
-            ledger.add_distillation(logs.distillations[world_model])
+            ledger.add_distillation(logs.distillations[world_model], logs.clock)
             paid.add(world_model)
         points.append(ledger.point(em))
-        points += stage_points(logs.root / stage, ledger)
+        points += stage_points(logs, stage, ledger)
         em = points[-1].em
     return points
 
 
-def stage_points(folder: Path, ledger: Ledger) -> list[Point]:
-    """Return a point for each step of a stage, and add to the ledger what it spent."""
+def stage_points(logs: RunLogs, stage: str, ledger: Ledger) -> list[Point]:
+    """Return a point for each step of a stage, and add to the ledger what it spent.
+
+    Raises UserError where the clock has no stage in this one's environment.
+    """
+    folder = logs.root / stage
+    environment = environment_of(stage, logs.record.stages[stage].settings)
+    if logs.clock is not None and environment not in logs.clock.of_step:
+        raise UserError(f"--clock={logs.clock.run}: no stage there practised in: {environment}")
     calls: dict[int, list[dict[str, Any]]] = {}
     if (folder / "calls.jsonl").is_file():
         for call in read_rows(folder / "calls.jsonl", "step", "query", "raw_calls"):
@@ -225,7 +275,10 @@ def stage_points(folder: Path, ledger: Ledger) -> list[Point]:
     points = []
     for step in read_rows(folder / "log.jsonl", "step", "seconds_rollout", "seconds_update"):
         ledger.steps += 1
-        ledger.seconds += step["seconds_rollout"] + step["seconds_update"]
+        if logs.clock is None:
+            ledger.seconds += step["seconds_rollout"] + step["seconds_update"]
+        else:
+            ledger.seconds += logs.clock.of_step[environment]
         for call in calls.get(step["step"], []):
             ledger.raw_calls += call["raw_calls"]
             ledger.queries.add(call["query"])

@@ -11,7 +11,16 @@ import train_rl
 from common.errors import UserError
 from environments import cost_logs
 from environments.cost_curve import CostCurveSettings, run
-from environments.cost_logs import ALL_REAL, CURVE_ROWS, LOOKED_AT, CurveRow, read_points, read_run
+from environments.cost_logs import (
+    ALL_REAL,
+    CURVE_ROWS,
+    LOOKED_AT,
+    Clock,
+    CurveRow,
+    read_clock,
+    read_points,
+    read_run,
+)
 from environments.costs import (
     LATENCIES,
     Point,
@@ -144,6 +153,29 @@ def test_a_world_model_of_logs(folder: Path, learned: str, calls_of_others: int)
     # It is paid for when the second stage begins.
     assert [point.raw_calls for point in points[:2]] == [0, 5]
     assert points[-1] == Point(2, 6 + calls_of_others, 3 + calls_of_others, 33.0, 50.0)
+
+
+def test_seconds_of_another_run(folder: Path) -> None:
+    """The clock's median step, and its seconds of distilling for each query that was learned."""
+    made_up_run("seed0").write()
+    quiet = MadeUpRun("quiet")
+    quiet.add_world_model("world_model", learned="ab", calls=3)
+    quiet.add_stage("a", "rl1", "sft2", "distilled", [None] * 4, world_model="world_model")
+    quiet.add_stage("b", "rl2", "sft2", "real", [None] * 2)
+    for name, seconds in (("a", [9.0, 2.0, 1.0, 8.0]), ("b", [9.0, 4.0])):
+        rows = [{"seconds_rollout": value, "seconds_update": 0.5} for value in seconds]
+        write_rows(quiet.root / name / "log.jsonl", rows)
+    quiet.write()
+    clock = read_clock("quiet")
+    assert clock == Clock("quiet", {"distilled": 2.5, "real": 4.5}, 1.5)
+    logs = read_run("seed0")
+    logs.clock = clock
+    points = measured_points(read_points(logs, DISTILLED))
+    learned = len(logs.distillations["world_model"].learned)
+    assert [point.seconds - 1.5 * learned for point in points] == [0, 5, 5, 14]
+    clock.of_step.pop("real")
+    with pytest.raises(UserError, match="--clock=quiet: no stage there practised in: real"):
+        read_points(logs, DISTILLED)
 
 
 def test_a_world_model_that_did_not_keep_its_queries(folder: Path) -> None:
