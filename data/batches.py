@@ -1,7 +1,7 @@
 """Trajectories as arrays: tries, optimizer steps and micro-batches."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -97,6 +97,7 @@ def pack(tries: Sequence[Trie]) -> Batch:
 
     "ids", "depth", "parent", "end", "mask", "old": (nodes,), as in Trie, and counted through.
     "parts": (start, end) of each trie; a token sees its own ancestors alone.
+    "is_text": of each trie, whether it is one text, in which a token sees all before it.
 
     >>> pack([build_trie([Trajectory([5, 6, 7], [0, 1, 1], [0, 1, 1])])])["mask"]
     array([0., 1., 1.], dtype=float32)
@@ -115,7 +116,16 @@ def pack(tries: Sequence[Trie]) -> Batch:
         "mask": np.concatenate([trie.mask for trie in tries]),
         "old": np.concatenate([trie.old for trie in tries]),
         "parts": list(pairwise(starts)),
+        "is_text": [bool((trie.end == len(trie.ids)).all()) for trie in tries],
     }
+
+
+def predicted_nodes(batch: Mapping[str, Any], is_needed: np.ndarray) -> np.ndarray:
+    """Return the numbers of some nodes, (needed,), but for first tokens: nothing predicts those.
+
+    is_needed: (nodes,) of bool.
+    """
+    return np.flatnonzero(is_needed & (batch["parent"] >= 0))
 
 
 def pack_texts(texts: Sequence[Trajectory]) -> Batch:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -45,7 +45,7 @@ class Load:
 
 
 @contextlib.contextmanager
-def serving(passages: str) -> Iterator[tuple[str, int]]:
+def serving(passages: str) -> Generator[tuple[str, int]]:
     """Serve a passage file; yield the server's address and the number of its process."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "tools.py"), "serve", passages, "0"],

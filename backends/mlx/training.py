@@ -14,6 +14,7 @@ from backends.mlx.optimizer import Optimizer
 from backends.mlx.ranks import sum_gradients
 from backends.mlx.weights import flat
 from common import ranks
+from data.batches import predicted_nodes
 
 # loss(array module, log-probabilities (nodes,), batch) -> the loss of a micro-batch
 LossFunction = Callable[[Any, Any, Any], Any]
@@ -22,25 +23,22 @@ LossFunction = Callable[[Any, Any, Any], Any]
 def logprobs(
     network: Transformer,
     batch: Mapping[str, Any],
-    needed: mx.array,
+    node: mx.array,
     temperature: float | mx.array = 1.0,
 ) -> mx.array:
     """Return the log-probability of each token of some tries given those before it: (nodes,).
 
-    It is 0 where it is not needed, and for first tokens. The head runs on what is needed only.
+    It is 0 where it is not needed. The head runs on what is needed only.
 
     batch: as data/batches.py packs it.
-    needed: (nodes,) of bool.
-    temperature: of all tokens, or (nodes,), one for each.
+    node: (needed,), the numbers of those that are needed; none is a first token.
+    temperature: of all tokens, or (needed, 1).
     """
     x = _hidden_states(network, batch)
-    zeros = mx.zeros(needed.shape)
-    node = _nodes(needed, batch["parent"])
-    if node is None:
+    zeros = mx.zeros(batch["ids"].shape)
+    if not node.size:
         # Zeros that still depend on the weights, so that there is a gradient.
         return zeros + 0 * x.sum()
-    if isinstance(temperature, mx.array):
-        temperature = temperature[node][:, None]  # (needed, 1)
     logits = network.logits(x[batch["parent"][node]]) / temperature  # (needed, vocab)
     picked = -nn.losses.cross_entropy(logits, batch["ids"][node])
     return zeros.at[node].add(picked)
@@ -48,8 +46,8 @@ def logprobs(
 
 def score(network: Transformer, batch: Mapping[str, Any], temperature: float = 1.0) -> np.ndarray:
     """Return `logprobs` of what the mask marks, without gradient, with NumPy arrays in and out."""
-    arrays = _to_arrays(batch)
-    return np.array(logprobs(network, arrays, arrays["mask"] > 0, temperature))
+    node = mx.array(predicted_nodes(batch, batch["mask"] > 0))
+    return np.array(logprobs(network, _to_arrays(batch), node, temperature))
 
 
 def entropies(network: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
@@ -59,8 +57,8 @@ def entropies(network: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
     """
     arrays = _to_arrays(batch)
     measured = mx.zeros(arrays["mask"].shape)
-    node = _nodes(arrays["mask"] > 0, arrays["parent"])
-    if node is not None:
+    node = mx.array(predicted_nodes(batch, batch["mask"] > 0))
+    if node.size:
         x = _hidden_states(network, arrays)
         logits = network.logits(x[arrays["parent"][node]])  # (needed, vocab)
         log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -68,31 +66,21 @@ def entropies(network: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
     return np.array(measured)
 
 
-def _nodes(needed: mx.array, parent: mx.array) -> mx.array | None:
-    """Return the numbers of the nodes that are needed and have a parent, None where there is none.
-
-    A shape of MLX can't depend on values, so that they are found by NumPy.
-    """
-    (numbers,) = np.nonzero(np.array(needed) & (np.array(parent) >= 0))
-    return mx.array(numbers) if numbers.size else None
-
-
 def _hidden_states(network: Transformer, batch: Mapping[str, Any]) -> mx.array:
     """Return the hidden state of each node, (nodes, hidden), in which it sees its ancestors."""
-    parts = [
-        Part(start, end, _ancestors(batch["end"], start, end)) for start, end in batch["parts"]
-    ]
+    parts = []
+    for (start, end), is_text in zip(batch["parts"], batch["is_text"], strict=True):
+        # In a text each token sees all before it, which attention does faster without a mask.
+        mask = None if is_text else _ancestors(batch["end"][start:end], start, end)
+        parts.append(Part(start, end, mask))
     return network(batch["ids"][None], batch["depth"][None], parts=parts)[0]
 
 
-def _ancestors(end: mx.array, start: int, stop: int) -> mx.array | None:
+def _ancestors(end: mx.array, start: int, stop: int) -> mx.array:
     """Return which nodes of a trie each of them sees, (1, 1, nodes, nodes) of bool.
 
-    end: (all nodes,), as in Trie. None where the trie is one text, in which each sees all before.
+    end: (nodes,), as in Trie.
     """
-    end = end[start:stop]
-    if bool((end == stop).all()):
-        return None
     node = mx.arange(start, stop)
     is_seen = (node[None] <= node[:, None]) & (node[:, None] < end[None])  # (query, key)
     return is_seen[None, None]
@@ -119,16 +107,18 @@ def train_step(
     Where loss or gradient is not finite, nothing is changed, and the caller sees it in the figures.
     """
 
-    def loss_of_batch(arrays: dict[str, Any]) -> mx.array:
-        needed = arrays["mask"] > 0
+    def loss_of_batch(batch: Mapping[str, Any]) -> mx.array:
+        arrays = _to_arrays(batch)
+        is_needed = batch["mask"] > 0
         temperatures: float | mx.array = temperature
-        if "observation_count" in arrays:
+        if "observation_count" in batch:
             # The auxiliary loss is at temperature 1, and its tokens are none of the policy's.
-            is_observed = arrays["observation_count"] > 0
-            needed = needed | is_observed
-            temperatures = mx.where(is_observed, 1.0, temperature)
-        token_logprobs = logprobs(network, arrays, needed, temperatures)
-        return loss_function(mx, token_logprobs, arrays)
+            is_observed = batch["observation_count"] > 0
+            is_needed = is_needed | is_observed
+            of_node = np.where(is_observed, 1.0, temperature)[predicted_nodes(batch, is_needed)]
+            temperatures = mx.array(of_node[:, None].astype(np.float32))
+        node = mx.array(predicted_nodes(batch, is_needed))
+        return loss_function(mx, logprobs(network, arrays, node, temperatures), arrays)
 
     loss_and_gradient = nn.value_and_grad(network, loss_of_batch)
     network.train()
@@ -136,7 +126,7 @@ def train_step(
     gradients: dict[str, mx.array] = {}
     for number, batch in enumerate(batches):
         _set_dropout_keys(network, optimizer, number * ranks.count() + ranks.rank())
-        loss, tree = loss_and_gradient(_to_arrays(batch))
+        loss, tree = loss_and_gradient(batch)
         gradients = _add_gradients(gradients, flat(tree))
         # Or this micro-batch's own would be kept beside the sum.
         del tree

@@ -180,7 +180,7 @@ class Decoder(SlotDecoder):
             if is_greedy.any():
                 likeliest = logprobs.argmax(-1)[slot]
                 tokens = torch.where(self._index(is_greedy), likeliest, tokens)
-        return tokens.cpu().numpy(), logprobs[slot, tokens]
+        return self._download(tokens), logprobs[slot, tokens]
 
     def _index(self, values: np.ndarray) -> Tensor:
         return torch.as_tensor(values, device=self.network.device)

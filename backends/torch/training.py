@@ -14,6 +14,7 @@ from backends.torch.network import Part, Transformer
 from backends.torch.optimizer import Optimizer
 from backends.torch.ranks import sum_gradients
 from common import ranks
+from data.batches import predicted_nodes
 
 # loss(array module, log-probabilities (nodes,), batch) -> the loss of a micro-batch
 LossFunction = Callable[[Any, Any, Any], Any]
@@ -22,31 +23,29 @@ LossFunction = Callable[[Any, Any, Any], Any]
 def logprobs(
     network: Transformer,
     batch: Mapping[str, Any],
-    needed: Tensor,
+    node: Tensor,
     temperature: float | Tensor = 1.0,
 ) -> Tensor:
     """Return the log-probability of each token of some tries given those before it: (nodes,).
 
-    It is 0 where it is not needed, and for first tokens. The head runs on what is needed only.
+    It is 0 where it is not needed. The head runs on what is needed only.
 
     batch: as data/batches.py packs it.
-    needed: (nodes,) of bool.
-    temperature: of all tokens, or (nodes,), one for each.
+    node: (needed,), the numbers of those that are needed; none is a first token.
+    temperature: of all tokens, or (needed, 1).
     """
     x = _hidden_states(network, batch)
-    node = torch.nonzero(needed & (batch["parent"] >= 0))[:, 0]
-    if isinstance(temperature, Tensor):
-        temperature = temperature[node][:, None]  # (needed, 1)
     logits = network.logits(x[batch["parent"][node]]) / temperature  # (needed, vocab)
     picked = -functional.cross_entropy(logits, batch["ids"][node], reduction="none")
-    return torch.zeros(needed.shape, device=needed.device).index_put((node,), picked)
+    return torch.zeros(batch["ids"].shape, device=node.device).index_put((node,), picked)
 
 
 def score(network: Transformer, batch: Mapping[str, Any], temperature: float = 1.0) -> np.ndarray:
     """Return `logprobs` of what the mask marks, without gradient, with NumPy arrays in and out."""
     tensors = _to_device(batch, network.device)
+    node = torch.as_tensor(predicted_nodes(batch, batch["mask"] > 0), device=network.device)
     with torch.no_grad():
-        return logprobs(network, tensors, tensors["mask"] > 0, temperature).cpu().numpy()
+        return logprobs(network, tensors, node, temperature).cpu().numpy()
 
 
 def entropies(network: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
@@ -56,7 +55,7 @@ def entropies(network: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
     """
     tensors = _to_device(batch, network.device)
     parent = tensors["parent"]
-    node = torch.nonzero((tensors["mask"] > 0) & (parent >= 0))[:, 0]
+    node = torch.as_tensor(predicted_nodes(batch, batch["mask"] > 0), device=network.device)
     with torch.no_grad():
         x = _hidden_states(network, tensors)
         log_probabilities = network.logits(x[parent[node]]).log_softmax(-1)  # (needed, vocab)
@@ -67,20 +66,19 @@ def entropies(network: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
 
 def _hidden_states(network: Transformer, batch: Mapping[str, Any]) -> Tensor:
     """Return the hidden state of each node, (nodes, hidden), in which it sees its ancestors."""
-    parts = [
-        Part(start, end, _ancestors(batch["end"], start, end)) for start, end in batch["parts"]
-    ]
+    parts = []
+    for (start, end), is_text in zip(batch["parts"], batch["is_text"], strict=True):
+        # In a text each token sees all before it, which attention does faster without a mask.
+        mask = None if is_text else _ancestors(batch["end"][start:end], start, end)
+        parts.append(Part(start, end, mask))
     return network(batch["ids"][None], batch["depth"][None], parts=parts)[0]
 
 
-def _ancestors(end: Tensor, start: int, stop: int) -> Tensor | None:
+def _ancestors(end: Tensor, start: int, stop: int) -> Tensor:
     """Return which nodes of a trie each of them sees, (1, 1, nodes, nodes): 0, else -inf.
 
-    end: (all nodes,), as in Trie. None where the trie is one text, in which each sees all before.
+    end: (nodes,), as in Trie.
     """
-    end = end[start:stop]
-    if bool((end == stop).all()):
-        return None
     node = torch.arange(start, stop, device=end.device)
     is_seen = (node[None] <= node[:, None]) & (node[:, None] < end[None])  # (query, key)
     mask = torch.zeros(is_seen.shape, device=end.device)
@@ -112,32 +110,41 @@ def train_step(
     if network.lora and network.lora.dropout:
         step = optimizer.seed * 10**6 + optimizer.step_count
         torch.manual_seed(step * ranks.count() + ranks.rank())
-    total = 0.0
+    losses = []
     for batch in batches:
         tensors = _to_device(batch, network.device)
-        needed = tensors["mask"] > 0
+        is_needed = batch["mask"] > 0
         temperatures: float | Tensor = temperature
-        if "observation_count" in tensors:
+        if "observation_count" in batch:
             # The auxiliary loss is at temperature 1, and its tokens are none of the policy's.
-            is_observed = tensors["observation_count"] > 0
-            needed = needed | is_observed
-            temperatures = torch.where(is_observed, 1.0, temperature)
-        token_logprobs = logprobs(network, tensors, needed, temperatures)
-        loss = loss_function(torch, token_logprobs, tensors)
+            is_observed = batch["observation_count"] > 0
+            is_needed = is_needed | is_observed
+            of_node = np.where(is_observed, 1.0, temperature)[predicted_nodes(batch, is_needed)]
+            temperatures = torch.as_tensor(of_node[:, None], dtype=torch.float32)
+            temperatures = temperatures.to(network.device)
+        node = torch.as_tensor(predicted_nodes(batch, is_needed), device=network.device)
+        loss = loss_function(torch, logprobs(network, tensors, node, temperatures), tensors)
         loss.backward()
-        total += loss.item()
+        losses.append(loss.detach())
     network.eval()
-    total = sum(ranks.gather(total))
+    total = sum(ranks.gather(sum(_download(losses))))
     parameters = trained_parameters(network)
     gradients: dict[str, Any] = {name: weight.grad for name, weight in parameters.items()}
     gradients = sum_gradients(network, gradients)
     for name, gradient in gradients.items():
         parameters[name].grad = gradient
-    norm = nn.utils.clip_grad_norm_(network.parameters(), max_norm).item()
-    idle = [grad for grad in gradients.values() if grad is None or not bool(grad.any())]
+    length = nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+    moved = [gradient.any() for gradient in gradients.values() if gradient is not None]
+    norm, *is_moved = _download([length, *moved])
+    idle = len(gradients) - int(sum(is_moved))
     if math.isfinite(total) and math.isfinite(norm):
         optimizer.step(gradients, lr, muon_lr)
-    return {"loss": total, "grad_norm": norm, "idle_parameters": len(idle)}
+    return {"loss": total, "grad_norm": norm, "idle_parameters": idle}
+
+
+def _download(values: Sequence[Tensor]) -> list[float]:
+    """Return some numbers of the device; a GPU is waited for once."""
+    return torch.stack([value.float() for value in values]).tolist() if values else []
 
 
 def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

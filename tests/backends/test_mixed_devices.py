@@ -1,0 +1,112 @@
+"""Nothing of a step stays on the CPU by mistake: shown without a GPU.
+
+The network is on torch's device "meta", which knows shapes and no values. An operation that mixes
+it with a tensor of the CPU raises there as it does on CUDA, and so does a download, but for the few
+that a step is meant to make; those are replaced.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_lm
+
+import autocoa
+import backends.torch as torch_backend
+from backends.torch import training
+from backends.torch.decoder import Decoder
+from backends.torch.network import Transformer
+from data.batches import Batch, language_batches, pair_batches
+from data.questions import Question
+from data.trajectory import Codec, Trajectory
+from model import LM
+from train_rl import RLSettings, RolloutBatch, update_batches
+
+
+@pytest.fixture
+def texts(codec: Codec) -> list[Trajectory]:
+    """Return four chains that begin alike."""
+    return [
+        codec.build("Who directed it?", [("think", "I recall Eva Moss." * count), ("answer", "A")])
+        for count in (4, 1, 5, 2)
+    ]
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let downloads be ones; return how many values each had."""
+    made: list[int] = []
+
+    def numbers(values: Any) -> list[float]:
+        made.append(len(values))
+        return [1.0] * len(values)
+
+    def array(self: Any, values: torch.Tensor) -> np.ndarray:
+        made.append(values.numel())
+        return np.ones(tuple(values.shape), dtype=np.int64)
+
+    monkeypatch.setattr(training, "_download", numbers)
+    monkeypatch.setattr(Decoder, "_download", array)
+    return made
+
+
+def elsewhere(lm: LM) -> Transformer:
+    """Return a network of the same shape on a device that has no values."""
+    return torch_backend.build(lm.network.config, device="meta")
+
+
+def rl_batches(lm: LM, texts: list[Trajectory]) -> list[Batch]:
+    """Return the tries of a group, with KL and an auxiliary loss."""
+    rewards = np.array([[1.0, 0.0, 0.0, 0.0]])
+    batch = RolloutBatch([Question("1", "", ["A"])], texts, rewards)
+    advantages = autocoa.group_advantages(rewards)
+    settings = RLSettings(kl=0.1, observation_coef=0.1, micro_tokens=60)
+    return update_batches(batch, np.arange(4), advantages, np.array([False]), lm, settings)
+
+
+@pytest.mark.parametrize("loss", ["nll", "pairs", "grpo"])
+@pytest.mark.parametrize("muon", [True, False])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_training_step(
+    codec: Codec,
+    texts: list[Trajectory],
+    downloads: list[int],
+    loss: str,
+    muon: bool,
+    recompute: bool,
+) -> None:
+    """Forward, loss, backward and optimizer; two downloads, however many micro-batches there are.
+
+    Guards: a wait for each parameter, and for each trie.
+    """
+    lm = tiny_lm(codec)
+    network = elsewhere(lm)
+    network.recompute = recompute
+    optimizer = torch_backend.Optimizer(network, muon)
+    functions = {
+        "nll": (autocoa.nll_loss, language_batches(texts, 60)),
+        "pairs": (
+            autocoa.contrastive_loss,
+            pair_batches([(texts[0], texts[1]), (texts[2], texts[3])], 60, alpha=0.2),
+        ),
+        "grpo": (autocoa.grpo_loss, rl_batches(lm, texts)),
+    }
+    function, batches = functions[loss]
+    torch_backend.train_step(network, optimizer, function, batches, 1e-3, 1e-2)
+    assert downloads == [len(batches), 1 + len(list(network.parameters()))]
+    assert {moment.device.type for moment in optimizer.first_moments.values()} == {"meta"}
+
+
+def test_a_decoder(codec: Codec, texts: list[Trajectory], downloads: list[int]) -> None:
+    """Prompts, draws, forks, what a tool says, and rows that are done; a download a step."""
+    decoder = Decoder(elsewhere(tiny_lm(codec)), [text.ids for text in texts])
+    rows = len(texts)
+    uniforms = np.full((rows, 3), 0.5)
+    decoder.decode([], [3] * rows, 1.0, uniforms)
+    # The tokens of each step, then the log-probabilities of all.
+    assert downloads == [rows] * 6
+    decoder.feed([[5, 6], [7], [], []])
+    decoder.keep([0, 0, 2])
+    decoder.decode([], [2] * 3, 0.0)
+    assert decoder.logits.device.type == "meta"
