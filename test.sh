@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run the tests, two files at a time: bash test.sh (fast), bash test.sh --all (slow too).
 # Format, lint and types come first: they take seconds.
-#   bash test.sh --kills    kills tiny runs a hundred times (an hour; again: goes on where it was)
+#   bash test.sh --kills    kills tiny runs 150 times (an hour; again: goes on where it was)
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 if [ "${1:-}" = --kills ]; then

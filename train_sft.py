@@ -337,7 +337,8 @@ def open_journal(plan: runs.StagePlan, settings: SFTSettings) -> Journal:
     base_folder = plan.folder_of("base") if "base" in plan.todo else plan.root / "base"
     return Journal(
         plan.data_folder / runs.DATA_JOURNAL,
-        provenance_hash(base_folder, settings),
+        # Pairs come from searches in the training world.
+        [provenance_hash(base_folder, settings), settings.train_scale],
         settings.resume,
         settings.batch_rows,
     )

@@ -48,7 +48,7 @@ from common.settings import (
 )
 from data.batches import Batch, language_batches, optimizer_steps
 from data.passages import neutralize
-from data.sft_data import read_trajectories
+from data.sft_data import read_chains_of_action
 from data.trajectory import Trajectory
 from environments.distilled import (
     ANSWERED_AT_ONCE,
@@ -259,7 +259,7 @@ def examples_to_learn(settings: DistillSettings, task: Task, lm: LM) -> Examples
             settings.seed,
         )
     # The SFT data may be of another size than the settings of this command say.
-    chains = read_trajectories(root / "data" / "coa.jsonl")
+    chains = read_chains_of_action(root)
     record = read_run_record(settings.run).stages.get("data")
     count = record.settings["coa"] if record else SFTSettings.coa
     questions = task.questions("coa", count)

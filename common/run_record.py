@@ -32,6 +32,7 @@ ONE_COMMAND = (
     "rows",
     "compare",
     "runs",
+    "clock",
     "judge",
     "teacher",
     "tries",

@@ -38,7 +38,7 @@ def read_sft_data(folder: Path, remedy: str = "python train_sft.py") -> SFTData:
     remedy: the command that makes it, for the message.
     Raises UserError for a file that is missing or damaged.
     """
-    refuse_damage(folder, f"remove {folder} and run train_sft.py again, which makes it anew")
+    _refuse_damage(folder)
     chains_of_action = read_trajectories(folder / "coa.jsonl", remedy)
     chains_of_thought = read_trajectories(folder / "cot.jsonl", remedy)
     sides = read_trajectories(folder / "pairs.jsonl", remedy)
@@ -46,6 +46,15 @@ def read_sft_data(folder: Path, remedy: str = "python train_sft.py") -> SFTData:
         raise _damaged(folder / "pairs.jsonl", len(sides))
     pairs = list(zip(sides[0::2], sides[1::2], strict=True))
     return SFTData(chains_of_action, chains_of_thought, pairs)
+
+
+def read_chains_of_action(root: Path) -> list[Trajectory]:
+    """Read the chains of action that a run's SFT learned from.
+
+    root: of the run. Raises UserError for a file that is missing or damaged.
+    """
+    _refuse_damage(root / "data")
+    return read_trajectories(root / "data" / "coa.jsonl")
 
 
 def read_trajectories(path: Path, remedy: str = "python train_sft.py") -> list[Trajectory]:
@@ -69,6 +78,10 @@ def read_trajectories(path: Path, remedy: str = "python train_sft.py") -> list[T
             raise _damaged(path, number) from None
         trajectories.append(Trajectory(*columns))
     return trajectories
+
+
+def _refuse_damage(folder: Path) -> None:
+    refuse_damage(folder, f"remove {folder} and run train_sft.py again, which makes it anew")
 
 
 def _damaged(path: Path, line: int) -> UserError:

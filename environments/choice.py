@@ -7,7 +7,7 @@ from common import runs
 from common.errors import UserError
 from common.settings import AboveZero, ChosenBy, EnvironmentName, PoolName, ShareOrAll
 from data.questions import Question
-from data.sft_data import read_trajectories
+from data.sft_data import read_chains_of_action
 from data.trajectory import Codec
 from environments.distilled import read_examples
 from environments.environment import (
@@ -104,7 +104,7 @@ def open_environment(
     chains_file = runs.run_folder(settings) / "data" / "coa.jsonl"
     imagines_sfts_world = name == "internal" and stage == "rl1" and settings.rl1_pool == "rl1"
     if imagines_sfts_world and chains_file.is_file():
-        for chain in read_trajectories(chains_file):
+        for chain in read_chains_of_action(runs.run_folder(settings)):
             calls |= calls_of(codec, chain)
     environment.known_answers = {
         query: codec.fit(observation, settings.max_observation)

@@ -54,8 +54,9 @@ class CostCurveSettings(RunSettings):
 
     # Runs whose seeds are pooled. Empty: this run.
     runs: CommaList = field(default_factory=list)
-    # A run whose stages tell what a step takes in each environment, for rows that were trained
-    # beside other work. Empty: their own logs.
+    # A run whose stages and world models tell what a step of RL takes in each environment, and
+    # distilling, for rows that were trained beside other work. Empty: their own logs. What SFT-3
+    # takes, their own logs say.
     clock: str = ""
     # Times are those to an EM of so many points more than SFT-1&2 has.
     target_gain: float = 3.0

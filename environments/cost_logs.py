@@ -73,6 +73,7 @@ class Distillation:
     learned: set[str]  # queries that it learned from, in a sweep or in logs
     held_out: set[str]  # queries that calibrate it
     seconds: float  # of its calls and of its training
+    tokens: int  # that it was trained on, over all passes
 
 
 @dataclass
@@ -81,7 +82,7 @@ class Clock:
 
     run: str
     of_step: dict[str, float]  # environment, see environment_of -> a step of RL
-    of_query: float  # distilling a world model, for each query that it learns from
+    of_token: float  # distilling a world model, for each token of each pass
 
 
 @dataclass
@@ -161,36 +162,41 @@ def read_distillations(root: Path, record: RunRecord) -> dict[str, Distillation]
             learned=learned,
             held_out={call["query"] for call in cost["held_out"]},
             seconds=cost["seconds_of_calls"] + cost["seconds_of_training"],
+            tokens=cost["tokens"] * record.stages[folder].settings["world_model_epochs"],
         )
     return distillations
 
 
 def read_clock(name: str) -> Clock:
-    """Return what practice took in a run: the median of each environment's steps.
+    """Return what practice took in a run: the median of the steps in each environment.
 
     The first step of a stage gets memory and does not count.
     Raises UserError where the run has no world model, or no stage of RL of two steps.
     """
     root = Path("out", name)
     record = read_run_record(name)
-    of_step = {}
+    seconds_in: dict[str, list[float]] = {}
     for folder, stage in record.stages.items():
         path = root / folder / "log.jsonl"
         if stage.settings_class != "RLSettings" or not path.is_file():
             continue
-        rows = read_rows(path, "seconds_rollout", "seconds_update")[1:]
-        if rows:
-            seconds = [row["seconds_rollout"] + row["seconds_update"] for row in rows]
-            of_step[environment_of(folder, stage.settings)] = median(seconds)
-    distillations = list(read_distillations(root, record).values())
+        seconds = seconds_in.setdefault(environment_of(folder, stage.settings), [])
+        for row in read_rows(path, "seconds_rollout", "seconds_update")[1:]:
+            seconds.append(row["seconds_rollout"] + row["seconds_update"])
+    of_step = {name: median(seconds) for name, seconds in seconds_in.items() if seconds}
+    distillations = read_distillations(root, record).values()
     if not of_step or not distillations:
         raise UserError(f"--clock={name}: it needs a world model, and stages of RL of two steps")
-    return Clock(name, of_step, distillations[0].seconds / len(distillations[0].learned))
+    tokens = sum(distillation.tokens for distillation in distillations)
+    seconds_of_all = sum(distillation.seconds for distillation in distillations)
+    return Clock(name, of_step, seconds_of_all / tokens)
 
 
 def environment_of(folder: str, settings: Mapping[str, Any]) -> str:
     """Return where a stage of RL practised, and whether it learned observations beside it."""
     name = settings[f"{settings['stage'] or folder}_environment"]
+    if name == "mixed":
+        name += f" by {settings['mixed_by']}"
     return f"{name} + observation loss" if settings.get("observation_coef") else name
 
 
@@ -228,7 +234,7 @@ class Ledger:
         if clock is None:
             self.seconds += distillation.seconds
         else:
-            self.seconds += clock.of_query * len(distillation.learned)
+            self.seconds += clock.of_token * distillation.tokens
 
     def point(self, em: float | None) -> Point:
         """Return what was spent up to now, beside the EM that is measured now."""
@@ -254,20 +260,29 @@ def read_points(logs: RunLogs, row: CurveRow) -> list[Point]:
             ledger.add_distillation(logs.distillations[world_model], logs.clock)
             paid.add(world_model)
         points.append(ledger.point(em))
-        points += stage_points(logs, stage, ledger)
+        points += stage_points(logs.root / stage, ledger, seconds_of_step(logs, stage))
         em = points[-1].em
     return points
 
 
-def stage_points(logs: RunLogs, stage: str, ledger: Ledger) -> list[Point]:
-    """Return a point for each step of a stage, and add to the ledger what it spent.
+def seconds_of_step(logs: RunLogs, stage: str) -> float | None:
+    """Return what the clock says of a stage's steps, None without one.
 
     Raises UserError where the clock has no stage in this one's environment.
     """
-    folder = logs.root / stage
+    if logs.clock is None:
+        return None
     environment = environment_of(stage, logs.record.stages[stage].settings)
-    if logs.clock is not None and environment not in logs.clock.of_step:
+    if environment not in logs.clock.of_step:
         raise UserError(f"--clock={logs.clock.run}: no stage there practised in: {environment}")
+    return logs.clock.of_step[environment]
+
+
+def stage_points(folder: Path, ledger: Ledger, seconds: float | None = None) -> list[Point]:
+    """Return a point for each step of a stage, and add to the ledger what it spent.
+
+    seconds: of a step; None: those that the log has.
+    """
     calls: dict[int, list[dict[str, Any]]] = {}
     if (folder / "calls.jsonl").is_file():
         for call in read_rows(folder / "calls.jsonl", "step", "query", "raw_calls"):
@@ -275,10 +290,10 @@ def stage_points(logs: RunLogs, stage: str, ledger: Ledger) -> list[Point]:
     points = []
     for step in read_rows(folder / "log.jsonl", "step", "seconds_rollout", "seconds_update"):
         ledger.steps += 1
-        if logs.clock is None:
+        if seconds is None:
             ledger.seconds += step["seconds_rollout"] + step["seconds_update"]
         else:
-            ledger.seconds += logs.clock.of_step[environment]
+            ledger.seconds += seconds
         for call in calls.get(step["step"], []):
             ledger.raw_calls += call["raw_calls"]
             ledger.queries.add(call["query"])

@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.files import read_log
 from common.run_record import read_run_record
 from data.passages import neutralize
-from data.sft_data import read_trajectories
+from data.sft_data import read_chains_of_action
 from data.trajectory import Codec, Provenance, Role, Trajectory
 from environments.distilled import Example
 from services.wikipedia import Wikipedia
@@ -114,7 +114,7 @@ def logged_calls(
             if row.get("provenance") == Provenance.REAL:
                 calls[row["query"]] = row["text"]
     if sft_has_same_tool and not stages:
-        for trajectory in read_trajectories(root / "data" / "coa.jsonl"):
+        for trajectory in read_chains_of_action(root):
             calls |= calls_of(codec, trajectory)
     if not calls:
         raise UserError(f"--sources=logs: no call is logged in {root}; {MAKE_CALLS}")

@@ -15,7 +15,7 @@ from common.files import write_text
 from common.progress import progress_bar
 from common.run_record import read_run_record
 from common.settings import AboveZero, CommaList, ModelSettings, RolloutSettings, TaskRunSettings
-from data.sft_data import read_trajectories
+from data.sft_data import read_chains_of_action
 from data.trajectory import Codec, Trajectory
 from environments.cases import (
     Case,
@@ -74,7 +74,7 @@ def fidelity(settings: FidelitySettings) -> None:
         return
     chains: list[Trajectory] = []
     if (root / "data" / "coa.jsonl").is_file():
-        chains = read_trajectories(root / "data" / "coa.jsonl")
+        chains = read_chains_of_action(root)
     codec = policy_codec(root, rows)
     groups = known_searches(codec, chains, task, settings)
     chain_queries = {query for chain in chains for query in calls_of(codec, chain)}

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import model
-from common.errors import UserError
+from common.errors import OutageError, UserError
 from common.files import hash_file_ends
 from common.progress import progress_bar
 from common.settings import ModelSettings
@@ -120,7 +120,7 @@ class Chat:
 
         budget, stop, temperature, sample: see Sampling.
         description: label of the progress bar; None shows none.
-        Raises UserError for an endpoint that does not answer.
+        Raises OutageError for an endpoint that does not answer.
         """
         sampling = Sampling(budget, list(stop), temperature, sample)
         keys = [
@@ -191,9 +191,9 @@ class Chat:
         except EndpointError as error:
             if isinstance(error, RefusedError) and self._takes_others():
                 return None
-            raise UserError(
+            raise OutageError(
                 f"{self.setting}: not an endpoint that answers ({error}); its earlier replies are "
-                f"in {self.cache.path}, so the same command goes on from there"
+                f"in {self.cache.path}"
             ) from None
         with self._lock:
             self.counts.prompt_tokens += reply.prompt_tokens

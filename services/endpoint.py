@@ -95,15 +95,15 @@ class BoundedBody(httpx2.SyncByteStream):
         self.body.close()
 
 
-class BoundedTransport(httpx2.HTTPTransport):
-    """HTTP whose answers have a bound, errors too: the client reads them whole."""
+def bound_body(response: httpx2.Response) -> None:
+    """Give an answer a bound, an error too: the client reads both whole.
 
-    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send a request."""
-        response = super().handle_request(request)
-        assert isinstance(response.stream, httpx2.SyncByteStream)
-        response.stream = BoundedBody(response.stream)
-        return response
+    Raises ValueError for one that is packed.
+    """
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise ValueError("an answer that is packed, which was not asked for")
+    assert isinstance(response.stream, httpx2.SyncByteStream)
+    response.stream = BoundedBody(response.stream)
 
 
 class Endpoint:
@@ -120,7 +120,9 @@ class Endpoint:
                 api_key=key,
                 timeout=TIMEOUT,
                 max_retries=RETRIES,
-                http_client=openai.DefaultHttpxClient(transport=BoundedTransport()),
+                # What is packed has no size before it is unpacked, which is too late.
+                default_headers={"Accept-Encoding": "identity"},
+                http_client=openai.DefaultHttpxClient(event_hooks={"response": [bound_body]}),
             )
         except Exception as error:
             # The client lets through what its own HTTP library raises.

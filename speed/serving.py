@@ -16,7 +16,6 @@ from common.errors import UserError, run_guarded
 import contextlib
 import http.client
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -41,7 +40,7 @@ class Load:
 
     end: float  # of the monotonic clock
     seconds: list[float] = field(default_factory=list)  # of each request that was answered
-    failures: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)  # of each request that was not
 
 
 @contextlib.contextmanager
@@ -81,6 +80,7 @@ def ask_on(load: Load, address: str, queries: Sequence[str]) -> None:
         except (*FAULTS, ValueError) as error:
             load.failures.append(repr(error))
             connection.close()
+            time.sleep(0.1)
             continue
         if response.status == 200 and len(found["result"]) == 1:
             load.seconds.append(time.monotonic() - started)
@@ -90,9 +90,10 @@ def ask_on(load: Load, address: str, queries: Sequence[str]) -> None:
 
 
 def resident_bytes(process: int) -> int:
-    """Return the memory that a process holds, in bytes (Linux)."""
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    """Return the memory that a process holds, in bytes."""
+    command = ["ps", "-o", "rss=", "-p", str(process)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return 1024 * int(done.stdout)
 
 
 def measure(
@@ -105,7 +106,8 @@ def measure(
         for client in range(clients):
             # Each begins with another query.
             own = [*queries[client:], *queries[:client]]
-            threads.append(threading.Thread(target=ask_on, args=(load, address, own)))
+            thread = threading.Thread(target=ask_on, args=(load, address, own), daemon=True)
+            threads.append(thread)
         for thread in threads:
             thread.start()
         time.sleep(seconds / 10)

@@ -499,11 +499,11 @@ def test_an_interrupted_run_goes_on(
 
     monkeypatch.setattr(Journal, "_keep", keep_and_stop)
     assert run_here(tmp_path, "train_sft.py", *TINY, "--stage=sft1").status != 0
-    kept = read_rows(root / "data" / DATA_JOURNAL)
-    assert len(kept) == 256
+    (kept,) = read_rows(root / "data" / DATA_JOURNAL)
+    assert len(kept["questions"]) == 256
     monkeypatch.setattr(Journal, "_keep", keep_and_note)
     succeed(tmp_path, "train_sft.py", *TINY, "--stage=sft1", "--resume")
-    assert not {f"{row['kind']}: {row['question']}" for row in kept} & set(asked)
+    assert not {f"{kept['kind']}: {question}" for question in kept["questions"]} & set(asked)
     assert not (root / "data" / DATA_JOURNAL).exists()
     files = ("data/coa.jsonl", "data/cot.jsonl", "data/pairs.jsonl", "sft1/model.safetensors")
     for file in files:

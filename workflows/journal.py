@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 from common import ranks
-from common.files import append_jsonl, hash_file_ends, parse_json, sync, write_text, writing
+from common.files import append_jsonl, hash_file_ends, parse_json, sync, writing
 from common.progress import progress_bar
 from common.settings import ModelSettings, RolloutSettings, TaskRunSettings
 
@@ -52,27 +53,30 @@ def provenance_hash(folder: Path, settings: AnswerSettings) -> str:
 
 
 class Line(TypedDict):
-    """A line of a journal."""
+    """A line of a journal: a batch, which is there whole or not at all.
 
-    made: str  # provenance_hash
-    kind: str  # of the question: one text may be asked in several ways
-    question: str
-    answer: str
+    So those that follow have the same members as in one go, and not even a rounding differs.
+    """
+
+    made: str  # a hash of all that the answers depend on
+    kind: str  # of the questions: one text may be asked in several ways
+    questions: list[str]
+    answers: list[str]
 
 
 class Journal:
     """The answers of a computation that takes minutes, in a file until its result is written."""
 
-    def __init__(self, path: Path, provenance: str, resume: bool, batch_rows: int) -> None:
+    def __init__(self, path: Path, provenance: Any, resume: bool, batch_rows: int) -> None:
         """Read what an interrupted command has left.
 
-        provenance: answers of another one are asked again.
+        provenance: all that the answers depend on; those of another one are asked again.
         resume: use the answers that are there.
         batch_rows: questions that one process answers at once.
         """
         self.path = path
-        self._provenance = provenance
         self._at_once = batch_rows * ranks.count()
+        self._made = short_hash([provenance, self._at_once])
         self._answers: dict[tuple[str, str], str] = ranks.of_first(lambda: self._read(resume))
 
     def answers(
@@ -101,31 +105,30 @@ class Journal:
             self.path.unlink(missing_ok=True)
 
     def _keep(self, kind: str, questions: list[str], answers: list[str]) -> None:
-        lines = []
         for question, answer in zip(questions, answers, strict=True):
             self._answers[kind, question] = answer
-            line = Line(made=self._provenance, kind=kind, question=question, answer=answer)
-            lines.append(line)
+        line = Line(made=self._made, kind=kind, questions=questions, answers=answers)
         if ranks.is_first():
-            append_jsonl(self.path, lines)
+            append_jsonl(self.path, [line])
             sync(self.path)
 
     def _read(self, resume: bool) -> dict[tuple[str, str], str]:
-        """Return the answers that hold, and leave these alone in the file."""
-        answers = {}
-        kept = []
-        if resume and self.path.is_file():
-            for line in self.path.read_bytes().splitlines(keepends=True):
-                row = _parse(line)
-                if row is not None and row["made"] == self._provenance:
-                    answers[row["kind"], row["question"]] = row["answer"]
-                    kept.append(line)
-        if kept:
-            write_text(self.path, b"".join(kept).decode())
-        else:
-            with writing(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.unlink(missing_ok=True)
+        """Return the answers up to the first line that does not hold; the file keeps these."""
+        answers: dict[tuple[str, str], str] = {}
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        size = 0  # of the lines that hold
+        for line in lines if resume else []:
+            row = _parse(line)
+            if row is None or row["made"] != self._made:
+                break
+            size += len(line)
+            for question, answer in zip(row["questions"], row["answers"], strict=True):
+                answers[row["kind"], question] = answer
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if lines:
+                # Cut off where they end: what is written next must not go on behind half a line.
+                os.truncate(self.path, size)
         return answers
 
 
@@ -135,7 +138,8 @@ def _parse(line: bytes) -> Line | None:
         return None
     try:
         row = parse_json(line)
-        is_line = all(isinstance(row[name], str) for name in Line.__annotations__)
+        texts = [row["made"], row["kind"], *row["questions"], *row["answers"]]
+        is_whole = len(row["questions"]) == len(row["answers"])
     except (ValueError, KeyError, TypeError):
         return None
-    return row if is_line else None
+    return row if is_whole and all(isinstance(text, str) for text in texts) else None

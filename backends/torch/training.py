@@ -43,7 +43,7 @@ def logprobs(
 def score(network: Transformer, batch: Mapping[str, Any], temperature: float = 1.0) -> np.ndarray:
     """Return `logprobs` of what the mask marks, without gradient, with NumPy arrays in and out."""
     tensors = _to_device(batch, network.device)
-    node = torch.as_tensor(predicted_nodes(batch, batch["mask"] > 0), device=network.device)
+    node = _upload(predicted_nodes(batch, batch["mask"] > 0), network.device)
     with torch.no_grad():
         return logprobs(network, tensors, node, temperature).cpu().numpy()
 
@@ -55,7 +55,7 @@ def entropies(network: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
     """
     tensors = _to_device(batch, network.device)
     parent = tensors["parent"]
-    node = torch.as_tensor(predicted_nodes(batch, batch["mask"] > 0), device=network.device)
+    node = _upload(predicted_nodes(batch, batch["mask"] > 0), network.device)
     with torch.no_grad():
         x = _hidden_states(network, tensors)
         log_probabilities = network.logits(x[parent[node]]).log_softmax(-1)  # (needed, vocab)
@@ -120,9 +120,8 @@ def train_step(
             is_observed = batch["observation_count"] > 0
             is_needed = is_needed | is_observed
             of_node = np.where(is_observed, 1.0, temperature)[predicted_nodes(batch, is_needed)]
-            temperatures = torch.as_tensor(of_node[:, None], dtype=torch.float32)
-            temperatures = temperatures.to(network.device)
-        node = torch.as_tensor(predicted_nodes(batch, is_needed), device=network.device)
+            temperatures = _upload(of_node[:, None].astype(np.float32), network.device)
+        node = _upload(predicted_nodes(batch, is_needed), network.device)
         loss = loss_function(torch, logprobs(network, tensors, node, temperatures), tensors)
         loss.backward()
         losses.append(loss.detach())
@@ -152,6 +151,14 @@ def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]
     tensors = {}
     for name, value in batch.items():
         if isinstance(value, np.ndarray):
-            value = torch.as_tensor(value, device=device)
+            value = _upload(value, device)
         tensors[name] = value
     return tensors
+
+
+def _upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array as a tensor of a device, without waiting for what a GPU is busy with."""
+    tensor = torch.as_tensor(values)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,8 +1,8 @@
 """Nothing of a step stays on the CPU by mistake: shown without a GPU.
 
-The network is on torch's device "meta", which knows shapes and no values. An operation that mixes
-it with a tensor of the CPU raises there as it does on CUDA, and so does a download, but for the few
-that a step is meant to make; those are replaced.
+The network is on torch's device "meta", which knows shapes and no values. A download raises there,
+but for the few that a step is meant to make, which are replaced. So does an operation on two
+tensors, element by element, of which one is on the CPU; a product of matrices is not checked.
 """
 
 from typing import Any

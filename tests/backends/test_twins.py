@@ -122,6 +122,8 @@ def twin_trees() -> Iterator[Any]:
 OWN = {
     "_set_up_cuda",
     "_take_own_gpu",
+    "_download",
+    "_upload",
     "_why_no_cuda",
     "Transformer.device",
     "Transformer._rope",
@@ -139,7 +141,6 @@ OWN = {
     "_new_parameter",
     "_unpacked_weight",
     "_is_block_linear",
-    "_nodes",
     "_to_device",
     "_to_arrays",
     "_add_gradients",

@@ -29,6 +29,7 @@ class MadeUpRun:
         """
         cost = {
             "calls": calls,
+            "tokens": 10 * len(learned),
             "seconds_of_calls": 1.0,
             "seconds_of_training": 2.0,
             "held_out": [{"query": "d"}],
@@ -36,7 +37,7 @@ class MadeUpRun:
         write_rows(self.root / folder / "cost.json", [cost])
         rows = [{"query": query, "observation": "A film."} for query in learned]
         write_rows(self.root / folder / "examples.jsonl", rows)
-        self.record(folder, {})
+        self.record(folder, {"world_model_epochs": 2})
 
     def add_stage(
         self,
@@ -61,6 +62,7 @@ class MadeUpRun:
             ]
             write_rows(self.root / folder / "calls.jsonl", rows)
         environments = {"rl1_environment": "real", "rl2_environment": "real"}
+        environments["mixed_by"] = "schedule"
         environments[f"{stage}_environment"] = environment
         self.record(
             folder, {"stage": stage, "start": start, "world_model": world_model, **environments}

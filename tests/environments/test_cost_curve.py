@@ -156,23 +156,33 @@ def test_a_world_model_of_logs(folder: Path, learned: str, calls_of_others: int)
 
 
 def test_seconds_of_another_run(folder: Path) -> None:
-    """The clock's median step, and its seconds of distilling for each query that was learned."""
+    """The clock's median step over all stages of an environment, and its seconds a token."""
     made_up_run("seed0").write()
     quiet = MadeUpRun("quiet")
     quiet.add_world_model("world_model", learned="ab", calls=3)
     quiet.add_stage("a", "rl1", "sft2", "distilled", [None] * 4, world_model="world_model")
     quiet.add_stage("b", "rl2", "sft2", "real", [None] * 2)
-    for name, seconds in (("a", [9.0, 2.0, 1.0, 8.0]), ("b", [9.0, 4.0])):
+    quiet.add_stage("c", "rl2", "sft2", "mixed", [None] * 2, world_model="world_model")
+    quiet.add_stage("d", "rl2", "sft2", "real", [None] * 3)
+    all_seconds = {
+        "a": [9.0, 2.0, 1.0, 8.0],
+        "b": [9.0, 4.0],
+        "c": [9.0, 7.0],
+        "d": [9.0, 6.0, 8.0],
+    }
+    for name, seconds in all_seconds.items():
         rows = [{"seconds_rollout": value, "seconds_update": 0.5} for value in seconds]
         write_rows(quiet.root / name / "log.jsonl", rows)
     quiet.write()
     clock = read_clock("quiet")
-    assert clock == Clock("quiet", {"distilled": 2.5, "real": 4.5}, 1.5)
+    of_step = {"distilled": 2.5, "real": 6.5, "mixed by schedule": 7.5}
+    # Three seconds for twice twenty tokens.
+    assert clock == Clock("quiet", of_step, 0.075)
     logs = read_run("seed0")
     logs.clock = clock
     points = measured_points(read_points(logs, DISTILLED))
-    learned = len(logs.distillations["world_model"].learned)
-    assert [point.seconds - 1.5 * learned for point in points] == [0, 5, 5, 14]
+    before = 0.075 * logs.distillations["world_model"].tokens
+    assert [point.seconds - before for point in points] == [0, 5, 5, 18]
     clock.of_step.pop("real")
     with pytest.raises(UserError, match="--clock=quiet: no stage there practised in: real"):
         read_points(logs, DISTILLED)

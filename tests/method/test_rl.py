@@ -740,7 +740,7 @@ def test_without_the_coefficient_a_step_is_the_plain_policy_gradient(codec: Code
         gain = batch["positive"] * raised + batch["negative"] * lowered
         return -(gain * batch["mask"]).sum() / batch["norm"]
 
-    trie = {"ids", "depth", "parent", "end", "parts", "mask", "old"}
+    trie = {"ids", "depth", "parent", "end", "parts", "is_text", "mask", "old"}
     plain_keys = trie | {"positive", "negative", "clip_low", "clip_high", "norm"}
     plain_batches = [{key: batch[key] for key in plain_keys} for batch in batches]
     for one, loss, its_batches in (

@@ -256,6 +256,25 @@ def test_an_answer_that_is_too_long(
         judge_chat(endpoint, tmp_path)([user("a")], 5)
 
 
+def test_an_answer_that_is_packed(serve: Any, tmp_path: Path) -> None:
+    """It is refused. Guards: megabytes that become gigabytes."""
+    packed = Failure(200, "a", {"Content-Encoding": "gzip"})
+    endpoint = FakeEndpoint(serve, lambda request: packed)
+    with pytest.raises(UserError, match="an answer that is packed, which was not asked for"):
+        judge_chat(endpoint, tmp_path)([user("a")], 5)
+
+
+def test_a_proxy_of_the_environment(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked in the endpoint's place. Guards: a bound on answers that goes around it."""
+    proxy = FakeEndpoint(serve, lambda request: "by proxy")
+    monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    chat = Chat("http://an.endpoint.example/v1#x", CPU, "judge", tmp_path / "c.sqlite", threads=1)
+    assert chat([user("a")], 5) == ["by proxy"]
+
+
 def test_an_address_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:port: not an address"):
         Chat("http://127.0.0.1:port#x", CPU, "judge", tmp_path / "c.sqlite")
