@@ -76,6 +76,8 @@ if [ $world_models = 1 ]; then
   practise $first_80 --start=sft2 --out=half_80 $half
   practise $last_16 --start=half_80 --out=half_80_real_16
   practise $all_96 --start=sft2 --out=half_confident_96 --rl2_environment=mixed $half
+  practise $all_96 --start=sft2 --out=half_confident_half_96 --rl2_environment=mixed $half \
+    --real_share=0.5
   quarter="--world_model=world_model_quarter --sweep_share=0.25"
   practise $first_80 --start=sft2 --out=quarter_80 $quarter
   practise $last_16 --start=quarter_80 --out=quarter_80_real_16

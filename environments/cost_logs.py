@@ -59,6 +59,7 @@ CURVE_ROWS = (
     CurveRow("mixed by schedule", "mixed", ("scheduled_96",)),
     CurveRow("mixed by confidence", "mixed", ("confident_96",)),
     CurveRow("half, by confidence", "mixed", ("half_confident_96",)),
+    CurveRow("half, by confidence, half real", "mixed", ("half_confident_half_96",)),
     CurveRow("a quarter, by confidence", "mixed", ("quarter_confident_96",)),
     CurveRow("real 16 + 80 in logs, by confidence", "mixed", ("real_16", "logs_confident_80")),
 )
