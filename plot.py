@@ -586,7 +586,7 @@ def draw_trade_offs(content: TradeOffs) -> Figure:
     """Draw exact match against a second figure, a part for each setting that was turned."""
     trade_offs = content.trade_offs
     figure, all_axes = plt.subplots(
-        1, len(trade_offs), figsize=(WIDTH, TRADE_HEIGHT), sharey=True, squeeze=False
+        1, len(trade_offs), figsize=(WIDTH, TRADE_HEIGHT), squeeze=False
     )
     for axes, trade_off in zip(all_axes[0], trade_offs, strict=True):
         axes.axhline(content.start_em, color=GREY, linewidth=THIN, linestyle=(0, (4, 3)))
