@@ -714,12 +714,13 @@ def test_a_checkpoint_of_other_settings(whole_run: Any, tmp_path: Path) -> None:
 
 
 def test_too_long_trajectories_are_reported(
-    whole_run: Any, capsys: pytest.CaptureFixture[str]
+    whole_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Chains over max_len: none is cut, and their number is printed with the setting's name."""
     lm = model.load(whole_run.root / "base", CPU)
     settings = train_sft.SFTSettings(device="cpu", coa=200, cot=10, pairs=10, max_len=90)
-    data = train_sft.make_data(lm, settings, open_task(settings))
+    journal = Journal(tmp_path / "answers", "w", resume=False, batch_rows=8)
+    data = train_sft.make_data(lm, settings, open_task(settings), journal)
     printed = re.search(r"(\d+)[^,;]* max_len", capsys.readouterr().out)
     assert printed
     assert int(printed[1]) > 100

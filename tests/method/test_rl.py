@@ -189,7 +189,7 @@ class RecordedRun:
         monkeypatch.setattr(choice, "load_world_model", lambda settings: imagine)
         monkeypatch.setattr(choice, "held_out_entropies", lambda settings: [0.0, 1.0])
         monkeypatch.setattr(choice, "read_examples", lambda folder: {"A": "A 1: A film."})
-        monkeypatch.setattr(choice, "read_trajectories", lambda path: [])
+        monkeypatch.setattr(choice, "read_chains_of_action", lambda root: [])
 
     def ensure_world_model(self, settings: RLSettings) -> None:
         self.distilled += 1
