@@ -128,6 +128,23 @@ def predicted_nodes(batch: Mapping[str, Any], is_needed: np.ndarray) -> np.ndarr
     return np.flatnonzero(is_needed & (batch["parent"] >= 0))
 
 
+def nodes_to_learn(
+    batch: Mapping[str, Any], temperature: float
+) -> tuple[np.ndarray, float | np.ndarray]:
+    """Return the nodes whose log-probabilities a loss needs, (needed,), and their temperature.
+
+    The temperature is one for all, or (needed, 1): an auxiliary loss on observations is at 1, and
+    its tokens are none of the policy's.
+    """
+    is_needed = batch["mask"] > 0
+    if "observation_count" not in batch:
+        return predicted_nodes(batch, is_needed), temperature
+    is_observed = batch["observation_count"] > 0
+    node = predicted_nodes(batch, is_needed | is_observed)
+    temperatures = np.where(is_observed[node], 1.0, temperature)
+    return node, temperatures[:, None].astype(np.float32)
+
+
 def pack_texts(texts: Sequence[Trajectory]) -> Batch:
     """Return texts one after the other, each a trie of its own."""
     return pack([build_trie([text]) for text in texts])

@@ -14,7 +14,7 @@ from backends.mlx.optimizer import Optimizer
 from backends.mlx.ranks import sum_gradients
 from backends.mlx.weights import flat
 from common import ranks
-from data.batches import predicted_nodes
+from data.batches import nodes_to_learn, predicted_nodes
 
 # loss(array module, log-probabilities (nodes,), batch) -> the loss of a micro-batch
 LossFunction = Callable[[Any, Any, Any], Any]
@@ -109,16 +109,10 @@ def train_step(
 
     def loss_of_batch(batch: Mapping[str, Any]) -> mx.array:
         arrays = _to_arrays(batch)
-        is_needed = batch["mask"] > 0
-        temperatures: float | mx.array = temperature
-        if "observation_count" in batch:
-            # The auxiliary loss is at temperature 1, and its tokens are none of the policy's.
-            is_observed = batch["observation_count"] > 0
-            is_needed = is_needed | is_observed
-            of_node = np.where(is_observed, 1.0, temperature)[predicted_nodes(batch, is_needed)]
-            temperatures = mx.array(of_node[:, None].astype(np.float32))
-        node = mx.array(predicted_nodes(batch, is_needed))
-        return loss_function(mx, logprobs(network, arrays, node, temperatures), arrays)
+        node, temperatures = nodes_to_learn(batch, temperature)
+        if isinstance(temperatures, np.ndarray):
+            temperatures = mx.array(temperatures)
+        return loss_function(mx, logprobs(network, arrays, mx.array(node), temperatures), arrays)
 
     loss_and_gradient = nn.value_and_grad(network, loss_of_batch)
     network.train()

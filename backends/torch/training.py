@@ -14,7 +14,7 @@ from backends.torch.network import Part, Transformer
 from backends.torch.optimizer import Optimizer
 from backends.torch.ranks import sum_gradients
 from common import ranks
-from data.batches import predicted_nodes
+from data.batches import nodes_to_learn, predicted_nodes
 
 # loss(array module, log-probabilities (nodes,), batch) -> the loss of a micro-batch
 LossFunction = Callable[[Any, Any, Any], Any]
@@ -113,16 +113,14 @@ def train_step(
     losses = []
     for batch in batches:
         tensors = _to_device(batch, network.device)
-        is_needed = batch["mask"] > 0
-        temperatures: float | Tensor = temperature
-        if "observation_count" in batch:
-            # The auxiliary loss is at temperature 1, and its tokens are none of the policy's.
-            is_observed = batch["observation_count"] > 0
-            is_needed = is_needed | is_observed
-            of_node = np.where(is_observed, 1.0, temperature)[predicted_nodes(batch, is_needed)]
-            temperatures = _upload(of_node[:, None].astype(np.float32), network.device)
-        node = _upload(predicted_nodes(batch, is_needed), network.device)
-        loss = loss_function(torch, logprobs(network, tensors, node, temperatures), tensors)
+        node, temperatures = nodes_to_learn(batch, temperature)
+        token_logprobs = logprobs(
+            network,
+            tensors,
+            _upload(node, network.device),
+            _upload(temperatures, network.device),
+        )
+        loss = loss_function(torch, token_logprobs, tensors)
         loss.backward()
         losses.append(loss.detach())
     network.eval()
@@ -148,16 +146,16 @@ def _download(values: Sequence[Tensor]) -> list[float]:
 
 def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a batch whose arrays are tensors; its numbers stay as they are."""
-    tensors = {}
-    for name, value in batch.items():
-        if isinstance(value, np.ndarray):
-            value = _upload(value, device)
-        tensors[name] = value
-    return tensors
+    return {name: _upload(value, device) for name, value in batch.items()}
 
 
-def _upload(values: np.ndarray, device: torch.device) -> Tensor:
-    """Return an array as a tensor of a device, without waiting for what a GPU is busy with."""
+def _upload(values: Any, device: torch.device) -> Any:
+    """Return an array as a tensor of a device, without waiting for what a GPU is busy with.
+
+    Anything else stays as it is.
+    """
+    if not isinstance(values, np.ndarray):
+        return values
     tensor = torch.as_tensor(values)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -21,6 +21,7 @@ from services import http, retrieval, retrieval_server
 from services.bm25 import BM25, open_index
 from services.retrieval import Retriever
 from services.retrieval_server import EXPECTED, RetrievalServer
+from speed.serving import resident_bytes
 
 PASSAGES = [
     {"id": "p0", "contents": '"Silver River"\nA film by Eva Moss.'},
@@ -364,11 +365,6 @@ def test_serving_for_long(tmp_path: Path) -> None:
         process.wait(20)
     # The first round maps the index and fills the pools of threads.
     assert max(sizes) - sizes[1] < 8 * 2**20
-
-
-def resident_bytes(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 # ---- the client ----------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Answers that are kept while more are asked (workflows/journal.py)."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import read_rows
 
+from train_sft import SFTSettings, open_journal
 from workflows.journal import Journal
 
 QUESTIONS = ["Who?", "When?", "Where?", "Who?", "Why?"]
@@ -98,3 +101,13 @@ def test_batches_of_another_size_are_other_answers(path: Path) -> None:
     model = Model()
     Journal(path, "w", resume=True, batch_rows=3).answers("k", QUESTIONS, model, "bar")
     assert model.asked == [["Who?", "When?", "Where?"], ["Why?"]]
+
+
+def test_answers_of_another_training_world(tmp_path: Path) -> None:
+    """Guards: pairs whose actions searched in a world that the run no longer has."""
+    plan: Any = SimpleNamespace(todo=[], root=tmp_path, data_folder=tmp_path / "data")
+    for train_scale, asked in ((4, 2), (4, 0), (2, 2)):
+        settings = SFTSettings(resume=True, train_scale=train_scale, batch_rows=2)
+        model = Model()
+        open_journal(plan, settings).answers("acting", QUESTIONS, model, "bar")
+        assert len(model.asked) == asked
