@@ -484,7 +484,7 @@ def ask(settings: AskSettings) -> None:
     """Answer one question with a trained stage, and print what was written."""
     if not settings.ask:
         raise UserError('--ask: no question; write --ask "Who ..?"')
-    runs.settle_dtype(settings)
+    runs.settle_by_device(settings)
     root = runs.run_folder(settings)
     stages = ["rl2", "rl1", "sft3", "sft2", "sft1"]
     trained = [stage for stage in stages if (root / stage / "config.json").is_file()]

@@ -43,7 +43,7 @@ from typing import Any
 
 import model
 from common.files import append_jsonl
-from common.runs import RL_STAGES, SFT_STAGES, find_start, run_folder, settle_dtype
+from common.runs import RL_STAGES, SFT_STAGES, find_start, run_folder, settle_by_device
 from common.settings import main
 from speed.against import compare_with_commit
 from speed.flops import measure_ceiling
@@ -128,7 +128,7 @@ def open_stage(settings: BenchSettings, default: str = "rl2") -> Ours:
 
     default: the stage where --start names none.
     """
-    settle_dtype(settings)
+    settle_by_device(settings)
     folder = find_start(run_folder(settings), settings.start or default, [*SFT_STAGES, *RL_STAGES])
     lm = model.load(folder, settings)
     if lm.network.lora:

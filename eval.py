@@ -36,7 +36,7 @@ from pathlib import Path
 import model
 from common import memory, ranks
 from common.files import REPLACED_SUFFIX, only_process, to_json, write_text
-from common.runs import COST_FILE, find_start, run_folder, settle_dtype
+from common.runs import COST_FILE, find_start, run_folder, settle_by_device
 from common.settings import CommaList, main
 from data.questions import Question
 from data.scores import cover_match, exact_match, f1, overlap_match
@@ -338,7 +338,7 @@ def run(settings: EvalSettings) -> None:
         compare_rows(settings)
         return
     start = time.time()
-    settle_dtype(settings, begins_run=bool(settings.data))
+    settle_by_device(settings, begins_run=bool(settings.data))
     task = open_task(settings, settings.data)
     table = open_checkpoint(settings) if settings.data else open_run(settings)
     refuse_unknown_rows(settings.rows, table.rows)

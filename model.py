@@ -303,6 +303,15 @@ def fast_dtype(settings: ModelSettings) -> Literal["float32", "bfloat16"]:
     return backend.fast_dtype(backend.pick_device(settings.device))
 
 
+def sizes_by_device(settings: ModelSettings) -> dict[str, int]:
+    """Return settings, by name, whose defaults are too small for the device of the settings.
+
+    Raises UserError for a backend or a device that is not there.
+    """
+    backend = choose_backend(settings.backend)
+    return backend.sizes_by_device(backend.pick_device(settings.device))
+
+
 def _default_backend() -> str:
     if importlib.util.find_spec("mlx") is None:
         return "torch"
@@ -400,7 +409,7 @@ def _build_network(backend: ModuleType, config: ModelConfig, settings: ModelSett
 
 
 def _number_type(settings: ModelSettings) -> str:
-    """Return the type of --dtype; what no script has settled (runs.settle_dtype) is float32."""
+    """Return the type of --dtype; what no script has settled (runs.settle_by_device) is float32."""
     return "float32" if settings.dtype == "auto" else settings.dtype
 
 

@@ -64,7 +64,14 @@ from common.settings import (
     StageSettings,
     main,
 )
-from data.batches import Batch, build_trie, pack, pack_texts, real_observation_mask
+from data.batches import (
+    Batch,
+    build_trie,
+    count_nodes,
+    pack,
+    pack_texts,
+    real_observation_mask,
+)
 from data.questions import Question
 from data.scores import exact_match, f1, overlap_match
 from data.trajectory import Codec, Trajectory
@@ -173,7 +180,7 @@ def run(settings: RLSettings) -> None:
     plan = runs.plan_rl(settings)
     if not plan.todo:
         return
-    runs.settle_dtype(settings)
+    runs.settle_by_device(settings)
     task = open_task(settings)
     reference, policy = plan.load_reference_and_policy(settings)
     task.leave_out_long_questions(policy.codec, settings.longest_prompt)
@@ -637,7 +644,7 @@ def share_of_tokens(batch: RolloutBatch) -> float:
     for start in range(0, len(batch.trajectories), rollouts):
         group = batch.trajectories[start : start + rollouts]
         tokens += sum(len(trajectory.ids) for trajectory in group)
-        nodes += len(build_trie(group).ids)
+        nodes += count_nodes(group)
     return 1 - nodes / tokens
 
 

@@ -111,7 +111,7 @@ def run(settings: SFTSettings) -> None:
     plan = runs.plan_sft(settings)
     if not plan.todo:
         return
-    runs.settle_dtype(settings, runs.begins_run(settings))
+    runs.settle_by_device(settings, runs.begins_run(settings))
     refuse_nothing_to_learn(settings, plan)
     task = open_task(settings)
     if "base" in plan.todo:

@@ -146,7 +146,7 @@ def distill(settings: DistillSettings) -> None:
         print(f"{settings.world_model}: in {folder.parent} already")
         return
     runs.refuse_other_seed(settings, folder)
-    runs.settle_dtype(settings)
+    runs.settle_by_device(settings)
     task = open_task(settings)
     lm = new_world_model(settings, task)
     # A new network has nothing that an adapter could go onto: all its weights are trained.

@@ -146,10 +146,31 @@ class Decoder(ABC):
         writes = (row_limits > 0).tolist()
         self._part(list(zip(writes, temperatures.tolist(), strict=True)))
 
+        fewest = int(writing_share * row_count)
+        all_ids, all_logprobs = self._write(
+            stops_of_row, row_limits, temperatures, uniforms, fewest
+        )
+        return self._written(all_ids, all_logprobs)
+
+    def _write(
+        self,
+        stops_of_row: Sequence[frozenset[int]],
+        limits: np.ndarray,
+        temperatures: np.ndarray,
+        uniforms: np.ndarray | None,
+        fewest: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Sample until no more than `fewest` rows are writing, and read all but their last tokens.
+
+        stops_of_row: for each row the ids that end it.
+        limits, temperatures: (rows,). uniforms: as in `decode`.
+
+        Return ids and log-probabilities, (rows, steps) each; an id is -1 where a row wrote nothing.
+        """
         step_ids = []
         step_logprobs = []
-        running = row_limits > 0
-        for step in range(1, most_steps + 1):
+        running = limits > 0
+        for step in range(1, int(limits.max()) + 1):
             # 1. Choose a token in each row. One in a row that does not run is never used.
             numbers = None if uniforms is None else uniforms[:, step - 1]
             ids, logprobs = self._choose(self._of_slots(temperatures), numbers)
@@ -161,8 +182,8 @@ class Decoder(ABC):
                 token in row_stops
                 for token, row_stops in zip(ids.tolist(), stops_of_row, strict=True)
             ]
-            running = running & ~np.array(stopped) & (step < row_limits)
-            if running.sum() <= writing_share * row_count:
+            running = running & ~np.array(stopped) & (step < limits)
+            if running.sum() <= fewest:
                 break
 
             # 3. Rows of one slot part where their tokens differ; then each slot reads its token.
@@ -170,7 +191,8 @@ class Decoder(ABC):
             self._fork(rows, ids[rows])
             self._read_tokens(rows, ids[rows])
 
-        return self._written(step_ids, step_logprobs)
+        downloaded = [self._download(logprobs) for logprobs in step_logprobs]
+        return np.stack(step_ids, 1), np.stack(downloaded, 1)
 
     def _read_tokens(self, rows: np.ndarray, ids: np.ndarray) -> None:
         """Read a token in each of some rows. rows, ids: (rows that run,)."""
@@ -185,24 +207,18 @@ class Decoder(ABC):
         self.length[rows] += 1
 
     def _written(
-        self, step_ids: list[np.ndarray], step_logprobs: list[Any]
+        self, all_ids: np.ndarray, all_logprobs: np.ndarray
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Return what each row wrote; its last token is pending.
 
-        step_ids: (rows,) of each step, -1 where a row did not write.
-        step_logprobs: likewise.
+        all_ids, all_logprobs: (rows, steps), as `_write` returns them.
         """
-        all_ids = np.stack(step_ids, 1)
-        downloaded = [self._download(logprobs) for logprobs in step_logprobs]
-        all_logprobs = np.stack(downloaded, 1)
         counts = (all_ids >= 0).sum(1).tolist()
-        new_ids = []
-        new_logprobs = []
-        for row, count in enumerate(counts):
-            ids = all_ids[row, :count].tolist()
-            new_ids.append(ids)
-            new_logprobs.append(all_logprobs[row, :count].tolist())
-            self.pending[row] = self.pending[row] + ids[-1:]
+        new_ids = [ids[:count] for ids, count in zip(all_ids.tolist(), counts, strict=True)]
+        new_logprobs = [
+            logprobs[:count] for logprobs, count in zip(all_logprobs.tolist(), counts, strict=True)
+        ]
+        self.pending = [old + ids[-1:] for old, ids in zip(self.pending, new_ids, strict=True)]
         return new_ids, new_logprobs
 
     # ---- rows that share a slot ------------------------------------------------------------------

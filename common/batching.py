@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from common import ranks
 
+# Logits that are held at once in training: half a GB of float32.
+LOGITS_AT_ONCE = 1 << 27
+
 
 def group_by_tokens(lengths: Sequence[int], limit: int, waste: float = 0.15) -> list[list[int]]:
     """Return row numbers, shortest first, in groups that a network can take at once.
@@ -45,6 +48,11 @@ def fill_by_tokens(lengths: Sequence[int], limit: int) -> list[list[int]]:
         groups[-1].append(number)
         tokens_in_group += length
     return groups
+
+
+def tokens_of_logits(vocab_size: int) -> int:
+    """Return of how many tokens the logits are held at once in training."""
+    return max(1, LOGITS_AT_ONCE // vocab_size)
 
 
 def own_micro_batches(lengths: Sequence[int], limit: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from backends.config import MATRICES, ModelConfig
+from common.batching import tokens_of_logits
 from common.settings import ModelSettings
 from data.batches import pack_texts
 from data.trajectory import TAGS, Role, Trajectory
@@ -240,7 +241,8 @@ def _counted_memory(lm: LM, settings: Any, workload: Workload) -> dict[str, int]
     memory["KV cache"] = cache_bytes(config, settings, workload.rows, settings.max_len)
     logits = logits_bytes(config, workload.rows)
     if workload.trains:
-        logits = max(logits, logits_bytes(config, _tokens_at_once(settings, workload.kind)))
+        trained = min(_tokens_at_once(settings, workload.kind), tokens_of_logits(config.vocab_size))
+        logits = max(logits, logits_bytes(config, trained))
     memory["logits"] = logits
     library = lm.backend.workspace(lm.network)
     if library:
@@ -310,8 +312,10 @@ def measure_step(lm: LM, settings: Any, workload: Workload, loss: Callable[..., 
 
 def measure_decoding(lm: LM, settings: Any, rows: int) -> float:
     """Return the seconds of one token of all rollouts, at half of their length."""
-    prompt = [1] * (settings.max_len // 2)
-    decoder = lm.decoder([prompt] * rows)
+    # Each another text: equal ones would share a slot of the cache.
+    shape = (rows, settings.max_len // 2)
+    prompts = np.random.default_rng(0).integers(0, lm.network.config.vocab_size, shape).tolist()
+    decoder = lm.decoder(prompts)
     seconds = 0.0
     for _ in range(2):
         started = time.time()

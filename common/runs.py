@@ -405,24 +405,28 @@ def refuse_changed_data(root: Path, settings: RunSettings, names: Sequence[str])
             )
 
 
-def settle_dtype(settings: Any, begins_run: bool = False) -> None:
-    """Replace --dtype=auto by the type of the run, or for a new run by one that suits its model.
+def settle_by_device(settings: Any, begins_run: bool = False) -> None:
+    """Replace --dtype=auto by a type, and on a GPU sizes that nobody gave by larger ones.
 
-    It is part of what the run is given, so that resume and later scripts keep it.
+    The type is that of the run; a new run takes one that suits its model. What is chosen is part
+    of what the run is given, so that resume and later scripts keep it.
     settings: those of a script, of the groups TaskRunSettings and ModelSettings.
     begins_run: what a former run of this name was made with does not count.
     Raises UserError for a backend or a device that is not there.
     """
-    if settings.dtype != "auto":
-        return
-    made_with = {} if begins_run else read_run_record(settings.run).made_with()
-    # Runs of version 0.2.0 were given none, but their stages have one.
-    dtype = made_with.get("dtype", "auto")
-    if dtype == "auto":
-        # A nano model is slower in bfloat16.
-        dtype = model.fast_dtype(settings) if settings.model else "float32"
-    settings.dtype = dtype
-    settings.given["dtype"] = dtype
+    if settings.dtype == "auto":
+        made_with = {} if begins_run else read_run_record(settings.run).made_with()
+        # Runs of version 0.2.0 were given none, but their stages have one.
+        dtype = made_with.get("dtype", "auto")
+        if dtype == "auto":
+            # A nano model is slower in bfloat16.
+            dtype = model.fast_dtype(settings) if settings.model else "float32"
+        settings.dtype = dtype
+        settings.given["dtype"] = dtype
+    for name, size in model.sizes_by_device(settings).items():
+        if hasattr(settings, name) and name not in settings.given:
+            setattr(settings, name, size)
+            settings.given[name] = size
 
 
 # ---- a stage under way ---------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Trie:
 
 def build_trie(texts: Sequence[Trajectory]) -> Trie:
     """Return some texts as a trie; a node is one where id, role, mask and all before agree."""
-    tokens = [list(zip(text.ids, text.role, text.mask, strict=True)) for text in texts]
+    tokens = _tokens_of(texts)
     ids: list[int] = []
     parent: list[int] = []
     depth: list[int] = []
@@ -59,15 +59,17 @@ def build_trie(texts: Sequence[Trajectory]) -> Trie:
         for node in path[shared:]:
             end[node] = len(ids)
         path = path[:shared]
-        logprobs = texts[number].logprobs or [0.0] * len(texts[number].ids)
-        for place in range(shared, len(tokens[number])):
-            parent.append(path[-1] if path else -1)
-            path.append(len(ids))
-            ids.append(texts[number].ids[place])
-            depth.append(place)
-            mask.append(texts[number].mask[place])
-            old.append(logprobs[place])
-            end.append(0)
+        text = texts[number]
+        length = len(text.ids)
+        new_nodes = range(len(ids), len(ids) + length - shared)
+        last = path[-1] if path else -1
+        parent += [last, *new_nodes][: len(new_nodes)]
+        ids += text.ids[shared:]
+        depth += range(shared, length)
+        mask += text.mask[shared:]
+        old += (text.logprobs or [0.0] * length)[shared:]
+        end += [0] * len(new_nodes)
+        path += new_nodes
         paths[number] = list(path)
         before = tokens[number]
     for node in path:
@@ -81,6 +83,21 @@ def build_trie(texts: Sequence[Trajectory]) -> Trie:
         old=np.array(old, np.float32),
         paths=[np.array(paths[number]) for number in range(len(texts))],
     )
+
+
+def count_nodes(texts: Sequence[Trajectory]) -> int:
+    """Return how many nodes the trie of some texts has."""
+    nodes = 0
+    before: list[tuple[int, int, float]] = []
+    for tokens in sorted(_tokens_of(texts)):
+        nodes += len(tokens) - _length_of_common_beginning(before, tokens)
+        before = tokens
+    return nodes
+
+
+def _tokens_of(texts: Sequence[Trajectory]) -> list[list[tuple[int, int, float]]]:
+    """Return of each text what makes its tokens the same as another's."""
+    return [list(zip(text.ids, text.role, text.mask, strict=True)) for text in texts]
 
 
 def _length_of_common_beginning(first: Sequence[Any], second: Sequence[Any]) -> int:

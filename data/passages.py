@@ -181,8 +181,9 @@ def neutralize(text: str) -> str:
     '‹/search_result> boxed{no} ‹|im_end|> ‹ｔｈｉｎｋ＞'
     """
     text = CONTROL.sub("", text)
-    text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
-    text = INVISIBLE.sub("", text)
+    if not text.isascii():
+        text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+        text = INVISIBLE.sub("", text)
     # The box goes first: a tag may begin where its backslash stood.
     text = _replace_opening(BOX_OPENING, "", text)
     text = _replace_opening(TAG_OPENING, "‹", text)

@@ -198,9 +198,7 @@ class Codec:
 
     def fit(self, observation: str, budget: int) -> str:
         """Return an observation of at most `budget` tokens (see fit_observation)."""
-        return fit_observation(
-            observation, budget, lambda text: len(self.encode_exactly(" " + text.strip()))
-        )
+        return fit_observation(observation, budget, lambda text: len(self.encode(text)))
 
     def pieces(self, ids: list[int]) -> list[str]:
         """Return each id as text; a letter that several ids spell stands at the last of them."""
@@ -396,11 +394,11 @@ class Codec:
         """
         if trajectory.forced:
             return False
-        shape = "".join(self._shape_letters(trajectory))
+        shape = self._shape(trajectory)
         ordered = re.fullmatch(r"(x*Sx+E\[o*\])*x*Kx*Axx+\$", shape) is not None
         return ordered and trajectory.ids[-2] == self.brace_id
 
-    def _shape_letters(self, trajectory: Trajectory) -> list[str]:
+    def _shape(self, trajectory: Trajectory) -> str:
         """Return a letter for each token after the prompt: tags by name, o inside observations."""
         letters = {
             self.end_think_id: "K",
@@ -411,15 +409,16 @@ class Codec:
             self.end_result_id: "]",
             self.boxed_id: "A",
         } | dict.fromkeys(self.eos_ids, "$")
-        roles = [Role.PROMPT, *trajectory.role, Role.PROMPT]
+        is_observation = [role == Role.OBSERVATION for role in trajectory.role]
+        before = [False, *is_observation]
+        after = [*is_observation[1:], False]
         shape = []
-        for position, token in enumerate(trajectory.ids):
-            before, role, after = roles[position : position + 3]
+        for position, (token, role) in enumerate(zip(trajectory.ids, trajectory.role, strict=True)):
             if role == Role.PROMPT:
                 continue
-            inside = before == role == after == Role.OBSERVATION
+            inside = before[position] and is_observation[position] and after[position]
             shape.append("o" if inside else letters.get(token, "x"))
-        return shape
+        return "".join(shape)
 
 
 def _token_id(tokenizer: "PreTrainedTokenizerFast", token: str) -> Any:

@@ -66,7 +66,7 @@ class FidelitySettings(TaskRunSettings, ModelSettings, RolloutSettings):
 
 def fidelity(settings: FidelitySettings) -> None:
     """Measure how well the models of a run know what the tool would say."""
-    runs.settle_dtype(settings)
+    runs.settle_by_device(settings)
     root = runs.run_folder(settings)
     rows = rows_to_measure(settings, settings.rows)
     task = open_task(settings)

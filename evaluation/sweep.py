@@ -170,7 +170,7 @@ def refuse_other_settings(settings: StageSettings, stages: Sequence[str]) -> Non
         if stage not in record.stages or not is_there:
             continue
         # The stage was recorded with the type that --dtype=auto became.
-        runs.settle_dtype(settings)
+        runs.settle_by_device(settings)
         trained_with = record.stages[stage].settings
         for name, value in asdict(settings).items():
             if name in ONE_COMMAND or name not in trained_with or trained_with[name] == value:
@@ -260,7 +260,7 @@ def evaluate(combination: Combination) -> SetPredictions:
     """Return the answers of what a combination trained; they are kept in its folder."""
     settings = build_settings(EvalSettings, combination.commands[-1].given)
     folder = combination.folder
-    runs.settle_dtype(settings)
+    runs.settle_by_device(settings)
     lm = model.load(folder, settings)
     task = open_task(settings)
     task.leave_out_long_questions(lm.codec, settings.longest_prompt)

@@ -272,6 +272,28 @@ def count_launches(place: Place) -> Iterator[Finding]:
         yield Finding(f"{name}, a token", "", f"{found / place.sizes.decoded:.0f}")
 
 
+def compare_fixed_slots(place: Place) -> Iterator[Finding]:
+    """Decode in slots that rows share, and in fixed ones, as a GPU does (fixed_slots.py)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    lm = place.large_network()
+    written = []
+    for in_fixed_slots in (False, True):
+        for _ in range(2):
+            ids, seconds = _write(place, lm, in_fixed_slots)
+        written.append(ids)
+        name = f"a token of {place.sizes.texts} rows, {'fixed' if in_fixed_slots else 'shared'}"
+        yield Finding(f"{name} slots", "", f"{1000 * seconds / place.sizes.decoded:.2f} ms")
+    torch.set_float32_matmul_precision(before)
+    same = sum(a == b for a, b in zip(*written, strict=True))
+    yield Finding(
+        "texts that both ways write alike",
+        f"all {place.sizes.texts}",
+        str(same),
+        same == place.sizes.texts,
+    )
+
+
 # ---- 5. Memory and files -------------------------------------------------------------------------
 def compare_memory(place: Place) -> Iterator[Finding]:
     """Hold what is counted before a run against CUDA's own count."""
@@ -355,13 +377,20 @@ def _batches(loss: str, texts: list[Trajectory]) -> list[Batch]:
 
 def _decode(place: Place, lm: LM) -> float:
     """Return the seconds in which all rows write some tokens, each another text."""
+    _, seconds = _write(place, lm, place.on_gpu)
+    return seconds
+
+
+def _write(place: Place, lm: LM, in_fixed_slots: bool) -> tuple[list[list[int]], float]:
+    """Return what rows write greedily behind different texts, and the seconds that it took."""
     prompts = [text.ids for text in place.texts()]
     decoder = lm.decoder(prompts)
+    decoder.in_fixed_slots = in_fixed_slots
     place.synchronize()
     started = time.perf_counter()
-    decoder.decode([], [place.sizes.decoded] * len(prompts), 0.0)
+    ids, _ = decoder.decode([], [place.sizes.decoded] * len(prompts), 0.0)
     place.synchronize()
-    return time.perf_counter() - started
+    return ids, time.perf_counter() - started
 
 
 def _digits(values: list[float]) -> str:
@@ -382,6 +411,7 @@ CHECKS: tuple[Callable[[Place], Iterator[Finding]], ...] = (
     learn_on_4_bits,
     compare_memory,
     decode_with_each_attention,
+    compare_fixed_slots,
     count_launches,
     climb_speed_ladder,
 )

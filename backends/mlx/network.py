@@ -347,6 +347,9 @@ class Transformer(nn.Module):
 
     def logits(self, x: mx.array) -> mx.array:
         """Return the logits of hidden states, (.., hidden) -> (.., vocab), in float32."""
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.logits(x)
-        return self.lm_head.logits(x)
+        return self.head.logits(x)
+
+    @property
+    def head(self) -> Embedding:
+        """What maps hidden states to logits."""
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from mlx.nn.utils import checkpoint
 
 from backends.mlx.adapters import block_linears
 from backends.mlx.network import Part, Transformer
@@ -14,6 +15,7 @@ from backends.mlx.optimizer import Optimizer
 from backends.mlx.ranks import sum_gradients
 from backends.mlx.weights import flat
 from common import ranks
+from common.batching import tokens_of_logits
 from data.batches import nodes_to_learn, predicted_nodes
 
 # loss(array module, log-probabilities (nodes,), batch) -> the loss of a micro-batch
@@ -39,9 +41,35 @@ def logprobs(
     if not node.size:
         # Zeros that still depend on the weights, so that there is a gradient.
         return zeros + 0 * x.sum()
-    logits = network.logits(x[batch["parent"][node]]) / temperature  # (needed, vocab)
-    picked = -nn.losses.cross_entropy(logits, batch["ids"][node])
+    states = x[batch["parent"][node]]  # (needed, hidden)
+    temperatures = mx.broadcast_to(mx.array(temperature), (node.size, 1))
+    picked = _pick_in_pieces(network, states, batch["ids"][node], temperatures)
     return zeros.at[node].add(picked)
+
+
+def _pick_in_pieces(
+    network: Transformer, states: mx.array, ids: mx.array, temperatures: mx.array
+) -> mx.array:
+    """Return the log-probabilities of ids behind some hidden states, (needed,).
+
+    Logits are by far the largest numbers of a checkpoint with a large vocabulary. Where there are
+    many, they are computed piece by piece, and again for their gradient.
+    states: (needed, hidden). ids: (needed,). temperatures: (needed, 1).
+    """
+
+    def pick(states: mx.array, ids: mx.array, temperatures: mx.array) -> mx.array:
+        logits = network.logits(states) / temperatures  # (.., vocab)
+        return -nn.losses.cross_entropy(logits, ids)
+
+    at_once = tokens_of_logits(network.config.vocab_size)
+    if ids.size <= at_once:
+        return pick(states, ids, temperatures)
+    pick_again = checkpoint(network.head, pick)
+    ends = list(range(at_once, ids.size, at_once))
+    pieces = zip(
+        mx.split(states, ends), mx.split(ids, ends), mx.split(temperatures, ends), strict=True
+    )
+    return mx.concatenate([pick_again(*piece) for piece in pieces])
 
 
 def score(network: Transformer, batch: Mapping[str, Any], temperature: float = 1.0) -> np.ndarray:

@@ -49,6 +49,14 @@ def fast_dtype(device: str) -> str:
     return "bfloat16" if on_gpu else "float32"
 
 
+def sizes_by_device(device: str) -> dict[str, int]:
+    """Return settings whose defaults are too small for a device, by name: none.
+
+    device: as pick_device returns it. macOS ends a command that keeps Apple's GPU busy for long.
+    """
+    return {}
+
+
 def build(
     config: ModelConfig, device: str = "cpu", dtype: str = "float32", frozen: bool = False
 ) -> Transformer:

@@ -42,6 +42,7 @@ from backends.torch.weights import (
     read_weights,
     save_weights,
     set_weights,
+    sizes_by_device,
     to_numpy,
     workspace,
 )
@@ -87,6 +88,7 @@ __all__ = [
     "save_weights",
     "score",
     "set_weights",
+    "sizes_by_device",
     "to_arrays",
     "to_numpy",
     "train_step",

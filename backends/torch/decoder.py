@@ -3,6 +3,7 @@
 What rows and slots are, and the loop over steps, is in backends/decoder.py.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from backends.decoder import Decoder as SlotDecoder
 from backends.decoder import ids_in_block, round_up_to_block
+from backends.torch.fixed_slots import FixedSlots
 from backends.torch.network import Transformer
 from backends.torch.weights import compute_copy
 
@@ -82,12 +84,15 @@ class Decoder(SlotDecoder):
     network: Transformer
     caches: list[KVCache]  # one for each layer
     logits: Tensor
+    # Whether rows write in slots of their own, without waiting for the CPU (fixed_slots.py).
+    in_fixed_slots: bool = False
 
     @torch.inference_mode()
     def _open(self, network: Transformer, slots: int) -> None:
         self.network = compute_copy(network)
         if network.device.type == "cuda":
             self.tokens_at_once = TOKENS_AT_ONCE_ON_CUDA
+            self.in_fixed_slots = True
         layers = range(network.config.num_hidden_layers)
         self.caches = [KVCache(network, slots) for _ in layers]
         self.logits = torch.zeros(slots, network.config.vocab_size, device=network.device)
@@ -143,9 +148,12 @@ class Decoder(SlotDecoder):
         positions = self._index(start[:, None] + np.arange(columns))  # (B, T)
         is_first = slots == np.arange(len(slots))
         place = Place(self._index(slots), bool(is_first.all()), positions, visible)
+        return self._forward_at(place, self._index(ids))
+
+    def _forward_at(self, place: Place, ids: Tensor) -> Tensor:
         writes = [partial(cache.write, place) for cache in self.caches]
         mask = self._mask(place)
-        return self.network(self._index(ids), positions, writes, mask)
+        return self.network(ids, place.positions, writes, mask)
 
     def _make_room(self, positions: int) -> None:
         room = self.caches[0].keys.shape[2]
@@ -181,6 +189,47 @@ class Decoder(SlotDecoder):
                 likeliest = logprobs.argmax(-1)[slot]
                 tokens = torch.where(self._index(is_greedy), likeliest, tokens)
         return self._download(tokens), logprobs[slot, tokens]
+
+    # ---- on a GPU --------------------------------------------------------------------------------
+    @torch.inference_mode()
+    def _write(
+        self,
+        stops_of_row: Sequence[frozenset[int]],
+        limits: np.ndarray,
+        temperatures: np.ndarray,
+        uniforms: np.ndarray | None,
+        fewest: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if not self.in_fixed_slots:
+            return super()._write(stops_of_row, limits, temperatures, uniforms, fewest)
+        self._give_rows_own_slots()
+        self._make_room(int((self.length + limits).max()) + 1)
+        state = FixedSlots(self.network, stops_of_row, limits, self.length, temperatures, uniforms)
+        steps = state.run(
+            lambda: state.step(self.logits, draw, self._read_in_all_slots), fewest, self._download
+        )
+        ids = self._download(state.ids[:, :steps])
+        logprobs = self._download(state.logprobs[:, :steps])
+        # The last token of a row that still writes is read too; `feed` reads it at the same place.
+        self.length += np.maximum((ids >= 0).sum(1) - 1, 0)
+        return ids, logprobs
+
+    def _give_rows_own_slots(self) -> None:
+        """Let row r have slot r."""
+        rows = len(self.slot)
+        self._part(range(rows))
+        self._select(self.slot, int(self.length.max()))
+        self.slot = np.arange(rows)
+
+    def _read_in_all_slots(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Read a token in each slot; return the logits behind it, (slots, vocab).
+
+        tokens, positions: (slots,). Queries look at the whole cache, so that no shape changes.
+        """
+        slots = torch.arange(len(tokens), device=tokens.device)
+        room = self.caches[0].keys.shape[2]
+        x = self._forward_at(Place(slots, True, positions[:, None], room), tokens[:, None])
+        return self.network.logits(x[:, 0])
 
     def _index(self, values: np.ndarray) -> Tensor:
         return torch.as_tensor(values, device=self.network.device)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from backends.config import LoRAConfig, ModelConfig
@@ -31,6 +32,17 @@ class Part(NamedTuple):
     start: int
     end: int
     mask: Tensor | None
+
+
+class PackedTexts(NamedTuple):
+    """Texts of a packed row, each of which sees itself alone, for attention in one call.
+
+    ends: (texts + 1,), int32, the column behind each text, after a 0.
+    longest: tokens of the longest one.
+    """
+
+    ends: Tensor
+    longest: int
 
 
 class Linear(nn.Linear):
@@ -153,13 +165,14 @@ class Attention(nn.Module):
         rope: Rope,
         cache: LayerCache | None = None,
         mask: Tensor | None = None,
-        parts: Sequence[Part] = (),
+        parts: Sequence[Part] | PackedTexts = (),
     ) -> Tensor:
         """Return what each position reads from those before it, (B, T, hidden) -> the same.
 
         cache: with it, keys and values of earlier passes are seen too.
         mask: (B, 1, T, keys), which keys a query sees; None: those up to its own position.
-        parts: of a packed row, in order, which do not see each other.
+        parts: of a packed row, in order, which do not see each other. PackedTexts: where
+            `attends_to_texts_at_once`.
         """
         rows, length, _ = x.shape
         queries_and_keys, v = self._project(x)
@@ -169,7 +182,9 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache(k, v)  # (B, key and value heads, keys, head_dim)
-        if parts:
+        if isinstance(parts, PackedTexts):
+            y = _attend_to_texts(q, k, v, parts)
+        elif parts:
             read = [
                 _attend(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], part_mask)
                 for start, end, part_mask in parts
@@ -225,6 +240,27 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return attend(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=has_groups)
 
 
+def _attend_to_texts(q: Tensor, k: Tensor, v: Tensor, texts: PackedTexts) -> Tensor:
+    """Return causal attention inside each text, (1, heads, T, head_dim) -> the same, in one call.
+
+    A call for each text would be thousands of small ones in a pass, for which a GPU waits.
+    """
+    q, k, v = (heads[0].transpose(0, 1) for heads in (q, k, v))  # (T, heads, head_dim)
+    y = varlen_attn(
+        q,
+        k,
+        v,
+        texts.ends,
+        texts.ends,
+        texts.longest,
+        texts.longest,
+        window_size=(-1, 0),  # all before it
+        enable_gqa=k.shape[1] < q.shape[1],
+    )
+    assert isinstance(y, Tensor)  # it is a pair where more is asked for
+    return y.transpose(0, 1)[None]
+
+
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Return x (B, heads, T, head_dim) with rotary position embedding.
 
@@ -274,7 +310,7 @@ class Block(nn.Module):
         rope: Rope,
         cache: LayerCache | None = None,
         mask: Tensor | None = None,
-        parts: Sequence[Part] = (),
+        parts: Sequence[Part] | PackedTexts = (),
     ) -> Tensor:
         """Map hidden states, (B, T, hidden) -> the same; the others as in Attention."""
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask, parts)
@@ -323,13 +359,18 @@ class Transformer(nn.Module):
         """Where the weights are."""
         return self.model.embed_tokens.weight.device
 
+    @property
+    def attends_to_texts_at_once(self) -> bool:
+        """Whether there is a kernel that takes PackedTexts: FlashAttention's, on CUDA."""
+        return self.device.type == "cuda" and self.dtype == torch.bfloat16
+
     def forward(
         self,
         ids: Tensor,
         positions: Tensor | None = None,
         caches: Sequence[LayerCache] | None = None,
         mask: Tensor | None = None,
-        parts: Sequence[Part] = (),
+        parts: Sequence[Part] | PackedTexts = (),
     ) -> Tensor:
         """Return the hidden states of ids, (B, T) -> (B, T, hidden).
 
@@ -356,6 +397,9 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of hidden states, (.., hidden) -> (.., vocab), in float32."""
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.logits(x)
-        return self.lm_head.logits(x)
+        return self.head.logits(x)
+
+    @property
+    def head(self) -> Embedding:
+        """What maps hidden states to logits."""
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head

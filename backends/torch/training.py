@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from backends.torch.adapters import trained_parameters
-from backends.torch.network import Part, Transformer
+from backends.torch.network import PackedTexts, Part, Transformer
 from backends.torch.optimizer import Optimizer
 from backends.torch.ranks import sum_gradients
 from common import ranks
+from common.batching import tokens_of_logits
 from data.batches import nodes_to_learn, predicted_nodes
 
 # loss(array module, log-probabilities (nodes,), batch) -> the loss of a micro-batch
@@ -35,9 +37,37 @@ def logprobs(
     temperature: of all tokens, or (needed, 1).
     """
     x = _hidden_states(network, batch)
-    logits = network.logits(x[batch["parent"][node]]) / temperature  # (needed, vocab)
-    picked = -functional.cross_entropy(logits, batch["ids"][node], reduction="none")
+    states = x[batch["parent"][node]]  # (needed, hidden)
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((len(node), 1), temperature, device=node.device)
+    picked = _pick_in_pieces(network, states, batch["ids"][node], temperature)
     return torch.zeros(batch["ids"].shape, device=node.device).index_put((node,), picked)
+
+
+def _pick_in_pieces(
+    network: Transformer, states: Tensor, ids: Tensor, temperatures: Tensor
+) -> Tensor:
+    """Return the log-probabilities of ids behind some hidden states, (needed,).
+
+    Logits are by far the largest numbers of a checkpoint with a large vocabulary. Where there are
+    many, they are computed piece by piece, and again for their gradient.
+    states: (needed, hidden). ids: (needed,). temperatures: (needed, 1).
+    """
+
+    def pick(states: Tensor, ids: Tensor, temperatures: Tensor) -> Tensor:
+        logits = network.logits(states) / temperatures  # (.., vocab)
+        return -functional.cross_entropy(logits, ids, reduction="none")
+
+    at_once = tokens_of_logits(network.config.vocab_size)
+    if len(ids) <= at_once:
+        return pick(states, ids, temperatures)
+    pieces = zip(
+        states.split(at_once), ids.split(at_once), temperatures.split(at_once), strict=True
+    )
+    picked = [
+        checkpoint(pick, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces
+    ]
+    return torch.cat(picked)
 
 
 def score(network: Transformer, batch: Mapping[str, Any], temperature: float = 1.0) -> np.ndarray:
@@ -66,12 +96,21 @@ def entropies(network: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
 
 def _hidden_states(network: Transformer, batch: Mapping[str, Any]) -> Tensor:
     """Return the hidden state of each node, (nodes, hidden), in which it sees its ancestors."""
+    return network(batch["ids"][None], batch["depth"][None], parts=_parts(network, batch))[0]
+
+
+def _parts(network: Transformer, batch: Mapping[str, Any]) -> list[Part] | PackedTexts:
+    """Return which columns of a packed row see each other."""
+    if network.attends_to_texts_at_once and all(batch["is_text"]):
+        ends = np.array([0] + [end for _, end in batch["parts"]], np.int32)
+        longest = int(np.diff(ends).max())
+        return PackedTexts(_upload(ends, network.device), longest)
     parts = []
     for (start, end), is_text in zip(batch["parts"], batch["is_text"], strict=True):
         # In a text each token sees all before it, which attention does faster without a mask.
         mask = None if is_text else _ancestors(batch["end"][start:end], start, end)
         parts.append(Part(start, end, mask))
-    return network(batch["ids"][None], batch["depth"][None], parts=parts)[0]
+    return parts
 
 
 def _ancestors(end: Tensor, start: int, stop: int) -> Tensor:

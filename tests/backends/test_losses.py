@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_lm
+from torch.nn import functional
 
 import autocoa
 import backends.torch as torch_backend
+import backends.torch.network as network_module
 from data.batches import language_batches, learn_observations, pair_batches
 from data.questions import Question
 from data.trajectory import Codec, Role, Trajectory
@@ -432,6 +434,49 @@ def test_micro_batches_add_up(codec: Codec, lm: LM, name: Any) -> None:
     other_loss, other_gradient = loss_and_gradient(lm.network, SCRIPT_LOSSES[name], many)
     assert loss == pytest.approx(other_loss, abs=1e-5)
     torch.testing.assert_close(gradient, other_gradient, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def test_texts_in_one_call_of_attention(
+    codec: Codec, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA does in one call for all texts of a row, as a call for each of them.
+
+    FlashAttention runs on CUDA alone, so this is its contract, text by text.
+    Guards: ends that are off by a text, other axes, and a row of tries that loses its masks.
+    """
+    calls: list[int] = []
+
+    def slow_varlen_attn(
+        q: Any, k: Any, v: Any, ends: Any, key_ends: Any, longest: int, longest_key: int, **how: Any
+    ) -> Any:
+        assert how == {"window_size": (-1, 0), "enable_gqa": True}
+        assert (ends == key_ends).all()
+        assert ends.dtype == torch.int32
+        starts_and_ends = list(zip(ends.tolist(), ends.tolist()[1:], strict=False))
+        assert longest == longest_key == max(end - start for start, end in starts_and_ends)
+        calls.append(len(starts_and_ends))
+        read = []
+        for start, end in starts_and_ends:
+            heads = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+            y = functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+            read.append(y[0].transpose(0, 1))
+        return torch.cat(read)
+
+    lm = tiny_lm(codec, architecture=architecture, noise=0.1)
+    expected = {}
+    for name in ("nll", "contrastive"):
+        batches = batches_of(name, sampled_chains(codec), 500)
+        expected[name] = loss_and_gradient(lm.network, SCRIPT_LOSSES[name], batches)
+    monkeypatch.setattr(torch_backend.Transformer, "attends_to_texts_at_once", True)
+    monkeypatch.setattr(network_module, "varlen_attn", slow_varlen_attn)
+    for name, (loss, gradient) in expected.items():
+        batches = batches_of(name, sampled_chains(codec), 500)
+        other_loss, other_gradient = loss_and_gradient(lm.network, SCRIPT_LOSSES[name], batches)
+        assert loss == pytest.approx(other_loss, abs=1e-5)
+        torch.testing.assert_close(gradient, other_gradient, atol=1e-5, rtol=1e-3)
+    # Once a layer; pairs are tries, which need their masks.
+    assert calls == [6] * lm.network.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("name", SCRIPT_LOSSES)

@@ -16,6 +16,7 @@ import autocoa
 import backends.torch as torch_backend
 from backends.torch import training
 from backends.torch.decoder import Decoder
+from backends.torch.fixed_slots import STEPS_BETWEEN_LOOKS
 from backends.torch.network import Transformer
 from data.batches import Batch, language_batches, pair_batches
 from data.questions import Question
@@ -108,4 +109,18 @@ def test_a_decoder(codec: Codec, texts: list[Trajectory], downloads: list[int]) 
     decoder.feed([[5, 6], [7], [], []])
     decoder.keep([0, 0, 2])
     decoder.decode([], [2] * 3, 0.0)
+    assert decoder.logits.device.type == "meta"
+
+
+def test_fixed_slots(
+    codec: Codec, texts: list[Trajectory], downloads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU decodes: a look each eight steps, then ids and log-probabilities at once."""
+    monkeypatch.setattr(Decoder, "in_fixed_slots", True)
+    decoder = Decoder(elsewhere(tiny_lm(codec)), [text.ids for text in texts])
+    rows = len(texts)
+    steps = 2 * STEPS_BETWEEN_LOOKS
+    decoder.decode([7], [steps] * rows, 1.0, np.full((rows, steps), 0.5))
+    # The ones that stand for downloads say that a row still writes.
+    assert downloads == [1, 1, rows * steps, rows * steps]
     assert decoder.logits.device.type == "meta"

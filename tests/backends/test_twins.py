@@ -36,6 +36,7 @@ import autocoa
 import backends.torch as torch_backend
 import model
 from backends.config import nano_config
+from common import batching
 from common.errors import UserError
 from common.memory import training_bytes
 from common.settings import ModelSettings, RolloutSettings
@@ -536,6 +537,36 @@ def test_losses_and_gradients(codec: Codec, name: Any, architecture: str, tie: b
     loss, gradients = loss_and_gradients(mlx_twin(lm), SCRIPT_LOSSES[name], batches)
     assert expected_loss == pytest.approx(loss, rel=2e-6, abs=1e-6)
     assert_gradients_agree(gradients, expected)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("name", SCRIPT_LOSSES)
+def test_logits_piece_by_piece(
+    codec: Codec, name: Any, tie: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven tokens' logits at a time, at most, in both twins: the same loss and gradients.
+
+    Guards: a head that gets no gradient from its pieces, or a piece at another's temperature.
+    """
+    lm = tiny_lm(codec, tie_embeddings=tie, noise=0.1)
+    twin = mlx_twin(lm)
+    batches = batches_of(name, sampled_chains(codec), 500)
+    expected_loss, expected = loss_and_gradients(lm, SCRIPT_LOSSES[name], batches)
+    monkeypatch.setattr(batching, "LOGITS_AT_ONCE", 7 * lm.network.config.vocab_size + 3)
+    for one in (lm, twin):
+        head = type(one.network.head)
+        tokens: list[int] = []
+        whole_logits = head.logits
+
+        def logits(self: Any, x: Any, whole: Any = whole_logits, counts: list[int] = tokens) -> Any:
+            counts.append(x.shape[0])
+            return whole(self, x)
+
+        monkeypatch.setattr(head, "logits", logits)
+        loss, gradients = loss_and_gradients(one, SCRIPT_LOSSES[name], batches)
+        assert max(tokens) == 7
+        assert expected_loss == pytest.approx(loss, rel=2e-6, abs=1e-6)
+        assert_gradients_agree(gradients, expected)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -313,7 +313,7 @@ def test_a_run_keeps_its_number_type(root: Path, monkeypatch: pytest.MonkeyPatch
     def settle(begins_run: bool = False, **given: str) -> str:
         settings = SFTSettings(**given)
         settings.given = dict(given)
-        runs.settle_dtype(settings, begins_run)
+        runs.settle_by_device(settings, begins_run)
         runs.record_stage(settings, "base")
         return settings.dtype
 
@@ -324,6 +324,27 @@ def test_a_run_keeps_its_number_type(root: Path, monkeypatch: pytest.MonkeyPatch
     assert read_run_record("nano").stages["base"].given["dtype"] == "bfloat16"
     assert settle(begins_run=True, model="x") == "float32"
     assert settle(model="x", dtype="bfloat16") == "bfloat16"
+
+
+def test_sizes_of_a_gpu(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's sizes where nobody gave others; the run keeps them, wherever it goes on."""
+    sizes = {"micro_tokens": 4096, "batch_rows": 512}
+    monkeypatch.setattr(model, "sizes_by_device", lambda settings: sizes)
+
+    def settle(**given: int) -> tuple[int, int]:
+        settings = SFTSettings(**given)
+        settings.given = {**read_run_record("nano").given, **given}
+        for name, value in settings.given.items():
+            setattr(settings, name, value)
+        runs.settle_by_device(settings)
+        runs.record_stage(settings, "base")
+        return settings.micro_tokens, settings.batch_rows
+
+    assert settle(batch_rows=64) == (4096, 64)
+    sizes = {}
+    assert settle() == (4096, 64)
+    monkeypatch.undo()
+    assert model.sizes_by_device(SFTSettings(device="cpu")) == {}
 
 
 def test_data_of_other_settings(root: Path) -> None:

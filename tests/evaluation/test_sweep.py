@@ -42,7 +42,7 @@ class Trained:
         self.commands.append(f"rl {settings.run} {settings.stage} {settings.start} {folder}")
         if folder == self.refused:
             raise UserError("loss is nan; lower --rl_lr")
-        runs.settle_dtype(settings)
+        runs.settle_by_device(settings)
         runs.record_stage(settings, folder)
         Path("out", settings.run, folder).mkdir(parents=True, exist_ok=True)
         (Path("out", settings.run, folder, "config.json")).write_text("{}")
