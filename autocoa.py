@@ -243,8 +243,9 @@ def rollout(
     settings: RolloutSettings,
     temperature: float = 0.0,
     streams: Sequence[np.ndarray] = (),
+    report: Callable[[int], Any] | None = None,
 ) -> list[Trajectory]:
-    """Roll out an agent on each prompt: Algorithm 1 of the paper, for a batch.
+    """Roll out an agent on each prompt: Algorithm 1 of the paper, `batch_rows` at a time.
 
     decoder: makes a backend's Decoder for some prompts; rollouts that are one text are computed
         once.
@@ -254,9 +255,12 @@ def rollout(
     temperature: 0 is greedy.
     streams: a random_stream for each prompt; none where it is greedy. What a rollout writes depends
         on its own stream, and not on what is rolled out beside it.
+    report: is told how many have ended, whenever some have.
     Returns a trajectory for each prompt, in order.
     Raises UserError for a prompt that leaves no room for an answer.
     """
+    if not prompts:
+        return []
     rows = []
     for number, prompt in enumerate(prompts):
         row = open_row(prompt, number, settings)
@@ -264,7 +268,9 @@ def rollout(
             row.stream = streams[number]
         rows.append(row)
     agent = Agent(codec, settings, imagines=search == IMAGINE)
-    run_rows(agent, decoder(list(prompts)), rows, search, temperature)
+    at_once = settings.batch_rows
+    begun = decoder(list(prompts[:at_once]))
+    run_rows(agent, begun, rows[:at_once], search, temperature, rows[at_once:], report)
     return [row.trajectory for row in rows]
 
 
@@ -297,14 +303,61 @@ def run_rows(
     rows: list[Row],
     search: Search | Imagine | None,
     temperature: float = 0.0,
+    waiting: Sequence[Row] = (),
+    report: Callable[[int], Any] | None = None,
 ) -> None:
-    """Write all rows to their ends: the loop of Algorithm 1. Row i of the decoder is rows[i]."""
+    """Write all rows to their ends: the loop of Algorithm 1. Row i of the decoder is rows[i].
+
+    waiting: rows that begin where others have ended, so that the last ones do not go on alone.
+    report: as for `rollout`.
+    """
+    at_once = len(rows)
     while rows:
         # Think, act, imagine or answer.
         write_until_pause(controller, decoder, rows, temperature)
-        rows = [row for row in rows if not row.finished]
-        call_tool(controller, rows, search)
+        going_on = [row for row in rows if not row.finished]
+        call_tool(controller, going_on, search)
+        ended = len(rows) - len(going_on)
+        if report is not None:
+            report(ended)
+        beginning = next_rows(waiting, at_once, at_once - len(going_on))
+        waiting = waiting[len(beginning) :]
+        begin_rows(decoder, beginning, decoder_rows=len(rows))
+        rows = [*going_on, *beginning]
         feed_new_tokens(decoder, rows)
+
+
+def next_rows(waiting: Sequence[Row], at_once: int, room: int) -> Sequence[Row]:
+    """Return the rows that begin now, `room` at most.
+
+    Rows of one prompt begin together where they can, since they share what they read.
+    at_once: rows that are written at a time.
+    """
+    count = min(room, len(waiting))
+    while 0 < count < len(waiting) and same_prompt(waiting[count - 1], waiting[count]):
+        count -= 1
+    if count == 0 and room == at_once:
+        # More rows than there is room for have this prompt.
+        count = room
+    return waiting[:count]
+
+
+def same_prompt(row: Row, other: Row) -> bool:
+    """Return whether two rows that have not begun are of one prompt."""
+    return row.trajectory.ids == other.trajectory.ids
+
+
+def begin_rows(decoder: Any, rows: Sequence[Row], decoder_rows: int) -> None:
+    """Give some rows a place in the decoder, behind the rows that it has; they read their prompts.
+
+    decoder_rows: how many rows it has.
+    """
+    if not rows:
+        return
+    decoder.add(len(rows))
+    for number, row in enumerate(rows):
+        row.decoder_row = decoder_rows + number
+        row.new_ids = list(row.trajectory.ids)
 
 
 def write_until_pause(

@@ -26,7 +26,8 @@ where the draws differ the slot is copied for those that leave it:
 Nothing is approximated: what a row writes is what it would write alone, but for rounding.
 
 A turn of an agent has three parts: `decode` lets each row write until a stop, `keep` drops the
-rows that are done, and `feed` appends what a tool has answered to the others.
+rows that are done, and `feed` appends what a tool has answered to the others. Where questions wait,
+`add` gives the room of those that are done to new rows.
 
 This file has the bookkeeping of rows and slots. The cache itself, the forward pass and the draw of
 a token are a framework's own: see decoder.py of each backend.
@@ -79,6 +80,14 @@ class Decoder(ABC):
         self.tokens_at_once = TOKENS_AT_ONCE
         self._open(network, self.slots)
         self.feed([list(ids) for ids in prompts])
+
+    def add(self, count: int) -> None:
+        """Begin more rows behind the others. They are one text, the empty one, until they read."""
+        # What the new slot is a copy of lies beyond the end of that text.
+        (slot,) = self._copy(np.zeros(1, dtype=np.int64))
+        self.slot = np.append(self.slot, np.full(count, slot))
+        self.length = np.append(self.length, np.zeros(count, dtype=np.int64))
+        self.pending += [[] for _ in range(count)]
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows, in this order; a row may be named more than once."""

@@ -43,6 +43,7 @@ from evaluation.fidelity import (
     FidelityTable,
     Outcome,
     fidelity_to_json,
+    read_fidelity,
     summarize_splits,
     table_heading,
     table_line,
@@ -80,7 +81,7 @@ def fidelity(settings: FidelitySettings) -> None:
     chain_queries = {query for chain in chains for query in calls_of(codec, chain)}
 
     print(table_heading())
-    table: FidelityTable = {}
+    table = measured_before(root, settings.rows)
     examples: list[ShownModel] = []
     for row in rows:
         lm = model.load(root / row, settings)
@@ -102,6 +103,19 @@ def fidelity(settings: FidelitySettings) -> None:
                 examples.append(show_outcomes(f"{row}, searches {group}", outcomes))
     write_text(root / FIDELITY_FILE, fidelity_to_json(table))
     draw_what_was_measured(root, table, examples)
+
+
+def measured_before(root: Path, rows: Sequence[str]) -> FidelityTable:
+    """Return what an earlier command measured of a run's other folders.
+
+    rows: those that --rows names; where it names none, all are measured anew.
+    Raises UserError where that file is damaged.
+    """
+    file = root / FIDELITY_FILE
+    if not rows or not file.is_file():
+        return {}
+    table = read_fidelity(file)
+    return {row: figures for row, figures in table.items() if (root / row).is_dir()}
 
 
 def known_searches(

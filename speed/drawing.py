@@ -6,7 +6,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter, StrMethodFormatter
 
 from speed.growth import Curve
 from speed.pairs import Comparison
@@ -39,9 +39,12 @@ def draw_comparisons(comparisons: Sequence[Comparison]) -> Figure:
 def draw_growth(curves: Sequence[Curve]) -> Figure:
     """Draw what a unit costs by what grows: medians, and bands from the lowest to the highest."""
     axis_names = list(dict.fromkeys(curve.axis for curve in curves))
-    figure = plt.figure(figsize=(4 * len(axis_names), 3.4), layout="constrained")
-    parts = figure.subplots(1, len(axis_names), squeeze=False)[0]
-    for axes, axis in zip(parts, axis_names, strict=True):
+    lines = -(-len(axis_names) // 2)
+    figure = plt.figure(figsize=(9, 3.4 * lines), layout="constrained")
+    parts = figure.subplots(lines, 2, squeeze=False).ravel()
+    for axes in parts[len(axis_names) :]:
+        axes.set_visible(False)
+    for axes, axis in zip(parts, axis_names, strict=False):
         for curve in curves:
             if curve.axis == axis:
                 _draw_curve(axes, curve)
@@ -71,6 +74,9 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
         axes.set_xticks(sizes)
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.set_ylim(bottom=0)
 

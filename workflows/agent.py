@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from autocoa import Imagine, Search, rollout
+from common import ranks
+from common.progress import progress_bar
 from common.settings import RolloutSettings
 from data.questions import Question
 from data.scores import exact_match
 from data.trajectory import Codec, Trajectory
 from data.trajectory_rows import TrajectoryRow
 from model import LM
-from workflows.batches import in_batches
 
 
 class Answered(NamedTuple):
@@ -41,11 +42,14 @@ def answer_questions(
     sorted_prompts = [prompts[number] for number in shortest_first]
 
     def roll_out(places: list[int], search: Search | Imagine | None) -> list[Trajectory]:
-        batch = [sorted_prompts[place] for place in places]
+        share = [sorted_prompts[place] for place in places]
         own = [streams[shortest_first[place]] for place in places] if temperature else []
-        return rollout(lm.decoder, lm.codec, batch, search, settings, temperature, own)
+        with progress_bar(len(share), description, "question") as bar:
+            return rollout(
+                lm.decoder, lm.codec, share, search, settings, temperature, own, bar.update
+            )
 
-    done = in_batches(sorted_prompts, roll_out, settings.batch_rows, search, description)
+    done = ranks.split(sorted_prompts, roll_out, search)
     trajectory_of = dict(zip(shortest_first, done, strict=True))
     return [trajectory_of[number] for number in range(len(prompts))]
 

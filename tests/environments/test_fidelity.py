@@ -530,11 +530,19 @@ def test_the_command(small_run: Path) -> None:
 
 
 def test_rows_that_are_named(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only these are measured; one that is missing is refused with those that there are."""
+    """Only these are measured, and others keep what was measured before.
+
+    One that is missing is refused with those that there are.
+    """
+    file = small_run / "out" / "small" / "fidelity.json"
     done = run_here(small_run, "world_model.py", "fidelity", *ARGUMENTS, "--rows=sft2")
     assert done.status == 0, done.err
-    table = strict_json((small_run / "out/small/fidelity.json").read_text())
+    table = strict_json(file.read_text())
     assert list(table) == ["sft2"]
+    file.write_text(json.dumps({"sft3": table["sft2"], "sft2": {}, "gone": {}}))
+    done = run_here(small_run, "world_model.py", "fidelity", *ARGUMENTS, "--rows=sft2")
+    assert done.status == 0, done.err
+    assert strict_json(file.read_text()) == {"sft3": table["sft2"], "sft2": table["sft2"]}
     done = run_here(small_run, "world_model.py", "fidelity", *ARGUMENTS, "--rows=sft2,rl9")
     assert done.status == 2
     assert "--rows: out/small/rl9 is missing; there are: sft2, sft3, world_model" in done.err

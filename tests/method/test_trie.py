@@ -4,6 +4,7 @@ Sampling is compared with rollouts that are decoded one by one, and with a netwo
 texts; the update with the textbook's loss, rollout by rollout. In torch and MLX.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,16 @@ import pytest
 import torch
 from conftest import mlx_twin, tiny_lm
 
-from autocoa import IMAGINE, grpo_loss, nll_loss, random_stream, rollout, sequence_loss
+from autocoa import (
+    IMAGINE,
+    grpo_loss,
+    next_rows,
+    nll_loss,
+    open_row,
+    random_stream,
+    rollout,
+    sequence_loss,
+)
 from common.settings import RolloutSettings
 from data.batches import build_trie, learn_observations, pack, pack_texts
 from data.questions import Question
@@ -80,6 +90,46 @@ def test_a_rollout_is_what_it_is_alone(lm: LM, environment: str) -> None:
         assert trajectory.mask == alone.mask
         assert trajectory.observations == alone.observations
         np.testing.assert_allclose(trajectory.logprobs, alone.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 4, 7])
+def test_rows_that_wait_for_room(lm: LM, batch_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rollouts begin where others have ended: the same tokens, and no more rows at a time.
+
+    Guards: a row that begins in the slot of another, or before it has read its prompt.
+    """
+    numbers = streams()
+    together = rollout(lm.decoder, lm.codec, prompts(lm.codec), search, SETTINGS, 0.8, numbers)
+    rows_at_a_time: list[int] = []
+    whole = lm.backend.Decoder.decode
+
+    def decode(self: Any, stops: Any, limits: Any, *others: Any, **named: Any) -> Any:
+        rows_at_a_time.append(len(limits))
+        return whole(self, stops, limits, *others, **named)
+
+    monkeypatch.setattr(lm.backend.Decoder, "decode", decode)
+    ended: list[int] = []
+    settings = dataclasses.replace(SETTINGS, batch_rows=batch_rows)
+    in_turn = rollout(
+        lm.decoder, lm.codec, prompts(lm.codec), search, settings, 0.8, numbers, ended.append
+    )
+    assert max(rows_at_a_time) == batch_rows
+    assert sum(ended) == len(numbers)
+    for one, other in zip(together, in_turn, strict=True):
+        assert one.ids == other.ids
+        assert one.role == other.role
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+def test_rows_of_one_prompt_begin_together(codec: Codec) -> None:
+    """Where there is room for some of a group alone, it waits; a group that never fits is cut."""
+    rows = [open_row(prompt, number, SETTINGS) for number, prompt in enumerate(prompts(codec))]
+    waiting = rows[GROUP - 2 :]  # two of the first question, six of the second
+    assert len(next_rows(waiting, 7, 7)) == 2
+    assert len(next_rows(waiting, 7, 1)) == 0
+    assert len(next_rows(waiting[2:], 7, 6)) == 6
+    assert len(next_rows(waiting[2:], 4, 3)) == 0
+    assert len(next_rows(waiting[2:], 4, 4)) == 4
 
 
 def test_each_token_is_the_one_that_its_number_draws(lm: LM) -> None:
