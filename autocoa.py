@@ -268,9 +268,10 @@ def rollout(
             row.stream = streams[number]
         rows.append(row)
     agent = Agent(codec, settings, imagines=search == IMAGINE)
-    at_once = settings.batch_rows
-    begun = decoder(list(prompts[:at_once]))
-    run_rows(agent, begun, rows[:at_once], search, temperature, rows[at_once:], report)
+    first = next_rows(rows, settings.batch_rows, settings.batch_rows)
+    waiting = rows[len(first) :]
+    own_decoder = decoder(list(prompts[: len(first)]))
+    run_rows(agent, own_decoder, first, search, temperature, waiting, settings.batch_rows, report)
     return [row.trajectory for row in rows]
 
 
@@ -304,14 +305,15 @@ def run_rows(
     search: Search | Imagine | None,
     temperature: float = 0.0,
     waiting: Sequence[Row] = (),
+    at_once: int = 0,
     report: Callable[[int], Any] | None = None,
 ) -> None:
     """Write all rows to their ends: the loop of Algorithm 1. Row i of the decoder is rows[i].
 
     waiting: rows that begin where others have ended, so that the last ones do not go on alone.
+    at_once: rows that are written at a time, where some wait.
     report: as for `rollout`.
     """
-    at_once = len(rows)
     while rows:
         # Think, act, imagine or answer.
         write_until_pause(controller, decoder, rows, temperature)
@@ -327,19 +329,19 @@ def run_rows(
         feed_new_tokens(decoder, rows)
 
 
-def next_rows(waiting: Sequence[Row], at_once: int, room: int) -> Sequence[Row]:
+def next_rows(waiting: Sequence[Row], at_once: int, room: int) -> list[Row]:
     """Return the rows that begin now, `room` at most.
 
     Rows of one prompt begin together where they can, since they share what they read.
     at_once: rows that are written at a time.
     """
-    count = min(room, len(waiting))
+    count = max(0, min(room, len(waiting)))
     while 0 < count < len(waiting) and same_prompt(waiting[count - 1], waiting[count]):
         count -= 1
     if count == 0 and room == at_once:
         # More rows than there is room for have this prompt.
         count = room
-    return waiting[:count]
+    return list(waiting[:count])
 
 
 def same_prompt(row: Row, other: Row) -> bool:

@@ -212,6 +212,8 @@ class TableRow:
         return self.workflow is think_and_act
 
 
+# Batches whose answers are kept together: inside them, new questions begin where others have ended.
+BATCHES_AT_A_TIME = 4
 BASE = Path("base")
 SFT1 = Path("sft1")
 SFT2 = Path("sft2")
@@ -454,7 +456,7 @@ def ask_what_is_missing(
 ) -> None:
     """Have a row answer the questions of some sets that it has not answered yet."""
     lm = None
-    at_once = exam.settings.batch_rows * ranks.count()
+    at_once = BATCHES_AT_A_TIME * exam.settings.batch_rows * ranks.count()
     for batch in predictions.batches_to_ask(row.name, sets, at_once):
         if lm is None:
             lm = table.base

@@ -304,7 +304,7 @@ def fast_dtype(settings: ModelSettings) -> Literal["float32", "bfloat16"]:
 
 
 def sizes_by_device(settings: ModelSettings) -> dict[str, int]:
-    """Return settings, by name, whose defaults are too small for the device of the settings.
+    """Return settings, by name, whose defaults are too small for a nano model on its device.
 
     Raises UserError for a backend or a device that is not there.
     """

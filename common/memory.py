@@ -22,7 +22,8 @@ from data.batches import pack_texts
 from data.trajectory import TAGS, Role, Trajectory
 from model import LM
 
-DECODED_TOKENS = 8  # tokens of each rollout that --dry-run writes, twice
+# Tokens of each rollout that --dry-run writes, twice; so many that CUDA records a step of them.
+DECODED_TOKENS = 32
 
 Kind = Literal["sft", "rl", "eval"]
 

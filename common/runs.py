@@ -406,16 +406,16 @@ def refuse_changed_data(root: Path, settings: RunSettings, names: Sequence[str])
 
 
 def settle_by_device(settings: Any, begins_run: bool = False) -> None:
-    """Replace --dtype=auto by a type, and on a GPU sizes that nobody gave by larger ones.
+    """Replace --dtype=auto by a type, and on a GPU nano's sizes by larger ones, if none are given.
 
-    The type is that of the run; a new run takes one that suits its model. What is chosen is part
-    of what the run is given, so that resume and later scripts keep it.
+    What the run was made with comes first; a new run takes what suits its model and device. What is
+    chosen is part of what the run is given, so that resume and later scripts keep it.
     settings: those of a script, of the groups TaskRunSettings and ModelSettings.
     begins_run: what a former run of this name was made with does not count.
     Raises UserError for a backend or a device that is not there.
     """
+    made_with = {} if begins_run else read_run_record(settings.run).made_with()
     if settings.dtype == "auto":
-        made_with = {} if begins_run else read_run_record(settings.run).made_with()
         # Runs of version 0.2.0 were given none, but their stages have one.
         dtype = made_with.get("dtype", "auto")
         if dtype == "auto":
@@ -423,10 +423,13 @@ def settle_by_device(settings: Any, begins_run: bool = False) -> None:
             dtype = model.fast_dtype(settings) if settings.model else "float32"
         settings.dtype = dtype
         settings.given["dtype"] = dtype
+    if settings.model:
+        # How much of it fits into a GPU is its config's to say.
+        return
     for name, size in model.sizes_by_device(settings).items():
         if hasattr(settings, name) and name not in settings.given:
-            setattr(settings, name, size)
-            settings.given[name] = size
+            settings.given[name] = made_with.get(name, size)
+            setattr(settings, name, settings.given[name])
 
 
 # ---- a stage under way ---------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class ModelSettings:
     bits: Literal[4, 16] = 16
     # Compute each block again in the backward pass: less memory, a third more time.
     checkpointing: bool = False
-    # Tokens that go through the network at once in training, padding included.
+    # Tokens that go through the network at once in training. Nano on CUDA: 16,384.
     micro_tokens: AboveZero = 1600
     # Rank of a low-rank adapter (LoRA) that is trained instead of all weights; 0: all weights.
     lora_rank: int = 0
@@ -240,7 +240,7 @@ class RolloutSettings:
     max_observation: AboveZero = 128
     # Tokens that a workflow lets the model write at a time.
     max_thought: AboveZero = 48
-    # Rollouts that are decoded together.
+    # Rollouts that are decoded together. Nano on CUDA: 1,024.
     batch_rows: AboveZero = 256
 
     @property

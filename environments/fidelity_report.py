@@ -106,7 +106,7 @@ def fidelity(settings: FidelitySettings) -> None:
 
 
 def measured_before(root: Path, rows: Sequence[str]) -> FidelityTable:
-    """Return what an earlier command measured of a run's other folders.
+    """Return what an earlier command measured of a run's other folders, as they are still.
 
     rows: those that --rows names; where it names none, all are measured anew.
     Raises UserError where that file is damaged.
@@ -114,8 +114,13 @@ def measured_before(root: Path, rows: Sequence[str]) -> FidelityTable:
     file = root / FIDELITY_FILE
     if not rows or not file.is_file():
         return {}
-    table = read_fidelity(file)
-    return {row: figures for row, figures in table.items() if (root / row).is_dir()}
+    measured_at = file.stat().st_mtime
+    kept = {}
+    for row, figures in read_fidelity(file).items():
+        config = root / row / "config.json"
+        if config.is_file() and config.stat().st_mtime < measured_at:
+            kept[row] = figures
+    return kept
 
 
 def known_searches(
@@ -160,9 +165,11 @@ def show_outcomes(title: str, outcomes: Sequence[Outcome]) -> ShownModel:
 def draw_what_was_measured(
     root: Path, table: FidelityTable, examples: Sequence[ShownModel]
 ) -> None:
-    """Write the figure and the page, and print their paths."""
+    """Write the figure, and the page where there is something to show; print their paths."""
     folder = root / "figures"
     folder.mkdir(exist_ok=True)
     save_figure(draw_fidelity(table), folder / "fidelity.png")
+    if not examples:
+        return
     write_text(folder / "imagined.html", render_imagined(examples))
     print(folder / "imagined.html")

@@ -56,6 +56,8 @@ OF_A_RUN = (
     | set(DistillSettings.__annotations__)
 ) - {"world_model"}
 # What no grid is over: it says which folders a command reads and writes, and how.
+# What depends on the device, and changes nothing but rounding.
+SIZES = {"micro_tokens", "batch_rows"}
 OF_A_COMMAND = {*ONE_COMMAND, "quick"} - {"start"}
 
 
@@ -173,7 +175,9 @@ def refuse_other_settings(settings: StageSettings, stages: Sequence[str]) -> Non
         runs.settle_by_device(settings)
         trained_with = record.stages[stage].settings
         for name, value in asdict(settings).items():
-            if name in ONE_COMMAND or name not in trained_with or trained_with[name] == value:
+            if name in ONE_COMMAND or name in SIZES or name not in trained_with:
+                continue
+            if trained_with[name] == value:
                 continue
             raise UserError(
                 f"--sweep: {folder} was trained with --{name}={trained_with[name]}, not {value}; "

@@ -264,7 +264,7 @@ def count_launches(place: Place) -> Iterator[Finding]:
         _decode(place, lm)
     counts = {event.key: event.count for event in profiler.key_averages()}
     for name, words in (
-        ("launches of kernels", ("LaunchKernel",)),
+        ("launches of kernels and graphs", ("LaunchKernel", "GraphLaunch")),
         ("waits for the device", ("StreamSynchronize", "DeviceSynchronize")),
         ("operations of torch", ("aten::",)),
     ):

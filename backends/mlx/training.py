@@ -64,12 +64,15 @@ def _pick_in_pieces(
     at_once = tokens_of_logits(network.config.vocab_size)
     if ids.size <= at_once:
         return pick(states, ids, temperatures)
-    pick_again = checkpoint(network.head, pick)
-    ends = list(range(at_once, ids.size, at_once))
-    pieces = zip(
-        mx.split(states, ends), mx.split(ids, ends), mx.split(temperatures, ends), strict=True
-    )
-    return mx.concatenate([pick_again(*piece) for piece in pieces])
+    picked = []
+    for start in range(0, ids.size, at_once):
+        piece = slice(start, start + at_once)
+        # Ids have no gradient, so they are no arguments of what is computed again.
+        pick_again = checkpoint(
+            network.head, lambda x, piece=piece: pick(x, ids[piece], temperatures[piece])
+        )
+        picked.append(pick_again(states[piece]))
+    return mx.concatenate(picked)
 
 
 def score(network: Transformer, batch: Mapping[str, Any], temperature: float = 1.0) -> np.ndarray:

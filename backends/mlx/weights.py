@@ -50,10 +50,11 @@ def fast_dtype(device: str) -> str:
 
 
 def sizes_by_device(device: str) -> dict[str, int]:
-    """Return settings whose defaults are too small for a device, by name: none.
+    """Return settings whose defaults are too small for a nano model on a device, by name.
 
-    device: as pick_device returns it. macOS ends a command that keeps Apple's GPU busy for long.
+    device: as pick_device returns it.
     """
+    # None: macOS ends a command that keeps Apple's GPU busy for long.
     return {}
 
 

@@ -203,11 +203,12 @@ class Decoder(SlotDecoder):
         if not self.in_fixed_slots:
             return super()._write(stops_of_row, limits, temperatures, uniforms, fewest)
         self._give_rows_own_slots()
-        self._make_room(int((self.length + limits).max()) + 1)
         state = FixedSlots(self.network, stops_of_row, limits, self.length, temperatures, uniforms)
-        steps = state.run(
-            lambda: state.step(self.logits, draw, self._read_in_all_slots), fewest, self._download
-        )
+
+        def step() -> None:
+            state.step(self.logits, draw, self._read_in_all_slots)
+
+        steps = state.run(step, fewest, self._make_room, self._download)
         ids = self._download(state.ids[:, :steps])
         logprobs = self._download(state.logprobs[:, :steps])
         # The last token of a row that still writes is read too; `feed` reads it at the same place.
@@ -216,10 +217,11 @@ class Decoder(SlotDecoder):
 
     def _give_rows_own_slots(self) -> None:
         """Let row r have slot r."""
-        rows = len(self.slot)
-        self._part(range(rows))
-        self._select(self.slot, int(self.length.max()))
-        self.slot = np.arange(rows)
+        rows = np.arange(len(self.slot))
+        self._part(rows.tolist())
+        if not np.array_equal(self.slot, rows) or len(self.logits) > len(rows):
+            self._select(self.slot, int(self.length.max()))
+            self.slot = rows
 
     def _read_in_all_slots(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Read a token in each slot; return the logits behind it, (slots, vocab).

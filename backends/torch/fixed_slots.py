@@ -21,6 +21,8 @@ from backends.torch.network import Transformer
 
 # Tokens between two looks at which rows still write. Those behind the end of a row are not kept.
 STEPS_BETWEEN_LOOKS = 8
+# Tokens that the cache has room for at a time; then it grows, and a step is recorded anew.
+STEPS_OF_A_CACHE = 128
 
 
 class FixedSlots:
@@ -54,6 +56,7 @@ class FixedSlots:
         steps = int(limits.max())
         if uniforms is None:
             uniforms = np.zeros((rows, steps))
+        self.longest = int(length.max())
         self.limits = upload(limits)
         self.position = upload(length)
         self.is_greedy = upload(temperatures == 0)
@@ -61,9 +64,11 @@ class FixedSlots:
         self.divisors = upload(np.where(temperatures == 0, 1, temperatures))[:, None]
         self.uniforms = upload(uniforms[:, :steps].astype(np.float32))
         kinds = {stops: kind for kind, stops in enumerate(dict.fromkeys(stops_of_row))}
-        is_stop = np.zeros((len(kinds), network.config.vocab_size), dtype=bool)
+        vocab_size = network.config.vocab_size
+        is_stop = np.zeros((len(kinds), vocab_size), dtype=bool)
         for stops, kind in kinds.items():
-            is_stop[kind, list(stops)] = True
+            # A checkpoint may name ids that it has no token for.
+            is_stop[kind, [stop for stop in stops if 0 <= stop < vocab_size]] = True
         self.is_stop = upload(is_stop)
         self.kind_of_row = upload(np.array([kinds[stops] for stops in stops_of_row]))
         self.rows = torch.arange(rows, device=device)
@@ -89,7 +94,7 @@ class FixedSlots:
         drawn = draw(logprobs, self.rows, uniforms)
         tokens = torch.where(self.is_greedy, logprobs.argmax(-1), drawn)
 
-        written = torch.where(self.running, tokens, -1)
+        written = tokens.masked_fill(~self.running, -1)
         self.ids.index_copy_(1, self.steps_done, written[:, None])
         self.logprobs.index_copy_(1, self.steps_done, logprobs.gather(1, tokens[:, None]))
         self.steps_done += 1
@@ -102,25 +107,36 @@ class FixedSlots:
         logits.copy_(torch.where(self.running[:, None], next_logits, logits))
         self.position += self.running
 
-    def run(self, step: Callable[[], None], fewest: int, download: Callable[[Tensor], Any]) -> int:
+    def run(
+        self,
+        step: Callable[[], None],
+        fewest: int,
+        make_room: Callable[[int], None],
+        download: Callable[[Tensor], Any],
+    ) -> int:
         """Write until no more than `fewest` rows do; return how many steps were made.
 
         step: makes one step of all rows.
+        make_room: lets the cache have so many positions.
         download: waits for the device, and brings a tensor to the CPU.
         """
         most = self.ids.shape[1]
-        done = 0
-        while done < most:
-            steps = min(STEPS_BETWEEN_LOOKS, most - done)
-            for _ in range(steps):
-                step()
-            done += steps
-            if int(download(self.running.sum())) <= fewest:
-                break
-            # Libraries have chosen their kernels in the first steps.
-            if done == STEPS_BETWEEN_LOOKS and self.ids.is_cuda:
-                step = record(step)
-        return done
+        for start in range(0, most, STEPS_OF_A_CACHE):
+            end = min(start + STEPS_OF_A_CACHE, most)
+            make_room(self.longest + end + 1)
+            make_step = step
+            done = start
+            while done < end:
+                steps = min(STEPS_BETWEEN_LOOKS, end - done)
+                for _ in range(steps):
+                    make_step()
+                done += steps
+                if int(download(self.running.sum())) <= fewest:
+                    return done
+                # Libraries have chosen their kernels in the first steps.
+                if done == start + STEPS_BETWEEN_LOOKS and self.ids.is_cuda:
+                    make_step = record(step)
+        return most
 
 
 def record(step: Callable[[], None]) -> Callable[[], None]:

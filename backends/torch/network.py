@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from backends.config import LoRAConfig, ModelConfig
@@ -35,8 +34,9 @@ class Part(NamedTuple):
 
 
 class PackedTexts(NamedTuple):
-    """Texts of a packed row, each of which sees itself alone, for attention in one call.
+    """All parts of a packed row of texts, for attention in one call.
 
+    Only where `Transformer.attends_to_texts_at_once`.
     ends: (texts + 1,), int32, the column behind each text, after a 0.
     longest: tokens of the longest one.
     """
@@ -171,8 +171,7 @@ class Attention(nn.Module):
 
         cache: with it, keys and values of earlier passes are seen too.
         mask: (B, 1, T, keys), which keys a query sees; None: those up to its own position.
-        parts: of a packed row, in order, which do not see each other. PackedTexts: where
-            `attends_to_texts_at_once`.
+        parts: of a packed row, in order, which do not see each other.
         """
         rows, length, _ = x.shape
         queries_and_keys, v = self._project(x)
@@ -245,6 +244,9 @@ def _attend_to_texts(q: Tensor, k: Tensor, v: Tensor, texts: PackedTexts) -> Ten
 
     A call for each text would be thousands of small ones in a pass, for which a GPU waits.
     """
+    # It loads torch's compiler, for seconds.
+    from torch.nn.attention.varlen import varlen_attn
+
     q, k, v = (heads[0].transpose(0, 1) for heads in (q, k, v))  # (T, heads, head_dim)
     y = varlen_attn(
         q,
@@ -361,8 +363,10 @@ class Transformer(nn.Module):
 
     @property
     def attends_to_texts_at_once(self) -> bool:
-        """Whether there is a kernel that takes PackedTexts: FlashAttention's, on CUDA."""
-        return self.device.type == "cuda" and self.dtype == torch.bfloat16
+        """Whether there is a kernel that takes PackedTexts: FlashAttention's, in bfloat16."""
+        if self.device.type != "cuda" or self.dtype != torch.bfloat16:
+            return False
+        return torch.cuda.get_device_capability(self.device) >= (8, 0)
 
     def forward(
         self,

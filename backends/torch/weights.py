@@ -17,10 +17,9 @@ from backends.torch.network import MLP, Attention, Linear, Transformer
 from common import ranks
 from common.errors import UserError
 
-# Settings of a GPU, where a CPU takes 1,600 tokens and 256 rows: it is not busy with so few.
-SIZES_OF_A_GPU = {"micro_tokens": 4096, "batch_rows": 512}
-SIZES_OF_A_LARGE_GPU = {"micro_tokens": 16_384, "batch_rows": 1024}
-LARGE_GPU = 40e9  # bytes of memory
+# Settings of a nano model on a GPU, which is not busy with a CPU's 1,600 tokens and 256 rows. They
+# are estimates; no GPU has run them yet.
+SIZES_OF_A_GPU = {"micro_tokens": 16_384, "batch_rows": 1024}
 
 
 def pick_device(name: str) -> str:
@@ -94,14 +93,11 @@ def fast_dtype(device: str) -> str:
 
 
 def sizes_by_device(device: str) -> dict[str, int]:
-    """Return settings whose defaults are too small for a device, by name.
+    """Return settings whose defaults are too small for a nano model on a device, by name.
 
-    device: as pick_device returns it. The sizes are estimates, which no GPU has run yet.
+    device: as pick_device returns it.
     """
-    if device != "cuda":
-        return {}
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return SIZES_OF_A_LARGE_GPU if memory >= LARGE_GPU else SIZES_OF_A_GPU
+    return SIZES_OF_A_GPU if device == "cuda" else {}
 
 
 def build(

@@ -7,6 +7,7 @@ import pytest
 from conftest import tiny_lm
 
 import backends.torch as torch_backend
+from backends.torch import fixed_slots
 from backends.torch.fixed_slots import STEPS_BETWEEN_LOOKS
 from data.trajectory import Codec
 from model import LM
@@ -91,6 +92,27 @@ def test_each_row_has_its_own_stops_limit_and_temperature(
     assert [len(row) for row in shared[0]][:2] == [3, 13]
     assert shared[1] == fixed[1]
     np.testing.assert_allclose(shared[2], fixed[2], atol=1e-4)
+
+
+def test_the_cache_grows(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has room for some tokens at a time, and not for the longest that a row might write.
+
+    Guards: a cache of whole trajectories at the first word; an id that is no token as a stop.
+    """
+    monkeypatch.setattr(fixed_slots, "STEPS_OF_A_CACHE", 20)
+    limits = [300] * len(PROMPTS)
+    stops = [999_999, -1]
+
+    def write() -> tuple[list[list[int]], int]:
+        decoder = lm.decoder(PROMPTS)
+        ids, _ = decoder.decode(stops, [90] * len(PROMPTS), 0.0)
+        early = lm.decoder(PROMPTS)
+        early.decode([row[3] for row in ids], limits, 0.0)
+        return ids, early.caches[0].keys.shape[2]
+
+    (shared, _), (fixed, room) = both_ways(lm, write, monkeypatch)
+    assert shared == fixed
+    assert room <= 64
 
 
 def test_rows_that_still_write_go_on_in_the_next_call(

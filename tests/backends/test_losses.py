@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import tiny_lm
 from torch.nn import functional
+from torch.nn.attention import varlen
 
 import autocoa
 import backends.torch as torch_backend
-import backends.torch.network as network_module
 from data.batches import language_batches, learn_observations, pair_batches
 from data.questions import Question
 from data.trajectory import Codec, Role, Trajectory
@@ -469,7 +469,7 @@ def test_texts_in_one_call_of_attention(
         batches = batches_of(name, sampled_chains(codec), 500)
         expected[name] = loss_and_gradient(lm.network, SCRIPT_LOSSES[name], batches)
     monkeypatch.setattr(torch_backend.Transformer, "attends_to_texts_at_once", True)
-    monkeypatch.setattr(network_module, "varlen_attn", slow_varlen_attn)
+    monkeypatch.setattr(varlen, "varlen_attn", slow_varlen_attn)
     for name, (loss, gradient) in expected.items():
         batches = batches_of(name, sampled_chains(codec), 500)
         other_loss, other_gradient = loss_and_gradient(lm.network, SCRIPT_LOSSES[name], batches)

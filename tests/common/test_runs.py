@@ -343,6 +343,11 @@ def test_sizes_of_a_gpu(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert settle(batch_rows=64) == (4096, 64)
     sizes = {}
     assert settle() == (4096, 64)
+    sizes = {"micro_tokens": 8192}
+    assert settle() == (4096, 64)
+    other = SFTSettings(model="x")
+    runs.settle_by_device(other)
+    assert other.micro_tokens == SFTSettings().micro_tokens
     monkeypatch.undo()
     assert model.sizes_by_device(SFTSettings(device="cpu")) == {}
 

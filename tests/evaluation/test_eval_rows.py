@@ -224,8 +224,11 @@ def test_a_workflow_is_never_malformed(lm: LM) -> None:
     assert record["text"] == lm.codec.decode(trajectory.ids)
 
 
-def test_only_what_is_missing_is_asked(lm: LM, task: Any, tmp_path: Path) -> None:
-    """A row's network is loaded where a question is left, and asked batch_rows at a time."""
+def test_only_what_is_missing_is_asked(
+    lm: LM, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row's network is loaded where a question is left, and asked some batches at a time."""
+    monkeypatch.setattr(benchmark, "BATCHES_AT_A_TIME", 1)
     batches = []
 
     def workflow(lm: LM, questions: Any, exam: Any, name: str) -> list[Any]:

@@ -113,7 +113,7 @@ def test_rows_that_wait_for_room(lm: LM, batch_rows: int, monkeypatch: pytest.Mo
     in_turn = rollout(
         lm.decoder, lm.codec, prompts(lm.codec), search, settings, 0.8, numbers, ended.append
     )
-    assert max(rows_at_a_time) == batch_rows
+    assert max(rows_at_a_time) <= batch_rows
     assert sum(ended) == len(numbers)
     for one, other in zip(together, in_turn, strict=True):
         assert one.ids == other.ids
