@@ -198,7 +198,14 @@ class Codec:
 
     def fit(self, observation: str, budget: int) -> str:
         """Return an observation of at most `budget` tokens (see fit_observation)."""
-        return fit_observation(observation, budget, lambda text: len(self.encode(text)))
+
+        def size(text: str) -> int:
+            # The same observation comes again and again; its beginnings would fill the cache.
+            if text == observation:
+                return len(self.encode(text))
+            return len(self.encode_exactly(" " + text.strip()))
+
+        return fit_observation(observation, budget, size)
 
     def pieces(self, ids: list[int]) -> list[str]:
         """Return each id as text; a letter that several ids spell stands at the last of them."""
