@@ -35,7 +35,7 @@ a token are a framework's own: see decoder.py of each backend.
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,15 @@ TOKENS_AT_ONCE = 2048
 
 # The cache grows by this many positions at a time, so that it is not copied at every token.
 CACHE_BLOCK = 64
+
+
+class Budget(NamedTuple):
+    """What rows may write in one call of `decode`, and how they draw it."""
+
+    stops_of_row: Sequence[frozenset[int]]  # for each row the ids that end it
+    limits: np.ndarray  # (rows,), tokens
+    temperatures: np.ndarray  # (rows,), 0 where a row takes the most likely token
+    uniforms: np.ndarray | None  # (rows, most tokens of a row), as in `decode`
 
 
 class Decoder(ABC):
@@ -156,26 +165,16 @@ class Decoder(ABC):
         self._part(list(zip(writes, temperatures.tolist(), strict=True)))
 
         fewest = int(writing_share * row_count)
-        all_ids, all_logprobs = self._write(
-            stops_of_row, row_limits, temperatures, uniforms, fewest
-        )
+        budget = Budget(stops_of_row, row_limits, temperatures, uniforms)
+        all_ids, all_logprobs = self._write(budget, fewest)
         return self._written(all_ids, all_logprobs)
 
-    def _write(
-        self,
-        stops_of_row: Sequence[frozenset[int]],
-        limits: np.ndarray,
-        temperatures: np.ndarray,
-        uniforms: np.ndarray | None,
-        fewest: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _write(self, budget: Budget, fewest: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample until no more than `fewest` rows are writing, and read all but their last tokens.
-
-        stops_of_row: for each row the ids that end it.
-        limits, temperatures: (rows,). uniforms: as in `decode`.
 
         Return ids and log-probabilities, (rows, steps) each; an id is -1 where a row wrote nothing.
         """
+        stops_of_row, limits, temperatures, uniforms = budget
         step_ids = []
         step_logprobs = []
         running = limits > 0

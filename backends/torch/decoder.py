@@ -3,7 +3,6 @@
 What rows and slots are, and the loop over steps, is in backends/decoder.py.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backends.decoder import Budget, ids_in_block, round_up_to_block
 from backends.decoder import Decoder as SlotDecoder
-from backends.decoder import ids_in_block, round_up_to_block
 from backends.torch.fixed_slots import FixedSlots
 from backends.torch.network import Transformer
 from backends.torch.weights import compute_copy
@@ -192,18 +191,11 @@ class Decoder(SlotDecoder):
 
     # ---- on a GPU --------------------------------------------------------------------------------
     @torch.inference_mode()
-    def _write(
-        self,
-        stops_of_row: Sequence[frozenset[int]],
-        limits: np.ndarray,
-        temperatures: np.ndarray,
-        uniforms: np.ndarray | None,
-        fewest: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _write(self, budget: Budget, fewest: int) -> tuple[np.ndarray, np.ndarray]:
         if not self.in_fixed_slots:
-            return super()._write(stops_of_row, limits, temperatures, uniforms, fewest)
+            return super()._write(budget, fewest)
         self._give_rows_own_slots()
-        state = FixedSlots(self.network, stops_of_row, limits, self.length, temperatures, uniforms)
+        state = FixedSlots(self.network, budget, self.length)
 
         def step() -> None:
             state.step(self.logits, draw, self._read_in_all_slots)

@@ -10,13 +10,14 @@ Rows that are one text are not read as one here, but for their prompts: to see w
 the CPU would have to look at each token. The tokens are the same either way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from backends.decoder import Budget
 from backends.torch.network import Transformer
 
 # Tokens between two looks at which rows still write. Those behind the end of a row are not kept.
@@ -33,19 +34,12 @@ class FixedSlots:
     ids, logprobs: (rows, steps), what they wrote; an id is -1 where a row did not run.
     """
 
-    def __init__(
-        self,
-        network: Transformer,
-        stops_of_row: Sequence[frozenset[int]],
-        limits: np.ndarray,
-        length: np.ndarray,
-        temperatures: np.ndarray,
-        uniforms: np.ndarray | None,
-    ) -> None:
+    def __init__(self, network: Transformer, budget: Budget, length: np.ndarray) -> None:
         """Bring all that the steps need to the device.
 
-        limits, length, temperatures: (rows,). uniforms: (rows, steps or more).
+        length: (rows,), tokens of each row that are in the cache.
         """
+        stops_of_row, limits, temperatures, uniforms = budget
         device = network.device
 
         def upload(values: np.ndarray) -> Tensor:
