@@ -47,7 +47,7 @@ from data.trajectory_rows import TrajectoryRow
 from environments.costs import CURVE_FILE, LATENCIES, CostCurve, RowCost, read_curve
 from environments.trades import TRADE_OFFS_FILE, TradeOffs, read_trade_offs
 from evaluation.fidelity import ALL, FIDELITY_FILE, GROUPS, FidelityTable, read_fidelity
-from evaluation.figures import RowFigures, read_figures
+from evaluation.figures import Gain, RowFigures, read_figures
 from evaluation.table import WorkflowName
 from evaluation.viewer import render_page
 
@@ -446,6 +446,70 @@ def _draw_success(axes: Axes, y: int, questions: np.ndarray, correct: np.ndarray
         axes.text(count, y + 0.2, f"of {total}", fontsize=TINY_FONT, **style)
 
 
+# ---- reproduction_cost.png -----------------------------------------------------------------------
+@dataclass
+class PracticeCost:
+    """What a way to practise gives, and what it asks the tool."""
+
+    em: Gain  # with its interval; as a gain over a row that has nothing right
+    raw_calls: float
+    distinct_calls: float
+
+
+def draw_practice_costs(rows: Mapping[str, PracticeCost], starts: Mapping[str, float]) -> Figure:
+    """Draw exact match after practice against the calls that it took.
+
+    A row is a disc at its raw calls and a circle at its distinct ones.
+
+    starts: rows that did not practise -> their EM, each a dashed line.
+    """
+    figure, axes = plt.subplots(figsize=(TABLE_WIDTH, 4))
+    for name, em in starts.items():
+        axes.axhline(em, color=BLUE, linewidth=THIN, linestyle=(0, (4, 3)))
+        axes.annotate(
+            name,
+            (1, em),
+            (-2, 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            color=BLUE,
+            fontsize=SMALL_FONT,
+        )
+    for name, row in rows.items():
+        em = row.em.points
+        axes.hlines(em, row.distinct_calls, row.raw_calls, color=ORANGE, linewidth=THIN, zorder=1)
+        axes.vlines(row.raw_calls, row.em.low, row.em.high, color=ORANGE, linewidth=MEDIUM)
+        axes.plot(row.raw_calls, em, "o", color=ORANGE, markersize=CURVE_MARKER)
+        axes.plot(
+            row.distinct_calls,
+            em,
+            "o",
+            color=ORANGE,
+            markersize=CURVE_MARKER,
+            markerfacecolor="white",
+        )
+        axes.annotate(
+            name,
+            (row.distinct_calls, em),
+            (0, 9),
+            textcoords="offset points",
+            ha="center",
+            color=DARK,
+            fontsize=SMALL_FONT,
+        )
+    most_calls = max(FEWEST_CALLS, *(row.raw_calls for row in rows.values()))
+    _scale_calls(axes, most_calls)
+    axes.set_xlabel(
+        "calls of the tool in practice, those of distillation too: "
+        "all (disc), different ones (circle)"
+    )
+    axes.set_ylabel("exact match after practice, %")
+    _remove_frame(axes)
+    _set_title(figure, "What practice gives and asks; upright lines: 95% interval over questions")
+    return figure
+
+
 # ---- world_models.png ----------------------------------------------------------------------------
 def draw_world_models(curve: CostCurve) -> Figure:
     """Draw what each way to practise gives, against what it costs in calls and in time.
@@ -481,9 +545,7 @@ def _set_call_axes(raw: Axes, distinct: Axes, curve: CostCurve) -> None:
     most_calls = max(max(row.raw_calls for row in curve.rows), FEWEST_CALLS)
     for axes in (raw, distinct):
         axes.axhline(curve.start_em, color=GREY, linewidth=THIN, linestyle=(0, (4, 3)))
-        axes.set_xscale("symlog", linthresh=FEWEST_CALLS, linscale=0.5)
-        axes.set_xticks(CALL_TICKS, [f"{calls:,}" for calls in CALL_TICKS])
-        axes.set_xlim(-FEWEST_CALLS / 5, 1.5 * most_calls)
+        _scale_calls(axes, most_calls)
     raw.annotate(
         "SFT-1&2",
         (0, curve.start_em),
@@ -498,6 +560,13 @@ def _set_call_axes(raw: Axes, distinct: Axes, curve: CostCurve) -> None:
         ylabel="exact match after practice, %",
     )
     distinct.set(title="Different searches (distinct)", xlabel="calls with a cache before the tool")
+
+
+def _scale_calls(axes: Axes, most_calls: float) -> None:
+    """Give room to no call, and to numbers of calls that differ a hundredfold."""
+    axes.set_xscale("symlog", linthresh=FEWEST_CALLS, linscale=0.5)
+    axes.set_xticks(CALL_TICKS, [f"{calls:,}" for calls in CALL_TICKS])
+    axes.set_xlim(-FEWEST_CALLS / 5, 1.5 * most_calls)
 
 
 def _set_time_axes(times: Axes, curve: CostCurve) -> None:

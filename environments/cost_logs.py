@@ -4,11 +4,11 @@ A row is a chain of RL stages. Its calls are those of its stages, and those that
 were distilled with in which they practise.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.errors import UserError
 from common.files import read_log
@@ -75,6 +75,13 @@ class Distillation:
     held_out: set[str]  # queries that calibrate it
     seconds: float  # of its calls and of its training
     tokens: int  # that it was trained on, over all passes
+
+
+class CallCount(NamedTuple):
+    """What practice asked the tool."""
+
+    raw: int
+    distinct: int
 
 
 @dataclass
@@ -222,6 +229,15 @@ class Ledger:
     raw_calls: int = 0
     queries: set[str] = field(default_factory=set)
     seconds: float = 0.0
+    paid: set[str] = field(default_factory=set)  # folders of world models
+
+    def pay_for(
+        self, world_model: str, distillations: Mapping[str, Distillation], clock: Clock | None
+    ) -> None:
+        """Add what a world model cost, once; "" is none."""
+        if world_model and world_model not in self.paid:
+            self.add_distillation(distillations[world_model], clock)
+            self.paid.add(world_model)
 
     def add_distillation(self, distillation: Distillation, clock: Clock | None) -> None:
         """Add what a world model cost.
@@ -253,17 +269,30 @@ def read_points(logs: RunLogs, row: CurveRow) -> list[Point]:
     ledger = Ledger()
     if start != "sft2":
         ledger.seconds += read_rows(logs.root / start / "log.jsonl", "seconds")[-1]["seconds"]
-    paid: set[str] = set()
     points = []
     for stage in row.stages:
         world_model = world_model_of(stage, logs.record.stages[stage].settings)
-        if world_model and world_model not in paid:
-            ledger.add_distillation(logs.distillations[world_model], logs.clock)
-            paid.add(world_model)
+        ledger.pay_for(world_model, logs.distillations, logs.clock)
         points.append(ledger.point(em))
         points += stage_points(logs.root / stage, ledger, seconds_of_step(logs, stage))
         em = points[-1].em
     return points
+
+
+def count_calls(run: str, stages: Sequence[str]) -> CallCount:
+    """Return what stages of a run, trained one from the other, asked the tool in practice.
+
+    The calls that their world models were distilled from are counted too.
+    """
+    root = Path("out", run)
+    record = read_run_record(run)
+    distillations = read_distillations(root, record)
+    ledger = Ledger()
+    for stage in stages:
+        world_model = world_model_of(stage, record.stages[stage].settings)
+        ledger.pay_for(world_model, distillations, clock=None)
+        stage_points(root / stage, ledger)
+    return CallCount(ledger.raw_calls, len(ledger.queries))
 
 
 def seconds_of_step(logs: RunLogs, stage: str) -> float | None:

@@ -5,19 +5,19 @@ test, and the same difference seed by seed. It *holds* where the whole interval 
 needs, it *does not* where the whole interval lies below, and is *undecided* in between.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
 
-from evaluation.figures import Gain, RowFigures
-from evaluation.predictions import Prediction
+from evaluation.figures import Gain
+from evaluation.predictions import ScoredQuestion
+from evaluation.seed_results import SeedResults
 from evaluation.statistics import (
     BOOTSTRAP_DRAWS,
     INTERVAL_PERCENTILES,
-    SetPredictions,
     paired_gain,
     sign_flip_p,
 )
@@ -45,15 +45,6 @@ class Verdict(StrEnum):
     HOLDS = "holds"
     FAILS = "does not"
     UNDECIDED = "undecided"
-
-
-@dataclass
-class SeedResults:
-    """What the run of one seed says."""
-
-    seed: str
-    predictions: Mapping[str, SetPredictions]  # row -> question set -> predictions
-    figures: Mapping[str, RowFigures]  # row of eval.json
 
 
 @dataclass
@@ -105,9 +96,9 @@ def _compare(
 ) -> Claim | None:
     """Return the claim that one row is better than another, None where no seed has both."""
     pairs = {
-        results.seed: (results.predictions[first], results.predictions[second])
+        results.seed: (results.answers[first], results.answers[second])
         for results in seeds
-        if first in results.predictions and second in results.predictions
+        if first in results.answers and second in results.answers
     }
     if not pairs:
         return None
@@ -157,7 +148,7 @@ class Success(NamedTuple):
 def _success_with_many_actions(seeds: Sequence[SeedResults]) -> Claim | None:
     """Return the claim that success falls less with more actions than the ReAct workflow's."""
     rows = (RL12, WORKFLOWS[-1])
-    complete = [results for results in seeds if all(row in results.predictions for row in rows)]
+    complete = [results for results in seeds if all(row in results.answers for row in rows)]
     if not complete:
         return None
     agent, workflow = (
@@ -188,11 +179,11 @@ def _success_with_many_actions(seeds: Sequence[SeedResults]) -> Claim | None:
     )
 
 
-def _answers(results: SeedResults, row: str) -> list[Prediction]:
-    return [answer for answers in results.predictions[row].values() for answer in answers]
+def _answers(results: SeedResults, row: str) -> list[ScoredQuestion]:
+    return [answer for answers in results.answers[row].values() for answer in answers]
 
 
-def _success(answers: Sequence[Prediction]) -> Success:
+def _success(answers: Sequence[ScoredQuestion]) -> Success:
     em = np.array([answer["em"] for answer in answers])
     return Success(em, np.array([answer["actions"] for answer in answers]))
 

@@ -30,18 +30,23 @@ from workflows.recall import recall
 QuestionSets = Mapping[str, Sequence[Question]]  # name of a question set -> its questions
 
 
-class ScoredAnswer(TypedDict):
-    """One answer to a question, with its scores."""
+class ScoredQuestion(TypedDict):
+    """What became of one question: all that a comparison of two rows needs."""
 
     id: str  # of the question
     question: str
+    em: float  # this and the other scores: 0.0 to 1.0
+    actions: int
+
+
+class ScoredAnswer(ScoredQuestion):
+    """One answer to a question, with its scores."""
+
     golden_answers: list[str]
     answer: str
-    em: float  # this and the other scores: 0.0 to 1.0
     f1: float
     cover: float
     overlap: float
-    actions: int
     queries: list[str]
     malformed: float  # of agents: 1.0 where a tag was out of place, or the answer was forced
     forced: float  # of agents: 1.0 where a budget ran out before an answer

@@ -5,8 +5,9 @@
     bash reproduce.sh --page          # only writes the page from what is there
 
 A seed is a run of its own, out/seed0 and so on, trained with the default settings; rows that are
-there are not trained again. What interrupts it loses a step at most. It prints what is left, and
-writes docs/reproduction.md and its figures from the seeds that are evaluated.
+there are not trained again. What interrupts it loses a step at most. What a finished seed says is
+kept in docs/reproduction/seed0.json, and docs/reproduction.md and its figures are written from
+these files. A seed that has one is done: remove the file, and out/seed0, to have it trained anew.
 """
 
 import os
@@ -20,9 +21,11 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.settings import AboveZero, AboveZeroFloat, CommaList, RunSettings, main
-from evaluation.claims import AGENTS, RL2_ALONE, RL2_FROM_SFT2, SFT2_ALONE, WORKFLOWS
+from evaluation.claims import AGENTS, RL1, RL2_ALONE, RL2_FROM_SFT2, RL12, SFT2_ALONE, WORKFLOWS
 from evaluation.figures import read_figures
-from evaluation.reproduction_page import read_seed, write_page
+from evaluation.reproduction_page import write_page
+from evaluation.seed_results import read_results, read_run, write_results
+from speed.trees import commit_name
 
 SECONDS_BETWEEN_LOOKS = 0.5  # at the processes
 LOG_FILE = "reproduce.log"  # in the folder of a run
@@ -38,7 +41,7 @@ class ReproductionSettings(RunSettings):
     hours: AboveZeroFloat = 5.0
     # Seeds that are trained side by side, each with its share of the cores.
     side_by_side: AboveZero = 2
-    # Train nothing: write the page from what is there.
+    # Train nothing: write the page from the seeds that are kept.
     page: bool = False
 
 
@@ -75,6 +78,15 @@ JOBS = (
 )
 
 
+# Rows that practised, and the folders of their stages, one trained from the other.
+PRACTICE = {
+    RL2_ALONE: (RL2_ALONE,),
+    RL1: ("rl1",),
+    RL12: ("rl1", "rl2"),
+    RL2_FROM_SFT2: (RL2_FROM_SFT2,),
+}
+
+
 def run_name(seed: str, settings: ReproductionSettings) -> str:
     """Return the run of a seed."""
     return f"quick_seed{seed}" if settings.quick else f"seed{seed}"
@@ -97,8 +109,32 @@ def is_done(job: Job, root: Path) -> bool:
 
 def jobs_left(seed: str, settings: ReproductionSettings) -> list[Job]:
     """Return the jobs of a seed that are not done."""
+    if results_file(seed, settings).is_file():
+        return []
     root = Path("out", run_name(seed, settings))
     return [job for job in JOBS if not is_done(job, root)]
+
+
+def results_folder(settings: ReproductionSettings) -> Path:
+    """Return where finished seeds are kept; the page is beside it."""
+    if settings.quick:
+        return Path("out", "quick_reproduction")
+    return Path("docs", "reproduction")
+
+
+def results_file(seed: str, settings: ReproductionSettings) -> Path:
+    """Return the file that keeps what a finished seed says."""
+    return results_folder(settings) / f"seed{seed}.json"
+
+
+def keep_finished(settings: ReproductionSettings) -> None:
+    """Write the file of each seed that is done and has none."""
+    for seed in settings.seeds:
+        file = results_file(seed, settings)
+        if not file.is_file() and not jobs_left(seed, settings):
+            rows = (*WORKFLOWS, *AGENTS)
+            results = read_run(seed, run_name(seed, settings), commit_name(), rows, PRACTICE)
+            write_results(results, file)
 
 
 # ---- 2. Seeds side by side -----------------------------------------------------------------------
@@ -189,12 +225,16 @@ def run(settings: ReproductionSettings) -> None:
         if not settings.page and not settings.dry_run:
             train_seeds(settings)
     finally:
-        roots = {seed: Path("out", run_name(seed, settings)) for seed in settings.seeds}
-        seeds = [
-            read_seed(seed, root) for seed, root in roots.items() if (root / "eval.json").is_file()
-        ]
-        if seeds and not settings.dry_run:
-            print(write_page(seeds))
+        if not settings.dry_run:
+            keep_finished(settings)
+            files = [results_file(seed, settings) for seed in settings.seeds]
+            kept = [read_results(file) for file in files if file.is_file()]
+            if kept:
+                folder = results_folder(settings)
+                pictures = folder if settings.quick else Path("pictures")
+                page = folder.with_suffix(".md")
+                write_page(kept, page, pictures)
+                print(f"{page}: written from the seeds kept in {folder}")
         for seed in settings.seeds:
             left = jobs_left(seed, settings)
             if left:

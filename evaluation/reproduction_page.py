@@ -1,5 +1,6 @@
 """docs/reproduction.md: the paper's table and claims, from the results of several seeds."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 
 import plot
 from common.files import write_text
+from environments.cost_logs import CallCount
 from evaluation.claims import (
     AGENTS,
     RL1,
@@ -20,17 +22,13 @@ from evaluation.claims import (
     SFT123,
     WORKFLOWS,
     Claim,
-    SeedResults,
     judge_claims,
     seed_interval,
 )
-from evaluation.figures import ActingFigures, RowFigures, read_figures
+from evaluation.figures import ActingFigures, RowFigures, SetFigures
 from evaluation.markdown import gain_text, table_head, table_row
-from evaluation.predictions import read_predictions
-from evaluation.statistics import average_figures, by_actions, em_of
-
-PAGE = Path("docs", "reproduction.md")
-PICTURES = Path("pictures")
+from evaluation.seed_results import SeedResults
+from evaluation.statistics import by_actions, em_of
 
 # The rows as the paper names them, with its average EM of a 7B model over six sets.
 NAMES = {
@@ -63,30 +61,31 @@ HEADER = """# The paper's claims, on nano
 
 `bash reproduce.sh` wrote this page from the runs of {count}: {seeds}. It trains every row of the \
 paper's table with the default settings, and evaluates it on {questions} questions a seed, in a \
-world that training never saw. The paper's figures are of a model of 7 billion parameters on six \
-sets of real questions; they are the shape to compare with, not the values.
+world that training never saw. What each run said is kept beside this page ({commits}). The \
+paper's figures are of a model of 7 billion parameters on six sets of real questions; they are the \
+shape to compare with, not the values.
+"""
+
+CALLS_NOTE = """
+
+A *raw* call is a rollout's search: five rollouts that ask the same count five. A *distinct* call \
+is a query that was not asked before. Both have the calls that a world model was distilled from.
 """
 
 
-# ---- 1. What a seed has left ---------------------------------------------------------------------
-def read_seed(seed: str, root: Path) -> SeedResults:
-    """Return the rows of a seed's evaluation. Raises UserError for a file that can't be read."""
-    figures = read_figures(root / "eval.json")
-    rows = [row for row in NAMES if row in figures]
-    predictions = read_predictions(root / "predictions.jsonl", rows, "--seeds")
-    return SeedResults(seed, {**predictions}, {row: figures[row] for row in rows})
-
-
+# ---- 1. Seeds pooled -----------------------------------------------------------------------------
 def pool_row(seeds: Sequence[SeedResults], row: str) -> RowFigures:
-    """Return the figures of a row over the seeds that have it."""
-    having = [results for results in seeds if row in results.predictions]
-    answers = [results.predictions[row] for results in having]
+    """Return the figures of a row over some seeds."""
+    answers = [results.answers[row] for results in seeds]
     em = em_of(answers)
-    acting = [results.figures[row].acting for results in having]
+    averages = [results.figures[row].average for results in seeds]
+    acting = [results.figures[row].acting for results in seeds]
     flat = [one for sets in answers for rows in sets.values() for one in rows]
     return RowFigures(
         sets={},
-        average=average_figures(answers),
+        average=SetFigures(
+            *(_mean([getattr(one, name) for one in averages]) for name in vars(averages[0]))
+        ),
         acting=ActingFigures(
             *(_mean_if_any([getattr(one, name) for one in acting]) for name in vars(acting[0]))
         ),
@@ -96,28 +95,32 @@ def pool_row(seeds: Sequence[SeedResults], row: str) -> RowFigures:
     )
 
 
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
 def _mean_if_any(values: Sequence[float | None]) -> float | None:
     found = [value for value in values if value is not None]
-    return float(np.mean(found)) if found else None
+    return _mean(found) if found else None
 
 
 # ---- 2. The page ---------------------------------------------------------------------------------
-def write_page(seeds: Sequence[SeedResults]) -> Path:
-    """Write the page and its figures; return where it is."""
-    rows = [row for row in NAMES if any(row in results.predictions for results in seeds)]
-    pooled = {row: pool_row(seeds, row) for row in rows}
+def write_page(seeds: Sequence[SeedResults], page: Path, pictures: Path) -> None:
+    """Write the page, and its figures into the folder of pictures."""
+    pooled = {row: pool_row(seeds, row) for row in NAMES}
     names = ", ".join(results.seed for results in seeds)
     count = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-    questions = em_of([seeds[0].predictions[rows[0]]]).questions
+    questions = em_of([seeds[0].answers["model only"]]).questions
+    commits = "by commit " + ", ".join(sorted({results.commit for results in seeds}))
     parts = [
-        HEADER.format(count=count, seeds=names, questions=questions),
+        HEADER.format(count=count, seeds=names, questions=questions, commits=commits),
         "## The table\n\n" + format_rows(seeds, pooled),
         "## The claims\n\n" + format_claims(judge_claims(seeds)),
         "## Success by the number of actions (Fig. 3)\n\n" + format_actions(pooled),
-        draw_figures(seeds, pooled),
+        "## What practice asked the tool\n\n" + format_calls(seeds, pooled),
+        draw_figures(seeds, pooled, page, pictures),
     ]
-    write_text(PAGE, "\n".join(parts))
-    return PAGE
+    write_text(page, "\n".join(parts))
 
 
 def format_rows(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) -> str:
@@ -133,11 +136,7 @@ def format_rows(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) 
     ]
     lines = table_head(titles)
     for row, figures in pooled.items():
-        by_seed = [
-            em_of([results.predictions[row]]).points
-            for results in seeds
-            if row in results.predictions
-        ]
+        by_seed = [em_of([results.answers[row]]).points for results in seeds]
         acting = figures.acting
         lines.append(
             table_row(
@@ -203,28 +202,61 @@ def format_actions(pooled: Mapping[str, RowFigures]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_figures(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) -> str:
-    """Draw the pooled rows into pictures/, and return the part of the page that shows them."""
+def format_calls(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) -> str:
+    """Return the table of what each way to practise asked, a seed."""
+    titles = ["", "EM", "calls (raw)", "of those of all real", "different ones (distinct)"]
+    lines = table_head(titles)
+    raw_of_all_real = _mean([results.calls[RL2_FROM_SFT2].raw for results in seeds])
+    for row in (SFT12, SFT123, *seeds[0].calls):
+        calls = [results.calls.get(row, CallCount(0, 0)) for results in seeds]
+        raw = _mean([count.raw for count in calls])
+        lines.append(
+            table_row(
+                [
+                    NAMES[row],
+                    f"{pooled[row].average.em:.1f}",
+                    f"{raw:,.0f}",
+                    f"{raw / raw_of_all_real:.2f}",
+                    f"{_mean([count.distinct for count in calls]):,.0f}",
+                ]
+            )
+        )
+    return "\n".join(lines) + CALLS_NOTE
+
+
+def draw_figures(
+    seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures], page: Path, pictures: Path
+) -> str:
+    """Draw the pooled rows, and return the part of the page that shows the figures."""
     named = {NAMES[row]: figures for row, figures in pooled.items()}
     agents: dict[str, list[dict[str, Any]]] = {
         NAMES[row]: [
             dict(answer)
             for results in seeds
-            for answers in results.predictions.get(row, {}).values()
+            for answers in results.answers[row].values()
             for answer in answers
         ]
         for row in (WORKFLOWS[-1], *AGENTS)
-        if row in pooled
     }
+    practised = {
+        NAMES[row]: plot.PracticeCost(
+            em=em_of([results.answers[row] for results in seeds]),
+            raw_calls=_mean([results.calls[row].raw for results in seeds]),
+            distinct_calls=_mean([results.calls[row].distinct for results in seeds]),
+        )
+        for row in seeds[0].calls
+    }
+    starts = {NAMES[row]: pooled[row].average.em for row in (SFT12, SFT123)}
     figures = {
         "reproduction_table.png": ("Exact match", plot.draw_table(named)),
         "reproduction_actions.png": ("By number of actions", plot.draw_actions(agents)),
         "reproduction_search.png": ("Known and unknown facts", plot.draw_search(named)),
+        "reproduction_cost.png": ("Calls of practice", plot.draw_practice_costs(practised, starts)),
     }
     lines = ["## Figures\n"]
     for file, (title, figure) in figures.items():
-        plot.save_figure(figure, PICTURES / file)
-        lines.append(f"![{title}](../{PICTURES / file})\n")
+        plot.save_figure(figure, pictures / file)
+        lines.append(f"![{title}]({os.path.relpath(pictures / file, page.parent)})\n")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from evaluation.figures import (
     SetFigures,
     SuccessFigures,
 )
-from evaluation.predictions import Prediction
+from evaluation.predictions import Prediction, ScoredQuestion
 
 BOOTSTRAP_DRAWS = 2000
 SIGN_FLIPS = 10_000
@@ -24,6 +24,7 @@ INTERVAL_PERCENTILES = (2.5, 97.5)  # 95% of the draws lie between them
 # A question is the same in two rows or runs where its id and its text are.
 QuestionId = tuple[str, str]
 SetPredictions = Mapping[str, Sequence[Prediction]]  # question set -> its predictions
+SetScores = Mapping[str, Sequence[ScoredQuestion]]  # the same, without what no comparison needs
 
 
 class FactUse(NamedTuple):
@@ -154,7 +155,7 @@ def calculation_uses(question: Question, queries: Sequence[str]) -> list[bool]:
     ]
 
 
-def by_actions(predictions: Sequence[Prediction]) -> dict[int, SuccessFigures]:
+def by_actions(predictions: Sequence[ScoredQuestion]) -> dict[int, SuccessFigures]:
     """Return how questions were answered, by the number of actions (paper Fig. 3)."""
     correct = sum(row["em"] for row in predictions)
     figures = {}
@@ -204,9 +205,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def paired_gain(
-    runs: Sequence[tuple[SetPredictions, SetPredictions]], draws: int = BOOTSTRAP_DRAWS
-) -> Gain:
+def paired_gain(runs: Sequence[tuple[SetScores, SetScores]], draws: int = BOOTSTRAP_DRAWS) -> Gain:
     """Return how much more EM one row has than another, with a paired 95% bootstrap interval.
 
     Only questions that both rows answered count. A question that several runs share is drawn as
@@ -222,9 +221,7 @@ def paired_gain(
     return Gain(points, low, high, questions=sum(map(len, sets)))
 
 
-def sign_flip_p(
-    runs: Sequence[tuple[SetPredictions, SetPredictions]], draws: int = SIGN_FLIPS
-) -> float:
+def sign_flip_p(runs: Sequence[tuple[SetScores, SetScores]], draws: int = SIGN_FLIPS) -> float:
     """Return how likely so large a gain is where the two rows are equally good: two-sided.
 
     Where they are, each question's difference could as well have the other sign (Fisher's
@@ -243,7 +240,7 @@ def sign_flip_p(
 
 
 def _paired_differences(
-    runs: Sequence[tuple[SetPredictions, SetPredictions]],
+    runs: Sequence[tuple[SetScores, SetScores]],
 ) -> list[list[float]]:
     """Return for each set the differences of the questions that both rows answered, in points.
 
@@ -267,7 +264,7 @@ def _paired_differences(
     return [[float(np.mean(values)) for values in by_id.values()] for by_id in gains.values()]
 
 
-def em_of(runs: Sequence[SetPredictions]) -> Gain:
+def em_of(runs: Sequence[SetScores]) -> Gain:
     """Return EM over runs with its interval: the gain over a row that has nothing right."""
     pairs = []
     for predictions in runs:
@@ -278,5 +275,5 @@ def em_of(runs: Sequence[SetPredictions]) -> Gain:
     return paired_gain(pairs)
 
 
-def _question_id(row: Prediction) -> QuestionId:
+def _question_id(row: ScoredQuestion) -> QuestionId:
     return row["id"], row["question"]

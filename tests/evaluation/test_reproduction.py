@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,24 +13,27 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT
+from made_up_run import MadeUpRun
 
 from common.errors import UserError
 from evaluation import reproduction
 from evaluation.claims import (
     AGENTS,
+    RL2_ALONE,
     RL2_FROM_SFT2,
     RL12,
     SFT2_ALONE,
     SFT12,
     SFT123,
     WORKFLOWS,
-    SeedResults,
     Verdict,
     judge_claims,
     seed_interval,
 )
 from evaluation.figures import ActingFigures, RowFigures, SetFigures, row_to_json
 from evaluation.reproduction import JOBS, ReproductionSettings, run
+from evaluation.reproduction_page import NAMES
+from evaluation.seed_results import SeedResults, read_results
 from evaluation.statistics import sign_flip_p
 
 MEANS = SetFigures(em=0, f1=0, cover=0, overlap=0, malformed=0, forced=0, actions=0)
@@ -84,7 +88,7 @@ def test_verdicts() -> None:
         RL2_FROM_SFT2: answers(right),
     }
     rows = {"model only": figures(known=90.0, unknown=10.0)}
-    seeds = [SeedResults(str(seed), predictions, rows) for seed in range(2)]
+    seeds = [SeedResults(str(seed), "", predictions, rows, {}) for seed in range(2)]
     claims = {claim.number: claim for claim in judge_claims(seeds)}
     verdicts = {number: claim.verdict for number, claim in claims.items()}
     assert verdicts == {
@@ -106,14 +110,14 @@ def test_verdicts() -> None:
 def test_claims_without_their_rows() -> None:
     """They are left out, and so is a fall of success where nobody acts three times."""
     predictions = {RL12: answers([1.0] * 4), "ReAct workflow": answers([0.0] * 4)}
-    (claim,) = judge_claims([SeedResults("0", predictions, {})])
+    (claim,) = judge_claims([SeedResults("0", "", predictions, {}, {})])
     assert (claim.number, claim.measure) == (1, f"{RL12} over ReAct workflow")
 
 
 # ---- the commands --------------------------------------------------------------------------------
 # What stands in for the scripts: it makes the folders that the real ones make.
 FAKE = """
-import json, os, sys, time
+import json, os, shutil, sys, time
 from pathlib import Path
 options = dict(part[2:].partition("=")[::2] for part in sys.argv[1:])
 root = Path("out", options["run"])
@@ -124,6 +128,7 @@ if os.environ.get("SLOW") == sys.argv[0]:
     print("begun", flush=True)
     time.sleep(60)
 if sys.argv[0] == "eval.py":
+    shutil.copytree(Path("out", "made_up"), root, dirs_exist_ok=True)
     for file in ("eval.json", "predictions.jsonl"):
         (root / file).write_text(Path(file).read_text())
 else:
@@ -153,8 +158,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for answer in sets["single"]
     ]
     (tmp_path / "predictions.jsonl").write_text("".join(lines))
-    (tmp_path / "docs").mkdir()
+    practise()
     return tmp_path
+
+
+def practise() -> None:
+    """Make up what the stages of RL leave: a world model of three calls, and six real calls."""
+    made_up = MadeUpRun("made_up")
+    made_up.add_world_model("world_model", "ab", calls=3)
+    made_up.add_stage("rl1", "rl1", "", "distilled", [None], world_model="world_model")
+    made_up.add_stage("rl2", "rl2", "", "real", [None], [(0, "a", 2), (0, "c", 1)])
+    for folder, start in ((RL2_ALONE, "base"), (RL2_FROM_SFT2, "sft2")):
+        made_up.add_stage(folder, "rl2", start, "real", [None], [(0, "a", 12)])
+    made_up.write()
 
 
 def calls(folder: Path) -> list[list[str]]:
@@ -185,13 +201,46 @@ def test_all_rows_of_two_seeds(folder: Path, capsys: pytest.CaptureFixture[str])
         assert (folder / picture).is_file()
     assert "left:" not in capsys.readouterr().out
 
-    # Nothing is done again, but for the evaluation of a stage that is newer than it.
+    # a, b and d for the world model, then a twice and c in practice; twelve where all was real.
+    assert f"| {NAMES[RL12]} | 0.0 | 6 | 0.50 | 4 |" in page
+
+
+def test_what_is_done_is_not_done_again(folder: Path) -> None:
+    """A finished seed is kept, and asks for nothing even where its folder is gone."""
+    settings = ReproductionSettings(seeds=["3"])
+    run(settings)
     done = len(calls(folder))
+    page = (folder / "docs" / "reproduction.md").read_text()
+    shutil.rmtree(folder / "out")
     run(settings)
     assert len(calls(folder)) == done
+    assert (folder / "docs" / "reproduction.md").read_text() == page
+    kept = folder / "docs" / "reproduction" / "seed3.json"
+    results = read_results(kept)
+    assert [answer["em"] for answer in results.answers[SFT12]["single"]] == [1.0, 0.0]
+    assert results.calls[RL2_FROM_SFT2] == (12, 1)
+
+    kept.write_text('{"seed": "3"}')
+    with pytest.raises(UserError, match=r"seed3\.json: not the results of a seed; remove it"):
+        run(settings)
+
+
+def test_an_evaluation_older_than_a_stage(folder: Path) -> None:
+    """It is made again."""
+    settings = ReproductionSettings(seeds=["3"])
+    run(settings)
+    (folder / "docs" / "reproduction" / "seed3.json").unlink()
     newer = folder / "out" / "seed3" / "rl2" / "config.json"
     os.utime(newer, (time.time() + 60,) * 2)
     assert [job.name for job in reproduction.jobs_left("3", settings)] == ["evaluation"]
+
+
+def test_a_quick_one_leaves_the_page_alone(folder: Path) -> None:
+    """Guards: figures of minutes in place of those of hours."""
+    run(ReproductionSettings(seeds=["0"], quick=True))
+    assert not (folder / "docs").exists()
+    assert "one seed: 0" in (folder / "out" / "quick_reproduction.md").read_text()
+    assert (folder / "out" / "quick_reproduction" / "reproduction_cost.png").is_file()
 
 
 def test_a_command_that_fails(
