@@ -55,9 +55,9 @@ OF_A_RUN = (
     | {item.name for item in fields(OptimizerSettings)}
     | set(DistillSettings.__annotations__)
 ) - {"world_model"}
-# What no grid is over: it says which folders a command reads and writes, and how.
 # What depends on the device, and changes nothing but rounding.
 SIZES = {"micro_tokens", "batch_rows"}
+# What no grid is over: it says which folders a command reads and writes, and how.
 OF_A_COMMAND = {*ONE_COMMAND, "quick"} - {"start"}
 
 

@@ -89,11 +89,16 @@ def entropies(network: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
     arrays = _to_arrays(batch)
     measured = mx.zeros(arrays["mask"].shape)
     node = mx.array(predicted_nodes(batch, batch["mask"] > 0))
-    if node.size:
-        x = _hidden_states(network, arrays)
-        logits = network.logits(x[arrays["parent"][node]])  # (needed, vocab)
+    x = _hidden_states(network, arrays)
+    at_once = tokens_of_logits(network.config.vocab_size)
+    # Piece by piece, as in `_pick_in_pieces`.
+    for start in range(0, node.size, at_once):
+        piece = node[start : start + at_once]
+        logits = network.logits(x[arrays["parent"][piece]])  # (.., vocab)
         log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        measured[node] = -(mx.exp(log_probabilities) * log_probabilities).sum(-1)
+        measured[piece] = -(mx.exp(log_probabilities) * log_probabilities).sum(-1)
+        # Or all pieces would be computed at the end, beside each other.
+        mx.eval(measured)
     return np.array(measured)
 
 

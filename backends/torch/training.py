@@ -88,9 +88,11 @@ def entropies(network: Transformer, batch: Mapping[str, Any]) -> np.ndarray:
     node = _upload(predicted_nodes(batch, batch["mask"] > 0), network.device)
     with torch.no_grad():
         x = _hidden_states(network, tensors)
-        log_probabilities = network.logits(x[parent[node]]).log_softmax(-1)  # (needed, vocab)
         measured = torch.zeros(parent.shape, device=network.device)
-        measured[node] = -(log_probabilities.exp() * log_probabilities).sum(-1)
+        # Piece by piece, as in `_pick_in_pieces`.
+        for piece in node.split(tokens_of_logits(network.config.vocab_size)):
+            log_probabilities = network.logits(x[parent[piece]]).log_softmax(-1)  # (.., vocab)
+            measured[piece] = -(log_probabilities.exp() * log_probabilities).sum(-1)
     return measured.cpu().numpy()
 
 

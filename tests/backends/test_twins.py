@@ -683,9 +683,14 @@ def test_observations_are_learned_at_temperature_1(codec: Codec) -> None:
         assert_gradients_agree(gradients, expected)
 
 
-def test_entropies_equal_those_of_the_logits(codec: Codec) -> None:
+@pytest.mark.parametrize("tokens_at_once", [7, 10_000])
+def test_entropies_equal_those_of_the_logits(
+    codec: Codec, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nats of the distribution behind each learned token, at temperature 1; 0 elsewhere."""
     lm = tiny_lm(codec, noise=0.1)
+    vocab_size = lm.network.config.vocab_size
+    monkeypatch.setattr(batching, "LOGITS_AT_ONCE", tokens_at_once * vocab_size)
     chains = sampled_chains(codec)
     batch = pack_texts(chains)
     expected = np.zeros(batch["ids"].shape)
