@@ -123,6 +123,10 @@ class RealTask:
 
 
 def _sample(questions: list[Question], name: str, settings: TaskRunSettings) -> list[Question]:
-    """Return a set's sample; it does not depend on which other sets are asked."""
-    rng = random.Random(f"evaluation {settings.seed} {name}")
-    return rng.sample(questions, min(settings.eval_questions, len(questions)))
+    """Return a set's sample; it does not depend on which other sets are asked.
+
+    A larger sample only goes on where a smaller one ends, so that rows of both can be compared.
+    """
+    members = list(questions)
+    random.Random(f"evaluation {settings.seed} {name}").shuffle(members)
+    return members[: settings.eval_questions]

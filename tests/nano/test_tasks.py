@@ -258,7 +258,10 @@ def test_too_few_real_questions_for_a_pool(tmp_path: Path, corpus: Any) -> None:
 
 
 def test_a_sample_of_evaluation(tmp_path: Path, corpus: Any) -> None:
-    """Each set's sample is its own: another for another set, the same whatever else is asked."""
+    """Each set's sample is its own: another for another set, the same whatever else is asked.
+
+    A larger one begins with the smaller. Guards: rows of 20 and of 100 questions with none shared.
+    """
     task = real_task(tmp_path, corpus, eval_questions=4)
     numbers = {
         name: [question.question for question in questions]
@@ -270,6 +273,10 @@ def test_a_sample_of_evaluation(tmp_path: Path, corpus: Any) -> None:
     settings = TaskRunSettings(model="x", corpus=corpus, eval_questions=4)
     alone = RealTask(settings, question_files=files)
     assert alone.evaluation["popqa"] == task.evaluation["popqa"]
+    larger = RealTask(
+        TaskRunSettings(model="x", corpus=corpus, eval_questions=9), question_files=files
+    )
+    assert larger.evaluation["popqa"][:4] == alone.evaluation["popqa"]
 
 
 def test_a_real_task_has_one_tool_and_trains_no_base(
