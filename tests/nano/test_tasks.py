@@ -218,7 +218,7 @@ def test_data_sets_may_use_the_same_ids(tmp_path: Path, corpus: Any) -> None:
 def real_task(tmp_path: Path, corpus: Any, **settings: Any) -> Any:
     """Return a task of a hundred training questions and ten of each of two evaluation sets."""
     rows = [{**QUESTION, "id": str(number), "question": f"Who {number}?"} for number in range(100)]
-    files = [write_rows(tmp_path / f"{name}.jsonl", rows[:10]) for name in ("nq", "popqa")]
+    files = [write_rows(tmp_path / f"{name}.jsonl", rows[:60]) for name in ("nq", "popqa")]
     train_file = write_rows(tmp_path / "train.jsonl", rows)
     return RealTask(
         TaskRunSettings(
@@ -274,7 +274,7 @@ def test_a_sample_of_evaluation(tmp_path: Path, corpus: Any) -> None:
     alone = RealTask(settings, question_files=files)
     assert alone.evaluation["popqa"] == task.evaluation["popqa"]
     larger = RealTask(
-        TaskRunSettings(model="x", corpus=corpus, eval_questions=9), question_files=files
+        TaskRunSettings(model="x", corpus=corpus, eval_questions=50), question_files=files
     )
     assert larger.evaluation["popqa"][:4] == alone.evaluation["popqa"]
 
