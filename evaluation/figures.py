@@ -35,6 +35,7 @@ class ActingFigures:
     em_known: float | None  # EM of the questions whose facts are all known
     em_unknown: float | None
     calculated: float | None  # share of the calculations for which the calculator was called
+    questions_known: int = 0  # questions whose facts are all known
 
 
 @dataclass

@@ -2,12 +2,13 @@
 
     bash reproduce.sh                 # seeds 0 to 4, two side by side, at most five hours
     bash reproduce.sh --hours=2       # again: it goes on where it stopped
-    bash reproduce.sh --page          # only writes the page from what is there
+    bash reproduce.sh --page          # only writes the page from what is kept
 
-A seed is a run of its own, out/seed0 and so on, trained with the default settings; rows that are
-there are not trained again. What interrupts it loses a step at most. What a finished seed says is
-kept in docs/reproduction/seed0.json, and docs/reproduction.md and its figures are written from
-these files. A seed that has one is done: remove the file, and out/seed0, to have it trained anew.
+A seed is a run of its own, out/seed0 and so on, trained with the default settings. Its rows are
+evaluated as soon as they are trained, and kept in docs/reproduction/seed0.json; a row that is kept
+is not trained again. What interrupts it loses a step at most. It prints what is left, and writes
+docs/reproduction.md and its figures from what is kept. To have a seed trained anew, remove its file
+and out/seed0.
 """
 
 import os
@@ -16,19 +17,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
+from common.run_record import RunRecord, read_run_record, record_file
 from common.settings import AboveZero, AboveZeroFloat, CommaList, RunSettings, main
-from evaluation.claims import AGENTS, RL1, RL2_ALONE, RL2_FROM_SFT2, RL12, SFT2_ALONE, WORKFLOWS
-from evaluation.figures import read_figures
+from config.nano import QUICK
+from evaluation.claims import (
+    RL1,
+    RL2_ALONE,
+    RL2_FROM_SFT2,
+    RL12,
+    SFT1,
+    SFT2_ALONE,
+    SFT12,
+    SFT123,
+    WORKFLOWS,
+)
 from evaluation.reproduction_page import write_page
-from evaluation.seed_results import read_results, read_run, write_results
+from evaluation.seed_results import SeedResults, read_results, read_run, write_results
 from speed.trees import commit_name
 
 SECONDS_BETWEEN_LOOKS = 0.5  # at the processes
 LOG_FILE = "reproduce.log"  # in the folder of a run
+EVALUATION = "evaluation of "  # the name of a step, before that of its job
 
 
 @dataclass(kw_only=True)
@@ -41,49 +55,72 @@ class ReproductionSettings(RunSettings):
     hours: AboveZeroFloat = 5.0
     # Seeds that are trained side by side, each with its share of the cores.
     side_by_side: AboveZero = 2
-    # Train nothing: write the page from the seeds that are kept.
+    # Train nothing: write the page from what is kept.
     page: bool = False
 
 
 # ---- 1. What is trained for a seed ---------------------------------------------------------------
 @dataclass(frozen=True)
 class Job:
-    """One command of a seed."""
+    """Some stages of a seed, and the rows of the table that they give."""
+
+    name: str
+    script: str
+    options: tuple[str, ...]
+    folders: tuple[str, ...]  # the stages that it trains
+    rows: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a seed: it trains the stages of a job, or evaluates its rows."""
 
     name: str
     command: tuple[str, ...]  # a script and its options
-    folders: tuple[str, ...]  # the stages that it trains; none: it evaluates all of them
+    rows: tuple[str, ...] = ()  # that it evaluates
 
 
-ALL_96_STEPS = ("--rl1_steps=0", "--rl2_steps=96")
+SFT = Job(
+    "base and SFT",
+    "train_sft.py",
+    (),
+    folders=("base", "sft1", "sft2", "sft3"),
+    rows=(*WORKFLOWS, SFT1, SFT12, SFT123),
+)
 JOBS = (
-    Job("base and SFT", ("train_sft.py",), ("base", "sft1", "sft2", "sft3")),
-    Job("RL-1 and RL-2", ("train_rl.py",), ("rl1", "rl2")),
+    SFT,
+    Job("RL-1 and RL-2", "train_rl.py", (), folders=("rl1", "rl2"), rows=(RL1, RL12)),
     Job(
         "SFT-2 alone",
-        ("train_sft.py", "--stage=sft2", "--start=base", f"--out={SFT2_ALONE}"),
-        (SFT2_ALONE,),
+        "train_sft.py",
+        ("--stage=sft2", "--start=base", "--out=sft2_alone"),
+        folders=("sft2_alone",),
+        rows=(SFT2_ALONE,),
     ),
     Job(
         "RL-2 alone",
-        ("train_rl.py", "--stage=rl2", "--start=base", f"--out={RL2_ALONE}", *ALL_96_STEPS),
-        (RL2_ALONE,),
+        "train_rl.py",
+        ("--stage=rl2", "--start=base", "--out=rl2_alone", "--rl1_steps=0", "--rl2_steps=96"),
+        folders=("rl2_alone",),
+        rows=(RL2_ALONE,),
     ),
     Job(
         "SFT-1&2 + RL-2",
-        ("train_rl.py", "--stage=rl2", "--start=sft2", f"--out={RL2_FROM_SFT2}", *ALL_96_STEPS),
-        (RL2_FROM_SFT2,),
+        "train_rl.py",
+        ("--stage=rl2", "--start=sft2", "--out=rl2_from_sft2", "--rl1_steps=0", "--rl2_steps=96"),
+        folders=("rl2_from_sft2",),
+        rows=(RL2_FROM_SFT2,),
     ),
-    Job("evaluation", ("eval.py", f"--rows={','.join((*WORKFLOWS, *AGENTS))}"), ()),
 )
-
-
+# In the short form, too, as many steps as RL-1 and RL-2 have together.
+ALL_STEPS = "--rl2_steps=96"
+QUICK_STEPS = f"--rl2_steps={QUICK['rl1_steps'] + QUICK['rl2_steps']}"
 # Rows that practised, and the folders of their stages, one trained from the other.
 PRACTICE = {
-    RL2_ALONE: (RL2_ALONE,),
+    RL2_ALONE: ("rl2_alone",),
     RL1: ("rl1",),
     RL12: ("rl1", "rl2"),
-    RL2_FROM_SFT2: (RL2_FROM_SFT2,),
+    RL2_FROM_SFT2: ("rl2_from_sft2",),
 }
 
 
@@ -92,49 +129,78 @@ def run_name(seed: str, settings: ReproductionSettings) -> str:
     return f"quick_seed{seed}" if settings.quick else f"seed{seed}"
 
 
-def is_done(job: Job, root: Path) -> bool:
-    """Return whether a job has left all that it makes in the folder of a run."""
-    if job.folders:
-        return all((root / folder / "config.json").is_file() for folder in job.folders)
-    evaluation = root / "eval.json"
-    if not evaluation.is_file():
-        return False
-    if not set(read_figures(evaluation)) >= {*WORKFLOWS, *AGENTS}:
-        return False
-    stages = [root / folder / "config.json" for other in JOBS for folder in other.folders]
-    return all(
-        stage.is_file() and stage.stat().st_mtime <= evaluation.stat().st_mtime for stage in stages
-    )
-
-
-def jobs_left(seed: str, settings: ReproductionSettings) -> list[Job]:
-    """Return the jobs of a seed that are not done."""
-    if results_file(seed, settings).is_file():
-        return []
-    root = Path("out", run_name(seed, settings))
-    return [job for job in JOBS if not is_done(job, root)]
-
-
 def results_folder(settings: ReproductionSettings) -> Path:
-    """Return where finished seeds are kept; the page is beside it."""
+    """Return where finished rows are kept; the page is beside it."""
     if settings.quick:
         return Path("out", "quick_reproduction")
     return Path("docs", "reproduction")
 
 
 def results_file(seed: str, settings: ReproductionSettings) -> Path:
-    """Return the file that keeps what a finished seed says."""
+    """Return the file that keeps what a seed says."""
     return results_folder(settings) / f"seed{seed}.json"
 
 
-def keep_finished(settings: ReproductionSettings) -> None:
-    """Write the file of each seed that is done and has none."""
-    for seed in settings.seeds:
-        file = results_file(seed, settings)
-        if not file.is_file() and not jobs_left(seed, settings):
-            rows = (*WORKFLOWS, *AGENTS)
-            results = read_run(seed, run_name(seed, settings), commit_name(), rows, PRACTICE)
-            write_results(results, file)
+def kept_rows(seed: str, settings: ReproductionSettings) -> set[str]:
+    """Return the rows of a seed that need not be made again."""
+    file = results_file(seed, settings)
+    return set(read_results(file).answers) if file.is_file() else set()
+
+
+def steps_left(seed: str, settings: ReproductionSettings) -> list[Step]:
+    """Return the commands of a seed that are left.
+
+    The stages of SFT are trained for the other rows too, where their folders are gone.
+    """
+    root = Path("out", run_name(seed, settings))
+    kept = kept_rows(seed, settings)
+    jobs = [job for job in JOBS if not kept.issuperset(job.rows)]
+    steps = []
+    for job in JOBS:
+        is_trained = all((root / folder / "config.json").is_file() for folder in job.folders)
+        if not is_trained and (job in jobs or (jobs and job is SFT)):
+            steps.append(Step(job.name, (job.script, *job.options)))
+        if job in jobs:
+            command = ("eval.py", f"--rows={','.join(job.rows)}")
+            steps.append(Step(f"{EVALUATION}{job.name}", command, job.rows))
+    return steps
+
+
+def keep_rows(seed: str, rows: Sequence[str], settings: ReproductionSettings) -> None:
+    """Add rows that are evaluated to the file of a seed."""
+    file = results_file(seed, settings)
+    found = read_run(seed, run_name(seed, settings), commit_name(), rows, PRACTICE)
+    results = read_results(file) if file.is_file() else SeedResults(seed, {}, {})
+    results.add(found)
+    write_results(results, file)
+
+
+def refuse_other_settings(seed: str, settings: ReproductionSettings) -> None:
+    """Raise UserError where a seed's run was trained with other settings than the default ones."""
+    if settings.quick:
+        return
+    name = run_name(seed, settings)
+    given = _given_otherwise(read_run_record(name))
+    if given:
+        options = ", ".join(f"--{name}={value}" for name, value in given.items())
+        raise UserError(
+            f"{record_file(name)}: this run was given {options}, and the paper's rows are trained "
+            f"with the default settings; rename or remove {record_file(name).parent}"
+        )
+
+
+def _given_otherwise(record: RunRecord) -> dict[str, Any]:
+    """Return what a run was given beside what its jobs give."""
+    by_job: dict[str, set[str]] = {}
+    for job in JOBS:
+        names = {option.removeprefix("--").partition("=")[0] for option in job.options}
+        by_job |= dict.fromkeys(job.folders, names)
+    given = dict(record.given)
+    for folder, stage in record.stages.items():
+        own = by_job.get(folder, set())
+        given |= {name: value for name, value in stage.given.items() if name not in own}
+    # The number type is what --dtype=auto became.
+    return {name: value for name, value in given.items() if name not in ("seed", "dtype")}
 
 
 # ---- 2. Seeds side by side -----------------------------------------------------------------------
@@ -143,7 +209,7 @@ class Lane:
     """A seed that is being trained."""
 
     seed: str
-    jobs: list[Job]  # those that are left; the first one runs
+    steps: list[Step]  # those that are left; the first one runs
     process: subprocess.Popen[bytes]
 
 
@@ -153,15 +219,17 @@ def train_seeds(settings: ReproductionSettings) -> None:
     Raises UserError for the seeds whose commands failed, when all others are done.
     """
     deadline = time.monotonic() + 3600 * settings.hours
-    waiting = [seed for seed in settings.seeds if jobs_left(seed, settings)]
+    waiting = [seed for seed in settings.seeds if steps_left(seed, settings)]
+    for seed in waiting:
+        refuse_other_settings(seed, settings)
     lanes: list[Lane] = []
     failed: list[str] = []
     try:
         while (waiting or lanes) and time.monotonic() < deadline:
             while waiting and len(lanes) < settings.side_by_side:
                 seed = waiting.pop(0)
-                jobs = jobs_left(seed, settings)
-                lanes.append(Lane(seed, jobs, begin(jobs[0], seed, settings)))
+                steps = steps_left(seed, settings)
+                lanes.append(Lane(seed, steps, begin(steps[0], seed, settings)))
             time.sleep(SECONDS_BETWEEN_LOOKS)
             lanes = [lane for lane in lanes if goes_on(lane, settings, failed)]
     finally:
@@ -170,16 +238,17 @@ def train_seeds(settings: ReproductionSettings) -> None:
         raise UserError(f"{'; '.join(failed)}; the same command tries again")
 
 
-def begin(job: Job, seed: str, settings: ReproductionSettings) -> "subprocess.Popen[bytes]":
-    """Start the command of a job, with its share of the cores; its output goes to a file."""
+def begin(step: Step, seed: str, settings: ReproductionSettings) -> "subprocess.Popen[bytes]":
+    """Start the command of a step, with its share of the cores; its output goes to a file."""
     name = run_name(seed, settings)
     root = Path("out", name)
     root.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // settings.side_by_side)
-    command = [sys.executable, *job.command, f"--run={name}", f"--seed={seed}", "--resume"]
+    command = [sys.executable, *step.command, f"--run={name}", f"--seed={seed}", "--resume"]
     if settings.quick:
+        command = [QUICK_STEPS if part == ALL_STEPS else part for part in command]
         command.append("--quick")
-    print(f"{time.strftime('%H:%M')} {name}: {job.name}", flush=True)
+    print(f"{time.strftime('%H:%M')} {name}: {step.name}", flush=True)
     with (root / LOG_FILE).open("ab") as log:
         return subprocess.Popen(
             command,
@@ -192,21 +261,24 @@ def begin(job: Job, seed: str, settings: ReproductionSettings) -> "subprocess.Po
 
 
 def goes_on(lane: Lane, settings: ReproductionSettings, failed: list[str]) -> bool:
-    """Begin the next job of a seed where one has ended; return whether any runs.
+    """Keep rows that are evaluated and begin the next step of a seed; return whether any runs.
 
     failed: gets a line where a command has failed.
     """
     status = lane.process.poll()
     if status is None:
         return True
-    job = lane.jobs.pop(0)
-    root = Path("out", run_name(lane.seed, settings))
-    if status or not is_done(job, root):
-        failed.append(f"{root.name}: {job.name} ended with status {status}; see {root / LOG_FILE}")
+    step = lane.steps.pop(0)
+    name = run_name(lane.seed, settings)
+    if status:
+        log = Path("out", name, LOG_FILE)
+        failed.append(f"{name}: {step.name} ended with status {status}; see {log}")
         return False
-    if not lane.jobs:
+    if step.rows:
+        keep_rows(lane.seed, step.rows, settings)
+    if not lane.steps:
         return False
-    lane.process = begin(lane.jobs[0], lane.seed, settings)
+    lane.process = begin(lane.steps[0], lane.seed, settings)
     return True
 
 
@@ -221,26 +293,51 @@ def stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
 # ---- the script ----------------------------------------------------------------------------------
 def run(settings: ReproductionSettings) -> None:
     """Train what is left, write the page, and print what is left still."""
+    refuse_settings_of_others(settings)
     try:
         if not settings.page and not settings.dry_run:
             train_seeds(settings)
     finally:
-        if not settings.dry_run:
-            keep_finished(settings)
-            files = [results_file(seed, settings) for seed in settings.seeds]
-            kept = [read_results(file) for file in files if file.is_file()]
-            if kept:
-                folder = results_folder(settings)
-                pictures = folder if settings.quick else Path("pictures")
-                page = folder.with_suffix(".md")
-                write_page(kept, page, pictures)
-                print(f"{page}: written from the seeds kept in {folder}")
+        files = [results_file(seed, settings) for seed in settings.seeds]
+        kept = [read_results(file) for file in files if file.is_file()]
+        if kept and not settings.dry_run:
+            folder = results_folder(settings)
+            pictures = folder if settings.quick else Path("pictures")
+            page = folder.with_suffix(".md")
+            write_page(kept, page, pictures)
+            print(f"{page}: written from what is kept in {folder}")
         for seed in settings.seeds:
-            left = jobs_left(seed, settings)
+            left = steps_left(seed, settings)
             if left:
-                names = ", ".join(job.name for job in left)
-                print(f"{run_name(seed, settings)}: left: {names}")
+                trained = [step.name for step in left if not step.rows]
+                # What is trained is evaluated, of course.
+                names = trained + [
+                    step.name
+                    for step in left
+                    if step.rows and step.name.removeprefix(EVALUATION) not in trained
+                ]
+                print(f"{run_name(seed, settings)}: left: {', '.join(names)}")
+
+
+def refuse_settings_of_others(settings: ReproductionSettings) -> None:
+    """Raise UserError for what are no seeds, and for a setting that nothing is trained with."""
+    if len(set(settings.seeds)) < len(settings.seeds) or not all(
+        seed.isdecimal() for seed in settings.seeds
+    ):
+        raise UserError(f"--seeds: {','.join(settings.seeds)!r} are not different whole numbers")
+    own = {item.name for item in fields(ReproductionSettings)} - {"run", "seed"}
+    if settings.quick:
+        # These are what the short form is made of.
+        return
+    others = [name for name in settings.given if name not in own | {"run"}]
+    if others or settings.run != RunSettings.run:
+        names = ", ".join(f"--{name}" for name in others or ["run"])
+        raise UserError(
+            f"{names}: not used here; all rows are trained with the default settings, "
+            "into runs named after their seeds (--seeds)"
+        )
 
 
 if __name__ == "__main__":
-    main(run, ReproductionSettings, __doc__)
+    # Each seed is a run of its own; the one that --run names by default has nothing to say here.
+    main(run, ReproductionSettings, __doc__, begins_run=lambda settings: True)

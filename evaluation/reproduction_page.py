@@ -9,7 +9,6 @@ import numpy as np
 
 import plot
 from common.files import write_text
-from environments.cost_logs import CallCount
 from evaluation.claims import (
     AGENTS,
     RL1,
@@ -22,11 +21,12 @@ from evaluation.claims import (
     SFT123,
     WORKFLOWS,
     Claim,
+    Comparison,
     judge_claims,
     seed_interval,
 )
 from evaluation.figures import ActingFigures, RowFigures, SetFigures
-from evaluation.markdown import gain_text, table_head, table_row
+from evaluation.markdown import table_head, table_row
 from evaluation.seed_results import SeedResults
 from evaluation.statistics import by_actions, em_of
 
@@ -55,15 +55,24 @@ PAPER_EM = {
     RL12: 33.4,
     RL2_FROM_SFT2: 33.9,
 }
+MOST_SHOWN_COMPARISONS = 2  # of a claim
 MOST_SHOWN_ACTIONS = 4  # columns of the table of actions; the last one is for more as well
 
 HEADER = """# The paper's claims, on nano
 
-`bash reproduce.sh` wrote this page from the runs of {count}: {seeds}. It trains every row of the \
-paper's table with the default settings, and evaluates it on {questions} questions a seed, in a \
-world that training never saw. What each run said is kept beside this page ({commits}). The \
-paper's figures are of a model of 7 billion parameters on six sets of real questions; they are the \
-shape to compare with, not the values.
+`bash reproduce.sh` wrote this page from the runs of {seeds}. It trains every row of the paper's \
+table with the default settings, and evaluates it on {questions} questions a seed, in a world \
+that training never saw. What each seed said is kept in `reproduction/` ({commits}). The paper's \
+figures are of a model of 7 billion parameters on six sets of real questions; they are the shape \
+to compare with, not the values.
+"""
+
+CLAIMS_NOTE = """
+
+A comparison holds where both intervals lie above what it needs, and does not where both lie \
+below; a claim holds where all its comparisons do, and does not where one does not. Claim 1 shows \
+the comparison that decides. p is of a two-sided permutation test over questions: how likely so \
+large a difference from what is needed is by chance.
 """
 
 CALLS_NOTE = """
@@ -75,11 +84,12 @@ is a query that was not asked before. Both have the calls that a world model was
 
 # ---- 1. Seeds pooled -----------------------------------------------------------------------------
 def pool_row(seeds: Sequence[SeedResults], row: str) -> RowFigures:
-    """Return the figures of a row over some seeds."""
-    answers = [results.answers[row] for results in seeds]
+    """Return the figures of a row over the seeds that have it."""
+    having = [results for results in seeds if row in results.answers]
+    answers = [results.answers[row] for results in having]
     em = em_of(answers)
-    averages = [results.figures[row].average for results in seeds]
-    acting = [results.figures[row].acting for results in seeds]
+    averages = [results.figures[row].average for results in having]
+    acting = [results.figures[row].acting for results in having]
     flat = [one for sets in answers for rows in sets.values() for one in rows]
     return RowFigures(
         sets={},
@@ -87,12 +97,31 @@ def pool_row(seeds: Sequence[SeedResults], row: str) -> RowFigures:
             *(_mean([getattr(one, name) for one in averages]) for name in vars(averages[0]))
         ),
         acting=ActingFigures(
-            *(_mean_if_any([getattr(one, name) for one in acting]) for name in vars(acting[0]))
+            search_known=_mean_if_any([one.search_known for one in acting]),
+            search_unknown=_mean_if_any([one.search_unknown for one in acting]),
+            em_known=_mean_if_any([one.em_known for one in acting]),
+            em_unknown=_mean_if_any([one.em_unknown for one in acting]),
+            calculated=_mean_if_any([one.calculated for one in acting]),
+            questions_known=sum(one.questions_known for one in acting),
         ),
         em_low=em.low,
         em_high=em.high,
         by_actions=by_actions(flat),
     )
+
+
+def pool_calls(seeds: Sequence[SeedResults]) -> dict[str, plot.PracticeCost]:
+    """Return what each row that practised gave and asked, over the seeds that have it."""
+    costs = {}
+    for row in NAMES:
+        having = [results for results in seeds if row in results.calls]
+        if having:
+            costs[row] = plot.PracticeCost(
+                em=em_of([results.answers[row] for results in having]),
+                raw_calls=_mean([results.calls[row].raw for results in having]),
+                distinct_calls=_mean([results.calls[row].distinct for results in having]),
+            )
+    return costs
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -107,18 +136,24 @@ def _mean_if_any(values: Sequence[float | None]) -> float | None:
 # ---- 2. The page ---------------------------------------------------------------------------------
 def write_page(seeds: Sequence[SeedResults], page: Path, pictures: Path) -> None:
     """Write the page, and its figures into the folder of pictures."""
-    pooled = {row: pool_row(seeds, row) for row in NAMES}
+    rows = [row for row in NAMES if any(row in results.answers for results in seeds)]
+    pooled = {row: pool_row(seeds, row) for row in rows}
+    costs = pool_calls(seeds)
     names = ", ".join(results.seed for results in seeds)
-    count = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-    questions = em_of([seeds[0].answers["model only"]]).questions
-    commits = "by commit " + ", ".join(sorted({results.commit for results in seeds}))
+    first_row = next(iter(seeds[0].answers.values()))
+    commits = {commit for results in seeds for commit in results.commits.values() if commit}
+    header = HEADER.format(
+        seeds=f"seed {names}" if len(seeds) == 1 else f"{len(seeds)} seeds: {names}",
+        questions=sum(len(answers) for answers in first_row.values()),
+        commits=f"evaluated by {', '.join(sorted(commits)) or 'no commit'}",
+    )
     parts = [
-        HEADER.format(count=count, seeds=names, questions=questions, commits=commits),
+        header,
         "## The table\n\n" + format_rows(seeds, pooled),
         "## The claims\n\n" + format_claims(judge_claims(seeds)),
         "## Success by the number of actions (Fig. 3)\n\n" + format_actions(pooled),
-        "## What practice asked the tool\n\n" + format_calls(seeds, pooled),
-        draw_figures(seeds, pooled, page, pictures),
+        "## What practice asked the tool\n\n" + format_calls(costs),
+        draw_figures(seeds, pooled, costs, page, pictures),
     ]
     write_text(page, "\n".join(parts))
 
@@ -136,7 +171,9 @@ def format_rows(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) 
     ]
     lines = table_head(titles)
     for row, figures in pooled.items():
-        by_seed = [em_of([results.answers[row]]).points for results in seeds]
+        by_seed = [
+            em_of([results.answers[row]]).points for results in seeds if row in results.answers
+        ]
         acting = figures.acting
         lines.append(
             table_row(
@@ -155,30 +192,48 @@ def format_rows(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) 
 
 
 def format_claims(claims: Sequence[Claim]) -> str:
-    """Return a row for each claim: verdict, difference, interval, test, and each seed's."""
-    titles = ["claim", "verdict", "measured", "points (95%)", "needs", "p", "by seed"]
+    """Return the claims with their verdicts: difference, intervals, test, and each seed's."""
+    titles = [
+        "claim",
+        "verdict",
+        "measured, in points of EM",
+        "95% over questions",
+        "95% over seeds",
+        "needs",
+        "p",
+        "by seed",
+    ]
     lines = table_head(titles)
     for claim in claims:
-        by_seed = ", ".join(f"{points:+.1f}" for points in claim.by_seed.values())
-        lines.append(
-            table_row(
-                [
-                    f"{claim.number}. {claim.text}",
-                    f"**{claim.verdict}**",
-                    claim.measure,
-                    gain_text(claim.gain),
-                    f"above {claim.needs:g}",
-                    "" if claim.p is None else f"{claim.p:.4f}",
-                    by_seed,
-                ]
-            )
-        )
-    note = (
-        "\n\nA claim holds where its whole interval lies above what it needs, and does not where "
-        "it lies below. Claim 1 shows the weakest of its comparisons. p is of a two-sided "
-        "permutation test over questions: how likely so large a difference is between equals.\n"
-    )
-    return "\n".join(lines) + note
+        name = f"{claim.number}. {claim.text}"
+        verdict = f"**{claim.verdict}**"
+        if not claim.comparisons:
+            lines.append(table_row([name, verdict, "its rows are missing", "", "", "", "", ""]))
+        shown = list(claim.comparisons)
+        if len(shown) > MOST_SHOWN_COMPARISONS:
+            shown = [claim.weakest]
+        for comparison in shown:
+            if len(shown) > 1:
+                verdict = f"**{claim.verdict}**: {comparison.verdict}"
+            lines.append(table_row([name, verdict, *comparison_cells(comparison)]))
+            name = ""
+    return "\n".join(lines) + CLAIMS_NOTE
+
+
+def comparison_cells(comparison: Comparison) -> list[str]:
+    """Return what the table says of a comparison."""
+    gain = comparison.gain
+    cells = [f"{comparison.measure}: {_points(gain.points)}", "-", "-"]
+    if np.isfinite(gain.points):
+        cells[1] = _interval(gain.low, gain.high)
+        cells[2] = _interval(*comparison.seed_interval)
+    by_seed = ", ".join(_points(points) for points in comparison.by_seed.values())
+    p = f"{comparison.p:.4f}" if np.isfinite(comparison.p) else "-"
+    return [*cells, f"above {comparison.needs:g}", p, by_seed]
+
+
+def _points(points: float) -> str:
+    return f"{points:+.1f}" if np.isfinite(points) else "not measured"
 
 
 def format_actions(pooled: Mapping[str, RowFigures]) -> str:
@@ -202,22 +257,20 @@ def format_actions(pooled: Mapping[str, RowFigures]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def format_calls(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) -> str:
+def format_calls(costs: Mapping[str, plot.PracticeCost]) -> str:
     """Return the table of what each way to practise asked, a seed."""
     titles = ["", "EM", "calls (raw)", "of those of all real", "different ones (distinct)"]
     lines = table_head(titles)
-    raw_of_all_real = _mean([results.calls[RL2_FROM_SFT2].raw for results in seeds])
-    for row in (SFT12, SFT123, *seeds[0].calls):
-        calls = [results.calls.get(row, CallCount(0, 0)) for results in seeds]
-        raw = _mean([count.raw for count in calls])
+    all_real = costs[RL2_FROM_SFT2].raw_calls if RL2_FROM_SFT2 in costs else 0
+    for row, cost in costs.items():
         lines.append(
             table_row(
                 [
                     NAMES[row],
-                    f"{pooled[row].average.em:.1f}",
-                    f"{raw:,.0f}",
-                    f"{raw / raw_of_all_real:.2f}",
-                    f"{_mean([count.distinct for count in calls]):,.0f}",
+                    f"{cost.em.points:.1f}",
+                    f"{cost.raw_calls:,.0f}",
+                    f"{cost.raw_calls / all_real:.2f}" if all_real else "-",
+                    f"{cost.distinct_calls:,.0f}",
                 ]
             )
         )
@@ -225,34 +278,35 @@ def format_calls(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures])
 
 
 def draw_figures(
-    seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures], page: Path, pictures: Path
+    seeds: Sequence[SeedResults],
+    pooled: Mapping[str, RowFigures],
+    costs: Mapping[str, plot.PracticeCost],
+    page: Path,
+    pictures: Path,
 ) -> str:
     """Draw the pooled rows, and return the part of the page that shows the figures."""
     named = {NAMES[row]: figures for row, figures in pooled.items()}
-    agents: dict[str, list[dict[str, Any]]] = {
+    acting: dict[str, list[dict[str, Any]]] = {
         NAMES[row]: [
             dict(answer)
             for results in seeds
-            for answers in results.answers[row].values()
+            for answers in results.answers.get(row, {}).values()
             for answer in answers
         ]
         for row in (WORKFLOWS[-1], *AGENTS)
+        if row in pooled
     }
-    practised = {
-        NAMES[row]: plot.PracticeCost(
-            em=em_of([results.answers[row] for results in seeds]),
-            raw_calls=_mean([results.calls[row].raw for results in seeds]),
-            distinct_calls=_mean([results.calls[row].distinct for results in seeds]),
-        )
-        for row in seeds[0].calls
-    }
-    starts = {NAMES[row]: pooled[row].average.em for row in (SFT12, SFT123)}
     figures = {
         "reproduction_table.png": ("Exact match", plot.draw_table(named)),
-        "reproduction_actions.png": ("By number of actions", plot.draw_actions(agents)),
         "reproduction_search.png": ("Known and unknown facts", plot.draw_search(named)),
-        "reproduction_cost.png": ("Calls of practice", plot.draw_practice_costs(practised, starts)),
     }
+    if acting:
+        figures["reproduction_actions.png"] = ("By number of actions", plot.draw_actions(acting))
+    if costs:
+        practised = {NAMES[row]: cost for row, cost in costs.items()}
+        starts = {NAMES[row]: pooled[row].average.em for row in (SFT12, SFT123) if row in pooled}
+        figure = plot.draw_practice_costs(practised, starts)
+        figures["reproduction_cost.png"] = ("Exact match against calls of practice", figure)
     lines = ["## Figures\n"]
     for file, (title, figure) in figures.items():
         plot.save_figure(figure, pictures / file)

@@ -127,6 +127,7 @@ def _when_it_acts(
         em_known=_percent_if_any(em_known),
         em_unknown=_percent_if_any(em_unknown),
         calculated=_mean_if_any(calculations),
+        questions_known=len(em_known),
     )
 
 
@@ -221,13 +222,15 @@ def paired_gain(runs: Sequence[tuple[SetScores, SetScores]], draws: int = BOOTST
     return Gain(points, low, high, questions=sum(map(len, sets)))
 
 
-def sign_flip_p(runs: Sequence[tuple[SetScores, SetScores]], draws: int = SIGN_FLIPS) -> float:
-    """Return how likely so large a gain is where the two rows are equally good: two-sided.
+def sign_flip_p(
+    runs: Sequence[tuple[SetScores, SetScores]], needs: float = 0, draws: int = SIGN_FLIPS
+) -> float:
+    """Return how likely a gain as far from `needs` points is where it is just that: two-sided.
 
-    Where they are, each question's difference could as well have the other sign (Fisher's
-    permutation test for pairs). The questions are those of `paired_gain`.
+    Where it is, what each question's difference has beyond it could as well have the other sign
+    (Fisher's permutation test for pairs). The questions are those of `paired_gain`.
     """
-    sets = _paired_differences(runs)
+    sets = [[value - needs for value in values] for values in _paired_differences(runs)]
     rng = np.random.default_rng(0)
     flipped = np.zeros(draws)
     for values in sets:

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Settings that name files: a tree is run in a folder of its own.
 FILES = ("model", "train_data", "eval_data", "corpus", "sft_files")
 TIMED = "timed"  # the folder that a timed stage is written to
+CODE = ("*.py", "*.sh", "requirements.txt")
 DATA_FILES = ("coa.jsonl", "cot.jsonl", "pairs.jsonl")
 
 
@@ -135,9 +136,9 @@ def _git(*arguments: str) -> bytes:
 
 
 def commit_name() -> str:
-    """Return the commit of this tree, with a plus where files were changed; "" without git."""
+    """Return the commit of this tree, with a plus where code was changed; "" without git."""
     with contextlib.suppress(UserError, OSError):
-        changed = _git("status", "--porcelain", "--untracked-files=no")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
         commit = _git("rev-parse", "--short", "HEAD").decode().strip()
         return commit + ("+" if changed else "")
     return ""
