@@ -456,55 +456,33 @@ class PracticeCost:
     distinct_calls: float
 
 
-def draw_practice_costs(rows: Mapping[str, PracticeCost], starts: Mapping[str, float]) -> Figure:
-    """Draw exact match after practice against the calls that it took.
+def draw_practice_costs(chains: Sequence[Mapping[str, PracticeCost]]) -> Figure:
+    """Draw exact match against the calls that practice took.
 
-    A row is a disc at its raw calls and a circle at its distinct ones.
-
-    starts: rows that did not practise -> their EM, each a dashed line.
+    chains: each a way to practise: row -> what it gives and has asked so far, in order.
     """
-    figure, axes = plt.subplots(figsize=(TABLE_WIDTH, 4))
-    for name, em in starts.items():
-        axes.axhline(em, color=BLUE, linewidth=THIN, linestyle=(0, (4, 3)))
-        axes.annotate(
-            name,
-            (1, em),
-            (-2, 3),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="right",
-            color=BLUE,
-            fontsize=SMALL_FONT,
-        )
-    for name, row in rows.items():
-        em = row.em.points
-        axes.hlines(em, row.distinct_calls, row.raw_calls, color=ORANGE, linewidth=THIN, zorder=1)
-        axes.vlines(row.raw_calls, row.em.low, row.em.high, color=ORANGE, linewidth=MEDIUM)
-        axes.plot(row.raw_calls, em, "o", color=ORANGE, markersize=CURVE_MARKER)
-        axes.plot(
-            row.distinct_calls,
-            em,
-            "o",
-            color=ORANGE,
-            markersize=CURVE_MARKER,
-            markerfacecolor="white",
-        )
-        axes.annotate(
-            name,
-            (row.distinct_calls, em),
-            (0, 9),
-            textcoords="offset points",
-            ha="center",
-            color=DARK,
-            fontsize=SMALL_FONT,
-        )
-    most_calls = max(FEWEST_CALLS, *(row.raw_calls for row in rows.values()))
+    figure, axes = plt.subplots(figsize=(TABLE_WIDTH, 4.2))
+    most_calls = FEWEST_CALLS
+    for chain, color in zip(chains, (ORANGE, BLUE), strict=True):
+        calls = [row.raw_calls for row in chain.values()]
+        most_calls = max(most_calls, *calls)
+        em = [row.em.points for row in chain.values()]
+        axes.plot(calls, em, "-o", color=color, linewidth=MEDIUM, markersize=TIME_MARKER)
+        for name, row in chain.items():
+            axes.vlines(row.raw_calls, row.em.low, row.em.high, color=color, linewidth=THIN)
+            axes.annotate(
+                name,
+                (row.raw_calls, row.em.points),
+                (6, 5),
+                textcoords="offset points",
+                color=color,
+                fontsize=SMALL_FONT,
+            )
     _scale_calls(axes, most_calls)
-    axes.set_xlabel(
-        "calls of the tool in practice, those of distillation too: "
-        "all (disc), different ones (circle)"
-    )
-    axes.set_ylabel("exact match after practice, %")
+    # Names stand at the right of their points.
+    axes.set_xlim(right=6 * most_calls)
+    axes.set_xlabel("searches that the tool answered (raw), those of distillation too")
+    axes.set_ylabel("exact match, %")
     _remove_frame(axes)
     _set_title(figure, "What practice gives and asks; upright lines: 95% interval over questions")
     return figure

@@ -2,7 +2,7 @@
 
     python train_rl.py                          # nano: 4 to 10 minutes on two cores
     python train_rl.py config/smollm2.py --model=.. --train_data=.. --eval_data=.. --corpus=..
-    python train_rl.py --stage=rl2 --sweep="clip_high=0.2,0.28;kl=0,0.001"     # a grid, tabulated
+    python train_rl.py --stage=rl2 --sweep="call_cost=0,0.1;kl=0,0.001"        # a grid, tabulated
 
 Each step: some questions, some rollouts of each; the reward is exact match, less a penalty for a
 malformed trajectory and a little for each call; the advantage is the reward less the mean of the
@@ -144,7 +144,7 @@ class RLSettings(StageSettings, EnvironmentSettings):
     # End a stage when an alarm rings, with the weights that did best on held-out questions of its
     # pool; they are asked every 6 steps. No stage is begun behind it.
     stop_on_alarm: bool = False
-    # Settings and the values to try, such as "clip_high=0.2,0.28;kl=0,0.001": each combination is
+    # Settings and the values to try, such as "call_cost=0,0.1;kl=0,0.001": each combination is
     # trained into a folder of its own and evaluated, and a table compares them.
     sweep: str = ""
 

@@ -45,15 +45,17 @@ class Schedule:
     """Chooses a share of the queries, which rises evenly over the steps of a stage."""
 
     def __init__(self, real_share: float, steps: int) -> None:
-        """Begin at step 0. real_share: the mean share over the stage, up to a half."""
+        """Begin at step 0. real_share: the mean share over the stage."""
         self.real_share = real_share
         self.steps = steps
         self.step = 0
 
     def share(self) -> float:
-        """Return the share of this step: it rises from 0 to twice the mean, and to all at most."""
+        """Return the share of this step: it rises as far as the mean lets it, between 0 and 1."""
+        lowest = max(0.0, 2 * self.real_share - 1)
+        highest = min(1.0, 2 * self.real_share)
         progress = (self.step + 0.5) / self.steps
-        return min(1.0, 2 * self.real_share * progress)
+        return lowest + (highest - lowest) * progress
 
     def __call__(self, queries: list[str]) -> list[bool]:
         """Return which queries the tool should answer; within a step a query keeps its answer."""

@@ -55,6 +55,8 @@ PAPER_EM = {
     RL12: 33.4,
     RL2_FROM_SFT2: 33.9,
 }
+# The default recipe, and practice with the tool alone.
+WAYS_TO_PRACTISE = ((SFT123, RL1, RL12), (SFT12, RL2_FROM_SFT2))
 MOST_SHOWN_COMPARISONS = 2  # of a claim
 MOST_SHOWN_ACTIONS = 4  # columns of the table of actions; the last one is for more as well
 
@@ -302,16 +304,27 @@ def draw_figures(
     }
     if acting:
         figures["reproduction_actions.png"] = ("By number of actions", plot.draw_actions(acting))
-    if costs:
-        practised = {NAMES[row]: cost for row, cost in costs.items()}
-        starts = {NAMES[row]: pooled[row].average.em for row in (SFT12, SFT123) if row in pooled}
-        figure = plot.draw_practice_costs(practised, starts)
+    ways = [_chain(seeds, costs, rows) for rows in WAYS_TO_PRACTISE]
+    if all(ways):
+        figure = plot.draw_practice_costs(ways)
         figures["reproduction_cost.png"] = ("Exact match against calls of practice", figure)
     lines = ["## Figures\n"]
     for file, (title, figure) in figures.items():
         plot.save_figure(figure, pictures / file)
         lines.append(f"![{title}]({os.path.relpath(pictures / file, page.parent)})\n")
     return "\n".join(lines)
+
+
+def _chain(
+    seeds: Sequence[SeedResults], costs: Mapping[str, plot.PracticeCost], rows: Sequence[str]
+) -> dict[str, plot.PracticeCost]:
+    """Return a way to practise, from the row it begins with; nothing where a row is missing."""
+    start, *practised = rows
+    answers = [results.answers[start] for results in seeds if start in results.answers]
+    if not answers or not costs.keys() >= set(practised):
+        return {}
+    chain = {NAMES[start]: plot.PracticeCost(em_of(answers), raw_calls=0, distinct_calls=0)}
+    return chain | {NAMES[row]: costs[row] for row in practised}
 
 
 def _interval(low: float, high: float) -> str:

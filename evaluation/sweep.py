@@ -1,6 +1,6 @@
 """A grid of settings: each combination is trained, evaluated, and a row of one table.
 
-    python train_rl.py --stage=rl2 --sweep="clip_high=0.2,0.28;kl=0,0.001"
+    python train_rl.py --stage=rl2 --sweep="call_cost=0,0.1;kl=0,0.001"
     python train_rl.py --sweep="seed=1,2"
 
 A setting of RL trains the stages of RL again, from where the run's SFT ended, into folders that are
@@ -8,8 +8,8 @@ named after it: out/nano/rl2_clip_high=0.2_kl=0. What SFT or a world model learn
 its own, from the base model on: the seed does, and train_sft.py's settings do (out/nano_seed=1).
 
 What is trained is not trained again, and an interrupted stage goes on from its checkpoint: the same
-command goes on with a sweep. The table is printed and is in out/<run>/sweep_<settings>.md; seeds
-are pooled in it.
+command goes on with a sweep. The table is printed and is in out/<run>/sweep_<grid>.md; seeds are
+pooled in it.
 """
 
 import itertools
@@ -57,6 +57,8 @@ OF_A_RUN = (
 ) - {"world_model"}
 # What depends on the device, and changes nothing but rounding.
 SIZES = {"micro_tokens", "batch_rows"}
+# What a stage is looked at with, which changes nothing of it.
+OF_LOOKS = {"eval_questions", "eval_every"}
 # What no grid is over: it says which folders a command reads and writes, and how.
 OF_A_COMMAND = {*ONE_COMMAND, "quick"} - {"start"}
 
@@ -144,11 +146,11 @@ def plan(settings: StageSettings, choices: Sequence[Choice]) -> Combination:
         whole = given | {"stage": "", "start": "", "out": ""}
         sft_settings = build_settings(train_sft.SFTSettings, whole)
 
-    suffix = "_".join(map(_name, of_rl))
+    suffix = "_".join([*_origin(settings), *map(_name, of_rl)])
     stages: list[dict[str, str]] = [{"stage": settings.stage}]
-    if suffix and settings.stage:
+    if of_rl and settings.stage:
         stages = [{"stage": settings.stage, "out": f"{settings.stage}_{suffix}"}]
-    elif suffix:
+    elif of_rl:
         first = f"rl1_{suffix}"
         stages = [
             {"stage": "rl1", "out": first},
@@ -158,14 +160,34 @@ def plan(settings: StageSettings, choices: Sequence[Choice]) -> Combination:
     return Combination(choices, sft_settings, commands)
 
 
+def _origin(settings: StageSettings) -> list[str]:
+    """Return where training begins as a part of a name; nothing for where it does by default."""
+    return [f"from_{settings.start}"] if settings.start else []
+
+
 def _name(choice: Choice) -> str:
     """Return a choice as a part of a folder's name."""
-    return re.sub(r"[^\w.=+-]", "_", f"{choice.name}={choice.text}")
+    return _as_name(f"{choice.name}={choice.text}")
+
+
+def _as_name(text: str) -> str:
+    return re.sub(r"[^\w.,=+-]", "_", text)
+
+
+def table_file(settings: StageSettings, grid: Sequence[Sequence[Choice]]) -> Path:
+    """Return where the table of a grid is; another grid has another one."""
+    parts = ["sweep", *filter(None, [settings.stage]), *_origin(settings)]
+    for choices in grid:
+        values = ",".join(choice.text for choice in choices)
+        parts.append(_as_name(f"{choices[0].name}={values}"))
+    return runs.run_folder(settings) / f"{'_'.join(parts)}.md"
 
 
 def refuse_other_settings(settings: StageSettings, stages: Sequence[str]) -> None:
     """Raise UserError where a stage that would be kept was trained with other settings."""
     record = read_run_record(settings.run)
+    # Where a stage began is of its command, and yet makes it another one.
+    ignored = ({*ONE_COMMAND} - {"start"}) | SIZES | OF_LOOKS
     for stage in stages:
         folder = runs.run_folder(settings) / stage
         is_there = (folder / "config.json").is_file() or list_checkpoints(folder)
@@ -175,7 +197,7 @@ def refuse_other_settings(settings: StageSettings, stages: Sequence[str]) -> Non
         runs.settle_by_device(settings)
         trained_with = record.stages[stage].settings
         for name, value in asdict(settings).items():
-            if name in ONE_COMMAND or name in SIZES or name not in trained_with:
+            if name in ignored or name not in trained_with:
                 continue
             if trained_with[name] == value:
                 continue
@@ -223,8 +245,7 @@ def sweep(grid_text: str, settings: StageSettings, train: Callable[[Any], None])
         table.add(combination, answers)
 
     if table.rows:
-        names = "_".join(choices[0].name for choices in grid)
-        path = runs.run_folder(settings) / f"sweep_{names}.md"
+        path = table_file(settings, grid)
         if ranks.is_first():
             write_text(path, table.to_markdown() + "\n")
         print(f"{table.to_markdown()}\n\n{path}")

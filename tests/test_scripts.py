@@ -452,7 +452,7 @@ def test_a_stage_again_is_the_same(copied_run: Any) -> None:
     weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert weights[0] == weights[1]
 
-    table = (copied_run.root / "sweep_kl.md").read_text()
+    table = (copied_run.root / "sweep_rl1_kl=0.md").read_text()
     predictions = read_rows(folders[1] / "predictions.jsonl")
     assert len(predictions) == len(SETS)
     em = 100 * np.mean([prediction["em"] for prediction in predictions])
@@ -461,7 +461,7 @@ def test_a_stage_again_is_the_same(copied_run: Any) -> None:
     printed = succeed(copied_run.cwd, "train_rl.py", *arguments)
     assert "rl1_kl=0: in out/tiny already" in printed
     assert (folders[1] / "config.json").stat().st_mtime_ns == saved_at
-    assert (copied_run.root / "sweep_kl.md").read_text() == table
+    assert (copied_run.root / "sweep_rl1_kl=0.md").read_text() == table
 
 
 def test_rl2_alone_is_the_rl2_of_the_whole_command(copied_run: Any) -> None:

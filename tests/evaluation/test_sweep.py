@@ -71,12 +71,12 @@ def test_a_grid_of_rl_settings(trained: Trained) -> None:
     sweep("kl=0,0.1;rollouts=3", settings_of(stage="rl2", start="sft2"), trained.train_rl)
     sweep("clip-high=0.2", settings_of(), trained.train_rl)
     assert trained.commands == [
-        "rl nano rl2 sft2 rl2_kl=0_rollouts=3",
-        "rl nano rl2 sft2 rl2_kl=0.1_rollouts=3",
+        "rl nano rl2 sft2 rl2_from_sft2_kl=0_rollouts=3",
+        "rl nano rl2 sft2 rl2_from_sft2_kl=0.1_rollouts=3",
         "rl nano rl1  rl1_clip_high=0.2",
         "rl nano rl2 rl1_clip_high=0.2 rl2_clip_high=0.2",
     ]
-    record = runs.read_run_record("nano").stages["rl2_kl=0.1_rollouts=3"]
+    record = runs.read_run_record("nano").stages["rl2_from_sft2_kl=0.1_rollouts=3"]
     assert (record.settings["kl"], record.settings["rollouts"]) == (0.1, 3)
     assert record.given["kl"] == 0.1
     sweep("clip-high=0.2", settings_of(), trained.train_rl)
@@ -97,7 +97,7 @@ def test_a_grid_over_seeds_trains_whole_runs(trained: Trained, capsys: Any) -> N
         "rl nano_seed=1_alpha=0 rl1  rl1_kl=0",
         "rl nano_seed=1_alpha=0 rl2 rl1_kl=0 rl2_kl=0",
     ]
-    table = Path("out/nano/sweep_seed_alpha_kl.md").read_text()
+    table = Path("out/nano/sweep_seed=1,2_alpha=0_kl=0,1.md").read_text()
     assert table.strip() in capsys.readouterr().out
     first, second = table.splitlines()[2:4]
     assert first.startswith("| 0 | 0 | 37.5 (")
@@ -109,6 +109,23 @@ def test_a_grid_over_seeds_trains_whole_runs(trained: Trained, capsys: Any) -> N
     assert trained.commands == ["sft nano_seed=3 seed=3 alpha=0.2", "rl nano_seed=3   rl2"]
 
 
+def test_where_a_stage_begins_makes_it_another(trained: Trained) -> None:
+    """Guards: rows of a policy from SFT-2, in the table of one from SFT-3."""
+    sweep("seed=1", settings_of(stage="rl2", start="sft2"), trained.train_rl)
+    with pytest.raises(UserError, match="rl2 was trained with --start=sft2, not sft3"):
+        sweep("seed=1", settings_of(stage="rl2", start="sft3"), trained.train_rl)
+    sweep("kl=1", settings_of(stage="rl2", start="sft2"), trained.train_rl)
+    sweep("kl=1", settings_of(stage="rl2", start="sft3"), trained.train_rl)
+    assert len(list(Path("out/nano").glob("sweep_rl2_from_sft?_kl=1.md"))) == 2
+
+
+def test_a_finished_sweep_on_more_questions(trained: Trained) -> None:
+    """What a stage is looked at with does not make it another one."""
+    sweep("kl=1", settings_of(stage="rl2"), trained.train_rl)
+    sweep("kl=1", settings_of(stage="rl2", eval_questions=9, eval_every=4), trained.train_rl)
+    assert len(trained.commands) == 2
+
+
 def test_one_that_fails_does_not_keep_the_others(trained: Trained, capsys: Any) -> None:
     """It is said, and at the end once more; the table has the others."""
     trained.refused = "rl2_rl_lr=1e9"
@@ -116,7 +133,7 @@ def test_one_that_fails_does_not_keep_the_others(trained: Trained, capsys: Any) 
         sweep("rl_lr=1e9,1e-3", settings_of(stage="rl2"), trained.train_rl)
     assert len(trained.commands) == 2
     assert "rl2_rl_lr=1e9: loss is nan; lower --rl_lr" in capsys.readouterr().out
-    assert "| 1e-3 | 50.0 (" in Path("out/nano/sweep_rl_lr.md").read_text()
+    assert "| 1e-3 | 50.0 (" in Path("out/nano/sweep_rl2_rl_lr=1e9,1e-3.md").read_text()
 
 
 @pytest.mark.parametrize(
