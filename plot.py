@@ -473,10 +473,11 @@ def draw_practice_costs(chains: Sequence[Mapping[str, PracticeCost]]) -> Figure:
             axes.annotate(
                 name,
                 (row.raw_calls, row.em.points),
-                (6, 5),
+                (8, -4),
                 textcoords="offset points",
                 color=color,
                 fontsize=SMALL_FONT,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             )
     _scale_calls(axes, most_calls)
     # Names stand at the right of their points.
