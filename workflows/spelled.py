@@ -15,10 +15,10 @@ It runs in the loop of Algorithm 1 (autocoa.run_rows), and pauses wherever a tag
 import re
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from autocoa import Row, Search, open_row, random_stream, run_rows
 from common.settings import RolloutSettings
-from data.boxes import answer_in_box
 from data.instructions import AUTHORS_INSTRUCTIONS, authors_turn
 from data.passages import split_observation
 from data.trajectory import PLACEHOLDER, TAGS, Codec, Observation, Role, Trajectory
@@ -29,6 +29,12 @@ from workflows.batches import in_batches
 TEMPERATURE = 0.6  # the authors draw one answer to each question
 ACTION = re.compile(f"{re.escape(TAGS['search'])}(.*?){re.escape(TAGS['end_search'])}", re.S)
 LIMIT_REACHED = "Reach the limit of search times."
+# Tokens that the authors let a model write before its first result, behind one, and at the limit.
+FIRST_TURN = 2048
+LATER_TURN = 1024
+LAST_TURN = 2048
+# Up to the first brace, whatever stands in the box.
+BOX = re.compile(r"\\boxed{([^}]*)}")
 THINK_TAGS = TAGS["think"] + TAGS["end_think"]  # as the instructions mention them
 # Before an answer that stands in no box.
 ANSWER_PHRASE = re.compile(
@@ -56,15 +62,15 @@ def authors_prompt(codec: Codec, question: str) -> list[int]:
 def authors_answer(text: str) -> str:
     """Return the answer that the authors' code reads in what a model wrote, "" where none is.
 
-    It stands behind the thoughts, in the last box; else behind a phrase such as "The answer is", or
-    it is the last whole sentence. Who searches after the thoughts has not answered.
+    It stands behind the thoughts, in the last box that is closed; else behind a phrase such as "The
+    answer is", or it is the last whole sentence. Who searches after the thoughts has not answered.
     """
     _, closed, conclusion = text.rpartition(TAGS["end_think"])
     if not closed or TAGS["search"] in conclusion:
         return ""
-    _, boxed, rest = conclusion.rpartition(TAGS["boxed"])
-    if boxed:
-        return answer_in_box(rest)
+    boxes = BOX.findall(conclusion)
+    if boxes:
+        return boxes[-1].strip()
     phrase = ANSWER_PHRASE.search(conclusion)
     if phrase:
         return phrase[1].strip()
@@ -78,12 +84,21 @@ def authors_result(observation: str) -> str:
         f'result {passage.number}: "{passage.title}"\n{passage.text}'
         for passage in split_observation(observation)
     ]
-    return f"\n\n{TAGS['result']} " + "\n".join(passages) + f" {TAGS['end_result']}\n\n"
+    return f"\n\n{TAGS['result']} " + "\n".join(passages) + f" {TAGS['end_result']}\n\n\n\n"
 
 
 # ---- the agent -----------------------------------------------------------------------------------
+@dataclass
+class Turn:
+    """What a row writes between two results: it is the row's `workflow`."""
+
+    start: int  # tokens of the row before it
+    most_tokens: int
+    may_search: bool = True
+
+
 class SpelledAgent:
-    """A controller for autocoa.run_rows. A row's `workflow` is where its last result ended."""
+    """A controller for autocoa.run_rows: the loop of the authors' vllm_rollout_coa.py."""
 
     writing_share = 0.6  # as the Agent's
 
@@ -100,48 +115,56 @@ class SpelledAgent:
         Raises UserError for a prompt that leaves no room for an answer.
         """
         row = open_row(authors_prompt(self.codec, question), number, self.settings)
-        row.workflow = len(row.trajectory.ids)
+        row.workflow = Turn(len(row.trajectory.ids), FIRST_TURN)
         row.stream = random_stream(self.settings.max_len, seed, zlib.crc32(question.encode()))
         return row
 
     def stops(self, row: Row) -> list[int]:
-        """Pause wherever a tag may have ended."""
-        return self.stop_ids
+        """Pause wherever a tag may have ended, as long as one counts."""
+        return self.stop_ids if row.workflow.may_search else self.codec.eos_ids
 
     def budget(self, row: Row) -> int:
-        """Return how many tokens are left; there is no forced answer."""
-        return self.settings.max_len - len(row.trajectory.ids)
+        """Return how many tokens are left of its turn, and in all; there is no forced answer."""
+        end = min(self.settings.max_len, row.workflow.start + row.workflow.most_tokens)
+        return end - len(row.trajectory.ids)
 
     def continue_row(self, row: Row, ids: list[int], logprobs: list[float], spent: bool) -> None:
         """Add what the model wrote, and search where an action has ended."""
         row.trajectory.add(ids, Role.THINK, 1, logprobs)
-        if row.finished or spent or row.trajectory.ids[-1] in self.codec.eos_ids:
-            row.finished = True
+        if row.finished:
+            # Its last result had no room.
             return
-        written = self.codec.decode(row.trajectory.ids[row.workflow :])
-        action = ACTION.search(written.partition(TAGS["end_think"])[0])
-        if action is None:
-            return
-        if len(row.trajectory.queries) == self.settings.max_actions:
-            self._put(row, f"\n\n{TAGS['result']} {LIMIT_REACHED} {TAGS['end_result']}\n\n")
-            return
-        row.query = action[1].strip()
-        row.trajectory.queries.append(row.query)
+        turn = row.workflow
+        action = None
+        if turn.may_search:
+            written = self.codec.decode(row.trajectory.ids[turn.start :])
+            action = ACTION.search(written.partition(TAGS["end_think"])[0])
+        query = action[1].strip() if action else ""
+        if not query:
+            # An empty query is none, and hides what the turn might still search for.
+            turn.may_search = action is None and turn.may_search
+            row.finished = spent or row.trajectory.ids[-1] in self.codec.eos_ids
+        elif len(row.trajectory.queries) == self.settings.max_actions:
+            limit = f"\n\n{TAGS['result']} {LIMIT_REACHED} {TAGS['end_result']}\n\n"
+            self._put(row, limit, LAST_TURN, may_search=False)
+        else:
+            row.query = query
+            row.trajectory.queries.append(query)
 
     def read_observation(self, row: Row, observation: Observation) -> None:
         """Show the model what the tool said."""
         text = self.codec.fit(observation.text, self.settings.max_observation)
         row.trajectory.observations.append(Observation(text, observation.provenance))
-        self._put(row, authors_result(text))
+        self._put(row, authors_result(text), LATER_TURN)
 
-    def _put(self, row: Row, result: str) -> None:
-        """Add a result, or end a row that has no room for it and another word."""
+    def _put(self, row: Row, result: str, most_tokens: int, may_search: bool = True) -> None:
+        """Add a result and begin a turn, or end a row that has no room for it and another word."""
         ids = self.codec.encode_exactly(result)
-        if len(ids) >= self.budget(row):
+        if len(row.trajectory.ids) + len(ids) >= self.settings.max_len:
             row.finished = True
             return
         row.append(ids, Role.OBSERVATION)
-        row.workflow = len(row.trajectory.ids)
+        row.workflow = Turn(len(row.trajectory.ids), most_tokens, may_search)
 
 
 def answer_spelled(

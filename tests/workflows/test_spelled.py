@@ -16,6 +16,7 @@ from data.instructions import authors_turn
 from data.trajectory import TAGS, Role
 from model import LM
 from tools import library
+from workflows import spelled
 from workflows.spelled import answer_spelled, authors_answer, authors_prompt
 
 TRIMS = "{% for m in messages %}<s>{{ m.content | trim }}</s>{% endfor %}"
@@ -85,7 +86,7 @@ def test_an_action_that_is_spelled(lm: LM, monkeypatch: pytest.MonkeyPatch) -> N
     (row,) = decoder.first_rows
     prompt = authors_prompt(lm.codec, "Who?")
     assert lm.codec.decode(row["seen"][len(prompt) :]) == (
-        f"{first}{FOUND} </search_result>\n\n"
+        f"{first}{FOUND} </search_result>\n\n\n\n"
         f"{second}\n\n<search_result> Reach the limit of search times. </search_result>\n\n"
         f"{answer}</s>"
     )
@@ -97,6 +98,39 @@ def test_an_action_that_is_spelled(lm: LM, monkeypatch: pytest.MonkeyPatch) -> N
         if role == Role.OBSERVATION
     ]
     assert lm.codec.decode(shown).count("search_result>") == 4
+
+
+def test_behind_the_limit_nothing_is_searched(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it writes then is taken as it is, another call too, and it is told once."""
+    action = "<begin_search>Eva</end_search>"
+    rest = f" Well. {action} It is Eva.</think> \\boxed{{Eva Moss}}"
+    script(lm, monkeypatch, action + action + rest)
+    ((found, trajectory),) = answer_spelled(lm, ["Who?"], library(PASSAGES, 1), SETTINGS, seed=0)
+    assert (found, trajectory.queries) == ("Eva Moss", ["Eva"])
+    text = lm.codec.decode(trajectory.ids)
+    assert text.count("Reach the limit") == 1
+    assert text.endswith(f"{rest}</s>")
+
+
+def test_an_empty_query_is_none(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is searched for, nor is what the turn asks behind it."""
+    line = "<begin_search> </end_search> Hm <begin_search>Eva</end_search></think> \\boxed{Eva}"
+    script(lm, monkeypatch, line)
+    ((found, trajectory),) = answer_spelled(lm, ["Who?"], library(PASSAGES, 1), SETTINGS, seed=0)
+    assert (found, trajectory.queries) == ("Eva", [])
+
+
+def test_turns_have_lengths_of_their_own(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn that is not over by then ends the row, wherever the whole budget is."""
+    monkeypatch.setattr(spelled, "FIRST_TURN", 60)
+    monkeypatch.setattr(spelled, "LATER_TURN", 20)
+    action = "<begin_search>Eva</end_search>"
+    script(lm, monkeypatch, "so " * 300, action + "so " * 300)
+    search = library(PASSAGES, 1)
+    (_, long), (_, later) = answer_spelled(lm, ["Who?"] * 2, search, SETTINGS, seed=0)
+    assert long.role.count(Role.THINK) == 60
+    action_length = len(lm.codec.encode_exactly(action))
+    assert later.role.count(Role.THINK) == action_length + 20
 
 
 def test_what_ends_a_row(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +168,10 @@ def test_sampling_depends_on_seed_and_question(lm: LM) -> None:
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("Hm</think> \\boxed{A} or \\boxed{\\text{Eva} Moss}.", "\\text{Eva} Moss"),
+        ("Hm</think> \\boxed{A} or \\boxed{Eva Moss}.", "Eva Moss"),
+        ("Hm</think> \\boxed{\\text{Eva} Moss}.", "\\text{Eva"),
+        ("Hm</think> \\boxed{Eva Moss} and \\boxed{x", "Eva Moss"),
+        ("Hm</think>She is it. So \\boxed{Eva Moss", "She is it"),
         ("\\boxed{A}</think> So the answer is Eva Moss. Yes.", "Eva Moss"),
         ("Hm</think> Thus, Eva Moss. Yes.", "Eva Moss"),
         ("Hm</think>\n\nShe is it. Eva Moss.", "Eva Moss"),
@@ -145,5 +182,8 @@ def test_sampling_depends_on_seed_and_question(lm: LM) -> None:
     ],
 )
 def test_the_answer_that_the_authors_read(text: str, answer: str) -> None:
-    """The last box behind the thoughts, a phrase, or the last whole sentence."""
+    """The last box behind the thoughts, a phrase, or the last whole sentence.
+
+    A box ends at its first brace and counts only where it is closed, as in their code.
+    """
     assert authors_answer(text) == answer
