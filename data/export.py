@@ -7,21 +7,28 @@ data/autocoa_files.py), and
 
     python -m data.export hotpotqa_dev.jsonl nq_dev.jsonl test.parquet
 
-question files as one file of verl's (see data/verl.py).
+question files as one file of verl's (see data/verl.py), and
+
+    python -m data.export test.parquet FOLDER
+
+verl's files as FlashRAG's, FOLDER/nq.jsonl and so on, a file for each set.
 """
 
 import sys
 from pathlib import Path
 
 from common.errors import UserError, run_guarded
+from common.files import write_jsonl
 from data import verl
 from data.autocoa_files import write_sft_files
+from data.flashrag import flashrag_row
 from data.question_files import read_question_sets
 from data.sft_data import read_codec, read_sft_data
 
 USAGE = (
     "usage: python -m data.export out/<run>/data FOLDER, or "
-    "python -m data.export QUESTIONS.jsonl .. FILE.parquet"
+    "python -m data.export QUESTIONS.jsonl .. FILE.parquet, or "
+    "python -m data.export FILE.parquet .. FOLDER"
 )
 
 
@@ -29,6 +36,8 @@ def main(arguments: list[str]) -> None:
     """Run the command. Raises UserError for bad arguments, and for data that is not there."""
     if len(arguments) > 1 and verl.is_parquet(arguments[-1]):
         export_questions(arguments[:-1], Path(arguments[-1]))
+    elif len(arguments) > 1 and verl.is_parquet(arguments[0]):
+        export_sets(arguments[:-1], Path(arguments[-1]))
     elif len(arguments) == 2:
         export_sft_data(Path(arguments[0]), Path(arguments[1]))
     else:
@@ -41,6 +50,14 @@ def export_questions(paths: list[str], out_file: Path) -> None:
     verl.write_question_sets(out_file, question_sets)
     counts = [f"{name} {len(questions):,}" for name, questions in question_sets.items()]
     print(f"{out_file}: {', '.join(counts)} questions")
+
+
+def export_sets(paths: list[str], out_folder: Path) -> None:
+    """Write the sets of question files as one file of FlashRAG's each. Raises UserError."""
+    for name, questions in read_question_sets(paths, "data.export").items():
+        out_file = out_folder / f"{name}.jsonl"
+        write_jsonl(out_file, [flashrag_row(question, name) for question in questions])
+        print(f"{out_file}: {len(questions):,} questions")
 
 
 def export_sft_data(data_folder: Path, out_folder: Path) -> None:

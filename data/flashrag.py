@@ -100,6 +100,16 @@ def parse_question(row: Any, set_name: str, where: str) -> Question:
     return question
 
 
+def flashrag_row(question: Question, set_name: str) -> dict[str, Any]:
+    """Return a question as a row of a question file, of which `parse_question` makes it again."""
+    return {
+        "id": question.id.removeprefix(f"{set_name}:"),
+        "question": question.question,
+        "golden_answers": question.golden_answers,
+        "metadata": {"gold_titles": question.gold_titles, "gold_ids": question.gold_ids},
+    }
+
+
 def _refuse_half_characters(question: Question) -> None:
     """Raise UserError for a text that can't be encoded, whichever of a question's texts it is."""
     texts = [question.id, question.question, *question.golden_answers]

@@ -20,7 +20,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import sync, writing
 from common.terminal import printable
-from data.flashrag import SPLITS, parse_question
+from data.flashrag import SPLITS, flashrag_row, parse_question
 from data.instructions import authors_turn, question_at_end
 from data.passages import on_one_line
 from data.questions import Question
@@ -49,7 +49,7 @@ LONGEST_SHARED_BEGINNING = 100
 
 def is_parquet(path: str | Path) -> bool:
     """Whether a file is called as parquet files are."""
-    return Path(path).suffix == SUFFIX
+    return Path(path).suffix.lower() == SUFFIX
 
 
 # ---- in ------------------------------------------------------------------------------------------
@@ -63,11 +63,12 @@ def read_question_sets(path: str | Path, file_name: str, setting: str) -> dict[s
     Raises UserError with the file and the row, counted from 1, for a malformed one.
     """
     rows = _read_rows(path, setting)
+    source_files = _name_source_files(rows)
     sets: dict[str, dict[str, Question]] = {}
     repeated = 0
     for number, row in enumerate(rows, 1):
         where = f"{path}, row {number}"
-        set_name = _set_name(row, file_name)
+        set_name = _set_name(row, file_name, source_files)
         question = parse_question(_flashrag_row(row, number, where), set_name, where)
         first = sets.setdefault(set_name, {}).setdefault(question.id, question)
         if first is question:
@@ -123,13 +124,32 @@ def _import_pyarrow(path: str | Path) -> Any:
     return pyarrow
 
 
-def _set_name(row: Mapping[str, Any], file_name: str) -> str:
-    """Return the name of a row's set: of its source file, of its source and split, of the file."""
+def _name_source_files(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the name of the set of each file that rows were made of, by the file's path.
+
+    It is named as a file of its own would be (`name_sets` in data/flashrag.py).
+    """
+    found = [row.get("source_file") for row in rows]
+    paths = {path: Path(path) for path in found if isinstance(path, str) and Path(path).stem}
+    stems = [path.stem for path in paths.values()]
+    names = {}
+    for text, path in paths.items():
+        is_told_by_folder = path.stem in SPLITS or stems.count(path.stem) > 1
+        parts = [path.parent.name, path.stem] if is_told_by_folder else [path.stem]
+        names[text] = "_".join(filter(None, parts))
+    return names
+
+
+def _set_name(row: Mapping[str, Any], file_name: str, source_files: Mapping[str, str]) -> str:
+    """Return the name of a row's set: of its source file, of its source and split, of the file.
+
+    source_files: the names of the sets of source files.
+    """
     source_file = row.get("source_file")
     source = row.get("data_source")
     name = file_name
-    if isinstance(source_file, str) and Path(source_file).stem:
-        name = Path(source_file).stem
+    if source_file in source_files:
+        name = source_files[source_file]
     elif isinstance(source, str) and Path(source).name:
         split = (row.get("extra_info") or {}).get("split")
         # Of one source there are a file to learn from and a file to be judged on.
@@ -236,14 +256,19 @@ def _verl_row(question: Question, set_name: str, number: int) -> dict[str, Any]:
     source, _, split = set_name.rpartition("_")
     if split not in SPLITS:
         source, split = set_name, ""
+    row = flashrag_row(question, set_name)
     return {
-        "id": question.id.removeprefix(f"{set_name}:"),
+        "id": row["id"],
         "source_file": f"{set_name}.jsonl",
         # By this a trainer chooses its reward.
         "data_source": source,
         "prompt": [{"role": "user", "content": authors_turn(question.question)}],
         "ability": "QA",
-        "reward_model": {"ground_truth": question.golden_answers, "style": "rule"},
+        # The authors' reward splits a text.
+        "reward_model": {
+            "ground_truth": ANSWER_SEPARATOR.join(question.golden_answers),
+            "style": "rule",
+        },
         "extra_info": {"index": number, "split": split},
-        "metadata": {"gold_titles": question.gold_titles, "gold_ids": question.gold_ids},
+        "metadata": row["metadata"],
     }

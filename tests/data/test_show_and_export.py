@@ -259,7 +259,18 @@ def test_export_questions(tmp_path: Path) -> None:
     theirs = pyarrow.parquet.read_table(path).to_pylist()
     assert [row["data_source"] for row in theirs] == ["hotpotqa", "hotpotqa", "mine"]
     assert theirs[0]["prompt"] == [{"role": "user", "content": authors_turn("Question: who?")}]
-    assert theirs[0]["reward_model"]["ground_truth"] == ["Eva", "Eva Moss"]
+    assert theirs[0]["reward_model"]["ground_truth"] == "Eva<ans_split>Eva Moss"
+
+    # And back, a file for each set.
+    done = run_here(tmp_path, "data.export", path, "ours")
+    assert done.out == "ours/hotpotqa_dev.jsonl: 2 questions\nours/mine.jsonl: 1 questions\n"
+    again = read_question_sets(
+        [tmp_path / "ours" / name for name in ("hotpotqa_dev.jsonl", "mine.jsonl")], "--data"
+    )
+    for questions in again.values():
+        for question in questions:
+            question.where = ""
+    assert again == before
 
 
 # ---- command lines -------------------------------------------------------------------------------
@@ -278,6 +289,7 @@ def test_export_questions(tmp_path: Path) -> None:
         ("data.export", ["x", "y"]),
         ("data.export", ["x", "y", "z"]),
         ("data.export", ["x.jsonl", "y.parquet"]),
+        ("data.export", ["x.parquet", "y"]),
     ],
 )
 def test_bad_commands(tmp_path: Path, module: str, arguments: list[Any]) -> None:

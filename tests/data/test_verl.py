@@ -125,12 +125,15 @@ def test_several_sets_in_one_file(tmp_path: Path) -> None:
     rows = [
         authors_row(source_file="NQ_dev.json"),
         authors_row(source_file="HotpotQA_dev.json"),
+        authors_row(source_file="musique/dev.jsonl"),
+        authors_row(source_file="2wiki/dev.jsonl"),
         authors_row(source_file=None, data_source="RUC/nq", extra_info={"split": "test"}),
         authors_row(source_file=None, data_source="popqa", extra_info=None),
         authors_row(source_file=None, data_source=None),
     ]
     sets = read(write(tmp_path / "test.parquet", *rows))
-    names = ["NQ_dev", "HotpotQA_dev", "nq_test", "popqa", f"{tmp_path.name}_test"]
+    names = ["NQ_dev", "HotpotQA_dev", "musique_dev", "2wiki_dev", "nq_test", "popqa"]
+    names.append(f"{tmp_path.name}_test")
     assert [(name, len(questions)) for name, questions in sets.items()] == [(n, 1) for n in names]
 
 
