@@ -10,8 +10,8 @@ r"""The benchmark table: each trained stage beside workflows around the base mod
 It writes eval.json and predictions.jsonl to out/<run>/, with --data to
 out/eval/<model>-<a hash of its path>/. It prints the table and, as the last line, the JSON.
 --resume keeps the answers that the same weights gave under the same settings, of an evaluation that
-was interrupted or is complete. --rows asks some rows only, and shows the others where their answers
-are there.
+was interrupted or is complete. --rows asks some rows only, and shows the others with what they have
+answered of these questions.
 
 Beside EM the table shows F1, actions per question, how often the facts that a question needs were
 searched for (apart for those that the base model knows and those that it does not), and malformed
@@ -339,6 +339,11 @@ def run(settings: EvalSettings) -> None:
     if settings.compare:
         compare_rows(settings)
         return
+    if settings.authors_prompt and not settings.data:
+        raise UserError(
+            "--authors_prompt: it asks a checkpoint from elsewhere; name it with --model, and its "
+            "questions with --data"
+        )
     start = time.time()
     settle_by_device(settings, begins_run=bool(settings.data))
     task = open_task(settings, settings.data)
@@ -370,8 +375,12 @@ def ask_rows(table: Table, exam: Exam, start: float) -> None:
     for row in table.rows:
         sets = row.question_sets(table.base, task)
         is_chosen = not settings.rows or row.name in settings.rows
-        if not is_chosen and predictions.missing(row.name, sets):
-            continue
+        if not is_chosen:
+            # It stands with what it has answered; a row of some sets alone has another average.
+            answered = predictions.answered(row.name, sets)
+            if answered.keys() != sets.keys():
+                continue
+            sets = answered
         warn_of_older_stage(row)
         if not sets:
             continue
@@ -391,6 +400,7 @@ def ask_rows(table: Table, exam: Exam, start: float) -> None:
             judge_error = error
     predictions.finish(answers)
     print(format_table(figures, task.evaluation))
+    print_shorter_rows(answers)
     print(task.eval_search.report())
     result = {
         "rows": {name: row_to_json(row) for name, row in figures.items()},
@@ -519,6 +529,15 @@ def add_gains(figures: Figures, answers: Answers) -> None:
         return
     for name, row in figures.items():
         row.gain = paired_gain([(answers[name], answers[WorkflowName.REACT])])
+
+
+def print_shorter_rows(answers: Answers) -> None:
+    """Say which rows answered fewer questions than others: earlier ones, that --rows left alone."""
+    counts = {row: sum(map(len, sets.values())) for row, sets in answers.items()}
+    most = max(counts.values(), default=0)
+    shorter = [f"{row} ({count:,})" for row, count in counts.items() if count < most]
+    if shorter:
+        print(f"of {most:,} questions fewer were asked in: {', '.join(shorter)}")
 
 
 def add_verdicts(chat: Chat, figures: Figures, answers: Answers) -> None:

@@ -210,6 +210,15 @@ class Predictions:
             if self._key(row, name, question) not in self._answers
         ]
 
+    def answered(self, row: str, sets: QuestionSets) -> dict[str, list[Question]]:
+        """Return the questions that a row has answered, of the sets in which it has any."""
+        missing = {(name, question.id) for name, question in self.missing(row, sets)}
+        found = {
+            name: [question for question in questions if (name, question.id) not in missing]
+            for name, questions in sets.items()
+        }
+        return {name: questions for name, questions in found.items() if questions}
+
     def batches_to_ask(
         self, row: str, sets: QuestionSets, batch_size: int
     ) -> list[list[SetQuestion]]:

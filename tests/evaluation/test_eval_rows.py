@@ -16,7 +16,7 @@ from common.files import REPLACED_SUFFIX
 from data.questions import Question
 from data.trajectory import Observation, Provenance, Role, Trajectory
 from eval import STAGES, WORKFLOWS, EvalSettings, Exam, TableRow
-from evaluation.figures import JudgeFigures
+from evaluation.figures import JudgeFigures, read_figures
 from evaluation.table import WorkflowName
 from model import LM
 from workflows.agent import Answered
@@ -249,6 +249,29 @@ def test_only_what_is_missing_is_asked(
     # The network of another folder, which is not there, would be loaded here.
     row.folder = Path("nosuch")
     benchmark.ask_what_is_missing(row, {}, table, exam, predictions)
+
+
+def test_rows_that_are_not_asked_stand_with_what_they_have(
+    lm: LM, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Workflows on few questions, then agents on many: both are in the table, which says so."""
+    monkeypatch.setattr(benchmark, "recall_facts", lambda table, exam: set())
+    task.eval_search.report = lambda: ""
+
+    def answer(lm: LM, questions: Any, exam: Any, name: str) -> list[Any]:
+        return [Answered("a town", Trajectory()) for _ in questions]
+
+    rows = [TableRow(name, Path("base"), answer) for name in ("few", "many", "none")]
+    table = benchmark.Table(tmp_path, lm, Path("base"), rows)
+    task.evaluation = {"a": [NAMED], "b": [NOT_NAMED]}
+    benchmark.ask_rows(table, Exam(task, EvalSettings(rows=["few"])), start=0)
+    assert "fewer were asked" not in capsys.readouterr().out
+    task.evaluation = {"a": [NAMED, NOT_NAMED], "b": [NOT_NAMED]}
+    benchmark.ask_rows(table, Exam(task, EvalSettings(rows=["many"])), start=0)
+    assert "of 3 questions fewer were asked in: few (2)" in capsys.readouterr().out
+    figures = read_figures(tmp_path / "eval.json")
+    em_of_a = {name: row.sets["a"].em for name, row in figures.items()}
+    assert em_of_a == {"few": 100.0, "many": 50.0}
 
 
 # ---- further figures -----------------------------------------------------------------------------

@@ -258,7 +258,11 @@ def test_a_row_that_a_checkpoint_does_not_have(user: Any) -> None:
 
 @pytest.mark.parametrize(
     "argument, message",
-    [("--data=hotpotqa_dev.jsonl", "it needs --model"), ("--compare=a", "two rows are needed")],
+    [
+        ("--data=hotpotqa_dev.jsonl", "it needs --model"),
+        ("--compare=a", "two rows are needed"),
+        ("--authors_prompt", "name it with --model, and its questions with --data"),
+    ],
 )
 def test_what_evaluation_needs(user: Any, argument: str, message: str) -> None:
     done = run_here(user.cwd, "eval.py", argument, "--eval_questions=1")
