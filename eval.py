@@ -376,11 +376,8 @@ def ask_rows(table: Table, exam: Exam, start: float) -> None:
         sets = row.question_sets(table.base, task)
         is_chosen = not settings.rows or row.name in settings.rows
         if not is_chosen:
-            # It stands with what it has answered; a row of some sets alone has another average.
-            answered = predictions.answered(row.name, sets)
-            if answered.keys() != sets.keys():
-                continue
-            sets = answered
+            # It stands with what it has answered.
+            sets = predictions.answered(row.name, sets)
         warn_of_older_stage(row)
         if not sets:
             continue
@@ -400,7 +397,8 @@ def ask_rows(table: Table, exam: Exam, start: float) -> None:
             judge_error = error
     predictions.finish(answers)
     print(format_table(figures, task.evaluation))
-    print_shorter_rows(answers)
+    if settings.rows:
+        print_shorter_rows(figures, settings.rows)
     print(task.eval_search.report())
     result = {
         "rows": {name: row_to_json(row) for name, row in figures.items()},
@@ -531,13 +529,16 @@ def add_gains(figures: Figures, answers: Answers) -> None:
         row.gain = paired_gain([(answers[name], answers[WorkflowName.REACT])])
 
 
-def print_shorter_rows(answers: Answers) -> None:
-    """Say which rows answered fewer questions than others: earlier ones, that --rows left alone."""
-    counts = {row: sum(map(len, sets.values())) for row, sets in answers.items()}
-    most = max(counts.values(), default=0)
-    shorter = [f"{row} ({count:,})" for row, count in counts.items() if count < most]
+def print_shorter_rows(figures: Figures, asked: Sequence[str]) -> None:
+    """Say which of the rows that --rows left alone had been asked fewer questions before."""
+    most = max((row.questions for name, row in figures.items() if name in asked), default=0)
+    shorter = [
+        f"{name} ({row.questions:,})"
+        for name, row in figures.items()
+        if name not in asked and row.questions < most
+    ]
     if shorter:
-        print(f"of {most:,} questions fewer were asked in: {', '.join(shorter)}")
+        print(f"rows of fewer questions than the others' {most:,}: {', '.join(shorter)}")
 
 
 def add_verdicts(chat: Chat, figures: Figures, answers: Answers) -> None:

@@ -463,21 +463,22 @@ def draw_practice_costs(chains: Sequence[Mapping[str, PracticeCost]]) -> Figure:
     """
     figure, axes = plt.subplots(figsize=(TABLE_WIDTH, 4.2))
     most_calls = FEWEST_CALLS
-    for chain, color in zip(chains, (ORANGE, BLUE), strict=True):
+    # Names of the first chain stand above its points, those of the second below.
+    for chain, color, height in zip(chains, (ORANGE, BLUE), (7, -13), strict=True):
         calls = [row.raw_calls for row in chain.values()]
         most_calls = max(most_calls, *calls)
         em = [row.em.points for row in chain.values()]
-        axes.plot(calls, em, "-o", color=color, linewidth=MEDIUM, markersize=TIME_MARKER)
+        axes.plot(calls, em, ":", color=color, linewidth=MEDIUM)
+        axes.plot(calls, em, "o", color=color, markersize=TIME_MARKER)
         for name, row in chain.items():
             axes.vlines(row.raw_calls, row.em.low, row.em.high, color=color, linewidth=THIN)
             axes.annotate(
                 name,
                 (row.raw_calls, row.em.points),
-                (8, -4),
+                (6, height),
                 textcoords="offset points",
                 color=color,
                 fontsize=SMALL_FONT,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             )
     _scale_calls(axes, most_calls)
     # Names stand at the right of their points.

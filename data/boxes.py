@@ -1,7 +1,7 @@
 r"""The box of an answer, `\boxed{answer}`: where it ends, and what stands in it.
 
 An answer may hold braces of its own, as `\frac{1}{2}` does, so they are counted. All that reads a
-box reads it here.
+box reads it here, but for workflows/spelled.py, which reads it as the authors' code does.
 """
 
 TEXT = "\\text{"

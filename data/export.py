@@ -53,9 +53,21 @@ def export_questions(paths: list[str], out_file: Path) -> None:
 
 
 def export_sets(paths: list[str], out_folder: Path) -> None:
-    """Write the sets of question files as one file of FlashRAG's each. Raises UserError."""
-    for name, questions in read_question_sets(paths, "data.export").items():
-        out_file = out_folder / f"{name}.jsonl"
+    """Write the sets of question files as one file of FlashRAG's each.
+
+    Raises UserError for a set whose name is none of a file, and for a file that is there.
+    """
+    if out_folder.suffix:
+        raise UserError(f"{out_folder}: a folder is needed, for a file of each set; {USAGE}")
+    question_sets = read_question_sets(paths, "data.export")
+    out_files = {name: out_folder / f"{name}.jsonl" for name in question_sets}
+    for name, out_file in out_files.items():
+        if out_file.parent != out_folder or name.startswith("."):
+            raise UserError(f"{', '.join(paths)}: the set {name!r} can't be the name of a file")
+        if out_file.exists():
+            raise UserError(f"{out_file}: it is there already; remove it, or name another folder")
+    for name, questions in question_sets.items():
+        out_file = out_files[name]
         write_jsonl(out_file, [flashrag_row(question, name) for question in questions])
         print(f"{out_file}: {len(questions):,} questions")
 

@@ -63,7 +63,7 @@ def read_question_sets(path: str | Path, file_name: str, setting: str) -> dict[s
     Raises UserError with the file and the row, counted from 1, for a malformed one.
     """
     rows = _read_rows(path, setting)
-    source_files = _name_source_files(rows)
+    source_files = _name_source_files(rows, path)
     sets: dict[str, dict[str, Question]] = {}
     repeated = 0
     for number, row in enumerate(rows, 1):
@@ -124,19 +124,26 @@ def _import_pyarrow(path: str | Path) -> Any:
     return pyarrow
 
 
-def _name_source_files(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _name_source_files(rows: Sequence[Mapping[str, Any]], where: str | Path) -> dict[str, str]:
     """Return the name of the set of each file that rows were made of, by the file's path.
 
     It is named as a file of its own would be (`name_sets` in data/flashrag.py).
+    Raises UserError where two of them have one name.
     """
     found = [row.get("source_file") for row in rows]
     paths = {path: Path(path) for path in found if isinstance(path, str) and Path(path).stem}
     stems = [path.stem for path in paths.values()]
-    names = {}
+    names: dict[str, str] = {}
     for text, path in paths.items():
         is_told_by_folder = path.stem in SPLITS or stems.count(path.stem) > 1
         parts = [path.parent.name, path.stem] if is_told_by_folder else [path.stem]
-        names[text] = "_".join(filter(None, parts))
+        name = "_".join(filter(None, parts))
+        if name in names.values():
+            raise UserError(
+                f"{where}: source_file names {text!r} and another file, which are both the set "
+                f"{name!r}; rename one"
+            )
+        names[text] = name
     return names
 
 
@@ -148,7 +155,7 @@ def _set_name(row: Mapping[str, Any], file_name: str, source_files: Mapping[str,
     source_file = row.get("source_file")
     source = row.get("data_source")
     name = file_name
-    if source_file in source_files:
+    if isinstance(source_file, str) and source_file in source_files:
         name = source_files[source_file]
     elif isinstance(source, str) and Path(source).name:
         split = (row.get("extra_info") or {}).get("split")
@@ -235,11 +242,21 @@ def _refuse_unknown_instructions(path: str | Path, texts: Collection[str]) -> No
 def write_question_sets(path: Path, question_sets: Mapping[str, Sequence[Question]]) -> None:
     """Write questions as AutoCoA's authors release theirs, with their prompt.
 
-    The file is whole or not there. Raises UserError where pyarrow is not installed.
+    Their reward splits the ground truth of training as a text; their evaluation script takes that
+    of tests as a list.
+
+    The file is whole or not there. Raises UserError where pyarrow is not installed, and for sets to
+    learn from beside others.
     """
     pyarrow = _import_pyarrow(path)
+    are_tests = {not name.endswith("train") for name in question_sets}
+    if len(are_tests) > 1:
+        raise UserError(
+            f"{path}: a file holds sets to learn from or sets to be judged on, not both; "
+            f"of {', '.join(question_sets)} write those called train to another file"
+        )
     rows = [
-        _verl_row(question, set_name, number)
+        _verl_row(question, set_name, number, are_tests == {True})
         for set_name, questions in question_sets.items()
         for number, question in enumerate(questions)
     ]
@@ -252,11 +269,12 @@ def write_question_sets(path: Path, question_sets: Mapping[str, Sequence[Questio
         sync(path.parent)
 
 
-def _verl_row(question: Question, set_name: str, number: int) -> dict[str, Any]:
+def _verl_row(question: Question, set_name: str, number: int, is_test: bool) -> dict[str, Any]:
     source, _, split = set_name.rpartition("_")
     if split not in SPLITS:
         source, split = set_name, ""
     row = flashrag_row(question, set_name)
+    answers = question.golden_answers
     return {
         "id": row["id"],
         "source_file": f"{set_name}.jsonl",
@@ -264,9 +282,8 @@ def _verl_row(question: Question, set_name: str, number: int) -> dict[str, Any]:
         "data_source": source,
         "prompt": [{"role": "user", "content": authors_turn(question.question)}],
         "ability": "QA",
-        # The authors' reward splits a text.
         "reward_model": {
-            "ground_truth": ANSWER_SEPARATOR.join(question.golden_answers),
+            "ground_truth": answers if is_test else ANSWER_SEPARATOR.join(answers),
             "style": "rule",
         },
         "extra_info": {"index": number, "split": split},

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from common.errors import UserError
 from common.files import read_log
-from common.run_record import RunRecord, read_run_record
+from common.run_record import RunRecord, read_run_record, record_file
 from common.runs import COST_FILE
 from environments.costs import Point, mean
 from environments.distilled import read_cost
@@ -283,12 +283,18 @@ def count_calls(run: str, stages: Sequence[str]) -> CallCount:
     """Return what stages of a run, trained one from the other, asked the tool in practice.
 
     The calls that their world models were distilled from are counted too.
+    Raises UserError where the run does not remember a stage, or lacks its logs.
     """
     root = Path("out", run)
     record = read_run_record(run)
     distillations = read_distillations(root, record)
     ledger = Ledger()
     for stage in stages:
+        if stage not in record.stages:
+            raise UserError(
+                f"{record_file(run)}: the run does not remember how {stage} was trained; "
+                "remove the folder of that stage, and train it again"
+            )
         world_model = world_model_of(stage, record.stages[stage].settings)
         ledger.pay_for(world_model, distillations, clock=None)
         stage_points(root / stage, ledger)

@@ -1,13 +1,13 @@
 """The paper's seven claims, put to the test on the answers of several seeds.
 
-A claim is one comparison or several. A comparison is a difference in points of exact match, with
-its 95% interval over questions, its 95% interval over seeds, and a test. It *holds* where both
-intervals lie above what it needs, it *does not* where both lie below, and is *undecided* in
-between: questions tell how well a difference is measured, seeds whether training gives it again.
-A claim holds where all its comparisons do, and does not where one does not.
+A claim is one comparison or several. A comparison is a difference, in points of exact match for
+the most part, with its 95% interval over questions, its 95% interval over seeds, and a test. It
+*holds* where both intervals lie above what it needs, *does not* where both lie below, and is
+*undecided* in between. The first interval says how well these runs are measured; the second also
+has what chance in training does, and that each seed has a world and questions of its own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -19,14 +19,18 @@ from evaluation.predictions import ScoredQuestion
 from evaluation.seed_results import SeedResults
 from evaluation.statistics import (
     BOOTSTRAP_DRAWS,
-    INTERVAL_PERCENTILES,
-    SIGN_FLIPS,
+    bootstrap_figure,
     paired_gain,
+    seed_interval,
     sign_flip_p,
+    two_groups_p,
 )
+from evaluation.table import WorkflowName
 
 # Rows of eval.py's table.
-WORKFLOWS = ("model only", "ReAct workflow")  # those of the paper's table
+REACT = str(WorkflowName.REACT)
+FROM_MEMORY = str(WorkflowName.FROM_MEMORY)
+WORKFLOWS = (FROM_MEMORY, REACT)  # those of the paper's table
 SFT1 = "SFT-1"
 SFT2_ALONE = "SFT-2"
 SFT12 = "SFT-1&2"
@@ -39,17 +43,20 @@ AGENTS = (SFT1, SFT2_ALONE, SFT12, SFT123, RL2_ALONE, RL1, RL12, RL2_FROM_SFT2)
 
 LITTLE = 2.0  # points that "costs little" allows
 NEAR = 1.5  # points that "comes near" allows
+SAVED_CALLS = 80.0  # percent of the calls that practice at "a sixth" of them saves at least
 HIGH = 10.0  # points that success may lose where it "stays high"
-COLLAPSE = 20.0  # points between what is known and what is not, where a model "collapses"
+RECALLED = 50.0  # percent of what it has seen that a model "recalls"
+COLLAPSE = 20.0  # points between what it has seen and what not, where a model "collapses"
 FEW_ACTIONS = (1, 2)
 MANY_ACTIONS = 3  # or more
+FEWEST_ANSWERS = 30  # of a group of answers whose success is compared
 
 
 class Verdict(StrEnum):
-    """What became of a claim."""
+    """What became of a claim, or of one of its comparisons."""
 
     HOLDS = "holds"
-    FAILS = "does not"
+    FAILS = "does not hold"
     UNDECIDED = "undecided"
 
 
@@ -60,7 +67,7 @@ class Comparison:
     measure: str  # what is subtracted from what
     needs: float  # points; the intervals have to lie above it
     gain: Gain  # with its interval over questions; NaN where it can't be measured
-    p: float  # of a two-sided test against the difference that is needed
+    p: float  # of a two-sided test against the difference that is needed; NaN without one
     by_seed: Mapping[str, float]  # seed -> points
 
     @property
@@ -85,7 +92,8 @@ class Claim:
 
     number: int
     text: str  # as the paper has it
-    comparisons: Sequence[Comparison]  # empty where the rows are not there yet
+    comparisons: Sequence[Comparison]
+    is_complete: bool  # whether all rows are there that it is about
 
     @property
     def verdict(self) -> Verdict:
@@ -93,15 +101,15 @@ class Claim:
         verdicts = [comparison.verdict for comparison in self.comparisons]
         if Verdict.FAILS in verdicts:
             return Verdict.FAILS
-        if verdicts and set(verdicts) == {Verdict.HOLDS}:
+        if self.is_complete and all(verdict == Verdict.HOLDS for verdict in verdicts):
             return Verdict.HOLDS
         return Verdict.UNDECIDED
 
     @property
-    def weakest(self) -> Comparison:
-        """The comparison that decides: the lowest of those that have the claim's verdict."""
-        deciding = [item for item in self.comparisons if item.verdict == self.verdict]
-        return min(deciding, key=lambda comparison: comparison.gain.points)
+    def deciding(self) -> Comparison:
+        """The lowest comparison that has the claim's verdict, or of all where none has it."""
+        same = [item for item in self.comparisons if item.verdict == self.verdict]
+        return min(same or self.comparisons, key=lambda comparison: comparison.gain.points)
 
 
 def judge_claims(seeds: Sequence[SeedResults]) -> list[Claim]:
@@ -112,32 +120,40 @@ def judge_claims(seeds: Sequence[SeedResults]) -> list[Claim]:
         for workflow in WORKFLOWS
         for comparison in compare(seeds, agent, workflow)
     ]
-    return [
-        Claim(1, "every agent model beats the workflows", every_agent),
-        Claim(2, "SFT-1&2 beats SFT-2 alone", compare(seeds, SFT12, SFT2_ALONE)),
-        Claim(3, "SFT-3 costs little", compare(seeds, SFT123, SFT12, needs=-LITTLE)),
-        Claim(4, "RL adds to SFT", compare(seeds, RL12, SFT123)),
-        Claim(
-            5,
+    near_all_real = [
+        *compare(seeds, RL12, RL2_FROM_SFT2, needs=-NEAR),
+        *saved_calls(seeds),
+    ]
+    parts = [
+        ("every agent model beats the workflows", every_agent, len(AGENTS) * len(WORKFLOWS)),
+        ("SFT-1&2 beats SFT-2 alone", compare(seeds, SFT12, SFT2_ALONE), 1),
+        ("SFT-3 costs little", compare(seeds, SFT123, SFT12, needs=-LITTLE), 1),
+        ("RL adds to SFT", compare(seeds, RL12, SFT123), 1),
+        (
             "five sixths imagined, one sixth real comes near all real, at a sixth of its calls",
-            compare(seeds, RL12, RL2_FROM_SFT2, needs=-NEAR, note=_share_of_calls(seeds)),
+            near_all_real,
+            2,
         ),
-        Claim(
-            6,
+        (
             "success stays high as the number of actions grows (Fig. 3)",
             success_with_many_actions(seeds),
+            2,
         ),
-        Claim(
-            7,
+        (
             "a closed-book model collapses on facts it never saw, and recalls known ones (app. A)",
-            collapse_without_tool(seeds),
+            recall_without_tool(seeds),
+            2,
         ),
+    ]
+    return [
+        Claim(number, text, comparisons, is_complete=len(comparisons) == expected)
+        for number, (text, comparisons, expected) in enumerate(parts, 1)
     ]
 
 
 # ---- differences of two rows ---------------------------------------------------------------------
 def compare(
-    seeds: Sequence[SeedResults], first: str, second: str, needs: float = 0, note: str = ""
+    seeds: Sequence[SeedResults], first: str, second: str, needs: float = 0
 ) -> list[Comparison]:
     """Return how much better one row is than another; nothing where no seed has both."""
     pairs = {
@@ -148,7 +164,7 @@ def compare(
     if not pairs:
         return []
     comparison = Comparison(
-        measure=f"{first} over {second}{note}",
+        measure=f"{first} over {second}",
         needs=needs,
         gain=paired_gain(list(pairs.values())),
         p=sign_flip_p(list(pairs.values()), needs),
@@ -157,14 +173,31 @@ def compare(
     return [comparison]
 
 
-def _share_of_calls(seeds: Sequence[SeedResults]) -> str:
-    """Return how many of the calls of practice with the tool alone the default recipe made."""
-    counted = [results.calls for results in seeds if {RL12, RL2_FROM_SFT2} <= results.calls.keys()]
-    all_real = sum(calls[RL2_FROM_SFT2].raw for calls in counted)
-    if not all_real:
-        return ""
-    share = sum(calls[RL12].raw for calls in counted) / all_real
-    return f", with {share:.2f} of its raw calls"
+def saved_calls(seeds: Sequence[SeedResults]) -> list[Comparison]:
+    """Return which share of the calls of practice with the tool alone the default recipe saves.
+
+    Calls that the world model was distilled from are RL-1's, which asks for nothing else. The paper
+    has none, so they are left out here.
+    """
+    by_seed = {}
+    for results in seeds:
+        calls = results.calls
+        if not {RL1, RL12, RL2_FROM_SFT2} <= calls.keys() or not calls[RL2_FROM_SFT2].raw:
+            continue
+        practised = calls[RL12].raw - calls[RL1].raw
+        by_seed[results.seed] = 100 * (1 - practised / calls[RL2_FROM_SFT2].raw)
+    if not by_seed:
+        return []
+    points = float(np.mean(list(by_seed.values())))
+    comparison = Comparison(
+        measure=f"% of the calls of {RL2_FROM_SFT2} that {RL12} saves, distilling left out",
+        needs=SAVED_CALLS,
+        # They are counted, not drawn.
+        gain=Gain(points, points, points, questions=0),
+        p=np.nan,
+        by_seed=by_seed,
+    )
+    return [comparison]
 
 
 # ---- by the number of actions (paper Fig. 3) -----------------------------------------------------
@@ -174,50 +207,58 @@ class Success(NamedTuple):
     em: np.ndarray  # (answers,), 0 or 1
     actions: np.ndarray  # (answers,)
 
-    def rise(self) -> float:
-        """Return success with many actions less success with few, in points; NaN without both."""
-        few = self.em[np.isin(self.actions, FEW_ACTIONS)]
-        many = self.em[self.actions >= MANY_ACTIONS]
-        if not len(few) or not len(many):
-            return np.nan
-        return 100 * float(many.mean() - few.mean())
+    def with_few(self) -> np.ndarray:
+        """Return the exact match of the answers with one or two actions."""
+        return self.em[np.isin(self.actions, FEW_ACTIONS)]
 
-    def rows(self, numbers: np.ndarray) -> "Success":
+    def with_many(self) -> np.ndarray:
+        """Return the exact match of the answers with more."""
+        return self.em[self.actions >= MANY_ACTIONS]
+
+    def rise(self) -> float:
+        """Return success with many actions less success with few, in points.
+
+        It is NaN where either are too few answers.
+        """
+        return _difference(self.with_many(), self.with_few())
+
+    def of(self, numbers: np.ndarray) -> "Success":
         """Return some of the answers."""
         return Success(self.em[numbers], self.actions[numbers])
 
 
+def _difference(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the difference of two groups' exact match in points; NaN for few answers."""
+    if min(len(first), len(second)) < FEWEST_ANSWERS:
+        return np.nan
+    return 100 * float(first.mean() - second.mean())
+
+
 def success_with_many_actions(seeds: Sequence[SeedResults]) -> list[Comparison]:
     """Return that success falls by little with more actions, and less than the ReAct workflow's."""
-    react = WORKFLOWS[-1]
-    complete = [results for results in seeds if {RL12, react} <= results.answers.keys()]
+    complete = [results for results in seeds if {RL12, REACT} <= results.answers.keys()]
     if not complete:
         return []
     # Both rows answered the same questions, in the same order.
     agents = {results.seed: _success(results, RL12) for results in complete}
-    workflows = {results.seed: _success(results, react) for results in complete}
+    workflows = {results.seed: _success(results, REACT) for results in complete}
     agent = _join(list(agents.values()))
     workflow = _join(list(workflows.values()))
-    few, many = (
-        agent.em[np.isin(agent.actions, FEW_ACTIONS)],
-        agent.em[agent.actions >= MANY_ACTIONS],
-    )
+    answers = len(agent.em)
     own = Comparison(
         measure=f"{RL12}: answers with {MANY_ACTIONS} actions or more over those with "
         f"{FEW_ACTIONS[0]} or {FEW_ACTIONS[1]}",
         needs=-HIGH,
-        gain=_bootstrap(len(agent.em), lambda numbers: agent.rows(numbers).rise()),
-        p=two_groups_p(many, few, -HIGH),
+        gain=bootstrap_figure(answers, lambda numbers: agent.of(numbers).rise()),
+        p=two_groups_p(agent.with_many(), agent.with_few(), -HIGH),
         by_seed={seed: success.rise() for seed, success in agents.items()},
     )
-
-    def difference(numbers: np.ndarray) -> float:
-        return agent.rows(numbers).rise() - workflow.rows(numbers).rise()
-
     beside_react = Comparison(
-        measure=f"the same, over the same of the {react}",
+        measure=f"the same, over the same of the {REACT}",
         needs=0,
-        gain=_bootstrap(len(agent.em), difference),
+        gain=bootstrap_figure(
+            answers, lambda numbers: agent.of(numbers).rise() - workflow.of(numbers).rise()
+        ),
         p=_swap_p(agent, workflow),
         by_seed={seed: agents[seed].rise() - workflows[seed].rise() for seed in agents},
     )
@@ -239,123 +280,67 @@ def _join(parts: Sequence[Success]) -> Success:
     return Success(em, np.concatenate([part.actions for part in parts]))
 
 
-def _bootstrap(questions: int, measure: Callable[[np.ndarray], float]) -> Gain:
-    """Return a figure of some questions with its 95% interval over them.
-
-    measure: the figure of the questions with these numbers.
-    """
-    rng = np.random.default_rng(0)
-    points = measure(np.arange(questions))
-    if np.isnan(points):
-        return Gain(np.nan, np.nan, np.nan, questions)
-    drawn = [measure(rng.integers(0, questions, questions)) for _ in range(BOOTSTRAP_DRAWS)]
-    low, high = np.nanpercentile(drawn, INTERVAL_PERCENTILES)
-    return Gain(points, float(low), float(high), questions)
-
-
 def _swap_p(first: Success, second: Success) -> float:
     """Return how likely so large a difference of rises is where the two rows are equals.
 
     Where they are, each question's two answers could as well be the other way round.
     """
-    gain = abs(first.rise() - second.rise())
+    difference = abs(first.rise() - second.rise())
+    if np.isnan(difference):
+        return np.nan
     rng = np.random.default_rng(0)
     as_large = 0
     for _ in range(BOOTSTRAP_DRAWS):
         swaps = rng.random(len(first.em)) < 0.5
         one = Success(*(np.where(swaps, b, a) for a, b in zip(first, second, strict=True)))
         other = Success(*(np.where(swaps, a, b) for a, b in zip(first, second, strict=True)))
-        as_large += abs(one.rise() - other.rise()) >= gain - 1e-9
+        as_large += abs(one.rise() - other.rise()) >= difference - 1e-9
     return (as_large + 1) / (BOOTSTRAP_DRAWS + 1)
 
 
-def two_groups_p(first: np.ndarray, second: np.ndarray, needs: float = 0) -> float:
-    """Return how likely a difference of means as far from `needs` is by chance: two-sided.
-
-    A permutation test: where the first group has just `needs` points more, an answer less those
-    points could as well be of the other group.
-
-    first, second: (answers,) each, 0 or 1. Without answers in both it is NaN.
-    """
-    if not len(first) or not len(second):
-        return np.nan
-    rng = np.random.default_rng(0)
-    values = np.concatenate([first - needs / 100, second])
-    gain = abs(values[: len(first)].mean() - values[len(first) :].mean())
-    as_large = 0
-    for _ in range(SIGN_FLIPS):
-        rng.shuffle(values)
-        drawn = abs(values[: len(first)].mean() - values[len(first) :].mean())
-        as_large += drawn >= gain - 1e-9
-    return (as_large + 1) / (SIGN_FLIPS + 1)
-
-
-# ---- known and unknown facts (paper appendix A) --------------------------------------------------
-class Recall(NamedTuple):
-    """Answers from memory: to questions whose facts are all known, and to the others."""
-
-    known: np.ndarray  # (questions,), 0 or 1
-    unknown: np.ndarray  # (other questions,)
-
-    def difference(self) -> float:
-        """Return EM on the first less EM on the others, in points; NaN without both."""
-        if not len(self.known) or not len(self.unknown):
-            return np.nan
-        return 100 * float(self.known.mean() - self.unknown.mean())
-
-
-def collapse_without_tool(seeds: Sequence[SeedResults]) -> list[Comparison]:
-    """Return that a model without a tool answers what it knows, and little else."""
-    row = WORKFLOWS[0]
-    recalls = {results.seed: _recall(results, row) for results in seeds if row in results.answers}
-    if not recalls:
+# ---- facts of the pretraining and others (paper appendix A) --------------------------------------
+def recall_without_tool(seeds: Sequence[SeedResults]) -> list[Comparison]:
+    """Return that a model without a tool answers what its pretraining held, and little else."""
+    complete = [results for results in seeds if FROM_MEMORY in results.answers]
+    if not complete:
         return []
-    known = np.concatenate([recall.known for recall in recalls.values()])
-    unknown = np.concatenate([recall.unknown for recall in recalls.values()])
+    seen_of = {results.seed: _answers_to(results, is_seen=True) for results in complete}
+    unseen_of = {results.seed: _answers_to(results, is_seen=False) for results in complete}
+    seen = np.concatenate(list(seen_of.values()))
+    unseen = np.concatenate(list(unseen_of.values()))
+    none = np.zeros(FEWEST_ANSWERS)
 
     def difference(numbers: np.ndarray) -> float:
-        is_known = numbers < len(known)
-        drawn_known = known[numbers[is_known]]
-        drawn_unknown = unknown[numbers[~is_known] - len(known)]
-        return Recall(drawn_known, drawn_unknown).difference()
+        is_seen = numbers < len(seen)
+        return _difference(seen[numbers[is_seen]], unseen[numbers[~is_seen] - len(seen)])
 
-    comparison = Comparison(
-        measure=f"{row}: questions of known facts over questions with an unknown one",
+    recalls = Comparison(
+        measure=f"{FROM_MEMORY}: questions whose facts were all in the pretraining",
+        needs=RECALLED,
+        gain=bootstrap_figure(len(seen), lambda numbers: _difference(seen[numbers], none)),
+        p=np.nan,
+        by_seed={seed: _difference(answers, none) for seed, answers in seen_of.items()},
+    )
+    collapses = Comparison(
+        measure="these, over questions with a fact that was not",
         needs=COLLAPSE,
-        gain=_bootstrap(len(known) + len(unknown), difference),
-        p=two_groups_p(known, unknown, COLLAPSE),
-        by_seed={seed: recall.difference() for seed, recall in recalls.items()},
+        gain=bootstrap_figure(len(seen) + len(unseen), difference),
+        p=two_groups_p(seen, unseen, COLLAPSE),
+        by_seed={seed: _difference(seen_of[seed], unseen_of[seed]) for seed in seen_of},
     )
-    return [comparison]
+    return [recalls, collapses]
 
 
-def _recall(results: SeedResults, row: str) -> Recall:
-    """Return what a row answered, from the counts that its figures hold."""
-    acting = results.figures[row].acting
-    count = acting.questions_known
-    other_count = len(_answers(results, row)) - count
-    return Recall(
-        known=_ones_and_zeros(acting.em_known, count),
-        unknown=_ones_and_zeros(acting.em_unknown, other_count),
-    )
+def _answers_to(results: SeedResults, is_seen: bool) -> np.ndarray:
+    """Return what the model without a tool answered, (questions,) of 0 and 1, of either kind.
 
-
-def _ones_and_zeros(em: float | None, count: int) -> np.ndarray:
-    """Return so many answers of 0 and 1 with this exact match in percent, (count,)."""
+    They are made again from the counts that the row's figures hold.
+    """
+    acting = results.figures[FROM_MEMORY].acting
+    count = acting.questions_seen
+    em = acting.em_seen
+    if not is_seen:
+        count = len(_answers(results, FROM_MEMORY)) - count
+        em = acting.em_unseen
     right = 0 if em is None else round(em / 100 * count)
     return (np.arange(count) < right).astype(float)
-
-
-# Student's t at 97.5% for 1, 2, .. degrees of freedom; the last one serves for more.
-STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-
-
-def seed_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95% interval of a mean over seeds (Student's t); all numbers for one seed."""
-    count = len(values)
-    if count < 2:
-        return -np.inf, np.inf
-    t = STUDENT_T[min(count - 1, len(STUDENT_T)) - 1]
-    half = t * float(np.std(values, ddof=1)) / count**0.5
-    mean = float(np.mean(values))
-    return mean - half, mean + half

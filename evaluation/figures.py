@@ -35,7 +35,9 @@ class ActingFigures:
     em_known: float | None  # EM of the questions whose facts are all known
     em_unknown: float | None
     calculated: float | None  # share of the calculations for which the calculator was called
-    questions_known: int = 0  # questions whose facts are all known
+    em_seen: float | None = None  # EM of the questions whose facts were all in the pretraining
+    em_unseen: float | None = None
+    questions_seen: int = 0  # questions whose facts were all in the pretraining
 
 
 @dataclass
@@ -77,6 +79,7 @@ class RowFigures:
     em_low: float  # the 95% interval of the average EM
     em_high: float
     by_actions: dict[int, SuccessFigures]  # number of actions -> its questions
+    questions: int = 0  # that it answered, of all sets
     gain: Gain | None = None  # over the ReAct workflow
     judge: JudgeFigures | None = None
 
@@ -87,6 +90,7 @@ def row_to_json(row: RowFigures) -> dict[str, Any]:
     average: dict[str, Any] = asdict(row.average) | asdict(row.acting)
     average["em_low"] = row.em_low
     average["em_high"] = row.em_high
+    average["questions"] = row.questions
     average["by_actions"] = {
         str(count): asdict(figures) for count, figures in row.by_actions.items()
     }
@@ -124,6 +128,7 @@ def row_from_json(values: Mapping[str, Any]) -> RowFigures:
             int(count): SuccessFigures(**figures)
             for count, figures in average["by_actions"].items()
         },
+        questions=average["questions"],
     )
     if "gain" in average:
         row.gain = Gain(

@@ -211,13 +211,21 @@ class Predictions:
         ]
 
     def answered(self, row: str, sets: QuestionSets) -> dict[str, list[Question]]:
-        """Return the questions that a row has answered, of the sets in which it has any."""
+        """Return the questions that a row answered when it was asked for fewer of each set.
+
+        That is the first so many of each set, as many as of any; nothing where it lacks one of
+        them, since an evaluation that was interrupted is no sample.
+        """
         missing = {(name, question.id) for name, question in self.missing(row, sets)}
-        found = {
-            name: [question for question in questions if (name, question.id) not in missing]
+        counts = [
+            sum((name, question.id) not in missing for question in questions)
             for name, questions in sets.items()
-        }
-        return {name: questions for name, questions in found.items() if questions}
+        ]
+        most = max(counts, default=0)
+        firsts = {name: list(questions[:most]) for name, questions in sets.items()}
+        if not most or self.missing(row, firsts):
+            return {}
+        return firsts
 
     def batches_to_ask(
         self, row: str, sets: QuestionSets, batch_size: int
@@ -333,7 +341,5 @@ def read_predictions(
             found[prediction["row"]].setdefault(prediction["set"], []).append(prediction)
     for row, sets in found.items():
         if not sets:
-            raise UserError(
-                f"--compare: {path} has no row {row!r}; evaluate it first, or name another"
-            )
+            raise UserError(f"{path} has no row {row!r}; evaluate it first, or name another")
     return found

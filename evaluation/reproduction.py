@@ -112,6 +112,10 @@ JOBS = (
         rows=(RL2_FROM_SFT2,),
     ),
 )
+# Folders that stages make beside their own.
+MADE_BESIDE = ("data", "world_model")
+# What a run is given by itself: its seed, what --dtype=auto became, and larger sizes on a GPU.
+OF_THE_DEVICE = ("seed", "dtype", "micro_tokens", "batch_rows")
 # In the short form, too, as many steps as RL-1 and RL-2 have together.
 ALL_STEPS = "--rl2_steps=96"
 QUICK_STEPS = f"--rl2_steps={QUICK['rl1_steps'] + QUICK['rl2_steps']}"
@@ -176,7 +180,7 @@ def keep_rows(seed: str, rows: Sequence[str], settings: ReproductionSettings) ->
 
 
 def refuse_other_settings(seed: str, settings: ReproductionSettings) -> None:
-    """Raise UserError where a seed's run was trained with other settings than the default ones."""
+    """Raise UserError where a seed's rows were not trained with the default settings."""
     if settings.quick:
         return
     name = run_name(seed, settings)
@@ -190,17 +194,15 @@ def refuse_other_settings(seed: str, settings: ReproductionSettings) -> None:
 
 
 def _given_otherwise(record: RunRecord) -> dict[str, Any]:
-    """Return what a run was given beside what its jobs give."""
-    by_job: dict[str, set[str]] = {}
-    for job in JOBS:
-        names = {option.removeprefix("--").partition("=")[0] for option in job.options}
-        by_job |= dict.fromkeys(job.folders, names)
+    """Return what a run was given, or its stages of the table, beside what their jobs give."""
     given = dict(record.given)
-    for folder, stage in record.stages.items():
-        own = by_job.get(folder, set())
-        given |= {name: value for name, value in stage.given.items() if name not in own}
-    # The number type is what --dtype=auto became.
-    return {name: value for name, value in given.items() if name not in ("seed", "dtype")}
+    for job in JOBS:
+        own = {option.removeprefix("--").partition("=")[0] for option in job.options}
+        for folder in (*job.folders, *MADE_BESIDE):
+            stage = record.stages.get(folder)
+            if stage is not None:
+                given |= {name: value for name, value in stage.given.items() if name not in own}
+    return {name: value for name, value in given.items() if name not in OF_THE_DEVICE}
 
 
 # ---- 2. Seeds side by side -----------------------------------------------------------------------
@@ -275,7 +277,12 @@ def goes_on(lane: Lane, settings: ReproductionSettings, failed: list[str]) -> bo
         failed.append(f"{name}: {step.name} ended with status {status}; see {log}")
         return False
     if step.rows:
-        keep_rows(lane.seed, step.rows, settings)
+        try:
+            keep_rows(lane.seed, step.rows, settings)
+        except UserError as error:
+            # The other seeds go on.
+            failed.append(str(error))
+            return False
     if not lane.steps:
         return False
     lane.process = begin(lane.steps[0], lane.seed, settings)
@@ -298,14 +305,8 @@ def run(settings: ReproductionSettings) -> None:
         if not settings.page and not settings.dry_run:
             train_seeds(settings)
     finally:
-        files = [results_file(seed, settings) for seed in settings.seeds]
-        kept = [read_results(file) for file in files if file.is_file()]
-        if kept and not settings.dry_run:
-            folder = results_folder(settings)
-            pictures = folder if settings.quick else Path("pictures")
-            page = folder.with_suffix(".md")
-            write_page(kept, page, pictures)
-            print(f"{page}: written from what is kept in {folder}")
+        if not settings.dry_run:
+            write_page_of_all(settings)
         for seed in settings.seeds:
             left = steps_left(seed, settings)
             if left:
@@ -319,23 +320,36 @@ def run(settings: ReproductionSettings) -> None:
                 print(f"{run_name(seed, settings)}: left: {', '.join(names)}")
 
 
+def write_page_of_all(settings: ReproductionSettings) -> None:
+    """Write the page from all seeds that are kept, those too that were not asked for now."""
+    folder = results_folder(settings)
+    results = [read_results(file) for file in folder.glob("seed*.json")]
+    if not results:
+        return
+    results.sort(key=lambda one: int(one.seed))
+    pictures = folder if settings.quick else Path("pictures")
+    page = folder.with_suffix(".md")
+    write_page(results, page, pictures, settings.quick)
+    print(f"{page}: written from what is kept in {folder}")
+
+
 def refuse_settings_of_others(settings: ReproductionSettings) -> None:
     """Raise UserError for what are no seeds, and for a setting that nothing is trained with."""
-    if len(set(settings.seeds)) < len(settings.seeds) or not all(
-        seed.isdecimal() for seed in settings.seeds
+    are_numbers = all(seed == str(int(seed)) for seed in settings.seeds if seed.isdecimal())
+    if (
+        not are_numbers
+        or not all(seed.isdecimal() for seed in settings.seeds)
+        or len(set(settings.seeds)) < len(settings.seeds)
     ):
         raise UserError(f"--seeds: {','.join(settings.seeds)!r} are not different whole numbers")
     own = {item.name for item in fields(ReproductionSettings)} - {"run", "seed"}
-    if settings.quick:
-        # These are what the short form is made of.
-        return
-    others = [name for name in settings.given if name not in own | {"run"}]
-    if others or settings.run != RunSettings.run:
-        names = ", ".join(f"--{name}" for name in others or ["run"])
-        raise UserError(
-            f"{names}: not used here; all rows are trained with the default settings, "
-            "into runs named after their seeds (--seeds)"
-        )
+    short_form = QUICK if settings.quick else {"run": RunSettings.run}
+    for name, value in settings.given.items():
+        if name not in own and short_form.get(name) != value:
+            raise UserError(
+                f"--{name}: not used here; all rows are trained with the default settings, "
+                "into runs named after their seeds (--seeds)"
+            )
 
 
 if __name__ == "__main__":

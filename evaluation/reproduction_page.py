@@ -11,6 +11,8 @@ import plot
 from common.files import write_text
 from evaluation.claims import (
     AGENTS,
+    FROM_MEMORY,
+    REACT,
     RL1,
     RL2_ALONE,
     RL2_FROM_SFT2,
@@ -19,21 +21,19 @@ from evaluation.claims import (
     SFT2_ALONE,
     SFT12,
     SFT123,
-    WORKFLOWS,
     Claim,
     Comparison,
     judge_claims,
-    seed_interval,
 )
 from evaluation.figures import ActingFigures, RowFigures, SetFigures
 from evaluation.markdown import table_head, table_row
 from evaluation.seed_results import SeedResults
-from evaluation.statistics import by_actions, em_of
+from evaluation.statistics import by_actions, em_of, seed_interval
 
 # The rows as the paper names them, with its average EM of a 7B model over six sets.
 NAMES = {
-    "model only": "model only",
-    "ReAct workflow": "ReAct",
+    FROM_MEMORY: "model only",
+    REACT: "ReAct workflow",
     SFT1: "SFT-1",
     SFT2_ALONE: "SFT-2",
     SFT12: "SFT-1&2",
@@ -44,8 +44,8 @@ NAMES = {
     RL2_FROM_SFT2: "SFT-1&2 + RL-2",
 }
 PAPER_EM = {
-    "model only": 11.8,
-    "ReAct workflow": 15.2,
+    FROM_MEMORY: 11.8,
+    REACT: 15.2,
     SFT1: 22.7,
     SFT2_ALONE: 29.5,
     SFT12: 32.0,
@@ -62,25 +62,26 @@ MOST_SHOWN_ACTIONS = 4  # columns of the table of actions; the last one is for m
 
 HEADER = """# The paper's claims, on nano
 
-`bash reproduce.sh` wrote this page from the runs of {seeds}. It trains every row of the paper's \
-table with the default settings, and evaluates it on {questions} questions a seed, in a world \
-that training never saw. What each seed said is kept in `reproduction/` ({commits}). The paper's \
-figures are of a model of 7 billion parameters on six sets of real questions; they are the shape \
-to compare with, not the values.
+`bash reproduce.sh{option}` wrote this page from the runs of {seeds}. It trains every row of the \
+paper's table {how}, and evaluates it on {questions} questions a seed, in a world that training \
+never saw. What each seed said is kept in `{folder}/`, evaluated by {commits}. The paper's figures \
+are of a model of 7 billion parameters on six sets of real questions; they are the shape to \
+compare with, not the values.
 """
 
 CLAIMS_NOTE = """
 
-A comparison holds where both intervals lie above what it needs, and does not where both lie \
-below; a claim holds where all its comparisons do, and does not where one does not. Claim 1 shows \
-the comparison that decides. p is of a two-sided permutation test over questions: how likely so \
-large a difference from what is needed is by chance.
+Figures are in points of exact match, but for calls, which are in percent. A comparison holds \
+where both intervals lie above what it needs, and does not where both lie below. A claim holds \
+where all its comparisons hold; one that does not is enough against it. Claim 1 has sixteen \
+comparisons, of which the deciding one is shown. p is of a two-sided permutation test over \
+questions: how likely so large a difference from what is needed is by chance.
 """
 
 CALLS_NOTE = """
 
 A *raw* call is a rollout's search: five rollouts that ask the same count five. A *distinct* call \
-is a query that was not asked before. Both have the calls that a world model was distilled from.
+is a query that was not asked before. Both include the calls that a world model was distilled from.
 """
 
 
@@ -104,7 +105,6 @@ def pool_row(seeds: Sequence[SeedResults], row: str) -> RowFigures:
             em_known=_mean_if_any([one.em_known for one in acting]),
             em_unknown=_mean_if_any([one.em_unknown for one in acting]),
             calculated=_mean_if_any([one.calculated for one in acting]),
-            questions_known=sum(one.questions_known for one in acting),
         ),
         em_low=em.low,
         em_high=em.high,
@@ -136,8 +136,11 @@ def _mean_if_any(values: Sequence[float | None]) -> float | None:
 
 
 # ---- 2. The page ---------------------------------------------------------------------------------
-def write_page(seeds: Sequence[SeedResults], page: Path, pictures: Path) -> None:
-    """Write the page, and its figures into the folder of pictures."""
+def write_page(seeds: Sequence[SeedResults], page: Path, pictures: Path, quick: bool) -> None:
+    """Write the page, and its figures into the folder of pictures.
+
+    quick: it is of the short form.
+    """
     rows = [row for row in NAMES if any(row in results.answers for results in seeds)]
     pooled = {row: pool_row(seeds, row) for row in rows}
     costs = pool_calls(seeds)
@@ -147,7 +150,10 @@ def write_page(seeds: Sequence[SeedResults], page: Path, pictures: Path) -> None
     header = HEADER.format(
         seeds=f"seed {names}" if len(seeds) == 1 else f"{len(seeds)} seeds: {names}",
         questions=sum(len(answers) for answers in first_row.values()),
-        commits=f"evaluated by {', '.join(sorted(commits)) or 'no commit'}",
+        commits=", ".join(f"commit {commit}" for commit in sorted(commits)) or "no known commit",
+        folder=page.stem,
+        option=" --quick" if quick else "",
+        how="in the short form" if quick else "with the default settings",
     )
     parts = [
         header,
@@ -155,7 +161,7 @@ def write_page(seeds: Sequence[SeedResults], page: Path, pictures: Path) -> None
         "## The claims\n\n" + format_claims(judge_claims(seeds)),
         "## Success by the number of actions (Fig. 3)\n\n" + format_actions(pooled),
         "## What practice asked the tool\n\n" + format_calls(costs),
-        draw_figures(seeds, pooled, costs, page, pictures),
+        draw_figures(seeds, pooled, page, pictures),
     ]
     write_text(page, "\n".join(parts))
 
@@ -173,17 +179,19 @@ def format_rows(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) 
     ]
     lines = table_head(titles)
     for row, figures in pooled.items():
-        by_seed = [
-            em_of([results.answers[row]]).points for results in seeds if row in results.answers
-        ]
+        by_seed = {
+            results.seed: em_of([results.answers[row]]).points
+            for results in seeds
+            if row in results.answers
+        }
         acting = figures.acting
         lines.append(
             table_row(
                 [
                     NAMES[row],
                     f"{figures.average.em:.1f} ({figures.em_low:.1f} to {figures.em_high:.1f})",
-                    _interval(*seed_interval(by_seed)),
-                    ", ".join(f"{em:.1f}" for em in by_seed),
+                    _interval(*seed_interval(list(by_seed.values()))),
+                    ", ".join(f"{seed}: {em:.1f}" for seed, em in by_seed.items()),
                     f"{_share(acting.search_known)} / {_share(acting.search_unknown)}",
                     f"{figures.average.malformed:.1f}%",
                     f"{PAPER_EM[row]}",
@@ -195,43 +203,42 @@ def format_rows(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) 
 
 def format_claims(claims: Sequence[Claim]) -> str:
     """Return the claims with their verdicts: difference, intervals, test, and each seed's."""
-    titles = [
-        "claim",
-        "verdict",
-        "measured, in points of EM",
-        "95% over questions",
-        "95% over seeds",
-        "needs",
-        "p",
-        "by seed",
-    ]
+    titles = ["claim", "verdict", "measured", "95% over questions", "95% over seeds"]
+    titles += ["needs", "p", "by seed"]
     lines = table_head(titles)
     for claim in claims:
         name = f"{claim.number}. {claim.text}"
         verdict = f"**{claim.verdict}**"
-        if not claim.comparisons:
-            lines.append(table_row([name, verdict, "its rows are missing", "", "", "", "", ""]))
         shown = list(claim.comparisons)
         if len(shown) > MOST_SHOWN_COMPARISONS:
-            shown = [claim.weakest]
+            shown = [claim.deciding]
         for comparison in shown:
-            if len(shown) > 1:
-                verdict = f"**{claim.verdict}**: {comparison.verdict}"
             lines.append(table_row([name, verdict, *comparison_cells(comparison)]))
             name = ""
+            verdict = ""
+        if not claim.is_complete:
+            lines.append(table_row([name, verdict, "rows are missing", "", "", "", "", ""]))
     return "\n".join(lines) + CLAIMS_NOTE
 
 
 def comparison_cells(comparison: Comparison) -> list[str]:
     """Return what the table says of a comparison."""
     gain = comparison.gain
-    cells = [f"{comparison.measure}: {_points(gain.points)}", "-", "-"]
+    over_questions = "-"
+    over_seeds = "-"
     if np.isfinite(gain.points):
-        cells[1] = _interval(gain.low, gain.high)
-        cells[2] = _interval(*comparison.seed_interval)
-    by_seed = ", ".join(_points(points) for points in comparison.by_seed.values())
-    p = f"{comparison.p:.4f}" if np.isfinite(comparison.p) else "-"
-    return [*cells, f"above {comparison.needs:g}", p, by_seed]
+        if gain.low < gain.high:
+            over_questions = _interval(gain.low, gain.high)
+        over_seeds = _interval(*comparison.seed_interval)
+    by_seed = [f"{seed}: {_points(points)}" for seed, points in comparison.by_seed.items()]
+    return [
+        f"{comparison.measure}: {_points(gain.points)} ({comparison.verdict})",
+        over_questions,
+        over_seeds,
+        f"above {comparison.needs:g}",
+        f"{comparison.p:.4f}" if np.isfinite(comparison.p) else "-",
+        ", ".join(by_seed),
+    ]
 
 
 def _points(points: float) -> str:
@@ -282,7 +289,6 @@ def format_calls(costs: Mapping[str, plot.PracticeCost]) -> str:
 def draw_figures(
     seeds: Sequence[SeedResults],
     pooled: Mapping[str, RowFigures],
-    costs: Mapping[str, plot.PracticeCost],
     page: Path,
     pictures: Path,
 ) -> str:
@@ -295,7 +301,7 @@ def draw_figures(
             for answers in results.answers.get(row, {}).values()
             for answer in answers
         ]
-        for row in (WORKFLOWS[-1], *AGENTS)
+        for row in (REACT, *AGENTS)
         if row in pooled
     }
     figures = {
@@ -304,7 +310,7 @@ def draw_figures(
     }
     if acting:
         figures["reproduction_actions.png"] = ("By number of actions", plot.draw_actions(acting))
-    ways = [_chain(seeds, costs, rows) for rows in WAYS_TO_PRACTISE]
+    ways = [_chain(seeds, rows) for rows in WAYS_TO_PRACTISE]
     if all(ways):
         figure = plot.draw_practice_costs(ways)
         figures["reproduction_cost.png"] = ("Exact match against calls of practice", figure)
@@ -315,15 +321,15 @@ def draw_figures(
     return "\n".join(lines)
 
 
-def _chain(
-    seeds: Sequence[SeedResults], costs: Mapping[str, plot.PracticeCost], rows: Sequence[str]
-) -> dict[str, plot.PracticeCost]:
-    """Return a way to practise, from the row it begins with; nothing where a row is missing."""
-    start, *practised = rows
-    answers = [results.answers[start] for results in seeds if start in results.answers]
-    if not answers or not costs.keys() >= set(practised):
+def _chain(seeds: Sequence[SeedResults], rows: Sequence[str]) -> dict[str, plot.PracticeCost]:
+    """Return a way to practise, from the row it begins with, over the seeds that have all of it."""
+    complete = [results for results in seeds if results.answers.keys() >= set(rows)]
+    if not complete:
         return {}
+    start, *practised = rows
+    answers = [results.answers[start] for results in complete]
     chain = {NAMES[start]: plot.PracticeCost(em_of(answers), raw_calls=0, distinct_calls=0)}
+    costs = pool_calls(complete)
     return chain | {NAMES[row]: costs[row] for row in practised}
 
 

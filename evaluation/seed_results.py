@@ -49,6 +49,14 @@ def read_run(
     root = Path("out", run)
     answers = read_predictions(root / "predictions.jsonl", rows, "--seeds")
     figures = read_figures(root / "eval.json")
+    missing = [row for row in rows if row not in figures]
+    if missing:
+        raise UserError(f"{root / 'eval.json'}: no row {missing[0]!r}; evaluate this run again")
+    for sets in answers.values():
+        if any("actions" not in answer for rows_of_set in sets.values() for answer in rows_of_set):
+            raise UserError(
+                f"{root / 'predictions.jsonl'}: an older version wrote it; evaluate this run again"
+            )
     return SeedResults(
         seed=seed,
         answers={**answers},

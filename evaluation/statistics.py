@@ -1,6 +1,6 @@
 """How the figures of a row are counted: means over sets, intervals, the analyses of the paper."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,6 +73,7 @@ def summarize(
         em_low=low,
         em_high=high,
         by_actions=by_actions([row for rows in predictions.values() for row in rows]),
+        questions=sum(map(len, predictions.values())),
     )
 
 
@@ -113,6 +114,8 @@ def _when_it_acts(
     calculations: list[bool] = []
     em_known: list[float] = []
     em_unknown: list[float] = []
+    em_seen: list[float] = []
+    em_unseen: list[float] = []
     for name, rows in predictions.items():
         for question, row in zip(questions[name], rows, strict=True):
             facts += fact_uses(question, row["queries"], known_facts)
@@ -121,13 +124,19 @@ def _when_it_acts(
                 em_known.append(row["em"])
             else:
                 em_unknown.append(row["em"])
+            if question.facts and all(fact.head for fact in question.facts):
+                em_seen.append(row["em"])
+            else:
+                em_unseen.append(row["em"])
     return ActingFigures(
         search_known=_mean_if_any([fact.searched for fact in facts if fact.known]),
         search_unknown=_mean_if_any([fact.searched for fact in facts if not fact.known]),
         em_known=_percent_if_any(em_known),
         em_unknown=_percent_if_any(em_unknown),
         calculated=_mean_if_any(calculations),
-        questions_known=len(em_known),
+        em_seen=_percent_if_any(em_seen),
+        em_unseen=_percent_if_any(em_unseen),
+        questions_seen=len(em_seen),
     )
 
 
@@ -265,6 +274,66 @@ def _paired_differences(
             "evaluate both on the same files, with one --seed and --eval_questions"
         )
     return [[float(np.mean(values)) for values in by_id.values()] for by_id in gains.values()]
+
+
+def bootstrap_figure(questions: int, figure: Callable[[np.ndarray], float]) -> Gain:
+    """Return a figure of some questions with its 95% bootstrap interval over them.
+
+    figure: that of the questions with these numbers. NaN where it can't be measured.
+    """
+    points = figure(np.arange(questions))
+    if np.isnan(points):
+        return Gain(np.nan, np.nan, np.nan, questions)
+    rng = np.random.default_rng(0)
+    drawn = [figure(rng.integers(0, questions, questions)) for _ in range(BOOTSTRAP_DRAWS)]
+    low, high = np.nanpercentile(drawn, INTERVAL_PERCENTILES)
+    return Gain(points, float(low), float(high), questions)
+
+
+def two_groups_p(first: np.ndarray, second: np.ndarray, needs: float = 0) -> float:
+    """Return how likely a difference of means as far from `needs` points is by chance: two-sided.
+
+    A permutation test: where the first group has just `needs` points more, an answer less those
+    points could as well be of the other group. The difference is divided by its standard error
+    (Welch's), or groups of different size and spread would not be held to the same level.
+
+    first, second: (answers,) each, 0 or 1. Without two answers in both it is NaN.
+    """
+    size = len(first)
+    if min(size, len(second)) < 2:
+        return np.nan
+    rng = np.random.default_rng(0)
+    values = np.concatenate([first - needs / 100, second])
+    distance = _welch_distance(values, size)
+    as_large = 0
+    for _ in range(BOOTSTRAP_DRAWS):
+        as_large += _welch_distance(rng.permutation(values), size) >= distance - 1e-9
+    return (as_large + 1) / (BOOTSTRAP_DRAWS + 1)
+
+
+def _welch_distance(values: np.ndarray, size: int) -> float:
+    """Return by how many standard errors the mean of the first `size` values is another."""
+    first, second = values[:size], values[size:]
+    variance = first.var(ddof=1) / len(first) + second.var(ddof=1) / len(second)
+    difference = abs(first.mean() - second.mean())
+    if variance == 0:
+        return np.inf if difference > 1e-9 else 0.0
+    return float(difference / np.sqrt(variance))
+
+
+# Student's t at 97.5% for 1, 2, .. degrees of freedom; the last one serves for more.
+STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+def seed_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% interval of a mean over seeds (Student's t); all numbers for one seed."""
+    count = len(values)
+    if count < 2:
+        return -np.inf, np.inf
+    t = STUDENT_T[min(count - 1, len(STUDENT_T)) - 1]
+    half = t * float(np.std(values, ddof=1)) / count**0.5
+    mean = float(np.mean(values))
+    return mean - half, mean + half
 
 
 def em_of(runs: Sequence[SetScores]) -> Gain:

@@ -59,6 +59,7 @@ OF_A_RUN = (
 SIZES = {"micro_tokens", "batch_rows"}
 # What a stage is looked at with, which changes nothing of it.
 OF_LOOKS = {"eval_questions", "eval_every"}
+LONGEST_NAME = 200  # letters of a table's file; file systems take 255 bytes
 # What no grid is over: it says which folders a command reads and writes, and how.
 OF_A_COMMAND = {*ONE_COMMAND, "quick"} - {"start"}
 
@@ -162,7 +163,7 @@ def plan(settings: StageSettings, choices: Sequence[Choice]) -> Combination:
 
 def _origin(settings: StageSettings) -> list[str]:
     """Return where training begins as a part of a name; nothing for where it does by default."""
-    return [f"from_{settings.start}"] if settings.start else []
+    return [_as_name(f"from_{settings.start.strip('/')}")] if settings.start else []
 
 
 def _name(choice: Choice) -> str:
@@ -175,12 +176,20 @@ def _as_name(text: str) -> str:
 
 
 def table_file(settings: StageSettings, grid: Sequence[Sequence[Choice]]) -> Path:
-    """Return where the table of a grid is; another grid has another one."""
+    """Return where the table of a grid is; another grid has another one.
+
+    Raises UserError for a grid that is too long for the name of a file.
+    """
     parts = ["sweep", *filter(None, [settings.stage]), *_origin(settings)]
     for choices in grid:
         values = ",".join(choice.text for choice in choices)
         parts.append(_as_name(f"{choices[0].name}={values}"))
-    return runs.run_folder(settings) / f"{'_'.join(parts)}.md"
+    name = f"{'_'.join(parts)}.md"
+    if len(name) > LONGEST_NAME:
+        raise UserError(
+            f"--sweep: {len(name)} letters would name its table; give fewer values at a time"
+        )
+    return runs.run_folder(settings) / name
 
 
 def refuse_other_settings(settings: StageSettings, stages: Sequence[str]) -> None:
@@ -220,6 +229,7 @@ def sweep(grid_text: str, settings: StageSettings, train: Callable[[Any], None])
     """
     _refuse_settings(settings)
     grid = read_grid(grid_text, type(settings))
+    path = table_file(settings, grid)
     combinations = [plan(settings, choices) for choices in itertools.product(*grid)]
     for combination in combinations:
         if combination.sft_settings is not None:
@@ -245,10 +255,9 @@ def sweep(grid_text: str, settings: StageSettings, train: Callable[[Any], None])
         table.add(combination, answers)
 
     if table.rows:
-        path = table_file(settings, grid)
+        print(f"{table.to_markdown()}\n\n{path}")
         if ranks.is_first():
             write_text(path, table.to_markdown() + "\n")
-        print(f"{table.to_markdown()}\n\n{path}")
     if failed:
         raise UserError(
             f"--sweep: {', '.join(failed)}: not trained, for the reasons above; "

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Settings that name files: a tree is run in a folder of its own.
 FILES = ("model", "train_data", "eval_data", "corpus", "sft_files")
 TIMED = "timed"  # the folder that a timed stage is written to
-CODE = ("*.py", "*.sh", "requirements.txt")
+PAGES = (":!docs", ":!pictures", ":!*.md")  # to git: not these
 DATA_FILES = ("coa.jsonl", "cot.jsonl", "pairs.jsonl")
 
 
@@ -136,9 +136,12 @@ def _git(*arguments: str) -> bytes:
 
 
 def commit_name() -> str:
-    """Return the commit of this tree, with a plus where code was changed; "" without git."""
+    """Return the commit of this tree, with a plus where not pages alone were changed.
+
+    It is "" without git.
+    """
     with contextlib.suppress(UserError, OSError):
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *PAGES)
         commit = _git("rev-parse", "--short", "HEAD").decode().strip()
         return commit + ("+" if changed else "")
     return ""

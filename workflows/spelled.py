@@ -33,7 +33,7 @@ LIMIT_REACHED = "Reach the limit of search times."
 FIRST_TURN = 2048
 LATER_TURN = 1024
 LAST_TURN = 2048
-# Up to the first brace, whatever stands in the box.
+# Up to the first closing brace, whatever stands in the box; see data/boxes.py for a better one.
 BOX = re.compile(r"\\boxed{([^}]*)}")
 THINK_TAGS = TAGS["think"] + TAGS["end_think"]  # as the instructions mention them
 # Before an answer that stands in no box.
@@ -95,6 +95,8 @@ class Turn:
     start: int  # tokens of the row before it
     most_tokens: int
     may_search: bool = True
+    # Letters behind the tag that ended it, of the tag's last token: some have ">" and line breaks.
+    behind_tag: str = ""
 
 
 class SpelledAgent:
@@ -136,15 +138,18 @@ class SpelledAgent:
             return
         turn = row.workflow
         action = None
+        written = ""
         if turn.may_search:
             written = self.codec.decode(row.trajectory.ids[turn.start :])
             action = ACTION.search(written.partition(TAGS["end_think"])[0])
-        query = action[1].strip() if action else ""
-        if not query:
+        query = action[1].strip() if action is not None else ""
+        if action is None or not query:
             # An empty query is none, and hides what the turn might still search for.
             turn.may_search = action is None and turn.may_search
             row.finished = spent or row.trajectory.ids[-1] in self.codec.eos_ids
-        elif len(row.trajectory.queries) == self.settings.max_actions:
+            return
+        turn.behind_tag = written[action.end() :]
+        if len(row.trajectory.queries) == self.settings.max_actions:
             limit = f"\n\n{TAGS['result']} {LIMIT_REACHED} {TAGS['end_result']}\n\n"
             self._put(row, limit, LAST_TURN, may_search=False)
         else:
@@ -159,7 +164,8 @@ class SpelledAgent:
 
     def _put(self, row: Row, result: str, most_tokens: int, may_search: bool = True) -> None:
         """Add a result and begin a turn, or end a row that has no room for it and another word."""
-        ids = self.codec.encode_exactly(result)
+        # Line breaks that stand there already are not written twice.
+        ids = self.codec.encode_exactly(result.removeprefix(row.workflow.behind_tag))
         if len(row.trajectory.ids) + len(ids) >= self.settings.max_len:
             row.finished = True
             return

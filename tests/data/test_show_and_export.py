@@ -259,7 +259,7 @@ def test_export_questions(tmp_path: Path) -> None:
     theirs = pyarrow.parquet.read_table(path).to_pylist()
     assert [row["data_source"] for row in theirs] == ["hotpotqa", "hotpotqa", "mine"]
     assert theirs[0]["prompt"] == [{"role": "user", "content": authors_turn("Question: who?")}]
-    assert theirs[0]["reward_model"]["ground_truth"] == "Eva<ans_split>Eva Moss"
+    assert theirs[0]["reward_model"]["ground_truth"] == ["Eva", "Eva Moss"]
 
     # And back, a file for each set.
     done = run_here(tmp_path, "data.export", path, "ours")
@@ -271,6 +271,38 @@ def test_export_questions(tmp_path: Path) -> None:
         for question in questions:
             question.where = ""
     assert again == before
+    done = run_here(tmp_path, "data.export", path, "ours")
+    assert "ours/hotpotqa_dev.jsonl: it is there already" in done.err
+    done = run_here(tmp_path, "data.export", path, "ours.jsonl")
+    assert "ours.jsonl: a folder is needed" in done.err
+
+
+def test_export_questions_to_learn_from(tmp_path: Path) -> None:
+    """Their reward splits a text; their evaluation script takes a list, so a file has one form."""
+    row = {"id": "0", "question": "Who?", "golden_answers": ["Eva", "Eva Moss"]}
+    for name in ("nq_train", "nq_dev"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [row])
+    done = run_here(tmp_path, "data.export", "nq_train.jsonl", "train.parquet")
+    assert done.status == 0, done.err
+    (theirs,) = pyarrow.parquet.read_table(tmp_path / "train.parquet").to_pylist()
+    assert theirs["reward_model"]["ground_truth"] == "Eva<ans_split>Eva Moss"
+    assert theirs["data_source"] == "nq"
+    (questions,) = read_question_sets([tmp_path / "train.parquet"], "--data").values()
+    assert questions[0].golden_answers == ["Eva", "Eva Moss"]
+    done = run_here(tmp_path, "data.export", "nq_train.jsonl", "nq_dev.jsonl", "both.parquet")
+    assert done.status == 2
+    assert "of nq_train, nq_dev write those called train to another file" in done.err
+
+
+def test_export_a_set_that_names_no_file(tmp_path: Path) -> None:
+    """Guards: a split called "../x", written outside the folder."""
+    row = {"prompt": "Who?", "reward_model": {"ground_truth": ["Eva"]}, "data_source": "nq"}
+    table = pyarrow.Table.from_pylist([{**row, "extra_info": {"split": "../../up"}}])
+    pyarrow.parquet.write_table(table, tmp_path / "odd.parquet")
+    done = run_here(tmp_path, "data.export", "odd.parquet", "a/b")
+    assert done.status == 2
+    assert "the set 'nq_../../up' can't be the name of a file" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.parquet"]
 
 
 # ---- command lines -------------------------------------------------------------------------------

@@ -137,6 +137,19 @@ def test_several_sets_in_one_file(tmp_path: Path) -> None:
     assert [(name, len(questions)) for name, questions in sets.items()] == [(n, 1) for n in names]
 
 
+def test_two_source_files_of_one_name(tmp_path: Path) -> None:
+    """Guards: two sets, read as one. What is no text says nothing."""
+    path = write(
+        tmp_path / "test.parquet",
+        authors_row(source_file="a/nq/dev.json"),
+        authors_row(source_file="b/nq/dev.json", _id="2"),
+    )
+    with pytest.raises(UserError, match=r"'b/nq/dev\.json' and another file, which are"):
+        read(path)
+    path = write(tmp_path / "list.parquet", authors_row(source_file=["nq"], data_source="nq"))
+    assert list(read(path)) == ["nq_train"]
+
+
 def test_a_row_that_is_there_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is read once, and a line says so. AutoCoA's own test file has one."""
     path = write(tmp_path / "x.parquet", authors_row(), authors_row())

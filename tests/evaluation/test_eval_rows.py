@@ -265,13 +265,21 @@ def test_rows_that_are_not_asked_stand_with_what_they_have(
     table = benchmark.Table(tmp_path, lm, Path("base"), rows)
     task.evaluation = {"a": [NAMED], "b": [NOT_NAMED]}
     benchmark.ask_rows(table, Exam(task, EvalSettings(rows=["few"])), start=0)
-    assert "fewer were asked" not in capsys.readouterr().out
+    assert "rows of fewer" not in capsys.readouterr().out
     task.evaluation = {"a": [NAMED, NOT_NAMED], "b": [NOT_NAMED]}
     benchmark.ask_rows(table, Exam(task, EvalSettings(rows=["many"])), start=0)
-    assert "of 3 questions fewer were asked in: few (2)" in capsys.readouterr().out
+    assert "rows of fewer questions than the others' 3: few (2)" in capsys.readouterr().out
     figures = read_figures(tmp_path / "eval.json")
     em_of_a = {name: row.sets["a"].em for name, row in figures.items()}
     assert em_of_a == {"few": 100.0, "many": 50.0}
+    assert [row.questions for row in figures.values()] == [2, 3]
+
+    # A row that was interrupted is no sample.
+    path = tmp_path / "predictions.jsonl"
+    lines = [line for line in path.read_text().splitlines(keepends=True) if "many" in line]
+    path.write_text("".join(line for line in lines if '"set": "a"' in line))
+    benchmark.ask_rows(table, Exam(task, EvalSettings(rows=["none"])), start=0)
+    assert list(read_figures(tmp_path / "eval.json")) == ["none"]
 
 
 # ---- further figures -----------------------------------------------------------------------------

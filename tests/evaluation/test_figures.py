@@ -27,8 +27,12 @@ AVERAGE_KEYS = [
     "em_known",
     "em_unknown",
     "calculated",
+    "em_seen",
+    "em_unseen",
+    "questions_seen",
     "em_low",
     "em_high",
+    "questions",
     "by_actions",
 ]
 GAIN_KEYS = ["gain", "gain_low", "gain_high", "gain_questions"]
@@ -41,13 +45,14 @@ def row_of(gain: Any = None, judge: Any = None) -> Any:
             "hotpotqa": SetFigures(30.0, 40.0, 50.0, 60.0, 3.0, 2.0, 2.5),
         },
         average=SetFigures(40.0, 50.0, 60.0, 70.0, 4.0, 3.0, 2.0),
-        acting=ActingFigures(0.25, 0.75, None, 30.0, None),
+        acting=ActingFigures(0.25, 0.75, None, 30.0, None, 90.0, 10.0, 2),
         em_low=35.0,
         em_high=45.0,
         by_actions={
             2: SuccessFigures(questions=4, correct=1, success=25.0, share=50.0),
             10: SuccessFigures(questions=1, correct=1, success=100.0, share=50.0),
         },
+        questions=5,
         gain=gain,
         judge=judge,
     )

@@ -18,9 +18,12 @@ from made_up_run import MadeUpRun
 import eval
 from common.errors import UserError
 from common.settings import main
+from environments.cost_logs import CallCount
+from evaluation import claims as claims_module
 from evaluation import reproduction
 from evaluation.claims import (
     AGENTS,
+    RL1,
     RL2_FROM_SFT2,
     RL12,
     SFT2_ALONE,
@@ -29,15 +32,13 @@ from evaluation.claims import (
     WORKFLOWS,
     Verdict,
     judge_claims,
-    seed_interval,
     success_with_many_actions,
-    two_groups_p,
 )
 from evaluation.figures import ActingFigures, RowFigures, SetFigures, row_to_json
 from evaluation.reproduction import JOBS, PRACTICE, ReproductionSettings, run, steps_left
 from evaluation.reproduction_page import NAMES, format_claims
 from evaluation.seed_results import SeedResults, read_results
-from evaluation.statistics import sign_flip_p
+from evaluation.statistics import seed_interval, sign_flip_p
 
 MEANS = SetFigures(em=0, f1=0, cover=0, overlap=0, malformed=0, forced=0, actions=0)
 
@@ -58,14 +59,15 @@ def figures(known: float | None = None, unknown: float | None = None) -> RowFigu
 
 
 # ---- claims --------------------------------------------------------------------------------------
-def test_sign_flips_against_all_of_them() -> None:
-    """Against the share of all 2^8 choices of signs whose mean is as large."""
+@pytest.mark.parametrize("needs", [0.0, -20.0])
+def test_sign_flips_against_all_of_them(needs: float) -> None:
+    """Against the share of all 2^8 choices of signs whose mean is as far from what is needed."""
     first = [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0]
     second = [0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0]
-    differences = np.subtract(first, second)
+    differences = np.subtract(first, second) - needs / 100
     means = [np.dot(signs, differences) for signs in itertools.product((1, -1), repeat=8)]
-    exact = np.mean(np.abs(means) >= abs(differences.sum()))
-    p = sign_flip_p([(answers(first), answers(second))])  # type: ignore[list-item]
+    exact = np.mean(np.abs(means) >= abs(differences.sum()) - 1e-9)
+    p = sign_flip_p([(answers(first), answers(second))], needs)  # type: ignore[list-item]
     assert p == pytest.approx(exact, abs=0.01)
 
 
@@ -75,29 +77,40 @@ def test_interval_over_seeds() -> None:
     assert seed_interval([1.0]) == (-np.inf, np.inf)
 
 
-def seed_results(seed: int, rows: dict[str, Any], **figures_of: RowFigures) -> SeedResults:
-    own_figures = {row: figures_of.get(row.replace(" ", "_"), figures()) for row in rows}
-    return SeedResults(str(seed), rows, own_figures)
+def seed_results(
+    seed: int, rows: dict[str, Any], recall: RowFigures | None = None, **calls: Any
+) -> SeedResults:
+    own_figures = {row: figures() for row in rows}
+    if recall is not None:
+        own_figures["model only"] = recall
+    return SeedResults(str(seed), rows, own_figures, calls.get("calls", {}))
 
 
 def test_verdicts() -> None:
     """A claim holds, does not, or is undecided by where its intervals lie."""
-    right = [1.0] * 40
-    half = [1.0, 0.0] * 20
-    few_then_many = [1] * 20 + [3] * 20
+    right, wrong = [1.0] * 80, [0.0] * 80
+    half = [1.0, 0.0] * 40
+    few_then_many = [1] * 40 + [3] * 40
     rows = {
         "model only": answers(half),
         # ReAct is right with one action, and never with three; the agent is always.
-        "ReAct workflow": answers([1.0] * 20 + [0.0] * 20, few_then_many),
+        "ReAct workflow": answers(right[:40] + wrong[:40], few_then_many),
         SFT2_ALONE: answers(right),
         SFT12: answers(half),
         SFT123: answers(half[::-1]),
         RL12: answers(right, few_then_many),
         RL2_FROM_SFT2: answers(right),
     }
-    # Of 40 questions it knows 24, and has 19 of these right.
-    recall = RowFigures({}, MEANS, ActingFigures(0.5, 0.9, 79.2, 6.25, None, 24), 0, 0, {})
-    seeds = [seed_results(seed, rows, model_only=recall) for seed in range(2)]
+    # Of 80 questions the pretraining held the facts of 48, and it has 38 of these right.
+    acting = ActingFigures(0.5, 0.9, None, None, None, 100 * 38 / 48, 6.25, 48)
+    recall = RowFigures({}, MEANS, acting, 0, 0, {})
+    # 2,000 to distil and 8,000 in practice, of 50,000 with the tool alone.
+    calls = {
+        RL1: CallCount(2000, 2000),
+        RL12: CallCount(10_000, 2100),
+        RL2_FROM_SFT2: CallCount(50_000, 2100),
+    }
+    seeds = [seed_results(seed, rows, recall, calls=calls) for seed in range(2)]
     claims = {claim.number: claim for claim in judge_claims(seeds)}
     verdicts = {number: claim.verdict for number, claim in claims.items()}
     assert verdicts == {
@@ -109,16 +122,23 @@ def test_verdicts() -> None:
         6: Verdict.HOLDS,
         7: Verdict.HOLDS,
     }
-    assert claims[2].weakest.gain.points == -50.0
-    assert claims[4].weakest.by_seed == {"0": 50.0, "1": 50.0}
-    assert claims[5].weakest.needs == -1.5
+    assert claims[2].deciding.gain.points == -50.0
+    assert claims[4].deciding.by_seed == {"0": 50.0, "1": 50.0}
+    near, saved = claims[5].comparisons
+    assert near.needs == -1.5
+    assert saved.gain.points == pytest.approx(84.0)
     own, beside_react = claims[6].comparisons
     assert (own.gain.points, beside_react.gain.points) == (0.0, 100.0)
-    (recalled,) = claims[7].comparisons
-    assert recalled.gain.points == pytest.approx(100 * (19 / 24 - 1 / 16))
+    recalls, collapses = claims[7].comparisons
+    assert recalls.gain.points == pytest.approx(100 * 38 / 48)
+    assert collapses.gain.points == pytest.approx(100 * (38 / 48 - 2 / 32))
 
     # One seed says nothing of others.
     assert {claim.verdict for claim in judge_claims(seeds[:1])} == {Verdict.UNDECIDED}
+    # A quarter of the calls is no sixth.
+    for results in seeds:
+        results.calls[RL12] = CallCount(14_500, 2100)
+    assert judge_claims(seeds)[4].verdict == Verdict.FAILS
 
 
 def test_seeds_that_disagree_decide_nothing() -> None:
@@ -145,11 +165,18 @@ def test_one_agent_that_loses_is_enough() -> None:
     }
     claim = judge_claims([seed_results(seed, rows) for seed in range(2)])[0]
     assert claim.verdict == Verdict.FAILS
-    assert claim.weakest.measure == "RL-2 alone over ReAct workflow"
+    assert claim.deciding.measure == "RL-2 alone over ReAct workflow"
+    # Without it, those that are there hold or not; but not all are there.
+    del rows["RL-2 alone"], rows["SFT-1"]
+    claim = judge_claims([seed_results(seed, rows) for seed in range(2)])[0]
+    assert {comparison.verdict for comparison in claim.comparisons} == {Verdict.HOLDS}
+    assert claim.verdict == Verdict.UNDECIDED
+    assert "| rows are missing |" in format_claims([claim])
 
 
-def test_success_with_more_actions_against_numpy() -> None:
+def test_success_with_more_actions_against_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rises by hand; their p against all ways to swap the two answers of six questions."""
+    monkeypatch.setattr(claims_module, "FEWEST_ANSWERS", 1)
     agent_em = np.array([1.0, 1, 0, 1, 0, 1])
     react_em = np.array([1.0, 1, 1, 0, 0, 0])
     actions = [1, 1, 2, 3, 3, 4]
@@ -167,19 +194,17 @@ def test_success_with_more_actions_against_numpy() -> None:
             (one[3:].mean() - one[:3].mean()) - (other[3:].mean() - other[:3].mean())
         )
     exact = np.mean(np.abs(differences) >= 1 - 1e-9)
-    assert beside_react.p == pytest.approx(exact, abs=0.02)
+    assert beside_react.p == pytest.approx(exact, abs=0.03)
 
 
-def test_two_groups_against_all_permutations() -> None:
-    """Whether one group has 20 points more than another, against all 70 ways to split eight."""
-    first, second = np.array([1.0, 1, 1, 0]), np.array([0.0, 0, 1, 0])
-    values = np.concatenate([first - 0.2, second])
-    gaps = []
-    for chosen in itertools.combinations(range(8), 4):
-        is_first = np.isin(np.arange(8), chosen)
-        gaps.append(abs(values[is_first].mean() - values[~is_first].mean()))
-    exact = np.mean(np.array(gaps) >= 0.3 - 1e-9)
-    assert two_groups_p(first, second, 20) == pytest.approx(exact, abs=0.02)
+def test_few_answers_decide_nothing() -> None:
+    """Guards: a single right answer with three actions, by which Fig. 3 held."""
+    rows = {
+        RL12: answers([1.0] * 41, [1] * 40 + [3]),
+        "ReAct workflow": answers([1.0] * 40 + [0.0], [1] * 40 + [3]),
+    }
+    claim = judge_claims([seed_results(seed, rows) for seed in range(2)])[5]
+    assert {comparison.verdict for comparison in claim.comparisons} == {Verdict.UNDECIDED}
 
 
 def test_claims_that_cannot_be_measured() -> None:
@@ -187,13 +212,13 @@ def test_claims_that_cannot_be_measured() -> None:
     rows = {RL12: answers([1.0] * 4), "ReAct workflow": answers([0.0] * 4)}
     claims = judge_claims([seed_results(seed, rows) for seed in range(2)])
     assert [claim.number for claim in claims] == [1, 2, 3, 4, 5, 6, 7]
-    assert claims[0].weakest.measure == f"{RL12} over ReAct workflow"
+    assert claims[0].deciding.measure == f"{RL12} over ReAct workflow"
     assert not claims[1].comparisons
     # Nobody acts three times.
     assert [item.verdict for item in claims[5].comparisons] == [Verdict.UNDECIDED] * 2
     assert claims[5].verdict == claims[1].verdict == Verdict.UNDECIDED
     page = format_claims(claims)
-    assert page.count("its rows are missing") == 5
+    assert page.count("| rows are missing |") == 6
     assert page.count("not measured") > 2
     assert "nan" not in page and "inf" not in page
 
@@ -290,7 +315,7 @@ def test_all_rows_of_two_seeds(folder: Path, capsys: pytest.CaptureFixture[str])
     page = (folder / "docs" / "reproduction.md").read_text()
     assert "2 seeds: 0, 3" in page
     row = next(line for line in page.splitlines() if line.startswith("| SFT-1&2 |"))
-    assert "50.0, 50.0" in row
+    assert "0: 50.0, 3: 50.0" in row
     pictures = re.findall(r"\]\(\.\./(pictures/.*?)\)", page)
     assert len(pictures) == 4
     for picture in pictures:
@@ -298,7 +323,7 @@ def test_all_rows_of_two_seeds(folder: Path, capsys: pytest.CaptureFixture[str])
     assert "left:" not in capsys.readouterr().out
     # a, b and d for the world model, then a twice and c in practice; twelve where all was real.
     assert f"| {NAMES[RL12]} | 50.0 | 6 | 0.50 | 4 |" in page
-    assert "with 0.50 of its raw calls" in page
+    assert "distilling left out: +75.0 (does not hold)" in page
 
 
 def test_what_is_done_is_not_done_again(folder: Path) -> None:
@@ -319,6 +344,13 @@ def test_what_is_done_is_not_done_again(folder: Path) -> None:
     kept.write_text('{"seed": "3"}')
     with pytest.raises(UserError, match=r"seed3\.json: not the results of a seed; remove it"):
         run(settings)
+
+
+def test_the_page_is_of_all_that_is_kept(folder: Path) -> None:
+    """Guards: a page of five seeds, written over by that of the one asked for last."""
+    for seed in ("10", "9"):
+        run(ReproductionSettings(seeds=[seed]))
+    assert "2 seeds: 9, 10" in (folder / "docs" / "reproduction.md").read_text()
 
 
 def test_a_row_that_is_missing(folder: Path) -> None:
@@ -347,8 +379,11 @@ def test_rows_of_two_versions(folder: Path) -> None:
     content["questions"]["single"][0][1] = "Which?"
     del content["rows"]["SFT-2"]
     file.write_text(json.dumps(content))
+    settings.seeds.append("4")
     with pytest.raises(UserError, match=r"seed3\.json: 'SFT-2' answered other questions than"):
         run(settings)
+    # The other seed went on to its end.
+    assert set(read_results(file.with_name("seed4.json")).answers) == {*WORKFLOWS, *AGENTS}
 
 
 def test_a_seed_that_was_trained_otherwise(folder: Path) -> None:
@@ -361,12 +396,20 @@ def test_a_seed_that_was_trained_otherwise(folder: Path) -> None:
         run(ReproductionSettings(seeds=["3"]))
     assert not (folder / "calls").exists()
 
+    # What a GPU makes of the defaults, and a stage that is none of the table's.
+    given = {"seed": 3, "dtype": "float32", "micro_tokens": 16384, "batch_rows": 1024}
+    ablation = {"given": {"alpha": 0.0}, "settings": {}, "settings_class": "SFTSettings"}
+    path.write_text(json.dumps({"given": given, "stages": {"sft1_alpha_0": ablation}}))
+    run(ReproductionSettings(seeds=["3"]))
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--seeds=0,0"], "--seeds: '0,0' are not different whole numbers"),
         (["--seeds=a"], "--seeds: 'a' are not different whole numbers"),
+        (["--seeds=0,00"], "--seeds: '0,00' are not different whole numbers"),
+        (["--quick", "--kl=0.1"], "--kl: not used here"),
         (["--seed=7"], "--seed: not used here"),
         (["--kl=0.001"], "--kl: not used here"),
         (["--run=mine"], "--run: not used here"),
@@ -391,7 +434,9 @@ def test_a_quick_one_leaves_the_page_alone(folder: Path) -> None:
     """Guards: figures of minutes in place of those of hours."""
     run(ReproductionSettings(seeds=["0"], quick=True))
     assert not (folder / "docs").exists()
-    assert "seed 0." in (folder / "out" / "quick_reproduction.md").read_text()
+    page = (folder / "out" / "quick_reproduction.md").read_text()
+    assert "`bash reproduce.sh --quick` wrote this page from the runs of seed 0. " in page
+    assert "kept in `quick_reproduction/`" in page
     assert (folder / "out" / "quick_reproduction" / "reproduction_cost.png").is_file()
     assert {call[-1] for call in calls(folder) if call[0] == "train_rl.py" and call[1]} == {"5"}
 
@@ -421,7 +466,7 @@ def test_when_the_time_is_over(
     assert lines[-1] == f"seed0: left: {names}"
     page = (folder / "docs" / "reproduction.md").read_text()
     assert "| SFT-1&2 |" in page
-    assert "| 4. RL adds to SFT | **undecided** | its rows are missing |" in page
+    assert "| 4. RL adds to SFT | **undecided** | rows are missing |" in page
 
 
 def test_rows_are_those_of_run_sh() -> None:

@@ -117,6 +117,9 @@ def test_where_a_stage_begins_makes_it_another(trained: Trained) -> None:
     sweep("kl=1", settings_of(stage="rl2", start="sft2"), trained.train_rl)
     sweep("kl=1", settings_of(stage="rl2", start="sft3"), trained.train_rl)
     assert len(list(Path("out/nano").glob("sweep_rl2_from_sft?_kl=1.md"))) == 2
+    # Guards: a slash in the name of a folder.
+    sweep("kl=2", settings_of(stage="rl2", start="sft2/"), trained.train_rl)
+    assert trained.commands[-1].endswith(" rl2_from_sft2_kl=2")
 
 
 def test_a_finished_sweep_on_more_questions(trained: Trained) -> None:
@@ -147,6 +150,7 @@ def test_one_that_fails_does_not_keep_the_others(trained: Trained, capsys: Any) 
         ("kl=0;kl=1", {}, "'kl=1' is not one setting with its values"),
         ("run=a,b", {}, "'run' is no setting that training depends on"),
         ("judge=a,b", {}, "'judge' is no setting that training depends on"),
+        ("seed=" + ",".join(map(str, range(99))), {}, "letters would name its table"),
         ("seed=1", {"stage": "rl2"}, "--stage=rl2: seed makes a new run, which has no rl1"),
         ("kl=0,1", {"stage": "rl2", "out": "x"}, "has no --out or --dry_run"),
         ("kl=0,1", {"stop_on_alarm": True}, "--stop_on_alarm: a stage that it ends has none"),

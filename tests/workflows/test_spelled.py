@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import transformers
@@ -10,14 +12,21 @@ from scripted_decoder import ScriptedDecoder
 from small_checkpoint import save_checkpoint
 
 import model
+from autocoa import Row
 from common.errors import UserError
 from common.settings import RolloutSettings
 from data.instructions import authors_turn
-from data.trajectory import TAGS, Role
+from data.trajectory import TAGS, Observation, Role, Trajectory
 from model import LM
 from tools import library
 from workflows import spelled
-from workflows.spelled import answer_spelled, authors_answer, authors_prompt
+from workflows.spelled import (
+    SpelledAgent,
+    Turn,
+    answer_spelled,
+    authors_answer,
+    authors_prompt,
+)
 
 TRIMS = "{% for m in messages %}<s>{{ m.content | trim }}</s>{% endfor %}"
 OPENS_THOUGHT = (
@@ -110,6 +119,39 @@ def test_behind_the_limit_nothing_is_searched(lm: LM, monkeypatch: pytest.Monkey
     text = lm.codec.decode(trajectory.ids)
     assert text.count("Reach the limit") == 1
     assert text.endswith(f"{rest}</s>")
+
+
+class LetterCodec:
+    """A token for each letter, and one for ">" and two line breaks, as Qwen's tokenizers have."""
+
+    END = 1_000_000
+    eos_ids = (0,)
+
+    def __init__(self) -> None:
+        self.tokenizer = SimpleNamespace(get_vocab=lambda: {">": ord(">"), ">\n\n": self.END})
+
+    def encode_exactly(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(">\n\n" if token == self.END else chr(token) for token in ids)
+
+    def fit(self, text: str, limit: int) -> str:
+        return text
+
+
+def test_line_breaks_in_the_token_that_ends_a_tag() -> None:
+    """Guards: four before a result, where the authors, who cut behind the tag, write two."""
+    codec: Any = LetterCodec()
+    agent = SpelledAgent(codec, SETTINGS)
+    row = Row(Trajectory(), decoder_row=0, workflow=Turn(0, 2048))
+    action = "<begin_search>Silver River</end_search"
+    ids = [*codec.encode_exactly(action), codec.END]
+    agent.continue_row(row, ids, [0.0] * len(ids), spent=False)
+    assert row.query == "Silver River"
+    agent.read_observation(row, Observation("no passage"))
+    text = codec.decode(row.trajectory.ids)
+    assert text.startswith(f"{action}>\n\n<search_result>")
 
 
 def test_an_empty_query_is_none(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
