@@ -159,6 +159,7 @@ def write_page(seeds: Sequence[SeedResults], page: Path, pictures: Path, quick: 
         header,
         "## The table\n\n" + format_rows(seeds, pooled),
         "## The claims\n\n" + format_claims(judge_claims(seeds)),
+        "## By question set\n\n" + format_sets(seeds, rows),
         "## Success by the number of actions (Fig. 3)\n\n" + format_actions(pooled),
         "## What practice asked the tool\n\n" + format_calls(costs),
         draw_figures(seeds, pooled, page, pictures),
@@ -198,6 +199,17 @@ def format_rows(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) 
                 ]
             )
         )
+    return "\n".join(lines) + "\n"
+
+
+def format_sets(seeds: Sequence[SeedResults], rows: Sequence[str]) -> str:
+    """Return the exact match of each row on each question set, a mean over seeds."""
+    sets = list(next(iter(seeds[0].figures.values())).sets)
+    lines = table_head(["EM, %", *sets])
+    for row in rows:
+        by_seed = [results.figures[row].sets for results in seeds if row in results.figures]
+        means = [_mean([figures[name].em for figures in by_seed]) for name in sets]
+        lines.append(table_row([NAMES[row], *(f"{em:.1f}" for em in means)]))
     return "\n".join(lines) + "\n"
 
 

@@ -324,6 +324,7 @@ def test_all_rows_of_two_seeds(folder: Path, capsys: pytest.CaptureFixture[str])
     # a, b and d for the world model, then a twice and c in practice; twelve where all was real.
     assert f"| {NAMES[RL12]} | 50.0 | 6 | 0.50 | 4 |" in page
     assert "distilling left out: +75.0 (does not hold)" in page
+    assert "| EM, % | single |" in page
 
 
 def test_what_is_done_is_not_done_again(folder: Path) -> None:
