@@ -23,10 +23,11 @@ from evaluation.claims import (
     SFT123,
     Claim,
     Comparison,
+    compare,
     judge_claims,
 )
 from evaluation.figures import ActingFigures, RowFigures, SetFigures
-from evaluation.markdown import table_head, table_row
+from evaluation.markdown import gain_text, table_head, table_row
 from evaluation.seed_results import SeedResults
 from evaluation.statistics import by_actions, em_of, seed_interval
 
@@ -57,6 +58,15 @@ PAPER_EM = {
 }
 # The default recipe, and practice with the tool alone.
 WAYS_TO_PRACTISE = ((SFT123, RL1, RL12), (SFT12, RL2_FROM_SFT2))
+# A row, and one that its practice or its training goes on from.
+GAINS = (
+    (SFT12, REACT),
+    (SFT123, SFT12),
+    (RL1, SFT123),
+    (RL12, RL1),
+    (RL12, SFT12),
+    (RL2_FROM_SFT2, SFT12),
+)
 MOST_SHOWN_COMPARISONS = 2  # of a claim
 MOST_SHOWN_ACTIONS = 4  # columns of the table of actions; the last one is for more as well
 
@@ -159,6 +169,7 @@ def write_page(seeds: Sequence[SeedResults], page: Path, pictures: Path, quick: 
         header,
         "## The table\n\n" + format_rows(seeds, pooled),
         "## The claims\n\n" + format_claims(judge_claims(seeds)),
+        "## What each stage gives\n\n" + format_gains(seeds),
         "## By question set\n\n" + format_sets(seeds, rows),
         "## Success by the number of actions (Fig. 3)\n\n" + format_actions(pooled),
         "## What practice asked the tool\n\n" + format_calls(costs),
@@ -231,6 +242,28 @@ def format_claims(claims: Sequence[Claim]) -> str:
         if not claim.is_complete:
             lines.append(table_row([name, verdict, "rows are missing", "", "", "", "", ""]))
     return "\n".join(lines) + CLAIMS_NOTE
+
+
+def format_gains(seeds: Sequence[SeedResults]) -> str:
+    """Return what each stage gives over another, paired by question."""
+    titles = ["", "over", "points (95% over questions)", "95% over seeds", "p", "by seed"]
+    lines = table_head(titles)
+    for first, second in GAINS:
+        for comparison in compare(seeds, first, second):
+            by_seed = [f"{seed}: {_points(points)}" for seed, points in comparison.by_seed.items()]
+            lines.append(
+                table_row(
+                    [
+                        NAMES[first],
+                        NAMES[second],
+                        gain_text(comparison.gain),
+                        _interval(*comparison.seed_interval),
+                        f"{comparison.p:.4f}",
+                        ", ".join(by_seed),
+                    ]
+                )
+            )
+    return "\n".join(lines) + "\n"
 
 
 def comparison_cells(comparison: Comparison) -> list[str]:
