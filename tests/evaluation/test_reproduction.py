@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.settings import main
 from environments.cost_logs import CallCount
 from evaluation import claims as claims_module
-from evaluation import reproduction
+from evaluation import reproduction, reproduction_page
 from evaluation.claims import (
     AGENTS,
     RL1,
@@ -36,7 +36,7 @@ from evaluation.claims import (
 )
 from evaluation.figures import ActingFigures, RowFigures, SetFigures, row_to_json
 from evaluation.reproduction import JOBS, PRACTICE, ReproductionSettings, run, steps_left
-from evaluation.reproduction_page import NAMES, format_claims
+from evaluation.reproduction_page import NAMES, draw_figures, format_claims
 from evaluation.seed_results import SeedResults, read_results
 from evaluation.statistics import seed_interval, sign_flip_p
 
@@ -257,6 +257,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work where the scripts are made up, and so is what eval.py writes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduction, "SECONDS_BETWEEN_LOOKS", 0.01)
+    # Drawing takes most of the time; two tests do it.
+    monkeypatch.setattr(reproduction_page, "draw_figures", lambda *_: "")
     for script in ("train_sft.py", "train_rl.py", "eval.py"):
         (tmp_path / script).write_text(FAKE)
     rows = {row: answers([1.0, 0.0] if "SFT" in row else [0.0, 0.0]) for row in AGENTS}
@@ -303,8 +305,11 @@ COMMANDS = [
 ]
 
 
-def test_all_rows_of_two_seeds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_rows_of_two_seeds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each command of each seed runs once, in order, with its share of the cores."""
+    monkeypatch.setattr(reproduction_page, "draw_figures", draw_figures)
     settings = ReproductionSettings(seeds=["0", "3"])
     run(settings)
     threads = str(max(1, (os.cpu_count() or 1) // 2))
@@ -431,8 +436,9 @@ def test_settings_that_would_change_nothing(
     assert not (folder / "calls").exists()
 
 
-def test_a_quick_one_leaves_the_page_alone(folder: Path) -> None:
+def test_a_quick_one_leaves_the_page_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: figures of minutes in place of those of hours."""
+    monkeypatch.setattr(reproduction_page, "draw_figures", draw_figures)
     run(ReproductionSettings(seeds=["0"], quick=True))
     assert not (folder / "docs").exists()
     page = (folder / "out" / "quick_reproduction.md").read_text()
