@@ -57,7 +57,7 @@ def export_sets(paths: list[str], out_folder: Path) -> None:
 
     Raises UserError for a set whose name is none of a file, and for a file that is there.
     """
-    if out_folder.suffix:
+    if out_folder.suffix in (".json", ".jsonl"):
         raise UserError(f"{out_folder}: a folder is needed, for a file of each set; {USAGE}")
     question_sets = read_question_sets(paths, "data.export")
     out_files = {name: out_folder / f"{name}.jsonl" for name in question_sets}

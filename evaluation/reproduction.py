@@ -310,14 +310,18 @@ def run(settings: ReproductionSettings) -> None:
         for seed in settings.seeds:
             left = steps_left(seed, settings)
             if left:
-                trained = [step.name for step in left if not step.rows]
-                # What is trained is evaluated, of course.
-                names = trained + [
-                    step.name
-                    for step in left
-                    if step.rows and step.name.removeprefix(EVALUATION) not in trained
-                ]
-                print(f"{run_name(seed, settings)}: left: {', '.join(names)}")
+                print(f"{run_name(seed, settings)}: left: {', '.join(names_of(left))}")
+
+
+def names_of(steps: Sequence[Step]) -> list[str]:
+    """Return the names of steps. What is to be trained will be evaluated, and is named once."""
+    trainings = [step.name for step in steps if not step.rows]
+    evaluations = [
+        step.name
+        for step in steps
+        if step.rows and step.name.removeprefix(EVALUATION) not in trainings
+    ]
+    return trainings + evaluations
 
 
 def write_page_of_all(settings: ReproductionSettings) -> None:
@@ -335,12 +339,8 @@ def write_page_of_all(settings: ReproductionSettings) -> None:
 
 def refuse_settings_of_others(settings: ReproductionSettings) -> None:
     """Raise UserError for what are no seeds, and for a setting that nothing is trained with."""
-    are_numbers = all(seed == str(int(seed)) for seed in settings.seeds if seed.isdecimal())
-    if (
-        not are_numbers
-        or not all(seed.isdecimal() for seed in settings.seeds)
-        or len(set(settings.seeds)) < len(settings.seeds)
-    ):
+    are_numbers = all(seed.isdecimal() and seed == str(int(seed)) for seed in settings.seeds)
+    if not are_numbers or len(set(settings.seeds)) < len(settings.seeds):
         raise UserError(f"--seeds: {','.join(settings.seeds)!r} are not different whole numbers")
     own = {item.name for item in fields(ReproductionSettings)} - {"run", "seed"}
     short_form = QUICK if settings.quick else {"run": RunSettings.run}

@@ -144,8 +144,9 @@ class SpelledAgent:
             action = ACTION.search(written.partition(TAGS["end_think"])[0])
         query = action[1].strip() if action is not None else ""
         if action is None or not query:
-            # An empty query is none, and hides what the turn might still search for.
-            turn.may_search = action is None and turn.may_search
+            if action is not None:
+                # An empty query is none, and hides what the turn might still search for.
+                turn.may_search = False
             row.finished = spent or row.trajectory.ids[-1] in self.codec.eos_ids
             return
         turn.behind_tag = written[action.end() :]

@@ -273,6 +273,8 @@ def test_export_questions(tmp_path: Path) -> None:
     assert again == before
     done = run_here(tmp_path, "data.export", path, "ours")
     assert "ours/hotpotqa_dev.jsonl: it is there already" in done.err
+    done = run_here(tmp_path, "data.export", path, "v1.0")
+    assert (tmp_path / "v1.0" / "mine.jsonl").is_file(), done.err
     done = run_here(tmp_path, "data.export", path, "ours.jsonl")
     assert "ours.jsonl: a folder is needed" in done.err
 
