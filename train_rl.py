@@ -89,7 +89,7 @@ from workflows.agent import answer_questions, trajectory_row
 
 WARMUP_STEPS = 3  # steps over which the learning rate rises
 EVAL_QUESTIONS = 60  # evaluation questions of each set that --eval_every looks at
-WATCHED = 10  # trajectories of a step whose log-probs are watched
+WATCHED = 10  # rollouts of a step whose log-probs are watched, at most; a tenth of a small step
 HELD_OUT_EVERY = 6  # steps between two looks of --stop_on_alarm at held-out questions
 SCORES = {"exact_match": exact_match, "f1": f1, "overlap": overlap_match}  # by --reward
 
@@ -687,8 +687,13 @@ class Watched:
 
 
 def watched_rollouts(batch: RolloutBatch) -> Watched:
-    """Return some WATCHED rollouts, evenly over the step."""
-    some = slice(None, None, max(1, len(batch.trajectories) // WATCHED))
+    """Return some rollouts, evenly over the step.
+
+    Each is read three times, which for a real checkpoint would be a fifth of a step of thirty.
+    """
+    rollouts = len(batch.trajectories)
+    count = min(WATCHED, math.ceil(rollouts / 10))
+    some = slice(None, None, rollouts // count)
     return Watched(batch.trajectories[some], correct_rollouts(batch)[some])
 
 

@@ -539,6 +539,16 @@ def test_what_is_watched_of_a_step(codec: Codec, tmp_path: Path, monkeypatch: An
     assert [row["alarms"] for row in log] == [[], [], ["sampler_gap"], ["sampler_gap"]]
 
 
+@pytest.mark.parametrize(("questions", "rollouts", "count"), [(1, 2, 1), (5, 6, 3), (48, 5, 10)])
+def test_a_tenth_of_a_small_step_is_watched(questions: int, rollouts: int, count: int) -> None:
+    """Log-probs of ten of thirty rollouts were read three times, for a real model for long."""
+    trajectories = [Trajectory() for _ in range(questions * rollouts)]
+    batch = RolloutBatch([], trajectories, np.zeros((questions, rollouts)))
+    watched = train_rl.watched_rollouts(batch)
+    assert len(watched.trajectories) == count
+    assert len(watched.is_correct) == count
+
+
 def test_an_alarm_is_printed_when_it_begins(
     codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
