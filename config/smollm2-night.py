@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct in a night on two cores with fast bfloat16: docs/real-models.md has its table.
+"""SmolLM2-135M-Instruct in a night on two cores: docs/real-models.md has its table.
 
     python train_sft.py config/smollm2-night.py --model=PATH/SmolLM2-135M-Instruct.Q4_1.gguf \
         --train_data=.. --eval_data=.. --corpus=passages.jsonl.gz
@@ -13,7 +13,7 @@ asked the first 20 of them.
 run = "smollm2-night"
 model = "HuggingFaceTB/SmolLM2-135M-Instruct"
 muon = False
-# All questions that fall to SFT. The chains are few, so the rate is higher than in config/smollm2.py.
+# All questions that fall to SFT. The chains are few, so the rate is four times config/smollm2.py's.
 coa = 1200
 cot = 60
 pairs = 100

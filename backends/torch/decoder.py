@@ -60,21 +60,16 @@ class KVCache:
 
         k, v: (B, heads, T, head_dim) -> (B, heads, visible, head_dim).
         """
-        if place.is_first_slots:
-            # Nothing is copied.
-            keys = self.keys[: len(k)]
-            values = self.values[: len(v)]
-            index = place.positions[:, None, :, None].expand_as(k)
-            keys.scatter_(2, index, k)
-            values.scatter_(2, index, v)
-            return keys[:, :, : place.visible], values[:, :, : place.visible]
+        # (scatter_ would turn the whole cache into float32 and back, in bfloat16 on a CPU.)
         slots = place.slots[:, None]
         self.keys[slots, :, place.positions] = k.transpose(1, 2)
         self.values[slots, :, place.positions] = v.transpose(1, 2)
-        return (
-            self.keys[:, :, : place.visible][place.slots],
-            self.values[:, :, : place.visible][place.slots],
-        )
+        keys = self.keys[:, :, : place.visible]
+        values = self.values[:, :, : place.visible]
+        if place.is_first_slots:
+            # Nothing is copied.
+            return keys[: len(k)], values[: len(v)]
+        return keys[place.slots], values[place.slots]
 
 
 class Decoder(SlotDecoder):

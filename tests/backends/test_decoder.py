@@ -3,6 +3,7 @@
 Cached against uncached, batched against single, sampled against the softmax.
 """
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import CPU, mlx_twin, tiny_lm
 
 import model
 from backends.decoder import TOKENS_AT_ONCE
+from backends.torch.decoder import KVCache, Place
 from data.batches import pack_texts
 from data.trajectory import Codec, Role, Trajectory
 from model import LM
@@ -359,3 +361,24 @@ def test_a_row_may_fill_the_cache(each_lm: Any) -> None:
     new_ids, _ = decoder.decode([], limits, 0.0)
     for text, limit, new in zip(texts, limits, new_ids, strict=True):
         assert new == greedy(each_lm, text, [], limit)
+
+
+def test_a_token_in_bfloat16_is_written_without_reading_the_cache() -> None:
+    """scatter_ turned the whole cache into float32 and back: 31 ms a layer, in place of 12 us."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        config = SimpleNamespace(num_key_value_heads=3, head_dim=64)
+        network: Any = SimpleNamespace(config=config, device=torch.device("cpu"), dtype=dtype)
+        cache = KVCache(network, slots=64)
+        cache.grow(0, positions=1024)
+        token = torch.ones(64, 3, 1, 64, dtype=dtype)
+        place = Place(torch.arange(64), True, torch.full((64, 1), 7), 8)
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            keys, _ = cache.write(place, token, token)
+            times.append(time.perf_counter() - started)
+        seconds[dtype] = min(times)
+        assert keys[:, :, 7].eq(1).all()
+        assert cache.keys.sum() == token.sum()
+    assert seconds[torch.bfloat16] < 20 * seconds[torch.float32]
