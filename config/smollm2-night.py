@@ -3,11 +3,10 @@
     python train_sft.py config/smollm2-night.py --model=PATH/SmolLM2-135M-Instruct.Q4_1.gguf \
         --train_data=.. --eval_data=.. --corpus=passages.jsonl.gz
     python train_rl.py --run=smollm2-night
-    python eval.py --run=smollm2-night --eval_questions=20 --rows=workflows
-    python eval.py --run=smollm2-night --rows=agents
+    python eval.py --run=smollm2-night
 
-Agents are asked 100 questions of each set. Workflows, which take an hour and a half for those, are
-asked the first 20 of them.
+Each row is asked 100 questions of each set. ReAct and Reflexion take long for those;
+--eval_questions=20 --rows="ReAct workflow,Reflexion workflow" asks them the first 20 alone.
 """
 
 run = "smollm2-night"
