@@ -689,7 +689,7 @@ class Watched:
 def watched_rollouts(batch: RolloutBatch) -> Watched:
     """Return some rollouts, evenly over the step.
 
-    Each is read three times, which for a real checkpoint would be a fifth of a step of thirty.
+    Each is read three times, which takes long where a real checkpoint has steps of thirty.
     """
     rollouts = len(batch.trajectories)
     count = min(WATCHED, math.ceil(rollouts / 10))

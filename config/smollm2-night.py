@@ -12,10 +12,11 @@ Each row is asked 100 questions of each set. ReAct and Reflexion take long for t
 run = "smollm2-night"
 model = "HuggingFaceTB/SmolLM2-135M-Instruct"
 muon = False
-# All questions that fall to SFT. The chains are few, so the rate is four times config/smollm2.py's.
+# All questions that fall to SFT.
 coa = 1200
 cot = 60
 pairs = 100
+# The chains are few, so the rate is four times that of config/smollm2.py.
 lr = 2e-4
 sft1_scale = 0.1
 sft2_scale = 1.0

@@ -60,7 +60,7 @@ class KVCache:
 
         k, v: (B, heads, T, head_dim) -> (B, heads, visible, head_dim).
         """
-        # (scatter_ would turn the whole cache into float32 and back, in bfloat16 on a CPU.)
+        # On a CPU scatter_ would turn a whole cache of bfloat16 into float32 and back.
         slots = place.slots[:, None]
         self.keys[slots, :, place.positions] = k.transpose(1, 2)
         self.values[slots, :, place.positions] = v.transpose(1, 2)
