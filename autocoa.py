@@ -117,8 +117,8 @@ def contrastive_loss(xp: Any, logp: Array, batch: Batch) -> Array:
 def grpo_loss(xp: Any, logp: Array, batch: Batch) -> Array:
     """Return the clipped policy gradient, token by token, and the penalties.
 
-    Which mean over the policy's tokens it is, the batch says: --loss=dapo, grpo and dr_grpo give
-    tokens other weights and the sum another `norm` (token_weight in train_rl.py).
+    How tokens are averaged is decided by the batch's weights and its `norm`, which differ between
+    --loss=dapo, grpo and dr_grpo (token_weight in train_rl.py).
 
     A token's loss is -min(r A, clip(r) A), where r is the ratio of its new to its old probability,
     and A the advantage of its rollout. That is -A min(r, 1 + clip_high) where A is positive, and
@@ -166,7 +166,8 @@ def add_penalties(xp: Any, loss: Array, logp: Array, batch: Batch) -> Array:
     `observation_coef`, the weight of observation_loss.
     """
     if batch["beta"]:
-        penalty = k3(xp, logp, batch) * batch["count"] * batch["mask"]
+        log_ratio = (batch["ref"] - logp) * batch["mask"]
+        penalty = k3(xp, log_ratio) * batch["count"] * batch["mask"]
         loss = loss + batch["beta"] * penalty.sum() / batch["kl_norm"]
     if batch["observation_coef"]:
         loss = loss + batch["observation_coef"] * observation_loss(xp, logp, batch)
@@ -184,10 +185,12 @@ def observation_loss(xp: Any, logp: Array, batch: Batch) -> Array:
     return -(logp * batch["observation_count"]).sum() / batch["observation_norm"]
 
 
-def k3(xp: Any, logp: Array, batch: Batch) -> Array:
-    """Return Schulman's k3 estimate of KL(policy || reference) for each token; never negative."""
-    difference = (batch["ref"] - logp) * batch["mask"]
-    return xp.exp(difference) - difference - 1
+def k3(xp: Any, log_ratio: Array) -> Array:
+    """Return Schulman's k3 estimate of KL(policy || reference) for each token; never negative.
+
+    log_ratio: log-probabilities of the policy's tokens under the reference, less the policy's own.
+    """
+    return xp.exp(log_ratio) - log_ratio - 1
 
 
 # ---- 3. Algorithm 1 ------------------------------------------------------------------------------

@@ -46,7 +46,6 @@ from autocoa import (
     Search,
     group_advantages,
     grpo_loss,
-    k3,
     nll_loss,
     random_stream,
     reward,
@@ -54,7 +53,7 @@ from autocoa import (
 )
 from common import memory, runs
 from common.alarms import alarms
-from common.batching import fill_by_tokens, own_micro_batches
+from common.batching import own_micro_batches
 from common.runs import StageRun
 from common.settings import (
     AboveZero,
@@ -64,15 +63,9 @@ from common.settings import (
     StageSettings,
     main,
 )
-from data.batches import (
-    Batch,
-    build_trie,
-    count_nodes,
-    pack,
-    pack_texts,
-    real_observation_mask,
-)
+from data.batches import Batch, Trie, build_trie, pack, real_observation_mask
 from data.questions import Question
+from data.rollout_batch import RolloutBatch, repeat_questions
 from data.scores import exact_match, f1, overlap_match
 from data.trajectory import Codec, Trajectory
 from environments.choice import (
@@ -82,14 +75,22 @@ from environments.choice import (
     prepare_environments,
 )
 from environments.environment import Environment
-from environments.fidelity import known_share
+from evaluation.rl_log import (
+    describe_change,
+    describe_groups,
+    describe_pace,
+    describe_rollouts,
+    describe_searches,
+    first_group,
+    summarize,
+    watched_rollouts,
+)
 from model import LM
 from tasks import Task, open_task
-from workflows.agent import answer_questions, trajectory_row
+from workflows.agent import answer_questions
 
 WARMUP_STEPS = 3  # steps over which the learning rate rises
 EVAL_QUESTIONS = 60  # evaluation questions of each set that --eval_every looks at
-WATCHED = 10  # rollouts of a step whose log-probs are watched, at most; a tenth of a small step
 HELD_OUT_EVERY = 6  # steps between two looks of --stop_on_alarm at held-out questions
 SCORES = {"exact_match": exact_match, "f1": f1, "overlap": overlap_match}  # by --reward
 
@@ -138,11 +139,10 @@ class RLSettings(StageSettings, EnvironmentSettings):
     # Weight of the next-token loss on what the real tool said (ECHO): the policy stays a model of
     # its world while it learns to act. 0: observations teach nothing.
     observation_coef: float = 0.0
-    # Steps between two looks at evaluation questions, whose exact match is logged; 0: none. Nothing
-    # is chosen by it.
+    # Evaluate every this many steps, and log the exact match; 0: never. Nothing is chosen by it.
     eval_every: int = 0
     # End a stage when an alarm rings, with the weights that did best on held-out questions of its
-    # pool; they are asked every 6 steps. No stage is begun behind it.
+    # pool; they are asked every 6 steps. No later stage is started.
     stop_on_alarm: bool = False
     # Settings and the values to try, such as "call_cost=0,0.1;kl=0,0.001": each combination is
     # trained into a folder of its own and evaluated, and a table compares them.
@@ -152,7 +152,7 @@ class RLSettings(StageSettings, EnvironmentSettings):
 # ---- 2. The stages -------------------------------------------------------------------------------
 @dataclass
 class RLStage:
-    """All in which the two stages differ."""
+    """What a stage of RL asks, who answers, and how it is rewarded."""
 
     folder: Path
     steps: int
@@ -191,47 +191,46 @@ def run(settings: RLSettings) -> None:
     prepare_environments(plan.todo, settings, task)
     plan.prepare_folders(settings)
 
-    evaluation = [
-        question
-        for questions in task.evaluation.values()
-        for question in questions[:EVAL_QUESTIONS]
-    ]
-    if "rl1" in plan.todo:
-        first = RLStage(
-            folder=plan.folder_of("rl1"),
-            steps=settings.rl1_steps,
-            pool=task.questions(settings.rl1_pool, settings.rl_questions),
-            first_question=0,
-            environment=open_environment("rl1", settings, task, policy.codec, held_out["rl1"]),
-            call_cost=settings.rl1_call_cost,
-            rate_scale=settings.rl1_scale,
-            seed_number=1,
-            evaluation=evaluation,
-            eval_search=task.eval_search,
-            held_out=held_out["rl1"],
-        )
-        is_stopped = train_grpo(policy, reference, settings, first)
-        if is_stopped and "rl2" in plan.todo:
-            print(f"rl2 was not begun; go on with: {resume_command()}")
+    for name in plan.todo:
+        folder = plan.folder_of(name)
+        stage = open_stage(name, folder, settings, task, policy.codec, held_out[name])
+        is_stopped = train_grpo(policy, reference, settings, stage)
+        last = plan.todo[-1]
+        if is_stopped and name != last:
+            print(f"{last} was not begun; go on with: {resume_command()}")
             return
-    if "rl2" in plan.todo:
-        asked_before = 0
-        if settings.rl1_pool == "rl2":
-            asked_before = settings.rl1_steps * settings.questions
-        second = RLStage(
-            folder=plan.folder_of("rl2"),
-            steps=settings.rl2_steps,
-            pool=task.questions("rl2", settings.rl_questions),
-            first_question=asked_before,
-            environment=open_environment("rl2", settings, task, policy.codec, held_out["rl2"]),
-            call_cost=settings.call_cost,
-            rate_scale=1.0,
-            seed_number=2,
-            evaluation=evaluation,
-            eval_search=task.eval_search,
-            held_out=held_out["rl2"],
-        )
-        train_grpo(policy, reference, settings, second)
+
+
+def open_stage(
+    name: str,
+    folder: Path,
+    settings: RLSettings,
+    task: Task,
+    codec: Codec,
+    held_out: list[Question],
+) -> RLStage:
+    """Return RL-1 or RL-2, with its environment. name: rl1 or rl2."""
+    is_first = name == "rl1"
+    first_question = 0
+    if not is_first and settings.rl1_pool == "rl2":
+        # RL-1 has asked the questions before.
+        first_question = settings.rl1_steps * settings.questions
+    evaluation: list[Question] = []
+    for questions in task.evaluation.values():
+        evaluation += questions[:EVAL_QUESTIONS]
+    return RLStage(
+        folder=folder,
+        steps=settings.rl1_steps if is_first else settings.rl2_steps,
+        pool=task.questions(pool_name(name, settings), settings.rl_questions),
+        first_question=first_question,
+        environment=open_environment(name, settings, task, codec, held_out),
+        call_cost=settings.rl1_call_cost if is_first else settings.call_cost,
+        rate_scale=settings.rl1_scale if is_first else 1.0,
+        seed_number=1 if is_first else 2,
+        evaluation=evaluation,
+        eval_search=task.eval_search,
+        held_out=held_out,
+    )
 
 
 def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) -> bool:
@@ -246,58 +245,36 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
     environment = stage.environment
     environment.tool.restore(progress.log_files.calls)
     for step in progress.steps():
-        held_out = look_at_held_out(policy, settings, stage, progress, step)
+        record: dict[str, Any] = {"step": step}
+        record |= look_at_held_out(policy, settings, stage, progress, step)
         environment.begin_step(step)
         started = time.time()
 
         # 1. Rollouts: several trajectories of each question, and what they are worth.
         batch = sample_rollouts(policy, settings, stage, step)
         sampled = time.time()
-        watched = watched_rollouts(batch)
-        before = policy_logprobs(policy, watched.trajectories, settings)
+        watched = watched_rollouts(batch, settings.micro_tokens, settings.temperature)
+        before = watched.logprobs(policy)
 
         # 2. Update, by what the groups can teach.
         skipped = groups_to_skip(batch)
-        figures = update_policy(policy, optimizer, reference, batch, skipped, settings, stage, step)
+        record |= update_policy(policy, optimizer, reference, batch, skipped, settings, stage, step)
         updated = time.time()
 
         # 3. Log: what the step looked like, and its first group to read.
-        row = describe_step(policy.codec, batch)
-        row |= describe_change(policy, reference, watched, before, settings)
-        refuse_divergence(row, stage, step)
-        searches = [
-            search
-            for trajectory in batch.trajectories
-            for search in zip(trajectory.queries, trajectory.observations, strict=False)
-        ]
-        row["known_exact"] = known_share(searches, environment.known_answers)
-        if settings.eval_every and (step + 1) % settings.eval_every == 0:
-            row["eval_em"] = evaluate(policy, stage, settings)
-        tokens = sum(len(trajectory.ids) for trajectory in batch.trajectories)
         steps_before = progress.log_files.steps
-        row["idle_steps"] = count_idle_steps(steps_before, skipped)
-        summary = f"reward {row['reward']:.3f}, {row['actions']:.2f} actions"
-        if row["idle_steps"]:
-            summary += f", no group to learn from for {row['idle_steps']} steps"
-        rung = alarms([*steps_before, {**figures, **row}], settings.max_actions)
+        record |= describe_rollouts(policy.codec, batch)
+        record |= describe_change(policy, reference, watched, before)
+        record |= describe_groups(skipped, steps_before)
+        record |= describe_searches(batch, environment)
+        record |= describe_pace(batch, sampled - started, updated - sampled)
+        refuse_divergence(record, stage, step)
+        if settings.eval_every and (step + 1) % settings.eval_every == 0:
+            record["eval_em"] = evaluate(policy, stage, settings)
+        rung = alarms([*steps_before, record], settings.max_actions)
         progress.warn(rung)
-        progress.log(
-            f"{summary}, {updated - started:.1f} s",
-            step=step,
-            **figures,
-            **row,
-            alarms=list(rung),
-            skipped_groups=int(skipped.sum()),
-            shared_tokens=share_of_tokens(batch),
-            real_calls=environment.tool.raw_calls,
-            distinct_calls=environment.tool.distinct_calls,
-            tokens=tokens,
-            tokens_per_second=tokens / (updated - started),
-            seconds_rollout=sampled - started,
-            seconds_update=updated - sampled,
-            **held_out,
-        )
-        progress.keep_rollouts(rows_of_first_group(policy.codec, batch, step))
+        progress.log(summarize(record), **record, alarms=list(rung))
+        progress.keep_rollouts(first_group(policy.codec, batch, step))
         progress.keep_calls(environment.tool.take_rows())
         if rung and settings.stop_on_alarm:
             progress.stop_with_best(step, rung)
@@ -309,16 +286,18 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
     return progress.is_stopped
 
 
+def evaluate(policy: LM, stage: RLStage, settings: RLSettings) -> float:
+    """Return the policy's exact match on evaluation questions, greedily and with their own tool."""
+    texts = [question.question for question in stage.evaluation]
+    trajectories = answer_questions(policy, texts, stage.eval_search, settings)
+    scores = [
+        exact_match(policy.codec.answer(trajectory), question.golden_answers)
+        for trajectory, question in zip(trajectories, stage.evaluation, strict=True)
+    ]
+    return float(np.mean(scores))
+
+
 # ---- 3. Rollouts ---------------------------------------------------------------------------------
-@dataclass
-class RolloutBatch:
-    """The experience of one step: rollouts of one question stand together."""
-
-    questions: list[Question]
-    trajectories: list[Trajectory]  # questions x rollouts
-    rewards: np.ndarray  # (questions, rollouts)
-
-
 def sample_rollouts(policy: LM, settings: RLSettings, stage: RLStage, step: int) -> RolloutBatch:
     """Roll out some questions of the pool, several times each, and reward the trajectories.
 
@@ -369,11 +348,6 @@ def rewards_of(
     return np.array(rewards)
 
 
-def repeat_questions(questions: Sequence[Question], rollouts: int) -> list[Question]:
-    """Return the question of each trajectory: rollouts of one question stand together."""
-    return [question for question in questions for _ in range(rollouts)]
-
-
 def groups_to_skip(batch: RolloutBatch) -> np.ndarray:
     """Return for each question whether its rollouts teach nothing: (questions,) of bool.
 
@@ -386,8 +360,7 @@ def groups_to_skip(batch: RolloutBatch) -> np.ndarray:
 def groups_that_lost(batch: RolloutBatch) -> np.ndarray:
     """Return for each question whether a search of its rollouts failed: (questions,) of bool."""
     lost = np.array([trajectory.has_lost_observation for trajectory in batch.trajectories])
-    has_lost = lost.reshape(batch.rewards.shape)
-    return np.any(has_lost, axis=1)
+    return np.any(lost.reshape(batch.rewards.shape), axis=1)
 
 
 def rollouts_that_teach(
@@ -482,12 +455,12 @@ def update_policy(
     learned = np.flatnonzero(rollouts_that_teach(batch, skipped, settings))
     rng = np.random.default_rng([settings.seed, stage.seed_number, step])
     figures = {"loss": 0.0, "grad_norm": 0.0, "idle_parameters": 0}
-    for rows in split_minibatches(learned, settings.minibatches, rng):
-        batches = update_batches(batch, rows, advantages, skipped, reference, settings)
+    for rollouts in split_minibatches(learned, settings.minibatches, rng):
+        batches = update_batches(batch, rollouts, advantages, skipped, reference, settings)
         figures = policy.backend.train_step(
             policy.network,
             optimizer,
-            sequence_loss if is_of_sequences(settings.loss) else grpo_loss,
+            sequence_loss if has_sequence_ratio(settings.loss) else grpo_loss,
             batches,
             lr=learning_rate(settings, stage, step),
             muon_lr=0.0,
@@ -504,16 +477,16 @@ def learning_rate(settings: RLSettings, stage: RLStage, step: int) -> float:
 
 
 def split_minibatches(
-    rows: np.ndarray, minibatches: int, rng: np.random.Generator
+    rollouts: np.ndarray, minibatches: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Return the rows in random order, cut into an optimizer step's each."""
-    if not len(rows):
+    """Return numbers of rollouts in random order, cut into an optimizer step's each."""
+    if not len(rollouts):
         return []
-    return np.array_split(rng.permutation(rows), min(minibatches, len(rows)))
+    return np.array_split(rng.permutation(rollouts), min(minibatches, len(rollouts)))
 
 
 def token_weight(loss: LossName, length: int, max_len: int) -> tuple[float, float]:
-    """Return what each of the policy's tokens of a rollout counts, and the rollout in `norm`.
+    """Return the weight of each of the policy's tokens of a rollout, and its share of `norm`.
 
     In gspo the weight is that of a token in its rollout's log-ratio, and in reinforce too.
 
@@ -530,14 +503,14 @@ def token_weight(loss: LossName, length: int, max_len: int) -> tuple[float, floa
     return 1 / length, 1.0
 
 
-def is_of_sequences(loss: LossName) -> bool:
+def has_sequence_ratio(loss: LossName) -> bool:
     """Return whether a loss has one ratio for a whole rollout, and not one for each token."""
     return loss in ("gspo", "reinforce")
 
 
 def update_batches(
     batch: RolloutBatch,
-    rows: np.ndarray,
+    rollouts: np.ndarray,
     advantages: np.ndarray,
     skipped: np.ndarray,
     reference: LM,
@@ -546,70 +519,135 @@ def update_batches(
     """Return the micro-batches of one optimizer step of --loss: the rollouts of a question are one
     trie. Of several processes each gets those of its share.
 
-    rows: numbers of the rollouts that this step learns from.
+    rollouts: numbers of those that this step learns from.
     advantages: (questions, rollouts); 0 in groups that are skipped.
     skipped: (questions,), groups of which the policy gradient is not taken.
-    "norm" is what --loss divides by, for dapo the number of the policy's tokens of all these
-    rollouts, but for skipped ones; "kl_norm" counts them too.
     """
-    rollouts = batch.rewards.shape[1]
-    rows_of_question: dict[int, list[int]] = {}
-    for row in sorted(rows.tolist()):
-        rows_of_question.setdefault(row // rollouts, []).append(row)
-    groups = list(rows_of_question.values())
-    tries = [build_trie([batch.trajectories[row] for row in group]) for group in groups]
-    weights: dict[int, float] = {}  # row -> of each of its tokens
-    norms: dict[int, float] = {}
-    for row in rows.tolist():
-        length = int(sum(batch.trajectories[row].mask))
-        weights[row], norms[row] = token_weight(settings.loss, length, settings.max_len)
-    norm = sum(value for row, value in norms.items() if not skipped[row // rollouts])
-    observed = {row: real_observation_mask(batch.trajectories[row]) for row in rows.tolist()}
-
+    groups = same_question(rollouts, batch.rewards.shape[1])
+    tries = [build_trie([batch.trajectories[i] for i in group]) for group in groups]
+    step = StepWeights(batch, rollouts, advantages, skipped, settings)
     batches = []
     for members in own_micro_batches([len(trie.ids) for trie in tries], settings.micro_tokens):
         packed = pack([tries[member] for member in members])
-        # The nodes of each rollout in it, by the rollout's row.
-        paths = {
-            row: start + path
-            for member, (start, _) in zip(members, packed["parts"], strict=True)
-            for row, path in zip(groups[member], tries[member].paths, strict=True)
-        }
-        zeros = np.zeros(len(packed["ids"]), np.float32)
-        sums = {name: zeros.copy() for name in ("positive", "negative", "count")}
-        observation_count = zeros.copy()
-        for row, path in paths.items():
-            advantage = advantages.ravel()[row]
-            sums["positive"][path] += max(advantage, 0.0) * weights[row]
-            sums["negative"][path] += min(advantage, 0.0) * weights[row]
-            sums["count"][path] += weights[row]
-            observation_count[path] += observed[row]
-        packed |= sums
-        packed["norm"] = max(float(norm), 1.0)
-        packed["clip_low"] = settings.clip_low
-        packed["clip_high"] = settings.clip_high
-        if is_of_sequences(settings.loss):
-            packed["rows"] = np.stack([zeros] * len(paths))
-            for number, (row, path) in enumerate(paths.items()):
-                packed["rows"][number, path] = weights[row]
-            packed["advantages"] = advantages.ravel()[list(paths)].astype(np.float32)
-        if settings.loss == "reinforce":
-            # It is never clipped.
-            packed["clip_low"] = 1.0
-            packed["clip_high"] = math.inf
+        nodes = len(packed["ids"])
+        paths = rollout_paths(packed, members, groups, tries)
+        packed |= step.advantage_sums(paths, nodes)
+        packed |= clip_range(settings)
+        if has_sequence_ratio(settings.loss):
+            packed |= step.sequence_weights(paths, nodes)
+        packed |= step.observation_weights(paths, nodes)
         packed["beta"] = settings.kl
         if settings.kl:
             packed["ref"] = reference.backend.score(reference.network, packed, settings.temperature)
-            packed["kl_norm"] = max(float(sum(norms.values())), 1.0)
+            packed["kl_norm"] = step.kl_norm
         else:
             # Nothing is learned at nodes whose advantages are all 0: they are context.
-            packed["mask"] *= (sums["positive"] > 0) | (sums["negative"] < 0)
-        packed["observation_coef"] = settings.observation_coef
-        if settings.observation_coef:
-            packed["observation_count"] = observation_count
-            packed["observation_norm"] = max(float(sum(map(sum, observed.values()))), 1.0)
+            packed["mask"] *= (packed["positive"] > 0) | (packed["negative"] < 0)
         batches.append(packed)
     return batches
+
+
+def same_question(rollouts: np.ndarray, group_size: int) -> list[list[int]]:
+    """Return numbers of rollouts, in order, those of one question together."""
+    groups: dict[int, list[int]] = {}
+    for rollout in sorted(rollouts.tolist()):
+        groups.setdefault(rollout // group_size, []).append(rollout)
+    return list(groups.values())
+
+
+def rollout_paths(
+    packed: Batch, members: Sequence[int], groups: Sequence[list[int]], tries: Sequence[Trie]
+) -> dict[int, np.ndarray]:
+    """Return the nodes of each rollout in a micro-batch, by the rollout's number.
+
+    members: numbers of the groups in it.
+    """
+    paths = {}
+    for member, (start, _) in zip(members, packed["parts"], strict=True):
+        for rollout, path in zip(groups[member], tries[member].paths, strict=True):
+            paths[rollout] = start + path
+    return paths
+
+
+def clip_range(settings: RLSettings) -> Batch:
+    """Return how far below and above 1 a ratio may go."""
+    if settings.loss == "reinforce":
+        # It is never clipped.
+        return {"clip_low": 1.0, "clip_high": math.inf}
+    return {"clip_low": settings.clip_low, "clip_high": settings.clip_high}
+
+
+class StepWeights:
+    """What the rollouts of one optimizer step weigh in its loss.
+
+    weights: of each of a rollout's tokens, by the rollout's number.
+    norm: what the loss divides by, for dapo the number of the policy's tokens of all rollouts, but
+        for those of skipped groups.
+    kl_norm: the same with skipped groups.
+    """
+
+    def __init__(
+        self,
+        batch: RolloutBatch,
+        rollouts: np.ndarray,
+        advantages: np.ndarray,
+        skipped: np.ndarray,
+        settings: RLSettings,
+    ) -> None:
+        """Weigh some rollouts; the arguments are those of update_batches."""
+        group_size = batch.rewards.shape[1]
+        self.advantages = advantages.ravel()
+        self.observation_coef = settings.observation_coef
+        self.weights: dict[int, float] = {}
+        self.observed: dict[int, list[int]] = {}  # 1 for each token that the real tool said
+        norm = 0.0
+        kl_norm = 0.0
+        for rollout in rollouts.tolist():
+            trajectory = batch.trajectories[rollout]
+            length = sum(trajectory.mask)
+            weight, share = token_weight(settings.loss, length, settings.max_len)
+            self.weights[rollout] = weight
+            self.observed[rollout] = real_observation_mask(trajectory)
+            kl_norm += share
+            if not skipped[rollout // group_size]:
+                norm += share
+        self.norm = max(norm, 1.0)
+        self.kl_norm = max(kl_norm, 1.0)
+        self.observation_norm = max(float(sum(map(sum, self.observed.values()))), 1.0)
+
+    def advantage_sums(self, paths: Mapping[int, np.ndarray], nodes: int) -> Batch:
+        """Return for each node what grpo_loss and its KL read, summed over the rollouts there."""
+        positive = np.zeros(nodes, np.float32)
+        negative = np.zeros(nodes, np.float32)
+        count = np.zeros(nodes, np.float32)
+        for rollout, path in paths.items():
+            weight = self.weights[rollout]
+            advantage = self.advantages[rollout]
+            positive[path] += max(advantage, 0.0) * weight
+            negative[path] += min(advantage, 0.0) * weight
+            count[path] += weight
+        return {"positive": positive, "negative": negative, "count": count, "norm": self.norm}
+
+    def sequence_weights(self, paths: Mapping[int, np.ndarray], nodes: int) -> Batch:
+        """Return for each rollout what sequence_loss reads."""
+        path_weights = np.zeros((len(paths), nodes), np.float32)
+        for number, (rollout, path) in enumerate(paths.items()):
+            path_weights[number, path] = self.weights[rollout]
+        advantages = self.advantages[list(paths)].astype(np.float32)
+        return {"rows": path_weights, "advantages": advantages}
+
+    def observation_weights(self, paths: Mapping[int, np.ndarray], nodes: int) -> Batch:
+        """Return for each node what observation_loss reads, where it has a weight."""
+        if not self.observation_coef:
+            return {"observation_coef": 0.0}
+        count = np.zeros(nodes, np.float32)
+        for rollout, path in paths.items():
+            count[path] += self.observed[rollout]
+        return {
+            "observation_coef": self.observation_coef,
+            "observation_count": count,
+            "observation_norm": self.observation_norm,
+        }
 
 
 def refuse_divergence(figures: Mapping[str, float | None], stage: RLStage, step: int) -> None:
@@ -620,177 +658,6 @@ def refuse_divergence(figures: Mapping[str, float | None], stage: RLStage, step:
                 f"{stage.folder.name}: {name} is {value} at step {step}; the stage before and the "
                 "last checkpoint are kept; lower --rl_lr"
             )
-
-
-# ---- 6. What is logged ---------------------------------------------------------------------------
-def count_idle_steps(steps_before: Sequence[Mapping[str, Any]], skipped: np.ndarray) -> int:
-    """Return how many steps in a row, up to this one, had no group whose rewards teach anything.
-
-    steps_before: the log of the stage. skipped: (questions,), groups that are skipped.
-    """
-    if not skipped.all():
-        return 0
-    return 1 + (steps_before[-1].get("idle_steps", 0) if steps_before else 0)
-
-
-def share_of_tokens(batch: RolloutBatch) -> float:
-    """Return how many of a step's tokens are the same as another rollout's, and behind the same.
-
-    They are computed once with that one, in sampling and in the update (docs/trie.md).
-    """
-    rollouts = batch.rewards.shape[1]
-    tokens = 0
-    nodes = 0
-    for start in range(0, len(batch.trajectories), rollouts):
-        group = batch.trajectories[start : start + rollouts]
-        tokens += sum(len(trajectory.ids) for trajectory in group)
-        nodes += count_nodes(group)
-    return 1 - nodes / tokens
-
-
-def policy_logprobs(
-    lm: LM, trajectories: Sequence[Trajectory], settings: RLSettings
-) -> list[np.ndarray]:
-    """Return for each trajectory the log-probs of the policy's tokens under a model: (tokens,)."""
-    logprobs = []
-    lengths = [len(trajectory.ids) for trajectory in trajectories]
-    for group in fill_by_tokens(lengths, settings.micro_tokens):
-        batch = pack_texts([trajectories[row] for row in group])
-        scored = lm.backend.score(lm.network, batch, settings.temperature)
-        is_own = batch["mask"] > 0
-        logprobs += [scored[start:end][is_own[start:end]] for start, end in batch["parts"]]
-    return logprobs
-
-
-def drift(policy: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:
-    """Return KL to the reference (k3), nats a token: watched even where --kl is 0.
-
-    policy, reference: log-probs of the same tokens, by trajectory.
-    """
-    batch = {"ref": np.concatenate(reference), "mask": 1.0}
-    return float(k3(np, np.concatenate(policy), batch).mean())
-
-
-def sampled_logprobs(trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
-    """Return for each trajectory the log-probs of the policy's tokens when sampled: (tokens,)."""
-    return [
-        np.array(trajectory.logprobs)[np.array(trajectory.mask) > 0] for trajectory in trajectories
-    ]
-
-
-@dataclass
-class Watched:
-    """A few rollouts of a step, whose log-probs are looked at before and after its update."""
-
-    trajectories: list[Trajectory]
-    is_correct: np.ndarray  # (trajectories,) of bool, as correct_rollouts has it
-
-
-def watched_rollouts(batch: RolloutBatch) -> Watched:
-    """Return some rollouts, evenly over the step.
-
-    Each is read three times, which takes long where a real checkpoint has steps of thirty.
-    """
-    rollouts = len(batch.trajectories)
-    count = min(WATCHED, math.ceil(rollouts / 10))
-    some = slice(None, None, rollouts // count)
-    return Watched(batch.trajectories[some], correct_rollouts(batch)[some])
-
-
-def describe_change(
-    policy: LM,
-    reference: LM,
-    watched: Watched,
-    before: Sequence[np.ndarray],
-    settings: RLSettings,
-) -> dict[str, float | None]:
-    """Return what an update has changed, nats a token: means over the watched rollouts.
-
-    before: log-probs of training before the update, of the policy's tokens, by trajectory.
-    """
-    after = policy_logprobs(policy, watched.trajectories, settings)
-    of_reference = policy_logprobs(reference, watched.trajectories, settings)
-    return {
-        "kl": drift(after, of_reference),
-        "sampler_gap": sampler_gap(sampled_logprobs(watched.trajectories), before),
-        "correct_change": mean_change(watched.is_correct, before, after),
-    }
-
-
-def sampler_gap(sampled: Sequence[np.ndarray], scored: Sequence[np.ndarray]) -> float:
-    """Return how far log-probs of sampling are from those of training: mean, nats a token.
-
-    sampled, scored: of the policy's tokens, by trajectory; those of training before the update.
-    """
-    return float(np.abs(np.concatenate(scored) - np.concatenate(sampled)).mean())
-
-
-def correct_rollouts(batch: RolloutBatch) -> np.ndarray:
-    """Return which rollouts have the best reward of a group that differs: (rollouts,) of bool."""
-    best = batch.rewards == batch.rewards.max(1, keepdims=True)
-    return (best & ~best.all(1, keepdims=True)).ravel()
-
-
-def mean_change(
-    is_meant: np.ndarray, before: Sequence[np.ndarray], after: Sequence[np.ndarray]
-) -> float | None:
-    """Return by how much an update made some trajectories more likely: mean, nats a token.
-
-    is_meant: (trajectories,) of bool; None is returned where it holds for none.
-    before, after: log-probs of the same tokens, by trajectory.
-    """
-    changes = [
-        new - old for is_one, old, new in zip(is_meant, before, after, strict=True) if is_one
-    ]
-    return float(np.concatenate(changes).mean()) if changes else None
-
-
-def describe_step(codec: Codec, batch: RolloutBatch) -> dict[str, float | None]:
-    """Return what the rollouts of one step looked like: means over its trajectories."""
-    trajectories = batch.trajectories
-    logprobs = np.concatenate(sampled_logprobs(trajectories))
-    repeated = repeat_questions(batch.questions, batch.rewards.shape[1])
-    scores = [
-        exact_match(codec.answer(trajectory), question.golden_answers)
-        for trajectory, question in zip(trajectories, repeated, strict=True)
-    ]
-
-    def mean(values: list[Any]) -> float:
-        return float(np.mean(values))
-
-    return {
-        "reward": float(batch.rewards.mean()),
-        "reward_spread": float(batch.rewards.std(1).mean()),
-        "em": mean(scores),
-        # The log-probs of sampled tokens estimate entropy without bias.
-        "entropy": float(-logprobs.mean()),
-        "length": mean([len(trajectory.ids) for trajectory in trajectories]),
-        "policy_tokens": mean([sum(trajectory.mask) for trajectory in trajectories]),
-        "actions": mean([len(trajectory.queries) for trajectory in trajectories]),
-        "forced": mean([trajectory.forced for trajectory in trajectories]),
-        "malformed": mean([not codec.is_well_formed(trajectory) for trajectory in trajectories]),
-    }
-
-
-def evaluate(policy: LM, stage: RLStage, settings: RLSettings) -> float:
-    """Return the policy's exact match on evaluation questions, greedily and with their own tool."""
-    texts = [question.question for question in stage.evaluation]
-    trajectories = answer_questions(policy, texts, stage.eval_search, settings)
-    scores = [
-        exact_match(policy.codec.answer(trajectory), question.golden_answers)
-        for trajectory, question in zip(trajectories, stage.evaluation, strict=True)
-    ]
-    return float(np.mean(scores))
-
-
-def rows_of_first_group(codec: Codec, batch: RolloutBatch, step: int) -> list[dict[str, Any]]:
-    """Return the rollouts of the step's first question for rollouts.jsonl."""
-    rewards = batch.rewards[0]
-    group = batch.trajectories[: len(rewards)]
-    return [
-        trajectory_row(codec, batch.questions[0], trajectory, value, step=step)
-        for trajectory, value in zip(group, rewards, strict=True)
-    ]
 
 
 if __name__ == "__main__":

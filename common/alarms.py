@@ -12,7 +12,7 @@ BEFORE = 8  # steps before them that they are judged by
 CLIFF = 0.25  # part of its former height at which a figure has fallen off a cliff
 LEAST_ENTROPY = 0.02  # nats a token; what was lower before had nowhere to fall
 LEAST_SPREAD = 0.02  # of rewards in a group, likewise
-LOST_LIKELIHOOD = 0.05  # nats a token that correct rollouts may lose over all steps looked at
+LOST_LIKELIHOOD = 0.05  # nats a token that the best rollouts may lose over all steps looked at
 MALFORMED_RISE = 0.15  # of a share
 SAMPLER_GAP = 0.05  # nats a token between the log-probs of sampling and those of training
 FEW_SEARCHES = 0.1  # a rollout
@@ -42,9 +42,9 @@ def alarms(steps: Sequence[Step], max_actions: int) -> dict[str, str]:
         return found
 
     found |= _cliffs(recent, before)
-    lost = -sum(step.get("correct_change") or 0.0 for step in [*before, *recent])
+    lost = -sum(step.get("best_change") or 0.0 for step in [*before, *recent])
     if lost > LOST_LIKELIHOOD:
-        found["correct_change"] = f"correct rollouts lost {lost:.3f} nats a token"
+        found["best_change"] = f"the best rollouts lost {lost:.3f} nats a token"
     searches = _mean(recent, "actions")
     if searches < FEW_SEARCHES < CLIFF * _mean(before, "actions"):
         found["actions"] = f"it hardly searches any more: {searches:.2f} times a rollout"

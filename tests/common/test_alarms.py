@@ -8,7 +8,7 @@ from common.alarms import alarms
 HEALTHY = {
     "entropy": 0.3,
     "reward_spread": 0.2,
-    "correct_change": 0.002,
+    "best_change": 0.002,
     "actions": 2.4,
     "malformed": 0.02,
     "sampler_gap": 1e-6,
@@ -32,7 +32,7 @@ def trace(steps: int = 30, **fault: list[float]) -> list[dict[str, float | None]
 def test_a_healthy_trace_is_silent() -> None:
     """At every step, also the first ones, and where a figure is missing."""
     log = trace()
-    log[20]["correct_change"] = None
+    log[20]["best_change"] = None
     log[0]["idle_parameters"] = 3
     log[10].clear()
     for end in range(len(log) + 1):
@@ -55,7 +55,7 @@ def test_learning_is_no_fault() -> None:
     [
         ({"entropy": [0.05, 0.03, 0.01]}, "entropy fell from"),
         ({"reward_spread": [0.0, 0.0, 0.0]}, "reward spread fell"),
-        ({"correct_change": [-0.008] * 11}, "correct rollouts lost 0.088 nats"),
+        ({"best_change": [-0.008] * 11}, "the best rollouts lost 0.088 nats"),
         ({"actions": [0.1, 0.0, 0.0]}, "it hardly searches any more"),
         ({"actions": [6.0, 6.0, 5.9]}, "it searches as often as it may"),
         ({"malformed": [0.2, 0.3, 0.4]}, "the share of malformed rollouts rose"),

@@ -24,6 +24,7 @@ from data.questions import Question
 from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
 from environments import choice
 from environments.environment import internal_environment, scheduled_environment
+from evaluation import rl_log
 from model import LM
 from tools import Library
 from train_rl import RLSettings, RLStage, RolloutBatch
@@ -513,15 +514,15 @@ def test_steps_without_a_group_to_learn_from_are_said(
 def test_idle_steps_are_counted_over_a_checkpoint() -> None:
     """From the log, so that a resumed stage goes on counting; one group that teaches ends it."""
     log = [{"idle_steps": 0}, {"idle_steps": 1}]
-    assert train_rl.count_idle_steps(log, np.array([True, True])) == 2
-    assert train_rl.count_idle_steps(log, np.array([True, False])) == 0
-    assert train_rl.count_idle_steps([], np.array([True])) == 1
+    assert rl_log.count_idle_steps(log, np.array([True, True])) == 2
+    assert rl_log.count_idle_steps(log, np.array([True, False])) == 0
+    assert rl_log.count_idle_steps([], np.array([True])) == 1
 
 
 def test_what_is_watched_of_a_step(codec: Codec, tmp_path: Path, monkeypatch: Any) -> None:
     """Sampled elsewhere by a tenth of a nat: the gap says so, and rings when it has lasted.
 
-    The correct rollout becomes more likely; the spread is that of the rewards.
+    The better rollout becomes more likely; the spread is that of the rewards.
     """
     monkeypatch.chdir(tmp_path)
     lm = tiny_lm(codec)
@@ -533,7 +534,7 @@ def test_what_is_watched_of_a_step(codec: Codec, tmp_path: Path, monkeypatch: An
     train_rl.train_grpo(lm, lm.copy(), settings, stage(steps=4))
     log = read_rows(tmp_path / "out/nano/rl1/log.jsonl")
     assert log[0]["sampler_gap"] == pytest.approx(0.1, abs=1e-4)
-    assert log[0]["correct_change"] > 0
+    assert log[0]["best_change"] > 0
     assert log[0]["reward_spread"] == 0.5
     assert [row["idle_parameters"] for row in log] == [0] * 4
     assert [row["alarms"] for row in log] == [[], [], ["sampler_gap"], ["sampler_gap"]]
@@ -544,9 +545,9 @@ def test_a_tenth_of_a_small_step_is_watched(questions: int, rollouts: int, count
     """Log-probs of ten of thirty rollouts were read three times, for a real model for long."""
     trajectories = [Trajectory() for _ in range(questions * rollouts)]
     batch = RolloutBatch([], trajectories, np.zeros((questions, rollouts)))
-    watched = train_rl.watched_rollouts(batch)
+    watched = rl_log.watched_rollouts(batch, micro_tokens=1, temperature=1.0)
     assert len(watched.trajectories) == count
-    assert len(watched.is_correct) == count
+    assert len(watched.is_best) == count
 
 
 def test_an_alarm_is_printed_when_it_begins(
@@ -1028,9 +1029,10 @@ def test_no_rows_are_no_minibatch() -> None:
 
 def drift(lm: LM, reference: LM, trajectories: list[Trajectory], settings: RLSettings) -> float:
     policy, other = (
-        train_rl.policy_logprobs(one, trajectories, settings) for one in (lm, reference)
+        rl_log.policy_logprobs(one, trajectories, settings.micro_tokens, settings.temperature)
+        for one in (lm, reference)
     )
-    return train_rl.drift(policy, other)
+    return rl_log.mean_kl(policy, other)
 
 
 def logprob(lm: LM, trajectory: Trajectory) -> Any:
