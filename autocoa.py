@@ -20,6 +20,7 @@ from common.errors import UserError
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -199,7 +200,6 @@ class Row:
     """One rollout that is being written, and what it does next."""
 
     trajectory: Trajectory
-    decoder_row: int  # its row in the decoder
     state: Role = Role.THINK  # the role of what it writes now
     # What was appended and the network must still read. What it sampled itself is not in here: the
     # decoder reads that by itself, together with what comes next.
@@ -266,19 +266,19 @@ def rollout(
         return []
     rows = []
     for number, prompt in enumerate(prompts):
-        row = open_row(prompt, number, settings)
+        row = open_row(prompt, settings)
         if temperature:
             row.stream = streams[number]
         rows.append(row)
     agent = Agent(codec, settings, imagines=search == IMAGINE)
-    first = next_rows(rows, settings.batch_rows, settings.batch_rows)
+    first = next_rows(rows, settings.batch_rows, decoder_is_empty=True)
     waiting = rows[len(first) :]
     own_decoder = decoder(list(prompts[: len(first)]))
     run_rows(agent, own_decoder, first, search, temperature, waiting, settings.batch_rows, report)
     return [row.trajectory for row in rows]
 
 
-def open_row(prompt: Sequence[int], number: int, settings: RolloutSettings) -> Row:
+def open_row(prompt: Sequence[int], settings: RolloutSettings) -> Row:
     """Return the row of a prompt, before anything is written behind it.
 
     Raises UserError for a prompt that leaves no room for an answer.
@@ -288,7 +288,7 @@ def open_row(prompt: Sequence[int], number: int, settings: RolloutSettings) -> R
             f"max_len: {settings.max_len} leaves no room for a prompt of {len(prompt)} tokens "
             "and an answer; raise --max_len"
         )
-    row = Row(Trajectory(), decoder_row=number)
+    row = Row(Trajectory())
     row.trajectory.add(list(prompt), Role.PROMPT, 0)
     return row
 
@@ -318,57 +318,61 @@ def run_rows(
     report: as for `rollout`.
     """
     while rows:
-        # Think, act, imagine or answer.
+        # 1. Think, act, imagine or answer.
         write_until_pause(controller, decoder, rows, temperature)
-        going_on = [row for row in rows if not row.finished]
-        call_tool(controller, going_on, search)
-        ended = len(rows) - len(going_on)
+        # 2. What was asked for is searched for.
+        call_tool(controller, rows, search)
+
+        # 3. Rows that have ended make room for others.
+        going_on = [number for number, row in enumerate(rows) if not row.finished]
         if report is not None:
-            report(ended)
-        beginning = next_rows(waiting, at_once, at_once - len(going_on))
-        waiting = waiting[len(beginning) :]
-        begin_rows(decoder, beginning, decoder_rows=len(rows))
-        rows = [*going_on, *beginning]
-        feed_new_tokens(decoder, rows)
+            report(len(rows) - len(going_on))
+        starting = next_rows(waiting, at_once - len(going_on), decoder_is_empty=not going_on)
+        waiting = waiting[len(starting) :]
+        decoder_rows = going_on + add_rows(decoder, starting, len(rows))
+        rows = [*(rows[number] for number in going_on), *starting]
+
+        # 4. The network reads what was appended, and the prompts of rows that start.
+        if rows:
+            decoder.keep(decoder_rows)
+            feed_new_tokens(decoder, rows)
 
 
-def next_rows(waiting: Sequence[Row], at_once: int, room: int) -> list[Row]:
-    """Return the rows that begin now, `room` at most.
+def next_rows(waiting: Sequence[Row], room: int, decoder_is_empty: bool) -> list[Row]:
+    """Return the rows that start now, `room` at most.
 
-    Rows of one prompt begin together where they can, since they share what they read.
-    at_once: rows that are written at a time.
+    Rows of one prompt start together where they can, since they share what they read.
     """
-    count = max(0, min(room, len(waiting)))
-    while 0 < count < len(waiting) and same_prompt(waiting[count - 1], waiting[count]):
-        count -= 1
-    if count == 0 and room == at_once:
+    starting: list[Row] = []
+    for _, same_prompt in groupby(waiting, key=lambda row: row.trajectory.ids):
+        group = list(same_prompt)
+        if len(starting) + len(group) > room:
+            break
+        starting += group
+    if not starting and decoder_is_empty:
         # More rows than there is room for have this prompt.
-        count = room
-    return list(waiting[:count])
+        return list(waiting[:room])
+    return starting
 
 
-def same_prompt(row: Row, other: Row) -> bool:
-    """Return whether two rows that have not begun are of one prompt."""
-    return row.trajectory.ids == other.trajectory.ids
-
-
-def begin_rows(decoder: Any, rows: Sequence[Row], decoder_rows: int) -> None:
-    """Give some rows a place in the decoder, behind the rows that it has; they read their prompts.
+def add_rows(decoder: Any, rows: Sequence[Row], decoder_rows: int) -> list[int]:
+    """Add some rows to the decoder, which read their prompts next; return their places in it.
 
     decoder_rows: how many rows it has.
     """
     if not rows:
-        return
+        return []
     decoder.add(len(rows))
-    for number, row in enumerate(rows):
-        row.decoder_row = decoder_rows + number
+    for row in rows:
         row.new_ids = list(row.trajectory.ids)
+    return list(range(decoder_rows, decoder_rows + len(rows)))
 
 
 def write_until_pause(
     controller: Controller, decoder: Any, rows: list[Row], temperature: float
 ) -> None:
     """Let the model write on every row until most of them wait for something."""
+    # Without a token to write, a row would wait for ever.
     budgets = [max(1, controller.budget(row)) for row in rows]
     stops = [controller.stops(row) for row in rows]
     # An imagined observation is greedy: one text gets one observation, as from a tool.
@@ -403,13 +407,9 @@ def call_tool(controller: Controller, rows: list[Row], search: Search | Imagine 
 
 
 def feed_new_tokens(decoder: Any, rows: list[Row]) -> None:
-    """Drop the rows that are done, and let the network read what was appended to the others."""
-    if not rows:
-        return
-    decoder.keep([row.decoder_row for row in rows])
+    """Let the network read what was appended to each row. Row i of the decoder is rows[i]."""
     decoder.feed([row.new_ids for row in rows])
-    for number, row in enumerate(rows):
-        row.decoder_row = number
+    for row in rows:
         row.new_ids = []
 
 
@@ -420,7 +420,9 @@ class Agent:
     model answers: a forced answer.
     """
 
-    writing_share = 0.6  # what the others have begun to write, they go on with in the next turn
+    # A turn does not wait for its slowest rows, which go on in the next one: most are done with a
+    # short action or answer while a few write long.
+    writing_share = 0.6
 
     def __init__(self, codec: Codec, settings: RolloutSettings, imagines: bool) -> None:
         self.codec = codec

@@ -73,9 +73,9 @@ class ReAct:
         # A thought and an answer must still find room after an observation.
         self.room_after_observation = settings.max_thought + self.answer_room + TAG_ROOM
 
-    def start_row(self, question: str, number: int, given: str | None) -> Row:
+    def start_row(self, question: str, given: str | None) -> Row:
         """Return the row of a question before anything is written."""
-        row = Row(Trajectory(), decoder_row=number, workflow=Progress(given=given))
+        row = Row(Trajectory(), workflow=Progress(given=given))
         row.trajectory.add(self.phrases.prompt(question), Role.PROMPT, 0)
         return row
 
@@ -189,8 +189,8 @@ def react(
 
     def answer(numbers: list[int], search: Search | None) -> list[Answered]:
         rows = [
-            controller.start_row(questions[number], row, given[number] if given else None)
-            for row, number in enumerate(numbers)
+            controller.start_row(questions[number], given[number] if given else None)
+            for number in numbers
         ]
         decoder = lm.decoder([row.trajectory.ids for row in rows])
         run_rows(controller, decoder, rows, search)

@@ -111,12 +111,12 @@ class SpelledAgent:
         tag_ends = [token_id for token, token_id in vocabulary if ">" in token]
         self.stop_ids = [*tag_ends, *codec.eos_ids]
 
-    def start_row(self, question: str, number: int, seed: int) -> Row:
+    def start_row(self, question: str, seed: int) -> Row:
         """Return the row of a question before anything is written.
 
         Raises UserError for a prompt that leaves no room for an answer.
         """
-        row = open_row(authors_prompt(self.codec, question), number, self.settings)
+        row = open_row(authors_prompt(self.codec, question), self.settings)
         row.workflow = Turn(len(row.trajectory.ids), FIRST_TURN)
         row.stream = random_stream(self.settings.max_len, seed, zlib.crc32(question.encode()))
         return row
@@ -133,9 +133,6 @@ class SpelledAgent:
     def continue_row(self, row: Row, ids: list[int], logprobs: list[float], spent: bool) -> None:
         """Add what the model wrote, and search where an action has ended."""
         row.trajectory.add(ids, Role.THINK, 1, logprobs)
-        if row.finished:
-            # Its last result had no room.
-            return
         turn = row.workflow
         action = None
         written = ""
@@ -190,9 +187,7 @@ def answer_spelled(
     controller = SpelledAgent(lm.codec, settings)
 
     def answer(numbers: list[int], search: Search) -> list[Answered]:
-        rows = [
-            controller.start_row(questions[number], row, seed) for row, number in enumerate(numbers)
-        ]
+        rows = [controller.start_row(questions[number], seed) for number in numbers]
         decoder = lm.decoder([row.trajectory.ids for row in rows])
         run_rows(controller, decoder, rows, search, TEMPERATURE)
         return [_read_answer(lm.codec, row.trajectory) for row in rows]

@@ -123,13 +123,13 @@ def test_rows_that_wait_for_room(lm: LM, batch_rows: int, monkeypatch: pytest.Mo
 
 def test_rows_of_one_prompt_begin_together(codec: Codec) -> None:
     """Where there is room for some of a group alone, it waits; a group that never fits is cut."""
-    rows = [open_row(prompt, number, SETTINGS) for number, prompt in enumerate(prompts(codec))]
+    rows = [open_row(prompt, SETTINGS) for prompt in prompts(codec)]
     waiting = rows[GROUP - 2 :]  # two of the first question, six of the second
-    assert len(next_rows(waiting, 7, 7)) == 2
-    assert len(next_rows(waiting, 7, 1)) == 0
-    assert len(next_rows(waiting[2:], 7, 6)) == 6
-    assert len(next_rows(waiting[2:], 4, 3)) == 0
-    assert len(next_rows(waiting[2:], 4, 4)) == 4
+    assert len(next_rows(waiting, 7, decoder_is_empty=True)) == 2
+    assert len(next_rows(waiting, 1, decoder_is_empty=False)) == 0
+    assert len(next_rows(waiting[2:], 6, decoder_is_empty=False)) == 6
+    assert len(next_rows(waiting[2:], 3, decoder_is_empty=False)) == 0
+    assert len(next_rows(waiting[2:], 4, decoder_is_empty=True)) == 4
 
 
 def test_each_token_is_the_one_that_its_number_draws(lm: LM) -> None:

@@ -144,7 +144,7 @@ def test_line_breaks_in_the_token_that_ends_a_tag() -> None:
     """Guards: four before a result, where the authors, who cut behind the tag, write two."""
     codec: Any = LetterCodec()
     agent = SpelledAgent(codec, SETTINGS)
-    row = Row(Trajectory(), decoder_row=0, workflow=Turn(0, 2048))
+    row = Row(Trajectory(), workflow=Turn(0, 2048))
     action = "<begin_search>Silver River</end_search"
     ids = [*codec.encode_exactly(action), codec.END]
     agent.continue_row(row, ids, [0.0] * len(ids), spent=False)
