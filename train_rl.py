@@ -109,7 +109,7 @@ class RLSettings(StageSettings, EnvironmentSettings):
     # Learning rate of AdamW, for all weights: Muon would lift the noise of a policy gradient to
     # the size of its signal.
     rl_lr: float = 3e-4
-    # RL-1 trains at this part of the rate; at the whole, a policy in an imagined world drifts.
+    # Learning-rate multiplier of RL-1; at 1, a policy in an imagined world drifts.
     rl1_scale: float = 0.5
     # Optimizer steps that a batch of rollouts is cut into.
     minibatches: AboveZero = 1

@@ -23,7 +23,8 @@ from common.errors import UserError
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,11 @@ class SFTSettings(StageSettings, AnswerSettings, NewModelSettings, OptimizerSett
     sft3_observation_coef: ShareOrAll = 0.1
     # Weight of the auxiliary term of SFT-1's loss.
     alpha: float = 0.2
-    # SFT-1 trains at this part of the rates.
+    # Learning-rate multiplier of SFT-1.
     sft1_scale: float = 0.1
-    # SFT-2 trains at this part of the rates.
+    # Learning-rate multiplier of SFT-2.
     sft2_scale: float = 0.6
-    # SFT-3 trains at this part of the rates.
+    # Learning-rate multiplier of SFT-3.
     sft3_scale: float = 0.5
 
 
@@ -114,12 +115,14 @@ def run(settings: SFTSettings) -> None:
     runs.settle_by_device(settings, runs.begins_run(settings))
     refuse_nothing_to_learn(settings, plan)
     task = open_task(settings)
+    plan.refuse_changed_data(settings)
     if "base" in plan.todo:
         lm = task.new_model(settings)
     else:
         lm = plan.load_start(settings)
+        # Before the estimate of memory, which depends on the adapter.
+        lm.begin_stage(settings, settings.seed, plan.todo[0])
     task.leave_out_long_questions(lm.codec, settings.longest_prompt)
-    plan.refuse_contradictions(lm, settings)
     if not memory.report(lm, settings, "sft", nll_loss):
         return
     plan.prepare_folders(settings)
@@ -136,28 +139,17 @@ def run(settings: SFTSettings) -> None:
         ranks.of_first(lambda: write_sft_data(plan.data_folder, sft_data))
         journal.remove()
     sft_data = read_sft_data(plan.data_folder, runs.command_line("train_sft.py"))
-    chains = sft_data.chains_of_action + sft_data.chains_of_thought
-    if not chains and {"sft2", "sft3"} & set(plan.todo):
-        raise UserError(
-            f"{plan.data_folder} holds no chain, so SFT-2 and SFT-3 have nothing to learn from; "
-            "remove it, and give the teacher more questions or another --corpus"
-        )
+    refuse_no_chains(plan, sft_data)
 
     if "sft1" in plan.todo:  # when to act
-        folder = plan.folder_of("sft1")
         pairs = pairs_in_direction(sft_data.pairs, settings.pair_directions)
-        train_on_pairs(lm, settings, task, pairs, folder)
+        train_on_pairs(lm, settings, task, plan.folder_of("sft1"), pairs)
     if "sft2" in plan.todo:  # how to act: observations carry no loss
-        folder = plan.folder_of("sft2")
-        lm.begin_stage(settings, settings.seed, folder.name)
-        steps = steps_of_chains(chains, settings, "sft2", settings.epochs)
-        train_on_texts(lm, settings, task, folder, steps, settings.sft2_scale)
+        chains = sft_data.chains
+        train_on_chains(lm, settings, task, plan, "sft2", chains)
     if "sft3" in plan.todo:  # a world model: observations are learned too
-        folder = plan.folder_of("sft3")
-        lm.begin_stage(settings, settings.seed, folder.name)
-        seen = learn_observations(chains, settings.sft3_observation_coef)
-        steps = steps_of_chains(seen, settings, "sft3", settings.sft3_epochs)
-        train_on_texts(lm, settings, task, folder, steps, settings.sft3_scale)
+        chains = learn_observations(sft_data.chains, settings.sft3_observation_coef)
+        train_on_chains(lm, settings, task, plan, "sft3", chains)
     print(task.search.report())
 
 
@@ -175,15 +167,38 @@ def refuse_nothing_to_learn(settings: SFTSettings, plan: runs.StagePlan) -> None
         )
 
 
-def train_on_pairs(
+def refuse_no_chains(plan: runs.StagePlan, sft_data: SFTData) -> None:
+    """Raise UserError where the data has no chain, and a stage is to learn from chains."""
+    if not sft_data.chains and {"sft2", "sft3"} & set(plan.todo):
+        raise UserError(
+            f"{plan.data_folder} holds no chain, so SFT-2 and SFT-3 have nothing to learn from; "
+            "remove it, and give the teacher more questions or another --corpus"
+        )
+
+
+def train_on_chains(
     lm: LM,
     settings: SFTSettings,
     task: Task,
-    pairs: Sequence[Pair],
-    folder: Path,
+    plan: runs.StagePlan,
+    name: str,
+    chains: Sequence[Trajectory],
+) -> None:
+    """Train SFT-2 or SFT-3: next-token loss on the tokens that the masks mark. name: sft2, sft3."""
+    epochs = settings.epochs if name == "sft2" else settings.sft3_epochs
+    lr_scale = settings.sft2_scale if name == "sft2" else settings.sft3_scale
+    lm.begin_stage(settings, settings.seed, name)
+    rng = random.Random(f"{name} {settings.seed}")
+    steps = shuffled_epochs(chains, epochs, settings.batch_tokens, rng)
+    with open_stage(lm, settings, task, plan.folder_of(name), len(steps)) as stage:
+        train_on_texts(stage, settings, steps, lr_scale)
+
+
+def train_on_pairs(
+    lm: LM, settings: SFTSettings, task: Task, folder: Path, pairs: Sequence[Pair]
 ) -> None:
     """Train SFT-1: raise what was right to do against what was wrong, in the same place."""
-    lm.begin_stage(settings, settings.seed, folder.name)
+    lm.begin_stage(settings, settings.seed, "sft1")
     if not pairs:
         print(
             "no question was solved by exactly one of recalling and acting, so there are no "
@@ -198,7 +213,9 @@ def train_on_pairs(
 
     watched = pairs[:WATCHED_PAIRS]
     before = describe_pairs(lm, watched, settings.micro_tokens)
-    train(lm, settings, task, folder, steps, contrastive_loss, make_batches, settings.sft1_scale)
+    with open_stage(lm, settings, task, folder, len(steps)) as stage:
+        lr_scale = settings.sft1_scale
+        train_steps(stage, settings, steps, contrastive_loss, make_batches, lr_scale)
     after = describe_pairs(lm, watched, settings.micro_tokens)
     if watched:
         print(f"{folder.name}: log-probability of a token: {before}; afterwards {after}")
@@ -218,34 +235,6 @@ def describe_pairs(lm: LM, pairs: Sequence[Pair], micro_tokens: int) -> str:
     return f"chosen {chosen:.3f}, rejected {rejected:.3f}"
 
 
-def steps_of_chains(
-    chains: Sequence[Trajectory], settings: SFTSettings, stage: str, epochs: int
-) -> list[list[Trajectory]]:
-    """Return the optimizer steps of SFT-2 or SFT-3: the chains, shuffled anew in each epoch."""
-    rng = random.Random(f"{stage} {settings.seed}")
-    steps = []
-    for _ in range(epochs):
-        shuffled = rng.sample(chains, len(chains))
-        steps += optimizer_steps(shuffled, settings.batch_tokens, rng)
-    return steps
-
-
-def train_on_texts(
-    lm: LM,
-    settings: SFTSettings,
-    task: Task,
-    folder: Path,
-    steps: Sequence[Sequence[Trajectory]],
-    scale: float = 1.0,
-) -> None:
-    """Train base, SFT-2 or SFT-3: next-token loss on the tokens that the masks mark."""
-
-    def make_batches(step: Sequence[Trajectory]) -> list[Batch]:
-        return language_batches(step, settings.micro_tokens)
-
-    train(lm, settings, task, folder, steps, nll_loss, make_batches, scale)
-
-
 def make_base_model(lm: LM, settings: SFTSettings, task: Task, folder: Path) -> None:
     """Pretrain the base model (nano), or take a checkpoint from elsewhere as it is."""
     rng = random.Random(f"base {settings.seed}")
@@ -255,83 +244,107 @@ def make_base_model(lm: LM, settings: SFTSettings, task: Task, folder: Path) -> 
         lm.save(folder)
         return
     steps = optimizer_steps(texts, settings.batch_tokens, rng)
-    train_on_texts(lm, settings, task, folder, steps)
+    with open_stage(lm, settings, task, folder, len(steps)) as stage:
+        train_on_texts(stage, settings, steps)
 
 
-def train(
-    lm: LM,
-    settings: SFTSettings,
-    task: Task,
-    folder: Path,
-    steps: Sequence[Sequence[Any]],
-    loss: Callable[..., Any],
-    make_batches: Callable[[Sequence[Any]], list[Batch]],
-    scale: float = 1.0,
-) -> None:
-    """Train one stage, and leave some trajectories of it to be read; see train_steps."""
+@contextmanager
+def open_stage(
+    lm: LM, settings: SFTSettings, task: Task, folder: Path, steps: int
+) -> Iterator[StageRun]:
+    """Begin a stage of some optimizer steps; afterwards leave trajectories to be read, and save."""
     lm.network.recompute = settings.checkpointing
     optimizer = lm.backend.Optimizer(lm.network, muon=settings.muon, seed=settings.seed)
-    stage = StageRun(lm, optimizer, folder, settings, len(steps))
-    train_steps(lm, optimizer, stage, settings, steps, loss, make_batches, scale)
+    stage = StageRun(lm, optimizer, folder, settings, steps)
+    yield stage
     samples = task.questions("sample", SAMPLES)[: settings.batch_rows // 4]
     stage.keep_rollouts(sample_rows(lm, samples, task.search, settings))
     stage.finish()
 
 
+# ---- 3. The loop that all supervised training shares ---------------------------------------------
+def shuffled_epochs(
+    texts: Sequence[Trajectory], epochs: int, batch_tokens: int, rng: random.Random
+) -> list[list[Trajectory]]:
+    """Return the optimizer steps of some epochs, in each of which the texts are shuffled anew."""
+    steps = []
+    for _ in range(epochs):
+        shuffled = rng.sample(texts, len(texts))
+        steps += optimizer_steps(shuffled, batch_tokens, rng)
+    return steps
+
+
+def train_on_texts(
+    stage: StageRun,
+    settings: OptimizerSettings,
+    steps: Sequence[Sequence[Trajectory]],
+    lr_scale: float = 1.0,
+) -> None:
+    """Train by the next-token loss on the tokens that the masks mark; see train_steps."""
+
+    def make_batches(texts: Sequence[Trajectory]) -> list[Batch]:
+        return language_batches(texts, settings.micro_tokens)
+
+    train_steps(stage, settings, steps, nll_loss, make_batches, lr_scale)
+
+
 def train_steps(
-    lm: LM,
-    optimizer: Any,
     stage: StageRun,
     settings: OptimizerSettings,
     steps: Sequence[Sequence[Any]],
     loss: Callable[..., Any],
     make_batches: Callable[[Sequence[Any]], list[Batch]],
-    scale: float = 1.0,
+    lr_scale: float = 1.0,
 ) -> None:
-    """Train on some optimizer steps: the loop that all supervised training shares.
+    """Train on some optimizer steps, each a list of items for make_batches.
 
-    steps: each a list of items for make_batches.
-    scale: of the learning rates. They warm up over 5% of the steps, then fall to a tenth.
+    lr_scale: a multiplier of the stage's learning rates.
     Raises UserError where the loss is not finite, before the weights change.
     """
+    lm = stage.lm
     mean_loss: float | None = None
     for step in stage.steps():
         started = time.time()
-        warmup = min(1.0, (step + 1) / (0.05 * len(steps) + 1))
-        rate = scale * warmup * (1 - 0.9 * step / len(steps))
+        factor = lr_scale * learning_rate_factor(step, len(steps))
         batches = make_batches(steps[step])
         figures = lm.backend.train_step(
             lm.network,
-            optimizer,
+            stage.optimizer,
             loss,
             batches,
-            lr=settings.lr * rate,
-            muon_lr=settings.muon_lr * rate,
+            lr=settings.lr * factor,
+            muon_lr=settings.muon_lr * factor,
         )
         if not math.isfinite(figures["loss"] + figures["grad_norm"]):
             raise UserError(
                 f"{stage.name}: loss is {figures['loss']} at step {step}; the stage before is "
                 "kept; lower --lr and --muon_lr"
             )
-        mean_loss = smooth(mean_loss, figures["loss"])
+        mean_loss = moving_mean(mean_loss, figures["loss"])
         tokens = sum(ranks.gather(sum(len(batch["ids"]) for batch in batches)))
         speed = tokens / (time.time() - started)
         stage.log(
             f"loss {mean_loss:.3f}, {speed:,.0f} tok/s",
             step=step,
             **figures,
-            lr=settings.lr * rate,
+            lr=settings.lr * factor,
             tokens=tokens,
             tokens_per_second=speed,
         )
 
 
-def smooth(mean: float | None, value: float) -> float:
-    """Return a moving mean for the eye."""
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Return a step's multiplier of the learning rate: up over 5% of the steps, down to a tenth."""
+    warmup = min(1.0, (step + 1) / (0.05 * steps + 1))
+    return warmup * (1 - 0.9 * step / steps)
+
+
+def moving_mean(mean: float | None, value: float) -> float:
+    """Return an exponential moving mean, which the progress bar shows."""
     return value if mean is None else 0.95 * mean + 0.05 * value
 
 
-# ---- 3. The data of SFT --------------------------------------------------------------------------
+# ---- 4. The data of SFT --------------------------------------------------------------------------
 def open_journal(plan: runs.StagePlan, settings: SFTSettings) -> Journal:
     """Return the base model's answers that an interrupted command has left."""
     base_folder = plan.folder_of("base") if "base" in plan.todo else plan.root / "base"

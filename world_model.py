@@ -46,7 +46,6 @@ from common.settings import (
     TrainingSettings,
     main,
 )
-from data.batches import Batch, language_batches, optimizer_steps
 from data.passages import neutralize
 from data.sft_data import read_chains_of_action
 from data.trajectory import Trajectory
@@ -64,7 +63,7 @@ from environments.examples import Examples, ask_tool, gather_examples
 from environments.simulator import simulator_examples
 from model import LM
 from tasks import Task, open_task
-from train_sft import SFTSettings, train_steps
+from train_sft import SFTSettings, shuffled_epochs, train_on_texts
 
 USAGE = "usage: python world_model.py distill  or  python world_model.py fidelity"
 CHECKED_EXAMPLES = 200  # of those it learned from, on which a world model is checked
@@ -104,7 +103,7 @@ class DistillSettings(
     world_model_layers: AboveZero = 4
     # Passes over the calls.
     world_model_epochs: AboveZero = 12
-    # It trains at this part of --lr and --muon_lr.
+    # Learning-rate multiplier of a distilled world model.
     world_model_scale: float = 1.0
     # ZeroSearch's form: it learns from SFT's chains alone, and is told the gold facts of the
     # question that a search serves.
@@ -130,12 +129,12 @@ class Cost:
     sources: list[str]
     calls: int  # of the tool, made to distill it; those that calibrate it are among them
     examples: int  # different queries that it learned from
-    tokens: int  # of one pass over them
-    seconds_of_calls: float
-    seconds_of_training: float
     exact_on_learned: float  # share of observations written to the letter
     exact_on_held_out: float
     held_out: list[HeldOutCall]
+    tokens: int = 0  # of one pass over the examples
+    seconds_of_calls: float = 0.0
+    seconds_of_training: float = 0.0
 
 
 def distill(settings: DistillSettings) -> None:
@@ -149,67 +148,88 @@ def distill(settings: DistillSettings) -> None:
     runs.settle_by_device(settings)
     task = open_task(settings)
     lm = new_world_model(settings, task)
-    # A new network has nothing that an adapter could go onto: all its weights are trained.
-    is_new = not (settings.world_model_from or settings.model)
-    counted = dataclasses.replace(settings, lora_rank=0, bits=16) if is_new else settings
-    if not memory.report(lm, counted, "sft", nll_loss):
+    if not memory.report(lm, memory_settings(settings), "sft", nll_loss):
         return
     runs.prepare_stage_folders(settings, [folder.name], "")
 
-    # What the tool says, and what asking it costs.
+    # 1. What the tool says, and what asking it costs.
     started = time.time()
-    gathered = examples_to_learn(settings, task, lm)
+    examples = examples_to_learn(settings, task, lm)
     held_out: list[Example] = []
     if not settings.gold_facts:
         held_out = held_out_examples(task)
-    seconds_of_calls = time.time() - started
+    called = time.time()
 
-    # The queries carry no loss; the observations do.
-    started = time.time()
+    # 2. The queries carry no loss; the observations do.
     texts = [
         training_trajectory(lm.codec, example, settings.max_observation)
-        for example in gathered.examples
+        for example in examples.examples
     ]
-    if is_new:
-        lm.network.recompute = settings.checkpointing
-    else:
-        lm.begin_stage(settings, settings.seed, folder.name)
-    optimizer = lm.backend.Optimizer(lm.network, muon=settings.muon, seed=settings.seed)
-    steps = steps_of_passes(texts, settings)
-    stage = StageRun(lm, optimizer, folder, settings, len(steps))
+    stage = train_world_model(lm, settings, texts, folder)
+    trained = time.time()
 
-    def make_batches(step: Sequence[Trajectory]) -> list[Batch]:
-        return language_batches(step, settings.micro_tokens)
-
-    scale = settings.world_model_scale
-    train_steps(lm, optimizer, stage, settings, steps, nll_loss, make_batches, scale)
-    seconds_of_training = time.time() - started
-
-    # How well it does, on what it has learned and on what it has not.
-    learned = random.Random(settings.seed).sample(
-        gathered.examples, min(CHECKED_EXAMPLES, len(gathered.examples))
-    )
-    world_model = WorldModel(lm, settings)
-    checked = check_examples(world_model, held_out)
-    cost = Cost(
-        sources=list(settings.sources),
-        calls=gathered.calls + len(held_out),
-        examples=len(gathered.examples),
-        tokens=sum(len(text.ids) for text in texts),
-        seconds_of_calls=round(seconds_of_calls, 1),
-        seconds_of_training=round(seconds_of_training, 1),
-        exact_on_learned=exact_share(check_examples(world_model, learned)),
-        exact_on_held_out=exact_share(checked),
-        held_out=checked,
-    )
+    # 3. How well it does, on what it has learned and on what it has not.
+    cost = measure_cost(WorldModel(lm, settings), settings, examples, held_out)
+    cost.tokens = sum(len(text.ids) for text in texts)
+    cost.seconds_of_calls = round(called - started, 1)
+    cost.seconds_of_training = round(trained - called, 1)
     stage.keep_text(COST_FILE, json.dumps(asdict(cost), indent=1))
-    stage.keep_text(EXAMPLES_FILE, write_examples(gathered.examples))
+    stage.keep_text(EXAMPLES_FILE, write_examples(examples.examples))
     stage.finish()
     print(
         f"{folder}: {cost.calls:,} calls of the tool, {cost.examples:,} different queries to learn "
         f"from, {cost.seconds_of_calls:.0f} s of calls and {cost.seconds_of_training:.0f} s of "
         f"training; written to the letter: {cost.exact_on_learned:.1%} of what it learned, "
         f"{cost.exact_on_held_out:.1%} of {len(held_out)} other searches"
+    )
+
+
+def is_new_network(settings: DistillSettings) -> bool:
+    """Return whether a world model begins with random weights, all of which are then trained."""
+    return not (settings.world_model_from or settings.model)
+
+
+def memory_settings(settings: DistillSettings) -> DistillSettings:
+    """Return the settings by which memory is estimated."""
+    if is_new_network(settings):
+        # It has nothing that an adapter could go onto.
+        return dataclasses.replace(settings, lora_rank=0, bits=16)
+    return settings
+
+
+def train_world_model(
+    lm: LM, settings: DistillSettings, texts: Sequence[Trajectory], folder: Path
+) -> StageRun:
+    """Train a network on queries and observations; return the stage, which is not saved yet."""
+    if is_new_network(settings):
+        lm.network.recompute = settings.checkpointing
+    else:
+        lm.begin_stage(settings, settings.seed, folder.name)
+    optimizer = lm.backend.Optimizer(lm.network, muon=settings.muon, seed=settings.seed)
+    rng = random.Random(f"world model {settings.seed}")
+    steps = shuffled_epochs(texts, settings.world_model_epochs, settings.batch_tokens, rng)
+    stage = StageRun(lm, optimizer, folder, settings, len(steps))
+    train_on_texts(stage, settings, steps, settings.world_model_scale)
+    return stage
+
+
+def measure_cost(
+    world_model: WorldModel,
+    settings: DistillSettings,
+    examples: Examples,
+    held_out: Sequence[Example],
+) -> Cost:
+    """Return what a world model cost but for time, and how well it imitates the tool."""
+    rng = random.Random(settings.seed)
+    learned = rng.sample(examples.examples, min(CHECKED_EXAMPLES, len(examples.examples)))
+    held_out_calls = check_examples(world_model, held_out)
+    return Cost(
+        sources=list(settings.sources),
+        calls=examples.calls + len(held_out),
+        examples=len(examples.examples),
+        exact_on_learned=exact_share(check_examples(world_model, learned)),
+        exact_on_held_out=exact_share(held_out_calls),
+        held_out=held_out_calls,
     )
 
 
@@ -231,18 +251,6 @@ def new_world_model(settings: DistillSettings, task: Task) -> LM:
         settings, width=settings.world_model_width, layers=settings.world_model_layers
     )
     return task.new_model(size)
-
-
-def steps_of_passes(
-    texts: Sequence[Trajectory], settings: DistillSettings
-) -> list[list[Trajectory]]:
-    """Return the optimizer steps of all passes over the texts, each in another order."""
-    rng = random.Random(f"world model {settings.seed}")
-    steps = []
-    for _ in range(settings.world_model_epochs):
-        shuffled = rng.sample(texts, len(texts))
-        steps += optimizer_steps(shuffled, settings.batch_tokens, rng)
-    return steps
 
 
 def examples_to_learn(settings: DistillSettings, task: Task, lm: LM) -> Examples:

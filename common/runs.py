@@ -142,15 +142,10 @@ class StagePlan:
         policy.resume(self.start_folder())
         return reference, policy
 
-    def refuse_contradictions(self, lm: LM, settings: StageSettings) -> None:
-        """Raise UserError for settings that contradict SFT's data or the adapter that is there.
-
-        The network gets its adapter here, since that is where it may refuse.
-        """
+    def refuse_changed_data(self, settings: StageSettings) -> None:
+        """Raise UserError for settings that contradict the SFT data that is there."""
         if not self.must_make_data:
             refuse_changed_data(self.root, settings, DATA_SETTINGS)
-        if "base" not in self.todo:
-            lm.begin_stage(settings, settings.seed, self.todo[0])
 
     def prepare_folders(self, settings: StageSettings) -> None:
         """Clear what an interrupted command left of the stages, and begin the run's record.
@@ -254,21 +249,21 @@ def refuse_other_seed(settings: TrainingSettings, folder: Path) -> None:
 def stages_to_do(settings: StageSettings, folders: Sequence[str], start: str) -> list[str]:
     """Return the folders of stages that are still to be trained, in order.
 
-    With --resume, the first stages are left out as long as each is complete, and newer than the
-    folder that it was trained from.
+    With --resume, the first stages are left out as long as each is complete, and not older than
+    the folder that it was trained from.
     start: the folder that the first stage is trained from; "" for none.
     """
     root = run_folder(settings)
     left = list(folders)
     if not settings.resume:
         return left
-    before = _saved_at(root / start) if start else 0.0
+    previous = _saved_at(root / start) if start else 0.0
     while left:
-        saved = _saved_at(root / left[0])
-        is_begun_again = (root / f"{left[0]}.partial").exists()
-        if is_begun_again or not before <= saved < math.inf:
+        folder = root / left[0]
+        is_complete = _is_saved(folder) and not partial_of(folder).exists()
+        if not is_complete or _saved_at(folder) < previous:
             break
-        before = saved
+        previous = _saved_at(folder)
         left.pop(0)
     return left
 
@@ -451,6 +446,8 @@ class StageRun:
         """Go on from the checkpoint that is there. total: steps of the whole stage."""
         defer_stop()
         record_stage(settings, folder.name)
+        self.lm = lm
+        self.optimizer = optimizer
         self.name = folder.name
         self.total = total
         self.is_stopped = False  # whether the stage ends before its last step

@@ -213,7 +213,7 @@ class NewModelSettings(ModelSettings, NanoModelSettings):
 
 
 @dataclass(kw_only=True)
-class OptimizerSettings:
+class OptimizerSettings(ModelSettings):
     """How supervised training changes the weights."""
 
     # Train the matrices by Muon; false trains all weights by AdamW, as pretrained models were.

@@ -31,6 +31,11 @@ class SFTData:
     chains_of_thought: list[Trajectory] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)  # (chosen, rejected)
 
+    @property
+    def chains(self) -> list[Trajectory]:
+        """What SFT-2 and SFT-3 learn from."""
+        return self.chains_of_action + self.chains_of_thought
+
 
 def read_sft_data(folder: Path, remedy: str = "python train_sft.py") -> SFTData:
     """Read the SFT data of a run.

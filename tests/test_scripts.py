@@ -724,7 +724,7 @@ def test_too_long_trajectories_are_reported(
     printed = re.search(r"(\d+)[^,;]* max_len", capsys.readouterr().out)
     assert printed
     assert int(printed[1]) > 100
-    kept = data.chains_of_action + data.chains_of_thought
+    kept = data.chains
     assert all(lm.codec.is_well_formed(chain) for chain in kept)
     sides = [side for pair in data.pairs for side in pair]
     assert all(len(trajectory.ids) <= 90 for trajectory in kept + sides)

@@ -232,7 +232,7 @@ def begin(root: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch) -> Any:
         settings = StageSettings(**values)
         settings.given = dict(values)
         plan = runs.plan_sft(settings)
-        plan.refuse_contradictions(tiny_lm(codec), settings)
+        plan.refuse_changed_data(settings)
         plan.prepare_folders(settings)
 
     return begin_command

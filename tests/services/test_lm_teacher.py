@@ -143,7 +143,7 @@ def test_a_model_as_teacher(serve: Any, folder: Path) -> None:
     assert len(data.chains_of_action) == 14
     assert len(data.chains_of_thought) == 8
     assert len(data.pairs) == 8
-    for trajectory in data.chains_of_action + data.chains_of_thought:
+    for trajectory in data.chains:
         assert codec.is_well_formed(trajectory)
 
 
