@@ -49,7 +49,7 @@ TOKENS_AT_ONCE = 2048
 CACHE_BLOCK = 64
 
 
-class Budget(NamedTuple):
+class SamplingParams(NamedTuple):
     """What rows may write in one call of `decode`, and how they draw it."""
 
     stops_of_row: Sequence[frozenset[int]]  # for each row the ids that end it
@@ -91,7 +91,7 @@ class Decoder(ABC):
         self.feed([list(ids) for ids in prompts])
 
     def add(self, count: int) -> None:
-        """Begin more rows behind the others. They are one text, the empty one, until they read."""
+        """Add empty rows after the others; they share a slot until they are fed."""
         # What the new slot is a copy of lies beyond the end of that text.
         (slot,) = self._copy(np.zeros(1, dtype=np.int64))
         self.slot = np.append(self.slot, np.full(count, slot))
@@ -118,7 +118,7 @@ class Decoder(ABC):
         unread = [old + new for old, new in zip(self.pending, sequences, strict=True)]
         self.pending = [[] for _ in unread]
         counts = np.array([len(ids) for ids in unread])
-        readers = self._part([tuple(ids) for ids in unread])
+        readers = self._split([tuple(ids) for ids in unread])
         readers = readers[counts[readers] > 0]
         for group in group_by_tokens(counts[readers].tolist(), self.tokens_at_once):
             rows = readers[group]
@@ -126,7 +126,7 @@ class Decoder(ABC):
             ids = np.zeros((len(rows), counts[rows].max()), dtype=np.int64)
             for i, row in enumerate(rows):
                 ids[i, : counts[row]] = unread[row]
-            self._read(ids, self.slot[rows], self.length[rows], counts[rows] - 1)
+            self._prefill(ids, self.slot[rows], self.length[rows], counts[rows] - 1)
         self.length += counts
 
     def decode(
@@ -140,7 +140,7 @@ class Decoder(ABC):
         """Sample each row until it has written a stop or reached its limit.
 
         stops: ids that end a row; or a list of ids for each row.
-        limits: how many tokens each row may write; a row with 0 waits.
+        limits: how many tokens each row may write, 1 or more.
         temperature: of all rows, or one for each row. At 0 a row takes the most likely token, and
             its log-probabilities are those at temperature 1.
         uniforms: (rows, most tokens of a row), numbers in [0, 1): the one that draws each token. A
@@ -153,35 +153,31 @@ class Decoder(ABC):
         pending: call `feed` before the next `decode`, with empty lists where nothing is to be read.
         """
         row_count = len(limits)
-        most_steps = max(limits)
-        if most_steps == 0:
-            return [[] for _ in limits], [[] for _ in limits]
         stops_of_row = _stops_of_rows(stops, row_count)
         row_limits = np.asarray(limits)
         temperatures = np.broadcast_to(np.asarray(temperature, np.float32), row_count)
         assert uniforms is not None or not temperatures.any(), "sampling needs uniforms"
-        # A row that waits keeps its logits, and all rows of a slot are drawn at one temperature.
-        writes = (row_limits > 0).tolist()
-        self._part(list(zip(writes, temperatures.tolist(), strict=True)))
+        # All rows of a slot are drawn at one temperature.
+        self._split(temperatures.tolist())
 
         fewest = int(writing_share * row_count)
-        budget = Budget(stops_of_row, row_limits, temperatures, uniforms)
-        all_ids, all_logprobs = self._write(budget, fewest)
-        return self._written(all_ids, all_logprobs)
+        sampling = SamplingParams(stops_of_row, row_limits, temperatures, uniforms)
+        all_ids, all_logprobs = self._sample(sampling, fewest)
+        return self._collect(all_ids, all_logprobs)
 
-    def _write(self, budget: Budget, fewest: int) -> tuple[np.ndarray, np.ndarray]:
+    def _sample(self, sampling: SamplingParams, fewest: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample until no more than `fewest` rows are writing, and read all but their last tokens.
 
         Return ids and log-probabilities, (rows, steps) each; an id is -1 where a row wrote nothing.
         """
-        stops_of_row, limits, temperatures, uniforms = budget
+        stops_of_row, limits, temperatures, uniforms = sampling
         step_ids = []
         step_logprobs = []
-        running = limits > 0
+        running = np.ones(len(limits), dtype=bool)
         for step in range(1, int(limits.max()) + 1):
             # 1. Choose a token in each row. One in a row that does not run is never used.
             numbers = None if uniforms is None else uniforms[:, step - 1]
-            ids, logprobs = self._choose(self._of_slots(temperatures), numbers)
+            ids, logprobs = self._choose(self._max_of_slots(temperatures), numbers)
             step_ids.append(np.where(running, ids, -1))
             step_logprobs.append(logprobs)
 
@@ -197,29 +193,29 @@ class Decoder(ABC):
             # 3. Rows of one slot part where their tokens differ; then each slot reads its token.
             rows = np.flatnonzero(running)
             self._fork(rows, ids[rows])
-            self._read_tokens(rows, ids[rows])
+            self._append_tokens(rows, ids[rows])
 
         downloaded = [self._download(logprobs) for logprobs in step_logprobs]
         return np.stack(step_ids, 1), np.stack(downloaded, 1)
 
-    def _read_tokens(self, rows: np.ndarray, ids: np.ndarray) -> None:
+    def _append_tokens(self, rows: np.ndarray, ids: np.ndarray) -> None:
         """Read a token in each of some rows. rows, ids: (rows that run,)."""
         slots = self.slot[rows]
         tokens = np.zeros(self.slots, dtype=np.int64)
         tokens[slots] = ids
         is_read = np.zeros(self.slots, dtype=bool)
         is_read[slots] = True
-        # A slot that waits reads a zero beyond its end.
-        ends = self._of_slots(self.length)
+        # A slot whose rows have stopped reads a zero beyond its end.
+        ends = self._max_of_slots(self.length)
         self._advance(tokens, ends, is_read)
         self.length[rows] += 1
 
-    def _written(
+    def _collect(
         self, all_ids: np.ndarray, all_logprobs: np.ndarray
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Return what each row wrote; its last token is pending.
 
-        all_ids, all_logprobs: (rows, steps), as `_write` returns them.
+        all_ids, all_logprobs: (rows, steps), as `_sample` returns them.
         """
         counts = (all_ids >= 0).sum(1).tolist()
         new_ids = [ids[:count] for ids, count in zip(all_ids.tolist(), counts, strict=True)]
@@ -243,7 +239,7 @@ class Decoder(ABC):
         slots[goes] = self._copy(leaving)
         self.slot[rows] = slots[path_of_row]
 
-    def _part(self, futures: Sequence[Hashable]) -> np.ndarray:
+    def _split(self, futures: Sequence[Hashable]) -> np.ndarray:
         """Give rows of one slot that go different ways slots of their own; return a row of each.
 
         futures: what each row goes on with.
@@ -270,7 +266,7 @@ class Decoder(ABC):
             self.slots += len(sources)
         return copies
 
-    def _of_slots(self, values: np.ndarray) -> np.ndarray:
+    def _max_of_slots(self, values: np.ndarray) -> np.ndarray:
         """Return for each slot the highest of the values of its rows: (rows,) -> (slots,)."""
         highest = np.zeros(self.slots, values.dtype)
         np.maximum.at(highest, self.slot, values)
@@ -290,7 +286,7 @@ class Decoder(ABC):
         """Copy cache and logits of some slots to others, which may lie beyond the last one."""
 
     @abstractmethod
-    def _read(
+    def _prefill(
         self, ids: np.ndarray, slots: np.ndarray, start: np.ndarray, last: np.ndarray
     ) -> None:
         """Read ids (B, T) in some slots (B,), and take the logits at column `last` (B,).

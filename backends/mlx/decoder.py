@@ -107,7 +107,7 @@ class Decoder(SlotDecoder):
         for cache in self.caches:
             cache.copy_slots(source, copy)
 
-    def _read(
+    def _prefill(
         self, ids: np.ndarray, slots: np.ndarray, start: np.ndarray, last: np.ndarray
     ) -> None:
         x = self._forward(ids, slots, start)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backends.decoder import Budget, ids_in_block, round_up_to_block
 from backends.decoder import Decoder as SlotDecoder
+from backends.decoder import SamplingParams, ids_in_block, round_up_to_block
 from backends.torch.fixed_slots import FixedSlots
 from backends.torch.network import Transformer
 from backends.torch.weights import compute_copy
@@ -115,7 +115,7 @@ class Decoder(SlotDecoder):
             cache.copy_slots(source, copy)
 
     @torch.inference_mode()
-    def _read(
+    def _prefill(
         self, ids: np.ndarray, slots: np.ndarray, start: np.ndarray, last: np.ndarray
     ) -> None:
         x = self._forward(ids, slots, start)
@@ -186,11 +186,11 @@ class Decoder(SlotDecoder):
 
     # ---- on a GPU --------------------------------------------------------------------------------
     @torch.inference_mode()
-    def _write(self, budget: Budget, fewest: int) -> tuple[np.ndarray, np.ndarray]:
+    def _sample(self, sampling: SamplingParams, fewest: int) -> tuple[np.ndarray, np.ndarray]:
         if not self.in_fixed_slots:
-            return super()._write(budget, fewest)
+            return super()._sample(sampling, fewest)
         self._give_rows_own_slots()
-        state = FixedSlots(self.network, budget, self.length)
+        state = FixedSlots(self.network, sampling, self.length)
 
         def step() -> None:
             state.step(self.logits, draw, self._read_in_all_slots)
@@ -205,7 +205,7 @@ class Decoder(SlotDecoder):
     def _give_rows_own_slots(self) -> None:
         """Let row r have slot r."""
         rows = np.arange(len(self.slot))
-        self._part(rows.tolist())
+        self._split(rows.tolist())
         if not np.array_equal(self.slot, rows) or len(self.logits) > len(rows):
             self._select(self.slot, int(self.length.max()))
             self.slot = rows

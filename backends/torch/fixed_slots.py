@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backends.decoder import Budget
+from backends.decoder import SamplingParams
 from backends.torch.network import Transformer
 
 # Tokens between two looks at which rows still write. Those behind the end of a row are not kept.
@@ -34,12 +34,12 @@ class FixedSlots:
     ids, logprobs: (rows, steps), what they wrote; an id is -1 where a row did not run.
     """
 
-    def __init__(self, network: Transformer, budget: Budget, length: np.ndarray) -> None:
+    def __init__(self, network: Transformer, sampling: SamplingParams, length: np.ndarray) -> None:
         """Bring all that the steps need to the device.
 
         length: (rows,), tokens of each row that are in the cache.
         """
-        stops_of_row, limits, temperatures, uniforms = budget
+        stops_of_row, limits, temperatures, uniforms = sampling
         device = network.device
 
         def upload(values: np.ndarray) -> Tensor:
@@ -66,7 +66,7 @@ class FixedSlots:
         self.is_stop = upload(is_stop)
         self.kind_of_row = upload(np.array([kinds[stops] for stops in stops_of_row]))
         self.rows = torch.arange(rows, device=device)
-        self.running = self.limits > 0
+        self.running = torch.ones(rows, dtype=torch.bool, device=device)
         self.steps_done = torch.zeros(1, dtype=torch.int64, device=device)
         self.ids = torch.full((rows, steps), -1, device=device)
         self.logprobs = torch.zeros((rows, steps), device=device)

@@ -137,8 +137,8 @@ def test_cached_equals_uncached(each_lm: Any) -> None:
     beyond_a_block = list(range(22, 90))
     feed([[20, 21], [], beyond_a_block, [27]])
     assert_logits_are_those_of(each_lm, decoder, texts)
-    new_ids, _ = decoder.decode([], [4, 1, 0, 6], 0.0)
-    assert lengths(new_ids) == [4, 1, 0, 6]
+    new_ids, _ = decoder.decode([], [4, 1, 2, 6], 0.0)
+    assert lengths(new_ids) == [4, 1, 2, 6]
     for text, new in zip(texts, new_ids, strict=True):
         text += new
     order = [3, 0, 0, 2]
@@ -357,7 +357,7 @@ def test_a_row_may_fill_the_cache(each_lm: Any) -> None:
     texts = [prompt + ids for prompt, ids in zip(PROMPTS, fed, strict=True)]
     assert decoder.length.tolist() == [16, 12, 2, 15]
     assert_logits_are_those_of(each_lm, decoder, texts)
-    limits = [0, 4, 6, 1]
+    limits = [1, 4, 6, 1]
     new_ids, _ = decoder.decode([], limits, 0.0)
     for text, limit, new in zip(texts, limits, new_ids, strict=True):
         assert new == greedy(each_lm, text, [], limit)

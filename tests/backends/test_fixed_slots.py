@@ -44,7 +44,7 @@ def test_turns_of_an_agent(lm: LM, seed: int, monkeypatch: pytest.MonkeyPatch) -
         written = []
         place = 0
         while True:
-            limits = rng.integers(0, 25, len(rows)).tolist()
+            limits = rng.integers(1, 25, len(rows)).tolist()
             stops = [rng.integers(10, 300, 60).tolist() for _ in rows]
             numbers = uniforms[rows, place : place + 25]
             temperatures = rng.choice([0.0, 0.8], len(rows)).tolist()
@@ -80,7 +80,7 @@ def test_each_row_has_its_own_stops_limit_and_temperature(
 
     def write() -> tuple[Any, Any, np.ndarray]:
         decoder = lm.decoder(PROMPTS)
-        first, _ = decoder.decode(stops, [20, 13, 20, 0, 20], [1, 1, 0, 1, 1], uniforms)
+        first, _ = decoder.decode(stops, [20, 13, 20, 1, 20], [1, 1, 0, 1, 1], uniforms)
         decoder.feed([[40], [], [41, 42], [], [40]])
         decoder.keep([4, 3, 0, 2])
         second, _ = decoder.decode([], [9] * 4, 1.0, uniforms[:4])

@@ -189,14 +189,14 @@ def test_one_text_is_read_once(lm: LM) -> None:
 
 
 def test_a_fork_leaves_the_others_as_they_are(lm: LM) -> None:
-    """A row that waits in a slot, and one that stops there, go on from their own ends."""
+    """Rows that stop one after the other in a slot go on from their own ends."""
     decoder = lm.decoder([[5, 6, 7]] * 3)
     uniforms = np.full((3, 4), 0.3)
-    ids, _ = decoder.decode([], [0, 2, 4], 1.0, uniforms)
-    assert [len(row) for row in ids] == [0, 2, 4]
+    ids, _ = decoder.decode([], [1, 2, 4], 1.0, uniforms)
+    assert [len(row) for row in ids] == [1, 2, 4]
     assert ids[1] == ids[2][:2]
     decoder.feed([[30], [31, 32], []])
-    texts = [[5, 6, 7, 30], [5, 6, 7, *ids[1], 31, 32], [5, 6, 7, *ids[2]]]
+    texts = [[5, 6, 7, *ids[0], 30], [5, 6, 7, *ids[1], 31, 32], [5, 6, 7, *ids[2]]]
     for row, text in enumerate(texts):
         alone = lm.decoder([text])
         expected = np.asarray(alone.logits)[0]
