@@ -546,7 +546,7 @@ def ask(settings: AskSettings) -> None:
         raise UserError('--ask: no question; write --ask "Who ..?"')
     runs.settle_by_device(settings)
     root = runs.run_folder(settings)
-    stages = ["rl2", "rl1", "sft3", "sft2", "sft1"]
+    stages = [*reversed(runs.RL_STAGES), *reversed(runs.SFT_STAGES[1:])]
     trained = [stage for stage in stages if (root / stage / "config.json").is_file()]
     last_stage = trained[0] if trained else "sft3"
     folder = runs.find_start(root, settings.start or last_stage, stages)

@@ -88,7 +88,7 @@ class EvalSettings(AnswerSettings):
 
 # ---- 1. How a row is asked -----------------------------------------------------------------------
 @dataclass
-class Exam:
+class EvalContext:
     """What all rows of one evaluation share."""
 
     task: Task
@@ -97,71 +97,85 @@ class Exam:
     react_answers: dict[str, Answered] = field(default_factory=dict)
 
 
-def think_and_act(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+def agent(lm: LM, questions: list[Question], context: EvalContext, name: str) -> list[Answered]:
     """Let the model decide by itself when to search: an agent."""
-    search = exam.task.eval_search
-    trajectories = answer_questions(lm, texts_of(questions), search, exam.settings, name)
+    search = context.task.eval_search
+    trajectories = answer_questions(lm, texts_of(questions), search, context.settings, name)
     return [Answered(lm.codec.answer(trajectory), trajectory) for trajectory in trajectories]
 
 
-def spell_and_act(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+def spelled_agent(
+    lm: LM, questions: list[Question], context: EvalContext, name: str
+) -> list[Answered]:
     """Let an agent that spells its tags decide when to search, asked as its authors ask it."""
-    settings = exam.settings
-    search = exam.task.eval_search
+    settings = context.settings
+    search = context.task.eval_search
     return answer_spelled(lm, texts_of(questions), search, settings, settings.seed, name)
 
 
-def answer_at_once(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+def direct_answer(
+    lm: LM, questions: list[Question], context: EvalContext, name: str
+) -> list[Answered]:
     """Ask for the answer without a thought before it."""
-    return style_of(lm.codec).answer_directly(lm, texts_of(questions), exam.settings, name)
+    return style_of(lm.codec).answer_directly(lm, texts_of(questions), context.settings, name)
 
 
-def answer_from_memory(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+def closed_book_answer(
+    lm: LM, questions: list[Question], context: EvalContext, name: str
+) -> list[Answered]:
     """Ask for a thought and the answer, without a tool."""
-    return style_of(lm.codec).answer_from_memory(lm, texts_of(questions), exam.settings, name)
+    return style_of(lm.codec).answer_from_memory(lm, texts_of(questions), context.settings, name)
 
 
-def retrieve_then_read(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+def retrieve_then_read(
+    lm: LM, questions: list[Question], context: EvalContext, name: str
+) -> list[Answered]:
     """Search with the question itself, and have the model read what is found."""
-    budget = exam.settings.max_observation
-    found = exam.task.eval_search([f"search: {text}" for text in texts_of(questions)])
+    budget = context.settings.max_observation
+    found = context.task.eval_search([f"search: {text}" for text in texts_of(questions)])
     passages = [lm.codec.fit(observation.text, budget) for observation in found]
     style = style_of(lm.codec)
-    answers = style.answer_from_passages(lm, texts_of(questions), passages, exam.settings, name)
+    answers = style.answer_from_passages(lm, texts_of(questions), passages, context.settings, name)
     for answer, text, observation in zip(answers, passages, found, strict=True):
         # The workflow was given texts, and does not know of a search that failed.
         answer.trajectory.observations = [Observation(text, observation.provenance)]
     return answers
 
 
-def read_gold_passages(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+def oracle_passages(
+    lm: LM, questions: list[Question], context: EvalContext, name: str
+) -> list[Answered]:
     """Have the model read the passages with the answer: an upper bound of reading."""
-    budget = exam.settings.max_len // 2
-    search = exam.task.eval_search
+    budget = context.settings.max_len // 2
+    search = context.task.eval_search
     passages = [lm.codec.fit(gold_observation(question, search), budget) for question in questions]
     style = style_of(lm.codec)
-    return style.answer_from_passages(lm, texts_of(questions), passages, exam.settings, name)
+    return style.answer_from_passages(lm, texts_of(questions), passages, context.settings, name)
 
 
-def think_act_observe(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+def react_workflow(
+    lm: LM, questions: list[Question], context: EvalContext, name: str
+) -> list[Answered]:
     """Have a script outside the model make it think, then search, then read."""
-    search = exam.task.eval_search
+    search = context.task.eval_search
     texts = texts_of(questions)
     phrases = style_of(lm.codec).react_phrases(lm.codec, REACT_EXAMPLES)
-    answers = react(lm, texts, search, exam.settings, phrases, description=name)
+    answers = react(lm, texts, search, context.settings, phrases, description=name)
     for question, answer in zip(questions, answers, strict=True):
-        exam.react_answers[question.id] = answer
+        context.react_answers[question.id] = answer
     return answers
 
 
-def try_and_reflect(lm: LM, questions: list[Question], exam: Exam, name: str) -> list[Answered]:
+def reflexion_workflow(
+    lm: LM, questions: list[Question], context: EvalContext, name: str
+) -> list[Answered]:
     """Have the model judge its tries by ReAct, and try again with what it learned."""
     first_tries = None
-    if all(question.id in exam.react_answers for question in questions):
-        first_tries = [exam.react_answers[question.id] for question in questions]
-    search = exam.task.eval_search
+    if all(question.id in context.react_answers for question in questions):
+        first_tries = [context.react_answers[question.id] for question in questions]
+    search = context.task.eval_search
     texts = texts_of(questions)
-    return reflexion(lm, texts, search, exam.settings, first_tries, description=name)
+    return reflexion(lm, texts, search, context.settings, first_tries, description=name)
 
 
 def texts_of(questions: list[Question]) -> list[str]:
@@ -202,14 +216,14 @@ class TableRow:
 
     name: str
     folder: Path  # of the weights; here in the tables, a folder of the run
-    workflow: Callable[[LM, list[Question], Exam, str], list[Answered]]
+    workflow: Callable[[LM, list[Question], EvalContext, str], list[Answered]]
     trained_from: Path | None = None  # the folder that a stage begins with
     question_sets: Callable[[LM, Task], QuestionSets] = all_questions
 
     @property
     def is_agent(self) -> bool:
         """Whether the model decides when to act, not a script around it."""
-        return self.workflow is think_and_act
+        return self.workflow is agent
 
 
 # Batches whose answers are kept together: inside them, new questions begin where others have ended.
@@ -227,34 +241,34 @@ RL2_FROM_SFT2 = Path("rl2_from_sft2")
 # Rows in which a script asks the base model. A new workflow is a function above, a line here and a
 # name in evaluation/table.py.
 WORKFLOWS = [
-    TableRow(WorkflowName.AT_ONCE, BASE, answer_at_once),
-    TableRow(WorkflowName.FROM_MEMORY, BASE, answer_from_memory),
+    TableRow(WorkflowName.AT_ONCE, BASE, direct_answer),
+    TableRow(WorkflowName.FROM_MEMORY, BASE, closed_book_answer),
     TableRow(WorkflowName.RETRIEVE_THEN_READ, BASE, retrieve_then_read),
     TableRow(
         WorkflowName.ORACLE,
         BASE,
-        read_gold_passages,
+        oracle_passages,
         question_sets=questions_with_gold_passages,
     ),
-    TableRow(WorkflowName.REACT, BASE, think_act_observe),
+    TableRow(WorkflowName.REACT, BASE, react_workflow),
     TableRow(
         WorkflowName.REFLEXION,
         BASE,
-        try_and_reflect,
+        reflexion_workflow,
         question_sets=questions_for_instruct_models,
     ),
 ]
 
 # Rows of trained stages, which act by themselves. Those whose folder is missing are left out.
 STAGES = [
-    TableRow("SFT-1", SFT1, think_and_act, trained_from=BASE),
-    TableRow("SFT-2", SFT2_ALONE, think_and_act, trained_from=BASE),
-    TableRow("SFT-1&2", SFT2, think_and_act, trained_from=SFT1),
-    TableRow("SFT-1&2&3", SFT3, think_and_act, trained_from=SFT2),
-    TableRow("RL-2 alone", RL2_ALONE, think_and_act, trained_from=BASE),
-    TableRow("SFT-1&2&3+RL-1", RL1, think_and_act, trained_from=SFT3),
-    TableRow("SFT-1&2&3+RL-1&2", RL2, think_and_act, trained_from=RL1),
-    TableRow("SFT-1&2+RL-2", RL2_FROM_SFT2, think_and_act, trained_from=SFT2),
+    TableRow("SFT-1", SFT1, agent, trained_from=BASE),
+    TableRow("SFT-2", SFT2_ALONE, agent, trained_from=BASE),
+    TableRow("SFT-1&2", SFT2, agent, trained_from=SFT1),
+    TableRow("SFT-1&2&3", SFT3, agent, trained_from=SFT2),
+    TableRow("RL-2 alone", RL2_ALONE, agent, trained_from=BASE),
+    TableRow("SFT-1&2&3+RL-1", RL1, agent, trained_from=SFT3),
+    TableRow("SFT-1&2&3+RL-1&2", RL2, agent, trained_from=RL1),
+    TableRow("SFT-1&2+RL-2", RL2_FROM_SFT2, agent, trained_from=SFT2),
 ]
 
 
@@ -278,7 +292,7 @@ def open_run(settings: EvalSettings) -> Table:
     base_folder = find_start(root, "base", ["base", *stage_folders])
     base = model.load(base_folder, settings)
     own_rows = [
-        TableRow(config.parent.name, Path(config.parent.name), think_and_act)
+        TableRow(config.parent.name, Path(config.parent.name), agent)
         for config in sorted(root.glob("*/config.json"))
         if config.parent.suffix not in (".partial", ".checkpoint", REPLACED_SUFFIX)
         and not (config.parent / COST_FILE).is_file()
@@ -310,9 +324,9 @@ def open_checkpoint(settings: EvalSettings) -> Table:
     rows = [dataclasses.replace(row, folder=folder) for row in WORKFLOWS]
     if settings.authors_prompt:
         refuse_authors_prompt(base, has_tags)
-        rows.append(TableRow("agent", folder, spell_and_act))
+        rows.append(TableRow("agent", folder, spelled_agent))
     elif has_tags:
-        rows.append(TableRow("agent", folder, think_and_act))
+        rows.append(TableRow("agent", folder, agent))
     # Two runs may have folders of one name.
     path = folder.resolve()
     path_hash = hashlib.sha256(str(path).encode()).hexdigest()[:8]
@@ -353,22 +367,22 @@ def run(settings: EvalSettings) -> None:
     if not memory.report(table.base, settings, "eval", None):
         return
     with only_process(table.root):
-        ask_rows(table, Exam(task, settings), start)
+        ask_rows(table, EvalContext(task, settings), start)
 
 
-def ask_rows(table: Table, exam: Exam, start: float) -> None:
+def ask_rows(table: Table, context: EvalContext, start: float) -> None:
     """Ask what is missing of each row, print the table and write both files.
 
     start: when the command began, in seconds.
     """
-    task = exam.task
-    settings = exam.settings
+    task = context.task
+    settings = context.settings
     # A judge that can't be reached is refused before the rows take their time.
     chat = None
     if settings.judge and ranks.is_first():
         chat = Chat(settings.judge, settings, "judge", batch_rows=settings.batch_rows)
-    known_facts = recall_facts(table, exam)
-    predictions = open_predictions(table, exam)
+    known_facts = recall_facts(table, context)
+    predictions = open_predictions(table, context)
 
     answers: Answers = {}
     figures: Figures = {}
@@ -381,7 +395,7 @@ def ask_rows(table: Table, exam: Exam, start: float) -> None:
         warn_of_older_stage(row)
         if not sets:
             continue
-        ask_what_is_missing(row, sets, table, exam, predictions)
+        ask_what_is_missing(row, sets, table, context, predictions)
         answers[row.name] = predictions.of_row(row.name, sets)
         figures[row.name] = summarize(answers[row.name], sets, known_facts)
 
@@ -422,12 +436,12 @@ def refuse_unknown_rows(names: Sequence[str], rows: Sequence[TableRow]) -> None:
             )
 
 
-def recall_facts(table: Table, exam: Exam) -> set[str]:
+def recall_facts(table: Table, context: EvalContext) -> set[str]:
     """Return the facts that the base model knows, of those that evaluation needs."""
-    settings = exam.settings
+    settings = context.settings
     return recall_known_facts(
         table.base,
-        [question for questions in exam.task.evaluation.values() for question in questions],
+        [question for questions in context.task.evaluation.values() for question in questions],
         settings,
         path=table.root / "known.json",
         provenance=provenance_hash(table.base_folder, settings),
@@ -435,10 +449,10 @@ def recall_facts(table: Table, exam: Exam) -> set[str]:
     )
 
 
-def open_predictions(table: Table, exam: Exam) -> Predictions:
+def open_predictions(table: Table, context: EvalContext) -> Predictions:
     """Return the predictions of earlier evaluations that still hold, in all processes the same."""
-    settings = exam.settings
-    sets = list(exam.task.evaluation)
+    settings = context.settings
+    sets = list(context.task.evaluation)
 
     def read_files() -> Predictions:
         provenance = {row.name: provenance_hash(row.folder, settings) for row in table.rows}
@@ -460,20 +474,20 @@ def warn_of_older_stage(row: TableRow) -> None:
 
 
 def ask_what_is_missing(
-    row: TableRow, sets: QuestionSets, table: Table, exam: Exam, predictions: Predictions
+    row: TableRow, sets: QuestionSets, table: Table, context: EvalContext, predictions: Predictions
 ) -> None:
     """Have a row answer the questions of some sets that it has not answered yet."""
     lm = None
-    at_once = BATCHES_AT_A_TIME * exam.settings.batch_rows * ranks.count()
+    at_once = BATCHES_AT_A_TIME * context.settings.batch_rows * ranks.count()
     for batch in predictions.batches_to_ask(row.name, sets, at_once):
         if lm is None:
             lm = table.base
             if row.folder != table.base_folder:
-                lm = model.load(row.folder, exam.settings)
+                lm = model.load(row.folder, context.settings)
         questions = [question for _, question in batch]
-        answers = row.workflow(lm, questions, exam, row.name)
+        answers = row.workflow(lm, questions, context, row.name)
         results = [
-            score_answer(row, lm, question, answer, exam.settings.cache)
+            score_answer(row, lm, question, answer, context.settings.cache)
             for question, answer in zip(questions, answers, strict=True)
         ]
         predictions.add(row.name, batch, results)

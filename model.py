@@ -277,8 +277,8 @@ def choose_backend(name: str = "auto") -> ModuleType:
             f"--backend={name}: {name} is not installed; pip install {package}, "
             f"or take --backend={other}"
         )
-    # CUDA's memory that is freed joins again, so that texts of ever other lengths leave no holes in
-    # it. It is read when torch is imported.
+    # Lets CUDA merge freed blocks, so that texts of varying lengths do not fragment its memory. It
+    # is read when torch is imported.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         if name == "mlx":

@@ -47,7 +47,7 @@ from data.trajectory_rows import TrajectoryRow
 from environments.costs import CURVE_FILE, LATENCIES, CostCurve, RowCost, read_curve
 from environments.trades import TRADE_OFFS_FILE, TradeOffs, read_trade_offs
 from evaluation.fidelity import ALL, FIDELITY_FILE, GROUPS, FidelityTable, read_fidelity
-from evaluation.figures import Gain, RowFigures, read_figures
+from evaluation.figures import Estimate, RowFigures, read_figures
 from evaluation.table import WorkflowName
 from evaluation.viewer import render_page
 
@@ -451,7 +451,7 @@ def _draw_success(axes: Axes, y: int, questions: np.ndarray, correct: np.ndarray
 class PracticeCost:
     """What a way to practise gives, and what it asks the tool."""
 
-    em: Gain  # with its interval; as a gain over a row that has nothing right
+    em: Estimate  # percent
     raw_calls: float
     distinct_calls: float
 
@@ -486,7 +486,7 @@ def draw_practice_costs(chains: Sequence[Mapping[str, PracticeCost]]) -> Figure:
     axes.set_xlabel("searches that the tool answered (raw), those of distillation too")
     axes.set_ylabel("exact match, %")
     _remove_frame(axes)
-    _set_title(figure, "What practice gives and asks; upright lines: 95% interval over questions")
+    _set_title(figure, "What practice gives and asks; vertical lines: 95% interval over questions")
     return figure
 
 
@@ -515,7 +515,7 @@ def draw_world_models(curve: CostCurve) -> Figure:
     _set_title(
         figure,
         f"What practice gives and costs: {questions:,} questions, {runs}. "
-        "Upright lines: 95% interval; level ones: from the lowest to the highest run",
+        "Vertical lines: 95% interval; horizontal ones: from the lowest to the highest run",
     )
     return figure
 

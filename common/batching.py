@@ -6,14 +6,16 @@ from common import ranks
 
 # Logits that are held at once in training: half a GB of float32.
 LOGITS_AT_ONCE = 1 << 27
+MOST_PADDING = 0.15  # of a group of rows
+FREE_PADDING = 64  # tokens of padding that a small group may have all the same
 
 
-def group_by_tokens(lengths: Sequence[int], limit: int, waste: float = 0.15) -> list[list[int]]:
+def group_by_tokens(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """Return row numbers, shortest first, in groups that a network can take at once.
 
     lengths: tokens of each row.
-    limit: tokens of a group at most, padding included; a longer row is a group of its own.
-    waste: a group ends before padding would be more than this share of it (64 tokens are free).
+    limit: tokens of a group at most, padding included; a longer row is a group of its own. A group
+        also ends before its padding would be more than MOST_PADDING of it.
     """
     groups: list[list[int]] = []
     group: list[int] = []
@@ -22,7 +24,7 @@ def group_by_tokens(lengths: Sequence[int], limit: int, waste: float = 0.15) -> 
         length = lengths[row]
         area = (len(group) + 1) * length
         padding = area - tokens_in_group - length
-        if group and (area > limit or padding > max(waste * area, 64)):
+        if group and (area > limit or padding > max(MOST_PADDING * area, FREE_PADDING)):
             groups.append(group)
             group = []
             tokens_in_group = 0

@@ -259,8 +259,9 @@ class Best:
 class BestWeights:
     """The weights of an unfinished stage that did best on held-out questions.
 
-    Each that was the best once is in <folder>.checkpoint/best/<steps>, as long as the stage may go
-    on from a checkpoint to which it still is.
+    Weights that were the best once stay in <folder>.checkpoint/best/<steps> as long as one of the
+    stage's checkpoints is older than what has replaced them: a stage that goes on from there needs
+    them.
     """
 
     best: Best | None  # None before anything was measured

@@ -118,6 +118,22 @@ class Trajectory:
         return any(observation.is_lost for observation in self.observations)
 
 
+# The shape of a trajectory, a letter for each token: S and E open and close an action, [ and ] an
+# observation; K closes the thoughts, A opens the answer; $ ends the text; o is inside an
+# observation, x anything else that the policy wrote.
+WELL_FORMED = re.compile(
+    r"""
+    ( x* S x+ E    # a thought, then an action that is not empty
+      \[ o* \] )*  # its observation
+    x* K           # the last thought
+    x* A           # the conclusion
+    x x+           # the answer, and the brace that closes its box
+    \$
+    """,
+    re.VERBOSE,
+)
+
+
 class Codec:
     """A tokenizer and the ids of the tags: text to trajectories and back.
 
@@ -401,12 +417,11 @@ class Codec:
         """
         if trajectory.forced:
             return False
-        shape = self._shape(trajectory)
-        ordered = re.fullmatch(r"(x*Sx+E\[o*\])*x*Kx*Axx+\$", shape) is not None
-        return ordered and trajectory.ids[-2] == self.brace_id
+        is_ordered = WELL_FORMED.fullmatch(self._shape(trajectory)) is not None
+        return is_ordered and trajectory.ids[-2] == self.brace_id
 
     def _shape(self, trajectory: Trajectory) -> str:
-        """Return a letter for each token after the prompt: tags by name, o inside observations."""
+        """Return a letter for each token after the prompt, as WELL_FORMED has them."""
         letters = {
             self.end_think_id: "K",
             self.think_id: "!",

@@ -14,7 +14,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import parse_json, refusing_damage
-from evaluation.figures import Gain
+from evaluation.figures import Estimate
 
 LATENCIES = (0.0, 0.05, 0.5)  # simulated, in seconds a call
 CURVE_FILE = "cost_curve.json"  # in the folder of a run
@@ -49,9 +49,9 @@ class RowCost:
 
     name: str
     kind: str  # who answers while it practises
-    em: Gain  # with its interval; as a gain over a row that has nothing right
-    gain_over_start: Gain  # over SFT-1&2
-    gain_over_real: Gain | None  # over the row that practises with the tool alone
+    em: Estimate  # percent
+    gain_over_start: Estimate  # over SFT-1&2
+    gain_over_real: Estimate | None  # over the row that practises with the tool alone
     raw_calls: float
     distinct_calls: float
     seconds: float
@@ -165,10 +165,10 @@ def read_curve(path: Path) -> CostCurve:
 def _row_from_json(values: dict[str, Any]) -> RowCost:
     gain_over_real = None
     if values["gain_over_real"] is not None:
-        gain_over_real = Gain(**values["gain_over_real"])
+        gain_over_real = Estimate(**values["gain_over_real"])
     nested: dict[str, Any] = {
-        "em": Gain(**values["em"]),
-        "gain_over_start": Gain(**values["gain_over_start"]),
+        "em": Estimate(**values["em"]),
+        "gain_over_start": Estimate(**values["gain_over_start"]),
         "gain_over_real": gain_over_real,
         "points": [Point(**point) for point in values["points"]],
         "runs": [RunCost(**run) for run in values["runs"]],

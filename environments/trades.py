@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.files import parse_json, refusing_damage
-from evaluation.figures import Gain
+from evaluation.figures import Estimate
 
 TRADE_OFFS_FILE = "trade_offs.json"  # in the folder of a run
 
@@ -20,7 +20,7 @@ class TradePoint:
     folder: str
     label: str  # value of the setting
     x: float  # the second figure, mean over runs
-    em: Gain  # percent, with its interval; as a gain over a row that has nothing right
+    em: Estimate  # percent
 
 
 @dataclass
@@ -57,7 +57,7 @@ def read_trade_offs(path: Path) -> TradeOffs:
         trade_offs = []
         for values in content.pop("trade_offs"):
             lines = {
-                name: [TradePoint(**(point | {"em": Gain(**point["em"])})) for point in points]
+                name: [TradePoint(**(point | {"em": Estimate(**point["em"])})) for point in points]
                 for name, points in values.pop("lines").items()
             }
             trade_offs.append(TradeOff(**values, lines=lines))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evaluation.figures import Gain
+from evaluation.figures import Estimate
 from evaluation.predictions import ScoredQuestion
 from evaluation.seed_results import SeedResults
 from evaluation.statistics import (
@@ -66,7 +66,7 @@ class Comparison:
 
     measure: str  # what is subtracted from what
     needs: float  # points; the intervals have to lie above it
-    gain: Gain  # with its interval over questions; NaN where it can't be measured
+    gain: Estimate  # with its interval over questions; NaN where it can't be measured
     p: float  # of a two-sided test against the difference that is needed; NaN without one
     by_seed: Mapping[str, float]  # seed -> points
 
@@ -193,7 +193,7 @@ def saved_calls(seeds: Sequence[SeedResults]) -> list[Comparison]:
         measure=f"% of the calls of {RL2_FROM_SFT2} that {RL12} saves, distilling left out",
         needs=SAVED_CALLS,
         # They are counted, not drawn.
-        gain=Gain(points, points, points, questions=0),
+        gain=Estimate(points, points, points, questions=0),
         p=np.nan,
         by_seed=by_seed,
     )

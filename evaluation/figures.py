@@ -51,10 +51,10 @@ class SuccessFigures:
 
 
 @dataclass
-class Gain:
-    """How much more EM a row has than another, with its 95% interval."""
+class Estimate:
+    """Exact match, or how much more of it a row has than another, with its 95% interval."""
 
-    points: float
+    points: float  # percent, or percentage points of a gain
     low: float
     high: float
     questions: int  # that both rows answered
@@ -80,7 +80,7 @@ class RowFigures:
     em_high: float
     by_actions: dict[int, SuccessFigures]  # number of actions -> its questions
     questions: int = 0  # that it answered, of all sets
-    gain: Gain | None = None  # over the ReAct workflow
+    gain: Estimate | None = None  # over the ReAct workflow
     judge: JudgeFigures | None = None
 
 
@@ -104,7 +104,7 @@ def row_to_json(row: RowFigures) -> dict[str, Any]:
     return {**sets, "avg": average}
 
 
-def gain_to_json(gain: Gain) -> dict[str, float]:
+def gain_to_json(gain: Estimate) -> dict[str, float]:
     """Return a gain as it stands in eval.json, and as --compare prints it."""
     return {
         "gain": gain.points,
@@ -131,7 +131,7 @@ def row_from_json(values: Mapping[str, Any]) -> RowFigures:
         questions=average["questions"],
     )
     if "gain" in average:
-        row.gain = Gain(
+        row.gain = Estimate(
             average["gain"],
             average["gain_low"],
             average["gain_high"],

@@ -9,7 +9,7 @@ from common.errors import UserError
 from data.questions import Question
 from evaluation.figures import (
     ActingFigures,
-    Gain,
+    Estimate,
     JudgeFigures,
     RowFigures,
     SetFigures,
@@ -215,7 +215,9 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def paired_gain(runs: Sequence[tuple[SetScores, SetScores]], draws: int = BOOTSTRAP_DRAWS) -> Gain:
+def paired_gain(
+    runs: Sequence[tuple[SetScores, SetScores]], draws: int = BOOTSTRAP_DRAWS
+) -> Estimate:
     """Return how much more EM one row has than another, with a paired 95% bootstrap interval.
 
     Only questions that both rows answered count. A question that several runs share is drawn as
@@ -228,13 +230,13 @@ def paired_gain(runs: Sequence[tuple[SetScores, SetScores]], draws: int = BOOTST
     sets = _paired_differences(runs)
     low, high = bootstrap_interval(sets, draws)
     points = _mean([_mean(values) for values in sets])
-    return Gain(points, low, high, questions=sum(map(len, sets)))
+    return Estimate(points, low, high, questions=sum(map(len, sets)))
 
 
 def sign_flip_p(
     runs: Sequence[tuple[SetScores, SetScores]], needs: float = 0, draws: int = SIGN_FLIPS
 ) -> float:
-    """Return how likely a gain as far from `needs` points is where it is just that: two-sided.
+    """Return the two-sided p-value of a gain, where the true gain would be `needs` points.
 
     Where it is, what each question's difference has beyond it could as well have the other sign
     (Fisher's permutation test for pairs). The questions are those of `paired_gain`.
@@ -276,18 +278,18 @@ def _paired_differences(
     return [[float(np.mean(values)) for values in by_id.values()] for by_id in gains.values()]
 
 
-def bootstrap_figure(questions: int, figure: Callable[[np.ndarray], float]) -> Gain:
+def bootstrap_figure(questions: int, figure: Callable[[np.ndarray], float]) -> Estimate:
     """Return a figure of some questions with its 95% bootstrap interval over them.
 
     figure: that of the questions with these numbers. NaN where it can't be measured.
     """
     points = figure(np.arange(questions))
     if np.isnan(points):
-        return Gain(np.nan, np.nan, np.nan, questions)
+        return Estimate(np.nan, np.nan, np.nan, questions)
     rng = np.random.default_rng(0)
     drawn = [figure(rng.integers(0, questions, questions)) for _ in range(BOOTSTRAP_DRAWS)]
     low, high = np.nanpercentile(drawn, INTERVAL_PERCENTILES)
-    return Gain(points, float(low), float(high), questions)
+    return Estimate(points, float(low), float(high), questions)
 
 
 def two_groups_p(first: np.ndarray, second: np.ndarray, needs: float = 0) -> float:
@@ -336,8 +338,11 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def em_of(runs: Sequence[SetScores]) -> Gain:
-    """Return EM over runs with its interval: the gain over a row that has nothing right."""
+def em_of(runs: Sequence[SetScores]) -> Estimate:
+    """Return the exact match over runs, in percent, with its interval.
+
+    It is computed as the gain over a row that has no answer right, which has the same interval.
+    """
     pairs = []
     for predictions in runs:
         wrong: dict[str, Any] = {

@@ -35,13 +35,13 @@ from common.settings import (
 from common.signals import end_deferral
 from common.stage_files import list_checkpoints
 from eval import (
+    EvalContext,
     EvalSettings,
-    Exam,
     Table,
     TableRow,
+    agent,
     ask_what_is_missing,
     open_predictions,
-    think_and_act,
 )
 from evaluation.markdown import em_text, gain_text, table_head, table_row
 from evaluation.statistics import SetPredictions, average_figures, em_of, paired_gain
@@ -298,11 +298,11 @@ def evaluate(combination: Combination) -> SetPredictions:
     lm = model.load(folder, settings)
     task = open_task(settings)
     task.leave_out_long_questions(lm.codec, settings.longest_prompt)
-    row = TableRow(folder.name, folder, think_and_act)
+    row = TableRow(folder.name, folder, agent)
     table = Table(folder, lm, folder, [row])
-    exam = Exam(task, settings)
-    predictions = open_predictions(table, exam)
-    ask_what_is_missing(row, task.evaluation, table, exam, predictions)
+    context = EvalContext(task, settings)
+    predictions = open_predictions(table, context)
+    ask_what_is_missing(row, task.evaluation, table, context, predictions)
     answers = predictions.of_row(row.name, task.evaluation)
     predictions.finish({row.name: answers})
     return answers

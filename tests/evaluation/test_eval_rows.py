@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.files import REPLACED_SUFFIX
 from data.questions import Question
 from data.trajectory import Observation, Provenance, Role, Trajectory
-from eval import STAGES, WORKFLOWS, EvalSettings, Exam, TableRow
+from eval import STAGES, WORKFLOWS, EvalContext, EvalSettings, TableRow
 from evaluation.figures import JudgeFigures, read_figures
 from evaluation.table import WorkflowName
 from model import LM
@@ -163,11 +163,11 @@ def test_reflexion_begins_with_what_react_answered(
 
     monkeypatch.setattr(benchmark, "react", lambda *arguments, **more: answers)
     monkeypatch.setattr(benchmark, "reflexion", reflexion)
-    exam = Exam(task, EvalSettings())
+    context = EvalContext(task, EvalSettings())
     questions = [NAMED, NOT_NAMED]
-    row_named("Reflexion workflow").workflow(lm, questions, exam, "Reflexion")
-    row_named(WorkflowName.REACT).workflow(lm, questions, exam, "ReAct")
-    row_named("Reflexion workflow").workflow(lm, questions[1:], exam, "Reflexion")
+    row_named("Reflexion workflow").workflow(lm, questions, context, "Reflexion")
+    row_named(WorkflowName.REACT).workflow(lm, questions, context, "ReAct")
+    row_named("Reflexion workflow").workflow(lm, questions[1:], context, "Reflexion")
     assert first_tries == [None, answers[1:]]
 
 
@@ -195,9 +195,9 @@ def test_retrieve_then_read_loses_what_its_search_loses(lm: LM, task: Any) -> No
         return [Observation("The search failed.", Provenance.FAILED) for _ in actions]
 
     task.eval_search = search
-    exam = Exam(task, EvalSettings(max_len=300, max_thought=8))
+    context = EvalContext(task, EvalSettings(max_len=300, max_thought=8))
     row = row_named("retrieve-then-read")
-    answers = row.workflow(lm, [NAMED, NOT_NAMED], exam, row.name)
+    answers = row.workflow(lm, [NAMED, NOT_NAMED], context, row.name)
     lost = [benchmark.count_lost(answer.trajectory.observations, "live") for answer in answers]
     assert lost == [1, 1]
     record = benchmark.score_answer(row, lm, NAMED, answers[0], "live")
@@ -231,43 +231,43 @@ def test_only_what_is_missing_is_asked(
     monkeypatch.setattr(benchmark, "BATCHES_AT_A_TIME", 1)
     batches = []
 
-    def workflow(lm: LM, questions: Any, exam: Any, name: str) -> list[Any]:
+    def workflow(lm: LM, questions: Any, context: Any, name: str) -> list[Any]:
         batches.append([question.id for question in questions])
         return [Answered("a town", Trajectory()) for _ in questions]
 
     row = TableRow("mine", Path("base"), workflow)
     table = benchmark.Table(tmp_path, lm, Path("base"), [row])
-    exam = Exam(task, EvalSettings(batch_rows=2))
+    context = EvalContext(task, EvalSettings(batch_rows=2))
     for resume in (False, True):
-        exam.settings.resume = resume
-        predictions = benchmark.open_predictions(table, exam)
-        benchmark.ask_what_is_missing(row, task.evaluation, table, exam, predictions)
+        context.settings.resume = resume
+        predictions = benchmark.open_predictions(table, context)
+        benchmark.ask_what_is_missing(row, task.evaluation, table, context, predictions)
         answers = predictions.of_row("mine", task.evaluation)
         predictions.finish({"mine": answers})
     assert batches == [["0", "1"], ["1"]]
     assert [answer["em"] for answer in answers["a"]] == [1.0, 0.0]
     # The network of another folder, which is not there, would be loaded here.
     row.folder = Path("nosuch")
-    benchmark.ask_what_is_missing(row, {}, table, exam, predictions)
+    benchmark.ask_what_is_missing(row, {}, table, context, predictions)
 
 
 def test_rows_that_are_not_asked_stand_with_what_they_have(
     lm: LM, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Workflows on few questions, then agents on many: both are in the table, which says so."""
-    monkeypatch.setattr(benchmark, "recall_facts", lambda table, exam: set())
+    monkeypatch.setattr(benchmark, "recall_facts", lambda table, context: set())
     task.eval_search.report = lambda: ""
 
-    def answer(lm: LM, questions: Any, exam: Any, name: str) -> list[Any]:
+    def answer(lm: LM, questions: Any, context: Any, name: str) -> list[Any]:
         return [Answered("a town", Trajectory()) for _ in questions]
 
     rows = [TableRow(name, Path("base"), answer) for name in ("few", "many", "none")]
     table = benchmark.Table(tmp_path, lm, Path("base"), rows)
     task.evaluation = {"a": [NAMED], "b": [NOT_NAMED]}
-    benchmark.ask_rows(table, Exam(task, EvalSettings(rows=["few"])), start=0)
+    benchmark.ask_rows(table, EvalContext(task, EvalSettings(rows=["few"])), start=0)
     assert "rows of fewer" not in capsys.readouterr().out
     task.evaluation = {"a": [NAMED, NOT_NAMED], "b": [NOT_NAMED]}
-    benchmark.ask_rows(table, Exam(task, EvalSettings(rows=["many"])), start=0)
+    benchmark.ask_rows(table, EvalContext(task, EvalSettings(rows=["many"])), start=0)
     assert "rows of fewer questions than the others' 3: few (2)" in capsys.readouterr().out
     figures = read_figures(tmp_path / "eval.json")
     em_of_a = {name: row.sets["a"].em for name, row in figures.items()}
@@ -278,7 +278,7 @@ def test_rows_that_are_not_asked_stand_with_what_they_have(
     path = tmp_path / "predictions.jsonl"
     lines = [line for line in path.read_text().splitlines(keepends=True) if "many" in line]
     path.write_text("".join(line for line in lines if '"set": "a"' in line))
-    benchmark.ask_rows(table, Exam(task, EvalSettings(rows=["none"])), start=0)
+    benchmark.ask_rows(table, EvalContext(task, EvalSettings(rows=["none"])), start=0)
     assert list(read_figures(tmp_path / "eval.json")) == ["none"]
 
 

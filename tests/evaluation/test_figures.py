@@ -9,7 +9,7 @@ import pytest
 from common.errors import UserError
 from evaluation.figures import (
     ActingFigures,
-    Gain,
+    Estimate,
     JudgeFigures,
     RowFigures,
     SetFigures,
@@ -58,7 +58,7 @@ def row_of(gain: Any = None, judge: Any = None) -> Any:
     )
 
 
-GAIN = Gain(points=4.0, low=1.0, high=7.0, questions=5)
+GAIN = Estimate(points=4.0, low=1.0, high=7.0, questions=5)
 JUDGE = JudgeFigures({"nq": 55.0, "hotpotqa": None}, average=55.0, unread=3)
 
 

@@ -27,7 +27,7 @@ from environments.trades import (
     TradePoint,
     trade_offs_to_json,
 )
-from evaluation.figures import ActingFigures, Gain, RowFigures, SetFigures, row_to_json
+from evaluation.figures import ActingFigures, Estimate, RowFigures, SetFigures, row_to_json
 from evaluation.viewer import ROLE_NAMES, TRAJECTORIES_OF_A_STAGE, render_page
 from plot import PlotSettings
 
@@ -273,7 +273,7 @@ def test_shares_and_success_by_actions() -> None:
 
 def cost_row(name: str, kind: str, raw_calls: float, times: list[float | None]) -> RowCost:
     """Return a row of the cost curve with an EM of 80%, and one run in which all calls doubled."""
-    gain = Gain(80.0, 78.0, 82.0, questions=60)
+    gain = Estimate(80.0, 78.0, 82.0, questions=60)
     run = RunCost("seed1", 80.0, 2 * raw_calls, raw_calls, 600.0, times)
     return RowCost(
         name,
@@ -327,7 +327,7 @@ def test_what_is_paid_for_what(root: Path) -> None:
 
     trade_offs.json is drawn where it is there.
     """
-    gain = Gain(80.0, 78.0, 82.0, questions=60)
+    gain = Estimate(80.0, 78.0, 82.0, questions=60)
     lines = {
         "one pass": [
             TradePoint("sft3", "0.1", 60.0, gain),

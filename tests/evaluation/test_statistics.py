@@ -11,7 +11,7 @@ import pytest
 from common.errors import UserError
 from data.questions import Fact, Lookup, Question
 from evaluation import statistics
-from evaluation.figures import Gain, JudgeFigures, SuccessFigures, row_to_json
+from evaluation.figures import Estimate, JudgeFigures, SuccessFigures, row_to_json
 from evaluation.statistics import (
     bootstrap_interval,
     paired_gain,
@@ -205,7 +205,7 @@ def test_a_paired_interval(two_rows: Any) -> None:
 
 def test_a_row_gains_nothing_over_itself(two_rows: Any) -> None:
     row, _ = two_rows
-    assert paired_gain([(row, row)]) == Gain(points=0, low=0, high=0, questions=400)
+    assert paired_gain([(row, row)]) == Estimate(points=0, low=0, high=0, questions=400)
 
 
 def test_a_gain_over_what_both_answered(two_rows: Any) -> None:
