@@ -5,6 +5,7 @@ texts; the update with the textbook's loss, rollout by rollout. In torch and MLX
 """
 
 import dataclasses
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from conftest import mlx_twin, tiny_lm
 
 from autocoa import (
     IMAGINE,
+    group_advantages,
     grpo_loss,
     next_rows,
     nll_loss,
@@ -28,7 +30,13 @@ from data.batches import build_trie, learn_observations, pack, pack_texts
 from data.questions import Question
 from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
 from model import LM
-from train_rl import RLSettings, RolloutBatch, rollouts_that_teach, update_batches
+from train_rl import (
+    RLSettings,
+    RolloutBatch,
+    rollouts_that_teach,
+    split_minibatches,
+    update_batches,
+)
 
 SETTINGS = RolloutSettings(max_len=90, max_observation=12, max_actions=3, max_answer=4)
 QUESTIONS = ["Who directed Silver River?", "What is it?"]
@@ -256,28 +264,50 @@ def test_random_tries_hold_their_texts() -> None:
 
 
 # ---- the update ----------------------------------------------------------------------------------
-def group_batch(codec: Codec) -> RolloutBatch:
-    """Two groups of four that part early, late, or not at all; one is alike in reward."""
+def group_batch(lm: LM, temperature: float) -> RolloutBatch:
+    """Two groups of four that part early, late, or not at all; one is alike in reward.
+
+    The log-ratio of each token is between -0.7 and 0.7 under the network.
+    """
     rng = np.random.default_rng(3)
     trajectories = []
     for question in QUESTIONS:
         common = rng.integers(20, 300, 5).tolist()
         for number in range(4):
             trajectory = Trajectory()
-            trajectory.add(codec.prompt(question), Role.PROMPT, 0)
+            trajectory.add(lm.codec.prompt(question), Role.PROMPT, 0)
             own = common[: 2 + number % 3] + rng.integers(20, 300, number % 3).tolist()
-            trajectory.add(own, Role.THINK, 1, rng.uniform(-7, -5, len(own)).tolist())
+            trajectory.add(own, Role.THINK, 1)
             trajectory.add(common[:3], Role.OBSERVATION, 0)
             trajectory.observations.append(Observation("", Provenance.REAL))
-            trajectory.add(common[3:], Role.ANSWER, 1, rng.uniform(-7, -5, 2).tolist())
+            trajectory.add(common[3:], Role.ANSWER, 1)
             trajectories.append(trajectory)
     # What is one text was sampled once: its log-probs are one number.
     trie = build_trie(trajectories)
+    log_ratio = rng.uniform(-0.7, 0.7, len(trie.ids))
+    sampled = np.zeros(len(trie.ids))
     for trajectory, path in zip(trajectories, trie.paths, strict=True):
-        trajectory.logprobs = trie.old[path].tolist()
+        scored = lm.backend.score(lm.network, pack_texts([trajectory]), temperature)
+        sampled[path] = scored - log_ratio[path]
+    for trajectory, path in zip(trajectories, trie.paths, strict=True):
+        trajectory.logprobs = (sampled * (trie.mask > 0))[path].tolist()
     questions = [Question(str(n), text, ["Eva"], []) for n, text in enumerate(QUESTIONS)]
     rewards = np.array([[1.0, 0.0, 0.9, 0.0], [0.5, 0.5, 0.5, 0.5]])
     return RolloutBatch(questions, trajectories, rewards)
+
+
+def textbook_advantages(rewards: np.ndarray, settings: RLSettings) -> np.ndarray:
+    """Return the advantage of each rollout, one by one: (questions, rollouts)."""
+    advantages = np.zeros(rewards.shape)
+    for question, group in enumerate(rewards):
+        for number, reward in enumerate(group):
+            baseline = group
+            if settings.loss == "reinforce":
+                baseline = np.delete(group, number)
+            advantages[question, number] = reward - baseline.mean()
+        if settings.advantage_std:
+            advantages[question] /= statistics.stdev(group) + 1e-6
+    return advantages
 
 
 def mean_of(values: list[torch.Tensor], loss: str, max_len: int) -> torch.Tensor:
@@ -291,14 +321,31 @@ def mean_of(values: list[torch.Tensor], loss: str, max_len: int) -> torch.Tensor
     return torch.stack([value.mean() for value in values]).mean()
 
 
-def textbook_loss(
-    lm: LM, batch: RolloutBatch, advantages: np.ndarray, settings: RLSettings, reference: LM
-) -> torch.Tensor:
-    """Return the loss of an update, rollout by rollout, by the formulas of the papers."""
+@dataclasses.dataclass
+class TextbookStep:
+    """What an optimizer step is by the papers. Ratios are of tokens, with gspo of rollouts."""
+
+    loss: torch.Tensor
+    clipped_above: int  # ratios of a positive advantage above 1 + clip_high
+    clipped_below: int  # ratios of a negative advantage below 1 - clip_low
+
+
+def textbook_step(
+    lm: LM,
+    batch: RolloutBatch,
+    rows: np.ndarray,
+    advantages: np.ndarray,
+    settings: RLSettings,
+    reference: LM,
+) -> TextbookStep:
+    """Compute the loss of a step on some rollouts, one by one, by the formulas of the papers."""
     policy: list[torch.Tensor] = []
     kl: list[torch.Tensor] = []
     observed: list[torch.Tensor] = []
-    for row, trajectory in enumerate(batch.trajectories):
+    clipped_above = 0
+    clipped_below = 0
+    for row in rows:
+        trajectory = batch.trajectories[row]
         ids = torch.tensor([trajectory.ids])
         logits = lm.network.logits(lm.network(ids))[0]
         with torch.no_grad():
@@ -322,81 +369,159 @@ def textbook_loss(
         ratio = torch.exp(log_ratio.mean()[None] if settings.loss == "gspo" else log_ratio)
         clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
         policy.append(-torch.minimum(ratio * advantage, clipped * advantage))
+        if advantage > 0:
+            clipped_above += int((ratio > 1 + settings.clip_high).sum())
+        else:
+            clipped_below += int((ratio < 1 - settings.clip_low).sum())
     loss = mean_of(policy, settings.loss, settings.max_len)
     loss = loss + settings.kl * mean_of(kl, settings.loss, settings.max_len)
-    return loss + settings.observation_coef * torch.cat(observed).mean()
+    loss = loss + settings.observation_coef * torch.cat(observed).mean()
+    return TextbookStep(loss, clipped_above, clipped_below)
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {},
-        {"observation_coef": 0.2},
-        {"kl": 0.1, "observation_coef": 0.5, "micro_tokens": 1},
-        {"loss": "grpo", "micro_tokens": 1},
-        {"loss": "grpo", "kl": 0.3},
-        {"loss": "dr_grpo", "max_len": 20, "kl": 0.3},
-        {"loss": "gspo", "micro_tokens": 1},
-        {"loss": "gspo", "kl": 0.3},
-        {"loss": "reinforce", "kl": 0.03},
-        {"loss": "reinforce", "micro_tokens": 1},
-    ],
-    ids=str,
-)
-def test_an_update_is_the_textbooks(codec: Codec, given: Any) -> None:
-    """Loss and gradients of tries, in one micro-batch or many, are those of rollouts one by one.
-
-    The ratios lie on both sides of the clipping. Guards: a shared token that counts once, or not;
-    a parent that is the token before it in the row; a normaliser of nodes in place of tokens; KL
-    that skipped groups lose; a rollout's length, or its ratio, taken over other rollouts' nodes.
-    """
-    lm = tiny_lm(codec, noise=0.1)
-    reference = tiny_lm(codec, seed=1, noise=0.1)
-    settings = RLSettings(
-        questions=2, rollouts=4, temperature=0.9, **{"micro_tokens": 10_000, **given}
-    )
-    batch = group_batch(codec)
-    advantages = np.array([[0.5, -0.5, 0.4, -0.4], [0.0] * 4])
-    skipped = np.array([False, True])
-    rows = np.flatnonzero(rollouts_that_teach(batch, skipped, settings))
-    batches = update_batches(batch, rows, advantages, skipped, reference, settings)
-    assert sum(len(part["ids"]) for part in batches) < sum(
-        len(trajectory.ids) for trajectory in batch.trajectories
-    )
-
-    loss = sequence_loss if settings.loss in ("gspo", "reinforce") else grpo_loss
-    expected = textbook_loss(lm, batch, advantages, settings, reference)
-    lm.network.zero_grad()
-    expected.backward()
-    gradients = {name: weight.grad.clone() for name, weight in lm.network.named_parameters()}
-    kept = KeepGradients()
-    figures = lm.backend.train_step(
-        lm.network, kept, loss, batches, 0.0, 0.0, settings.temperature, max_norm=1e9
-    )
-    assert figures["loss"] == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
-    for name, gradient in gradients.items():
-        np.testing.assert_allclose(kept.gradients[name], gradient, rtol=1e-4, atol=1e-5)
-
-    pytest.importorskip("mlx.core")
-    twin = mlx_twin(lm)
-    batches = update_batches(batch, rows, advantages, skipped, mlx_twin(reference), settings)
-    kept = KeepGradients()
-    figures = twin.backend.train_step(
-        twin.network, kept, loss, batches, 0.0, 0.0, settings.temperature, max_norm=1e9
-    )
-    assert figures["loss"] == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
-    for name, gradient in gradients.items():
-        np.testing.assert_allclose(np.array(kept.gradients[name]), gradient, rtol=1e-4, atol=1e-5)
-
-
-class KeepGradients:
-    """An optimizer that changes nothing and remembers the gradients."""
+class PlainSGD:
+    """An optimizer that takes the learning rate times the gradient off the weights."""
 
     seed = 0
     step_count = 0
 
+    def __init__(self, lm: LM) -> None:
+        self.lm = lm
+        self.gradients: dict[str, np.ndarray] = {}  # of the last step
+
     def step(self, gradients: dict[str, Any], lr: float, muon_lr: float) -> None:
-        self.gradients = dict(gradients)
+        backend = self.lm.backend
+        self.gradients = {name: backend.to_numpy(value) for name, value in gradients.items()}
+        weights = weights_of(self.lm)
+        for name, gradient in self.gradients.items():
+            weights[name] = weights[name] - lr * gradient
+        backend.set_weights(self.lm.network, weights, "a test")
+
+
+def weights_of(lm: LM) -> dict[str, np.ndarray]:
+    """Return copies of all weights, by name."""
+    arrays = lm.backend.to_arrays(lm.network, lm.backend.named_parameters(lm.network))
+    return {name: array.copy() for name, array in arrays.items()}
+
+
+def begin_stage(lm: LM, settings: RLSettings) -> None:
+    """Prepare a network for training. Both matrices of an adapter are random.
+
+    A new adapter's B is zero, and then the gradient of its A is zero too.
+    """
+    lm.begin_stage(settings, seed=0)
+    weights = weights_of(lm)
+    rng = np.random.default_rng(0)
+    for name in sorted(weights):
+        if name.endswith("lora_B"):
+            weights[name] = 0.02 * rng.standard_normal(weights[name].shape)
+    lm.backend.set_weights(lm.network, weights, "a test")
+
+
+def assert_within(
+    bound: float, arrays: dict[str, np.ndarray], expected: dict[str, np.ndarray]
+) -> None:
+    """Compare by name; no number may be further off than the bound, however large it is."""
+    assert set(arrays) == set(expected)
+    for name, array in expected.items():
+        np.testing.assert_allclose(arrays[name], array, rtol=0, atol=bound, err_msg=name)
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"minibatches": 2},
+        {"advantage_std": True},
+        {"clip_low": 0.3, "clip_high": 0.05},
+        {"clip_low": 0.05, "clip_high": 0.5},
+        {"checkpointing": True},
+        {"lora_rank": 16},
+        {"lora_rank": 16, "kl": 0.1, "micro_tokens": 1},
+        {"observation_coef": 0.2},
+        {"kl": 0.1, "observation_coef": 0.5, "micro_tokens": 1},
+        {"kl": 0.1, "observation_coef": 0.5, "minibatches": 3},
+        {"loss": "grpo", "micro_tokens": 1},
+        {"loss": "grpo", "kl": 0.3},
+        {"loss": "grpo", "minibatches": 2, "advantage_std": True},
+        {"loss": "dr_grpo", "max_len": 20, "kl": 0.3},
+        {"loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "micro_tokens": 1},
+        {"loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "kl": 0.3},
+        {"loss": "gspo", "clip_low": 0.02, "clip_high": 0.03, "minibatches": 2},
+        {"loss": "reinforce", "kl": 0.03},
+        {"loss": "reinforce", "micro_tokens": 1},
+        {"loss": "reinforce", "advantage_std": True},
+    ],
+    ids=str,
+)
+def test_an_update_is_the_textbooks(codec: Codec, backend: str, given: Any) -> None:
+    """Loss, gradients and weights of an update on tries are those of rollouts one by one.
+
+    In one micro-batch or many, in one optimizer step or more, of plain SGD: Adam makes whole steps
+    of what is rounding. The ratios are clipped on both sides. Guards: a shared token that counts
+    once, or not; a parent that is the token before it in the row; a normaliser of nodes in place of
+    tokens; KL that skipped groups lose; a rollout's length, or its ratio, taken over other
+    rollouts' nodes.
+    """
+    textbook = tiny_lm(codec, noise=0.02)
+    reference = tiny_lm(codec, seed=1, noise=0.02)
+    lm = textbook.copy()
+    its_reference = reference
+    if backend == "mlx":
+        pytest.importorskip("mlx.core")
+        lm = mlx_twin(textbook)
+        its_reference = mlx_twin(reference)
+    settings = RLSettings(
+        questions=2, rollouts=4, temperature=0.9, **{"micro_tokens": 10_000, **given}
+    )
+    for one in (textbook, lm):
+        begin_stage(one, settings)
+    batch = group_batch(textbook, settings.temperature)
+    advantages = group_advantages(
+        batch.rewards, settings.advantage_std, leave_one_out=settings.loss == "reinforce"
+    )
+    expected_advantages = textbook_advantages(batch.rewards, settings)
+    skipped = np.array([False, True])
+    learned = np.flatnonzero(rollouts_that_teach(batch, skipped, settings))
+    parts = split_minibatches(learned, settings.minibatches, np.random.default_rng(0))
+    assert len(parts) == settings.minibatches
+
+    loss = sequence_loss if settings.loss in ("gspo", "reinforce") else grpo_loss
+    bound = 1e-5
+    if backend == "mlx" and settings.loss == "reinforce":
+        # A rollout's ratio is e to a sum over its tokens, whose rounding adds up: to 4.1e-5 here.
+        bound = 1e-4
+    rate = 1e-3
+    optimizer = PlainSGD(lm)
+    trained = textbook.backend.trained_parameters(textbook.network)
+    textbook_optimizer = torch.optim.SGD(trained.values(), lr=rate)
+    before = weights_of(textbook)
+    nodes = 0
+    clipped_above = 0
+    clipped_below = 0
+    for rows in parts:
+        batches = update_batches(batch, rows, advantages, skipped, its_reference, settings)
+        figures = lm.backend.train_step(
+            lm.network, optimizer, loss, batches, rate, 0.0, settings.temperature, max_norm=1e9
+        )
+        expected = textbook_step(textbook, batch, rows, expected_advantages, settings, reference)
+        textbook_optimizer.zero_grad()
+        expected.loss.backward()
+        assert figures["loss"] == pytest.approx(expected.loss.item(), rel=0, abs=bound)
+        gradients = {name: weight.grad.numpy() for name, weight in trained.items()}
+        assert_within(bound, optimizer.gradients, gradients)
+        textbook_optimizer.step()
+        assert_within(bound, weights_of(lm), weights_of(textbook))
+        nodes += sum(len(part["ids"]) for part in batches)
+        clipped_above += expected.clipped_above
+        clipped_below += expected.clipped_below
+    after = weights_of(textbook)
+    assert max(np.abs(after[name] - before[name]).max() for name in trained) > 1e-4
+    assert nodes < sum(len(batch.trajectories[row].ids) for row in learned)
+    if settings.loss != "reinforce":
+        assert clipped_above > 0
+        assert clipped_below > 0
 
 
 def test_packed_texts_are_apart(lm: LM, codec: Codec) -> None:
