@@ -1,5 +1,6 @@
 """GRPO's step (train_rl.py): what it learns from, with which numbers, and which way it goes."""
 
+import itertools
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ import backends.torch as torch_backend
 import model
 import train_rl
 import train_sft
-from autocoa import IMAGINE, contrastive_loss, grpo_loss, nll_loss
+from autocoa import IMAGINE, contrastive_loss, grpo_loss, nll_loss, random_stream
 from common import memory, runs
 from common.errors import UserError
 from data.batches import language_batches, pack_texts, pair_batches, real_observation_mask
@@ -157,6 +158,36 @@ def test_a_stage_goes_on_behind_the_questions_of_the_one_before(
     assert asked == [["D?", "E?"], ["A?", "B?"]]
 
 
+def test_each_rollout_has_a_random_stream_of_its_own(
+    codec: Codec, lm: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is of its seed, stage, step, question and rollout, and no two are the same.
+
+    Guards: groups that are one text, a step that draws what the one before it drew, and RL-2 what
+    RL-1 drew.
+    """
+    given: list[np.ndarray] = []
+
+    def answer_questions(
+        policy: Any, texts: Any, search: Any, settings: Any, temperature: Any, streams: Any
+    ) -> list[Any]:
+        given.extend(streams)
+        return [codec.build(text, [("answer", "Eva")]) for text in texts]
+
+    monkeypatch.setattr(train_rl, "answer_questions", answer_questions)
+    expected = []
+    for seed, number, step in itertools.product((0, 1), (1, 2), (0, 1, 2)):
+        settings = RLSettings(questions=2, rollouts=3, max_len=90, seed=seed)
+        train_rl.sample_rollouts(lm, settings, stage(number=number), step)
+        expected += [
+            random_stream(90, seed, number, step, question, rollout)
+            for question in range(2)
+            for rollout in range(3)
+        ]
+    np.testing.assert_array_equal(given, expected)
+    assert len({stream.tobytes() for stream in given}) == 2 * 2 * 3 * 2 * 3
+
+
 def imagine(queries: list[str]) -> list[Observation]:
     """Stand for a world model."""
     return [Observation("A film.", Provenance.IMAGINED) for _ in queries]
@@ -275,12 +306,15 @@ def test_the_two_stages(
             assert stage.environment.known_answers == {"A": "A 1: A film."}
             assert stage.environment.tool.raw_calls == 0
             assert stage.rate_scale == settings.rl1_scale
+            assert stage.seed_number == 1
         else:
             assert (stage.steps, stage.first_question, stage.call_cost) == (2, 12, 0.2)
             assert provenances == {Provenance.REAL}
             assert stage.environment.known_answers == {}
             assert stage.environment.tool.raw_calls == 2
             assert stage.rate_scale == 1.0
+            # It draws other numbers than RL-1.
+            assert stage.seed_number == 2
 
 
 def test_the_paper_recipe_imagines_about_its_own_world(
