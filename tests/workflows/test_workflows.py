@@ -15,6 +15,7 @@ from tokenizers import processors
 
 import model
 import tools
+from autocoa import random_stream
 from common.settings import RolloutSettings
 from data.questions import Question
 from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
@@ -82,6 +83,23 @@ def test_rollouts_come_back_in_the_order_of_their_questions(lm: LM) -> None:
         prompt = lm.codec.prompt(question)
         assert trajectory.ids[: len(prompt)] == prompt
         assert trajectory.role.count(Role.PROMPT) == len(prompt)
+
+
+def test_a_stream_stays_with_its_question(lm: LM) -> None:
+    """Each is answered as it would be alone with its own random numbers.
+
+    The longest question comes first. Guards: streams that stay in place while questions are put in
+    the order of their lengths.
+    """
+    questions = ["Who directed Silver River in 1950?", "Who?", "Who directed it?"]
+    settings = RolloutSettings(max_len=60, max_answer=4)
+    streams = [random_stream(60, number) for number in range(len(questions))]
+    together = answer_questions(lm, questions, None, settings, temperature=1.0, streams=streams)
+    for question, stream, trajectory in zip(questions, streams, together, strict=True):
+        (alone,) = answer_questions(
+            lm, [question], None, settings, temperature=1.0, streams=[stream]
+        )
+        assert trajectory.ids == alone.ids
 
 
 def test_a_workflow_sees_what_fits(lm: LM) -> None:
