@@ -87,7 +87,7 @@ def draw_sharing(shares: Sequence[SharedTokens]) -> Figure:
     by_temperature, by_entropy = figure.subplots(1, 2, sharey=True)
     for size in dict.fromkeys(share.group_size for share in shares):
         own = [share for share in shares if share.group_size == size]
-        percent = [100 * share.shared for share in own]
+        percent = [100 * share.all_groups.shared for share in own]
         by_temperature.plot(
             [share.temperature for share in own], percent, marker="o", label=f"{size} rollouts"
         )

@@ -5,17 +5,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autocoa import random_stream
+from autocoa import random_stream, reward
+from common.settings import build_settings
 from data.batches import build_trie
 from data.questions import Question
 from data.trajectory import Trajectory
 from speed.ours import Ours
 from tasks import Task
+from train_rl import SCORES, RLSettings, RolloutBatch, groups_to_skip
 from workflows.agent import answer_questions
 
 TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.25, 1.5)
 # Each divides the last, so that all are cut from one sample.
 GROUP_SIZES = (2, 4, 8, 16)
+
+
+@dataclass
+class Shares:
+    """What some groups share. A token is one behind a certain beginning: a node of the trie."""
+
+    groups: int
+    shared: float  # share of all tokens that another rollout has too
+    shared_written: float  # the same of the tokens that the policy wrote
+    # Of the tokens that the policy wrote, the part that is left where each is counted once, and
+    # not at all where the whole group has it.
+    apart_written: float
 
 
 @dataclass
@@ -25,9 +39,9 @@ class SharedTokens:
     temperature: float
     group_size: int
     entropy: float  # nats a token that the policy wrote, at this temperature
-    shared: float  # share of all tokens that another rollout has too, behind the same beginning
-    shared_written: float  # the same of the tokens that the policy wrote
     equal_groups: float  # share of the groups whose rollouts are one text to the end
+    all_groups: Shares
+    learning_groups: Shares | None  # those whose rewards differ; None where none do
 
 
 def measure_sharing(ours: Ours, task: Task, report: Callable[[SharedTokens], None]) -> None:
@@ -37,7 +51,8 @@ def measure_sharing(ours: Ours, task: Task, report: Callable[[SharedTokens], Non
     for temperature in TEMPERATURES:
         rollouts = sample(ours, task, questions, temperature)
         for size in GROUP_SIZES:
-            report(shared_tokens(rollouts, size, temperature))
+            batch = cut_into_groups(ours, questions, rollouts, size)
+            report(shared_tokens(batch, temperature))
 
 
 def sample(
@@ -54,43 +69,98 @@ def sample(
     return answer_questions(ours.lm, texts, task.rl_search, settings, None, temperature, streams)
 
 
-def shared_tokens(rollouts: Sequence[Trajectory], size: int, temperature: float) -> SharedTokens:
-    """Return what rollouts share that stand in groups of one size."""
-    tokens = 0
-    nodes = 0
-    written = 0.0
-    written_nodes = 0.0
-    equal = []
-    for first in range(0, len(rollouts), size):
-        group = rollouts[first : first + size]
-        trie = build_trie(group)
-        tokens += sum(len(rollout.ids) for rollout in group)
-        nodes += len(trie.ids)
-        written += sum(sum(rollout.mask) for rollout in group)
-        written_nodes += float(trie.mask.sum())
-        equal.append(all(rollout.ids == group[0].ids for rollout in group))
+def cut_into_groups(
+    ours: Ours, questions: Sequence[Question], rollouts: list[Trajectory], size: int
+) -> RolloutBatch:
+    """Return rollouts in groups of one size, rewarded as train_rl.py does it in the run's RL-2.
+
+    rollouts: of each question equally many, standing together.
+    """
+    settings = build_settings(RLSettings, ours.settings.given)
+    each = len(rollouts) // len(questions)
+    rewards = [
+        reward(
+            ours.lm.codec,
+            rollout,
+            questions[number // each].golden_answers,
+            settings.format_penalty,
+            settings.call_cost,
+            SCORES[settings.reward],
+        )
+        for number, rollout in enumerate(rollouts)
+    ]
+    of_groups = [question for question in questions for _ in range(each // size)]
+    return RolloutBatch(of_groups, rollouts, np.array(rewards).reshape(-1, size))
+
+
+def shared_tokens(batch: RolloutBatch, temperature: float) -> SharedTokens:
+    """Return what the groups of rollouts share, all of them and those that learn."""
+    rollouts = batch.trajectories
+    size = batch.rewards.shape[1]
+    groups = [rollouts[first : first + size] for first in range(0, len(rollouts), size)]
+    skipped = groups_to_skip(batch)
+    learning = [group for group, is_skipped in zip(groups, skipped, strict=True) if not is_skipped]
+    equal = [all(rollout.ids == group[0].ids for rollout in group) for group in groups]
     logprobs = [np.array(rollout.logprobs)[np.array(rollout.mask) > 0] for rollout in rollouts]
     return SharedTokens(
         temperature,
         size,
         # The log-probs of sampled tokens estimate entropy without bias.
         entropy=float(-np.concatenate(logprobs).mean()),
+        equal_groups=float(np.mean(equal)),
+        all_groups=shares_of(groups),
+        learning_groups=shares_of(learning) if learning else None,
+    )
+
+
+def shares_of(groups: Sequence[Sequence[Trajectory]]) -> Shares:
+    """Return what groups of rollouts share, as shares of the tokens of all their rollouts."""
+    tokens = 0
+    nodes = 0
+    written = 0.0
+    written_nodes = 0.0
+    written_apart = 0.0
+    for group in groups:
+        trie = build_trie(group)
+        rollouts_of_node = np.zeros(len(trie.ids))
+        for path in trie.paths:
+            rollouts_of_node[path] += 1
+        tokens += sum(len(rollout.ids) for rollout in group)
+        nodes += len(trie.ids)
+        written += float((trie.mask * rollouts_of_node).sum())
+        written_nodes += float(trie.mask.sum())
+        written_apart += float(trie.mask[rollouts_of_node < len(group)].sum())
+    return Shares(
+        groups=len(groups),
         shared=1 - nodes / tokens,
         shared_written=1 - written_nodes / written,
-        equal_groups=float(np.mean(equal)),
+        apart_written=written_apart / written,
     )
 
 
 # ---- what is printed -----------------------------------------------------------------------------
+SHARES_HEADING = f"{'groups':>10}{'shared':>9}{'of written':>12}{'apart':>8}"
 HEADING = (
-    f"{'temperature':>11}{'rollouts':>10}{'entropy':>9}{'shared':>9}{'of written':>12}"
-    f"{'one text':>10}"
+    "apart: of what the policy wrote, what is distinct and not the whole group's; behind it, the "
+    "groups whose rewards differ\n"
+    f"{'temperature':>11}{'rollouts':>10}{'entropy':>9}{'one text':>10}"
+    f"{SHARES_HEADING}{SHARES_HEADING}"
 )
 
 
 def line_of(shared: SharedTokens) -> str:
     """Return a line of the table."""
-    return (
+    line = (
         f"{shared.temperature:11.2f}{shared.group_size:10}{shared.entropy:9.3f}"
-        f"{shared.shared:9.1%}{shared.shared_written:12.1%}{shared.equal_groups:10.1%}"
+        f"{shared.equal_groups:10.1%}{_columns_of(shared.all_groups)}"
+    )
+    if shared.learning_groups is None:
+        return f"{line}{0:10}"
+    return line + _columns_of(shared.learning_groups)
+
+
+def _columns_of(shares: Shares) -> str:
+    return (
+        f"{shares.groups:10}{shares.shared:9.1%}{shares.shared_written:12.1%}"
+        f"{shares.apart_written:8.1%}"
     )

@@ -1,10 +1,8 @@
-"""bench.py's own part: ratios of pairs, counted operations, other trees, shared tokens."""
+"""bench.py's own part: ratios of pairs, counted operations, other trees."""
 
 import math
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from common.errors import UserError
@@ -12,23 +10,18 @@ from common.files import write_jsonl
 from data.batches import build_trie
 from data.trajectory import Role, Trajectory
 from model import LM
-from speed import growth
 from speed.against import time_stage
 from speed.flops import forward_flops, text_flops, trie_flops
-from speed.growth import Curve, measure_growth
 from speed.ours import Ours
 from speed.pairs import Comparison, Timing, line_of, take_turns, to_json
 from speed.serving import measure
 from speed.settings import BenchSettings
-from speed.sharing import shared_tokens
 from speed.trees import Tree, check_out
 
 
-def text(ids: list[int], written: int) -> Trajectory:
-    """Return a rollout whose last tokens the policy wrote, each with probability 1 / e."""
-    mask = [0] * (len(ids) - written) + [1] * written
-    logprobs = [-1.0 * value for value in mask]
-    return Trajectory(ids, mask, [int(Role.THINK)] * len(ids), logprobs)
+def text(ids: list[int]) -> Trajectory:
+    """Return a text in which nothing is learned."""
+    return Trajectory(ids, [0] * len(ids), [int(Role.THINK)] * len(ids))
 
 
 def test_ratios_are_of_pairs_that_take_turns() -> None:
@@ -71,21 +64,10 @@ def test_operations_are_two_a_weight_and_token(lm: LM) -> None:
 def test_a_trie_counts_what_is_shared_once(lm: LM) -> None:
     """Equal texts cost what one does, different ones what both do."""
     config = lm.network.config
-    same = build_trie([text([1, 2, 3], 1), text([1, 2, 3], 1)])
+    same = build_trie([text([1, 2, 3]), text([1, 2, 3])])
     assert trie_flops(config, [same], 1) == text_flops(config, [3], 1)
-    different = build_trie([text([1, 2, 3], 1), text([4, 2, 3], 1)])
+    different = build_trie([text([1, 2, 3]), text([4, 2, 3])])
     assert trie_flops(config, [different], 2) == text_flops(config, [3, 3], 2)
-
-
-def test_shared_tokens_of_groups() -> None:
-    """Of 16 tokens 4 are another rollout's too in the first pair, 3 in the second."""
-    rollouts = [text([1, 2, 3, 4], 2), text([1, 2, 3, 4], 2)]
-    rollouts += [text([1, 2, 5, 6], 2), text([1, 2, 5, 7], 2)]
-    shared = shared_tokens(rollouts, 2, temperature=1.0)
-    assert shared.shared == 7 / 16
-    assert shared.shared_written == 3 / 8
-    assert (shared.equal_groups, shared.entropy) == (0.5, 1.0)
-    assert shared_tokens(rollouts, 4, temperature=1.0).shared == 1 - 7 / 16
 
 
 SCRIPT = """
@@ -146,22 +128,3 @@ def test_a_retrieval_server_under_load(tmp_path: Path, monkeypatch: pytest.Monke
     assert figures["failures"] == 0
     assert figures["requests"] > 10
     assert 0 < figures["seconds_p50"] <= figures["seconds_p99"]
-
-
-def test_cost_by_rows_context_and_calls(
-    lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each curve has a point for each size. Rollouts of a question are timed in the long form."""
-    sizes = {"ROWS": (1, 2), "CONTEXTS": (4, 8), "ACTIONS": (0, 1), "GROUP_SIZES": ()}
-    counts = {"TRAINED_TOKENS": 8, "DECODED_TOKENS": 2, "THOUGHT_TOKENS": 2, "AGENT_ROWS": 2}
-    for name, value in (sizes | counts).items():
-        monkeypatch.setattr(growth, name, value)
-    curves: list[Curve] = []
-    task: Any = None
-    measure_growth(Ours(lm, tmp_path, BenchSettings(repeats=1)), task, curves.append)
-    measured = {curve.name: [point.size for point in curve.points] for curve in curves}
-    assert measured["rows"] == [1, 2]
-    assert measured["context: decoding"] == measured["context: training"] == [4, 8]
-    assert measured["actions"] == [0, 1]
-    seconds = [point.seconds.median for curve in curves for point in curve.points]
-    assert np.all(np.array(seconds) > 0)
