@@ -1,6 +1,8 @@
 """Stages of this tree and of another commit in turns, on the same weights, by their own scripts."""
 
+import dataclasses
 import json
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -82,12 +84,17 @@ def _compare_stage(name: str, ours: Ours, tree: Tree, other: Tree) -> Comparison
     ]
     unit = "token" if name == "sft" else "step"
     comparison = Comparison(name, unit, settings.against, pairs)
-    tokens, other_tokens = (_tokens_of_step(rows) for rows in logs[-1])
+    tokens = statistics.median(_tokens_of(rows) / len(rows[1:]) for rows, _ in logs)
+    other_tokens = statistics.median(_tokens_of(rows) / len(rows[1:]) for _, rows in logs)
     comparison.note = f"{tokens:,.0f} and {other_tokens:,.0f} tokens a step"
     if unit == "step":
         # The commits may ask other questions, whose rollouts are longer or shorter.
-        by_token = comparison.ratio.median * tokens / other_tokens
-        comparison.note += f"; by the token {by_token:.2f}"
+        by_token = [
+            (_by_token(timing, rows), _by_token(other_timing, other_rows))
+            for (timing, other_timing), (rows, other_rows) in zip(pairs, logs, strict=True)
+        ]
+        ratio = Comparison(name, "token", settings.against, by_token).ratio
+        comparison.note += f"; by the token {ratio.median:.2f}"
     return comparison
 
 
@@ -136,8 +143,14 @@ def _rl_flops(ours: Ours, row: StepRow) -> float:
     return once * distinct * (1 + TRAINING_PASSES * learned)
 
 
-def _tokens_of_step(rows: Sequence[StepRow]) -> float:
-    return sum(row.tokens for row in rows[1:]) / len(rows[1:])
+def _by_token(timing: Timing, rows: Sequence[StepRow]) -> Timing:
+    """Return what some steps took, by a token of their rollouts in place of a step."""
+    return dataclasses.replace(timing, units=_tokens_of(rows))
+
+
+def _tokens_of(rows: Sequence[StepRow]) -> int:
+    """Return the tokens of the steps that count: all but the first."""
+    return sum(row.tokens for row in rows[1:])
 
 
 def whole_story(tree: Tree) -> Timing:
