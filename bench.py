@@ -17,7 +17,7 @@ sampling    rollouts of up to 130 tokens in groups (--questions, --rollouts), th
 agents      as many different questions as --questions times --rollouts, with tool calls, greedily;
             the library keeps its caches over the calls, and leaves out answers that are forced
 sft         tokens with loss, of all weights (MLX: of a LoRA adapter, by mlx_lm's own trainer)
-rl          a step of RL-2 by the token that is sampled, beside TRL's GRPOTrainer without a tool
+rl          steps of RL-2 by the token that is sampled, beside TRL's GRPOTrainer without a tool
 
 and with --against, where each side runs its own train_rl.py and train_sft.py:
 

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with the weights of a folder: a step of the same questions, without a tool.
+"""TRL's GRPOTrainer with the weights of a folder: steps of the same questions, without a tool.
 
 Its policy writes the observations itself, as in RL-1. To be on its side, a completion ends at the
 mean number of tokens that a rollout of ours samples, rows of like length go through the network
@@ -27,34 +27,39 @@ from speed.pairs import Timing
 
 
 class Clock(TrainerCallback):
-    """The seconds of the last optimizer step, sampling included."""
+    """The seconds of the optimizer steps of the last training, sampling included."""
 
     started = 0.0
     seconds = 0.0
+
+    def on_train_begin(self, *arguments: Any, **more: Any) -> None:
+        """Begin to count."""
+        self.seconds = 0.0
 
     def on_step_begin(self, *arguments: Any, **more: Any) -> None:
         """Take the time."""
         self.started = time.perf_counter()
 
     def on_step_end(self, *arguments: Any, **more: Any) -> None:
-        """Take the time again."""
-        self.seconds = time.perf_counter() - self.started
+        """Add what the step took."""
+        self.seconds += time.perf_counter() - self.started
 
 
 class Trainer(GRPOTrainer):
     """GRPOTrainer on the ids of our prompts, with rows of like length together."""
 
     codec: Codec
-    completion_lengths: list[int]  # of the last step
+    # Of all texts of the last training.
     prompt_lengths: list[int]
+    completion_lengths: list[int]
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [self.codec.prompt(question) for question in prompts], None, {}
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
-        self.prompt_lengths = batch["prompt_mask"].sum(1).tolist()
-        self.completion_lengths = batch["completion_mask"].sum(1).tolist()
+        self.prompt_lengths += batch["prompt_mask"].sum(1).tolist()
+        self.completion_lengths += batch["completion_mask"].sum(1).tolist()
         return batch
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
@@ -81,15 +86,17 @@ def sort_by_length(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def grpo_steps(
-    ours: Ours, questions: Sequence[Question], completion_tokens: int
+    ours: Ours, steps: Sequence[Sequence[Question]], completion_tokens: int
 ) -> Callable[[], Timing]:
-    """Return what makes one GRPO step on some questions; a unit is a sampled token.
+    """Return what makes some GRPO steps; a unit is a sampled token.
 
+    steps: the questions of each, as many in one as in the other.
     completion_tokens: of a rollout at most.
     """
     settings = ours.settings
     is_bfloat16 = (settings.other_dtype or ours.dtype) == "bfloat16"
-    rows = len(questions) * settings.rollouts
+    questions = [question for step in steps for question in step]
+    rows = len(steps[0]) * settings.rollouts
     prompt_tokens = max(len(ours.lm.codec.prompt(question.question)) for question in questions)
     at_once = rows_at_once(rows, prompt_tokens + completion_tokens, settings.micro_tokens)
     arguments = GRPOConfig(
@@ -104,7 +111,7 @@ def grpo_steps(
         max_completion_length=completion_tokens,
         temperature=settings.temperature,
         learning_rate=LEARNING_RATE,
-        max_steps=1,
+        max_steps=len(steps),
         shuffle_dataset=False,
         save_strategy="no",
         logging_strategy="no",
@@ -129,7 +136,9 @@ def grpo_steps(
     trainer.codec = codec
     trainer.remove_callback(PrinterCallback)
 
-    def make_step() -> Timing:
+    def make_steps() -> Timing:
+        trainer.prompt_lengths = []
+        trainer.completion_lengths = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.train()
@@ -143,7 +152,7 @@ def grpo_steps(
         flops = (1 + TRAINING_PASSES) * text_flops(ours.config, lengths, sampled)
         return Timing(clock.seconds, sampled, flops)
 
-    return make_step
+    return make_steps
 
 
 def rows_at_once(rows: int, length: int, limit: int) -> int:

@@ -6,17 +6,20 @@ import random
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Protocol
 
 from common.errors import UserError
 from common.runs import run_folder
 from data.batches import optimizer_steps
+from data.questions import Question
 from data.sft_data import read_trajectories
 from data.trajectory import Trajectory
-from speed.against import RUN, run_stage, time_stage, tree_settings
+from speed.against import RUN, STEPS, run_stage, time_stage, tree_settings
 from speed.agents import Generate, time_agents
 from speed.ours import Ours
 from speed.pairs import Comparison, Timing, count_same_texts, take_turns
+from speed.settings import BenchSettings
 from speed.trees import ROOT, StepRow, Tree, copy_run
 from tasks import Task, open_task
 
@@ -63,6 +66,8 @@ def compare_with_libraries(ours: Ours, report: Callable[[Comparison], None]) -> 
             "or choose others with --only"
         )
     task = open_task(settings)
+    # As train_rl.py leaves them out.
+    task.leave_out_long_questions(ours.lm.codec, settings.longest_prompt)
     if is_mlx:
         _compare_with_mlx_lm(ours, task, names, report)
     else:
@@ -164,28 +169,49 @@ def _agents(ours: Ours, library: OtherLibrary, prompts: list[list[int]], task: T
 
 
 def _compare_with_trl(ours: Ours, task: Task, report: Callable[[Comparison], None]) -> None:
-    """Compare a step of RL-2 by the token that is sampled; ours is train_rl.py's own."""
+    """Compare steps of RL-2 by the token that is sampled; ours are train_rl.py's own.
+
+    Both sides ask the same questions in the same steps. A rollout of theirs ends where one of ours
+    does on average over these steps.
+    """
     from speed.beside_trl import grpo_steps
 
     settings = ours.settings
     start = ours.folder.name
-    questions = task.questions("rl2", 2 * settings.questions)[settings.questions :]
+    pool = task.questions("rl2", (STEPS + 1) * settings.questions)
     with tempfile.TemporaryDirectory() as folder:
-        tree = Tree(ROOT, Path(folder), tree_settings(settings))
+        given = tree_settings(settings) | {"rl_questions": len(pool)}
+        tree = Tree(ROOT, Path(folder), given)
         copy_run(run_folder(settings), Path(folder, "out", RUN), [start], chains=0)
         first_rows = run_stage("rl2", tree, start)
-        sampled = round(first_rows[-1].values["policy_tokens"])
+        sampled = round(mean(row.values["policy_tokens"] for row in first_rows[1:]))
         report(
             take_turns(
                 "rl",
                 "token",
                 "TRL",
                 lambda: _by_sampled_token(ours, run_stage("rl2", tree, start)),
-                grpo_steps(ours, questions, sampled),
+                grpo_steps(ours, questions_of_timed_steps(settings, pool), sampled),
                 settings.repeats,
                 note=f"theirs without a tool, {sampled} tokens a rollout",
             )
         )
+
+
+def questions_of_timed_steps(
+    settings: BenchSettings, pool: Sequence[Question]
+) -> list[list[Question]]:
+    """Return the questions of each step of RL-2 that counts, as train_rl.py takes them in turn.
+
+    pool: all that it has. Its first step, which does not count, asks the first of them.
+    """
+    return [
+        [
+            pool[(step * settings.questions + number) % len(pool)]
+            for number in range(settings.questions)
+        ]
+        for step in range(1, STEPS + 1)
+    ]
 
 
 def _by_sampled_token(ours: Ours, rows: Sequence[StepRow]) -> Timing:
