@@ -1,16 +1,19 @@
 """Nothing of a step stays on the CPU by mistake: shown without a GPU.
 
 The network is on torch's device "meta", which knows shapes and no values. A download raises there,
-but for the few that a step is meant to make, which are replaced. So does an operation on two
-tensors, element by element, of which one is on the CPU; a product of matrices is not checked.
+but for the few that a step is meant to make, which are replaced. Torch lets some operations of
+"meta" take a tensor of the CPU too, such as a product of matrices; OneDevice refuses them all.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_lm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import autocoa
 import backends.torch as torch_backend
@@ -18,11 +21,40 @@ from backends.torch import training
 from backends.torch.decoder import Decoder
 from backends.torch.fixed_slots import STEPS_BETWEEN_LOOKS
 from backends.torch.network import Transformer
+from common.settings import LossName
 from data.batches import Batch, language_batches, pair_batches
 from data.questions import Question
 from data.trajectory import Codec, Trajectory
 from model import LM
 from train_rl import RLSettings, RolloutBatch, update_batches
+
+
+class OneDevice(TorchDispatchMode):
+    """Raise for each operation whose tensors are on two devices, but for a copy between them.
+
+    A number, a tensor without dimensions, may be anywhere: CUDA takes one of the CPU too.
+    """
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        options = options or {}
+        tensors = [
+            value
+            for value in tree_leaves((arguments, options))
+            if isinstance(value, torch.Tensor) and value.dim() > 0
+        ]
+        devices = sorted({tensor.device.type for tensor in tensors})
+        if len(devices) > 1 and operation is not torch.ops.aten.copy_.default:
+            raise RuntimeError(f"{operation} on {' and '.join(devices)}")
+        return operation(*arguments, **options)
+
+
+@pytest.fixture(autouse=True)
+def one_device() -> Iterator[None]:
+    """Let each test of this file raise where devices are mixed."""
+    with OneDevice():
+        yield
 
 
 @pytest.fixture
@@ -57,16 +89,32 @@ def elsewhere(lm: LM) -> Transformer:
     return torch_backend.build(lm.network.config, device="meta")
 
 
-def rl_batches(lm: LM, texts: list[Trajectory]) -> list[Batch]:
-    """Return the tries of a group, with KL and an auxiliary loss."""
+def rl_batches(lm: LM, texts: list[Trajectory], loss: LossName) -> list[Batch]:
+    """Return the tries of a group for --loss, with KL and an auxiliary loss."""
     rewards = np.array([[1.0, 0.0, 0.0, 0.0]])
     batch = RolloutBatch([Question("1", "", ["A"])], texts, rewards)
     advantages = autocoa.group_advantages(rewards)
-    settings = RLSettings(kl=0.1, observation_coef=0.1, micro_tokens=60)
+    settings = RLSettings(loss=loss, kl=0.1, observation_coef=0.1, micro_tokens=60)
     return update_batches(batch, np.arange(4), advantages, np.array([False]), lm, settings)
 
 
-@pytest.mark.parametrize("loss", ["nll", "pairs", "grpo"])
+@pytest.mark.parametrize("grad", [torch.enable_grad, torch.inference_mode])
+def test_a_product_on_two_devices_is_found(grad: Any) -> None:
+    """The two forms of a product that torch itself lets pass, with gradients and as in decoding.
+
+    Guards: a weight or a mask that stays on the CPU, and checks above that find nothing.
+    """
+    on_device = torch.ones(2, 2, device="meta")
+    on_cpu = torch.ones(2, 2)
+    with grad():
+        assert (on_device @ on_device + torch.tensor(1.0)).device.type == "meta"
+        with pytest.raises(RuntimeError, match="on cpu and meta"):
+            on_device @ on_cpu
+        with pytest.raises(RuntimeError, match="on cpu and meta"):
+            torch.nn.functional.linear(on_cpu, on_device)
+
+
+@pytest.mark.parametrize("loss", ["nll", "pairs", "dapo", "gspo", "reinforce"])
 @pytest.mark.parametrize("muon", [True, False])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_training_step(
@@ -91,7 +139,9 @@ def test_a_training_step(
             autocoa.contrastive_loss,
             pair_batches([(texts[0], texts[1]), (texts[2], texts[3])], 60, alpha=0.2),
         ),
-        "grpo": (autocoa.grpo_loss, rl_batches(lm, texts)),
+        "dapo": (autocoa.grpo_loss, rl_batches(lm, texts, "dapo")),
+        "gspo": (autocoa.sequence_loss, rl_batches(lm, texts, "gspo")),
+        "reinforce": (autocoa.sequence_loss, rl_batches(lm, texts, "reinforce")),
     }
     function, batches = functions[loss]
     torch_backend.train_step(network, optimizer, function, batches, 1e-3, 1e-2)
