@@ -92,6 +92,31 @@ def test_adamw_equals_torch(codec: Codec) -> None:
     torch.testing.assert_close(weights, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_adamw_of_all_parameters_equals_one_by_one(codec: Codec) -> None:
+    """The calls for all parameters at once give the bits of a plain loop over them.
+
+    Guards: a call whose form adds up or rounds in another way, so that seeded runs part.
+    """
+    lm = tiny_lm(codec)
+    other = tiny_lm(codec)
+    optimizer = torch_backend.Optimizer(lm.network, muon=False)
+    first = {name: torch.zeros_like(weight) for name, weight in weights_of(other).items()}
+    second = {name: torch.zeros_like(weight) for name, weight in weights_of(other).items()}
+    for step, gradients in enumerate(random_gradients(lm), start=1):
+        optimizer.step(gradients, lr=1e-2, muon_lr=99.0, beta1=0.9, beta2=0.98, eps=1e-8)
+        with torch.no_grad():
+            for name, weight in other.network.named_parameters():
+                gradient = gradients[name]
+                first[name].lerp_(gradient, 1 - 0.9)
+                second[name].mul_(0.98).addcmul_(gradient, gradient, value=1 - 0.98)
+                spread = (second[name] / (1 - 0.98**step)).sqrt() + 1e-8
+                weight.addcdiv_(first[name], spread, value=-1e-2 / (1 - 0.9**step))
+        weights = weights_of(lm)
+        for name, weight in other.network.named_parameters():
+            assert torch.equal(weights[name], weight), (name, step)
+            assert torch.equal(optimizer.second_moments[name], second[name]), (name, step)
+
+
 def test_muon_equals_torch(codec: Codec) -> None:
     """The matrices of the blocks move as by torch.optim.Muon; the rest does not move.
 
