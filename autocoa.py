@@ -279,7 +279,7 @@ def rollout(
 
 
 def open_row(prompt: Sequence[int], settings: RolloutSettings) -> Row:
-    """Return the row of a prompt, before anything is written behind it.
+    """Return the row of a prompt, before anything is written after it.
 
     Raises UserError for a prompt that leaves no room for an answer.
     """

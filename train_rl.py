@@ -23,7 +23,7 @@ is optional (--kl); and groups whose rollouts all got the same reward are skippe
 gradient is zero. So are those in which a search failed.
 
 The nano path has a world for SFT and another for RL-2, where nothing that SFT learned by heart is
-of use. RL-1 asks RL-2's questions too, and RL-2 goes on behind them. Only a policy that imagines
+of use. RL-1 asks RL-2's questions too, and RL-2 goes on after them. Only a policy that imagines
 may do better with the questions of SFT's world (--rl1_pool=rl1): it is the one it has read about.
 Those begin at what the model does not know by heart: where it knows, recalling always beats a
 search whose result it has to make up, and it would stop searching.
@@ -385,7 +385,7 @@ def rollouts_that_teach(
 def held_out_questions(task: Task, stage: str, settings: RLSettings) -> list[Question]:
     """Return questions of a stage's pool that no step asks; none without --stop_on_alarm.
 
-    They stand behind the --rl_questions that the steps take theirs from, half as many as a step has
+    They stand after the --rl_questions that the steps take theirs from, half as many as a step has
     rollouts. Those of evaluation are no choice: their exact match would say how well weights do
     that were chosen by them.
 
@@ -397,9 +397,9 @@ def held_out_questions(task: Task, stage: str, settings: RLSettings) -> list[Que
     count = settings.questions * settings.rollouts // 2
     questions = task.questions(pool, settings.rl_questions + count)
     asked = {question.question for question in questions[: settings.rl_questions]}
-    behind = questions[settings.rl_questions :]
-    held_out = [question for question in behind if question.question not in asked]
-    if len(behind) < count or not held_out:
+    spare = questions[settings.rl_questions :]
+    held_out = [question for question in spare if question.question not in asked]
+    if len(spare) < count or not held_out:
         way_out = "give more --train_data"
         if len(questions) > count:
             way_out += f", or take --rl_questions={len(questions) - count}"

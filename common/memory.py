@@ -195,7 +195,7 @@ def _report_unseen_length(longest: int, max_len: int) -> None:
     if max_len > longest:
         print(
             f"max_len {max_len}: the checkpoint was made for texts of {longest} tokens "
-            "at most (max_position_embeddings); behind that it may write nonsense"
+            "at most (max_position_embeddings); after that it may write nonsense"
         )
 
 

@@ -295,7 +295,7 @@ def _remove_interrupted(settings: TrainingSettings, stages: Sequence[str], start
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what stages have outlived, where a command was killed behind its last save."""
+    """Remove what stages have outlived, where a command was killed after its last save."""
     for leftover in [*root.glob("*.checkpoint"), *root.glob("*" + REPLACED_SUFFIX)]:
         stage = leftover.with_suffix("")
         if _is_saved(stage) and not partial_of(stage).exists():
@@ -503,7 +503,7 @@ class StageRun:
         with self.bar.external_write_mode():
             print(
                 f"{self.name}: stopped by an alarm at step {step} ({'; '.join(alarms.values())}); "
-                f"it ends with the weights behind {best.steps} steps, whose held-out reward of "
+                f"it ends with the weights after {best.steps} steps, whose held-out reward of "
                 f"{best.reward:.3f} was the best",
                 flush=True,
             )

@@ -589,7 +589,7 @@ def _option(name: str, annotation: Any) -> Any:
 
 
 def _expand_home(text: str) -> str:
-    """Write out the home folder, which a shell leaves as ~ behind an equals sign."""
+    """Write out the home folder, which a shell leaves as ~ after an equals sign."""
     return re.sub(r"(^|,)~(?=/)", lambda found: found[1] + str(Path.home()), text)
 
 

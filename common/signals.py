@@ -64,7 +64,7 @@ def defer_stop() -> None:
 def waiting_signal() -> int | None:
     """Return the number of the signal that waits, None where there is none.
 
-    Of several processes it is enough that one has received it: they end behind the same step.
+    Of several processes it is enough that one has received it: they end after the same step.
     """
     numbers = [number for number in ranks.gather(_request.number) if number is not None]
     return numbers[0] if numbers else None

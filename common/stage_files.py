@@ -2,9 +2,9 @@
 
 out/nano/
     rl2.partial/         log.jsonl, rollouts.jsonl, calls.jsonl
-    rl2.checkpoint/24/   weights, optimizer, and how long each log was behind 24 steps
-    rl2.checkpoint/36/   the same behind 36 steps; the last two checkpoints are kept
-    rl2.checkpoint/best/16/    weights behind 16 steps, which did best on held-out questions
+    rl2.checkpoint/24/   weights, optimizer, and how long each log was after 24 steps
+    rl2.checkpoint/36/   the same after 36 steps; the last two checkpoints are kept
+    rl2.checkpoint/best/16/    weights after 16 steps, which did best on held-out questions
 
 A checkpoint knows its files, and the logs up to it, by their checksums. --resume takes the newest
 one of which all is as it was saved.
@@ -213,7 +213,7 @@ class Checkpoint:
             self.save(steps)
 
     def save(self, steps: int) -> None:
-        """Save the state behind a step, and keep the one before it; the first process does.
+        """Save the state after a step, and keep the one before it; the first process does.
 
         Raises DiskError where the disk refuses; then half a checkpoint takes no room.
         """
@@ -252,7 +252,7 @@ class Checkpoint:
 class Best:
     """Which weights of a stage did best on held-out questions."""
 
-    steps: int  # of the stage, behind which they were measured
+    steps: int  # of the stage, after which they were measured
     reward: float  # mean of these questions
 
 
@@ -269,7 +269,7 @@ class BestWeights:
     def __init__(self, lm: LM, folder: Path, steps_done: int) -> None:
         """Find the best of the steps that are done, and remove what else is there.
 
-        steps_done: those that a stage goes on behind; what was measured later is measured again.
+        steps_done: those that a stage goes on after; what was measured later is measured again.
         """
         self.lm = lm
         self.folder = folder

@@ -35,7 +35,7 @@ class Trie:
     ids: np.ndarray
     depth: np.ndarray  # the token's place in its texts
     parent: np.ndarray  # the node before it, -1 for a first token
-    end: np.ndarray  # the first node behind all that lies below it
+    end: np.ndarray  # the first node after all that lies below it
     mask: np.ndarray  # of the loss, float32
     old: np.ndarray  # log-probability when it was sampled, float32; 0 where it was not
     paths: list[np.ndarray]  # of each text, the nodes of its tokens

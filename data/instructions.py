@@ -23,7 +23,7 @@ def authors_turn(question: str) -> str:
 def question_at_end(user_text: str) -> str:
     """Return the question of a user's turn, without the instructions before it.
 
-    It stands behind the authors' instructions, or behind "Question:" as in Search-R1's prompt; else
+    It stands after the authors' instructions, or after "Question:" as in Search-R1's prompt; else
     it is the whole turn, as in ReSearch's files. What a question says itself is not searched: the
     first of these ends the instructions.
 

@@ -57,7 +57,7 @@ def pairs_in_direction(pairs: Sequence[Pair], directions: PairDirections) -> lis
 
 
 def _acts(side: Trajectory) -> bool:
-    """Whether a side of a pair acts behind what both sides share, which carries no loss."""
+    """Whether a side of a pair acts after what both sides share, which carries no loss."""
     own_roles = {role for role, is_own in zip(side.role, side.mask, strict=True) if is_own}
     return Role.ACTION in own_roles
 

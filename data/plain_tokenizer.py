@@ -1,6 +1,6 @@
 """A tokenizer to which a text is its letters alone: no tag is read in it, and no space added.
 
-The tokenizers of Llama 2 and its children put a space before a text, and behind every special
+The tokenizers of Llama 2 and its children put a space before a text, and after every special
 token, since in the texts that they were trained on a word begins with one. Inside a trajectory
 every space stands where it was written. So this tokenizer adds none, and when it decodes, it leaves
 the first one where it is.

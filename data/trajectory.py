@@ -177,10 +177,10 @@ class Codec:
                 "take another checkpoint"
             )
         self.brace_id: int = brace_ids[0]
-        # Llama 2's tokenizer puts a space of its own behind every special token, Llama 3's does
+        # Llama 2's tokenizer puts a space of its own after every special token, Llama 3's does
         # not.
-        behind_token = tokenizer.encode(f"{TAGS['think']}x", add_special_tokens=False)[1:]
-        self.begins_anew_behind_tokens = behind_token != self.encode_exactly("x")
+        after_token = tokenizer.encode(f"{TAGS['think']}x", add_special_tokens=False)[1:]
+        self.begins_anew_after_tokens = after_token != self.encode_exactly("x")
 
     @property
     def has_chat_template(self) -> bool:
@@ -322,7 +322,7 @@ class Codec:
             for token, text in zip(parts[1::2], parts[2::2], strict=True):
                 ids += self.encode_beginning(run) if begins_run else self.encode_exactly(run)
                 ids.append(self.special_tokens[token])
-                begins_run = self.begins_anew_behind_tokens
+                begins_run = self.begins_anew_after_tokens
                 run = text
         return ids + (self.encode_beginning(run) if begins_run else self.encode_exactly(run))
 

@@ -45,7 +45,7 @@ class EnvironmentSettings(DistillSettings):
     # Who answers in RL-2, likewise.
     rl2_environment: EnvironmentName = "real"
     # Whose questions RL-1 asks. rl1 (nano): about the world that SFT-3 read about. rl2: those of
-    # RL-2, which then goes on behind them.
+    # RL-2, which then goes on after them.
     rl1_pool: PoolName = "rl2"
     # What chooses between world model and tool in a mixed environment: a schedule over the steps,
     # or the world model's confidence.

@@ -271,7 +271,7 @@ def _refuse_settings(settings: StageSettings) -> None:
         raise UserError("--sweep: it names its folders by itself, and has no --out or --dry_run")
     if settings.given.get("stop_on_alarm") and not settings.stage:
         raise UserError(
-            "--stop_on_alarm: a stage that it ends has none behind it, and a sweep needs both; "
+            "--stop_on_alarm: a stage that it ends has none after it, and a sweep needs both; "
             "name one with --stage"
         )
 

@@ -23,7 +23,7 @@ ROLE_NAMES = [role.name.lower() for role in Role]
 
 TEMPLATE = "viewer.html.jinja"
 IMAGINED_TEMPLATE = "imagined.html.jinja"
-WORD = re.compile(r"\S+\s*")  # a word with the space behind it
+WORD = re.compile(r"\S+\s*")  # a word with the space after it
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),

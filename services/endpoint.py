@@ -82,7 +82,7 @@ class BoundedBody(httpx2.SyncByteStream):
         self.body = body
 
     def __iter__(self) -> Iterator[bytes]:
-        """Yield the pieces of the body. Raises ValueError behind LARGEST_BODY bytes."""
+        """Yield the pieces of the body. Raises ValueError after LARGEST_BODY bytes."""
         size = 0
         for piece in self.body:
             size += len(piece)
@@ -269,7 +269,7 @@ def _raise_error(error: Any, body: bytes) -> None:
 
 
 def _read_text(message: dict[str, Any]) -> str:
-    """Return the text of a message, behind the thought where one is shown."""
+    """Return the text of a message, after the thought where one is shown."""
     thought = message.get("reasoning_content") or message.get("reasoning") or ""
     content = message.get("content")
     if isinstance(content, list):

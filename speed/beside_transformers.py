@@ -116,7 +116,7 @@ class Transformers:
             )
 
     def _up_to_stop(self, written: Tensor, stops: list[int]) -> list[list[int]]:
-        """Return what each row wrote up to its first stop; behind it generate pads."""
+        """Return what each row wrote up to its first stop; after it generate pads."""
         is_stop = torch.isin(written, torch.tensor(stops, device=self.device))
         lengths = (is_stop.cumsum(1) - is_stop.long() == 0).sum(1).tolist()
         return [row[:length] for row, length in zip(written.tolist(), lengths, strict=True)]

@@ -29,7 +29,7 @@ def forward_flops(config: ModelConfig, tokens: float, keys: float, predicted: fl
 
     tokens: that are read.
     keys: that they look back at, themselves included, in all.
-    predicted: of them, those behind which a distribution is computed.
+    predicted: of them, those after which a distribution is computed.
     """
     heads = config.num_attention_heads
     width = config.head_dim

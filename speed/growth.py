@@ -175,7 +175,7 @@ def update_on_groups(ours: Ours, task: Task, size: int) -> Timing:
 
 
 def _flops_of(ours: Ours, tries: Sequence[Trie]) -> float:
-    """Return the operations of reading some tries, with a distribution behind the policy's own."""
+    """Return the operations of reading some tries, with a distribution after the policy's own."""
     return trie_flops(ours.config, tries, sum(float(trie.mask.sum()) for trie in tries))
 
 

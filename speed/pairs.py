@@ -95,7 +95,7 @@ HEADING = (
 def line_of(comparison: Comparison, ceiling: float) -> str:
     """Return a comparison as a line of the table.
 
-    ceiling: GFLOP/s of a large matrix product; each side's own figure has its share behind it.
+    ceiling: GFLOP/s of a large matrix product; each side's own figure has its share after it.
     """
     ours, theirs = comparison.sides()
     ratio = comparison.ratio

@@ -22,7 +22,7 @@ GROUP_SIZES = (2, 4, 8, 16)
 
 @dataclass
 class Shares:
-    """What some groups share. A token is one behind a certain beginning: a node of the trie."""
+    """What some groups share. A token is one after a certain beginning: a node of the trie."""
 
     groups: int
     shared: float  # share of all tokens that another rollout has too
@@ -141,7 +141,7 @@ def shares_of(groups: Sequence[Sequence[Trajectory]]) -> Shares:
 # ---- what is printed -----------------------------------------------------------------------------
 SHARES_HEADING = f"{'groups':>10}{'shared':>9}{'of written':>12}{'apart':>8}"
 HEADING = (
-    "apart: of what the policy wrote, what is distinct and not the whole group's; behind it, the "
+    "apart: of what the policy wrote, what is distinct and not the whole group's; after it, the "
     "groups whose rewards differ\n"
     f"{'temperature':>11}{'rollouts':>10}{'entropy':>9}{'one text':>10}"
     f"{SHARES_HEADING}{SHARES_HEADING}"

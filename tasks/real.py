@@ -92,7 +92,7 @@ class RealTask:
             self.evaluation[name] = short_questions(questions, prompt_tokens, longest_prompt)
 
     def sweep_queries(self) -> list[list[str]]:
-        """Return each passage's title, and without what stands in parentheses behind it."""
+        """Return each passage's title, and without what stands in parentheses after it."""
         tool = self.rl_search["search"]
         if not isinstance(tool, BM25):
             return []

@@ -99,7 +99,7 @@ def run_in_child(
         # All forked processes share the lock of tqdm, and one that is killed never gives it back.
         tqdm.set_lock(threading.RLock())
         try:
-            # A checkpoint behind each step, so that each is met by kills.
+            # A checkpoint after each step, so that each is met by kills.
             stage_files.SECONDS_BETWEEN_SAVES = 0.0
             stage_files.SHARE_OF_SAVING = 1.0
             with watched(watcher or _killer(kill)):

@@ -9,7 +9,7 @@ from data.trajectory import Codec
 
 
 class ScriptedDecoder:
-    """A decoder whose row i writes the i-th line, whatever it is fed, and fillers behind it.
+    """A decoder whose row i writes the i-th line, whatever it is fed, and fillers after it.
 
     It keeps what each row has seen. burst: tokens at most of a call that may return early.
     """

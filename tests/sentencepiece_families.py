@@ -83,7 +83,7 @@ def train_sentencepiece(folder: Path, texts: Sequence[str], **options: Any) -> A
 
 
 def write_llama2_tokenizer_json(folder: Path) -> None:
-    """Write a tokenizer.json that puts a space before the text behind every special token."""
+    """Write a tokenizer.json that puts a space before the text after every special token."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
     prepend = {"type": "Prepend", "prepend": "\u2581"}

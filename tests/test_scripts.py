@@ -512,14 +512,14 @@ def test_an_interrupted_run_goes_on(
 
 @pytest.fixture
 def saves_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a stage save a checkpoint behind each step."""
+    """Let a stage save a checkpoint after each step."""
     monkeypatch.setattr(stage_files, "SECONDS_BETWEEN_SAVES", 0.0)
     monkeypatch.setattr(stage_files, "SHARE_OF_SAVING", 1.0)
 
 
 @contextlib.contextmanager
-def stopped_behind(monkeypatch: pytest.MonkeyPatch, steps_kept: int) -> Iterator[None]:
-    """Stop a stage behind a step; one more is trained and logged, and not kept."""
+def stopped_after(monkeypatch: pytest.MonkeyPatch, steps_kept: int) -> Iterator[None]:
+    """Stop a stage after a step; one more is trained and logged, and not kept."""
     save_if_due = runs.Checkpoint.save_if_due
 
     def stop(self: Any, steps: int) -> None:
@@ -533,7 +533,7 @@ def stopped_behind(monkeypatch: pytest.MonkeyPatch, steps_kept: int) -> Iterator
 
 
 @pytest.mark.parametrize(
-    ("script", "settings_class", "stage", "stop_behind"),
+    ("script", "settings_class", "stage", "stop_after"),
     [
         (train_sft, train_sft.SFTSettings, "sft2", 7),
         (train_rl, train_rl.RLSettings, "rl1", 1),
@@ -548,7 +548,7 @@ def test_a_stage_goes_on_from_its_checkpoint(
     script: Any,
     settings_class: Any,
     stage: str,
-    stop_behind: int,
+    stop_after: int,
 ) -> None:
     """Stopped inside a stage, --resume ends with the weights, log and rollouts of a whole run."""
     root = tmp_path / "out" / "tiny"
@@ -557,11 +557,11 @@ def test_a_stage_goes_on_from_its_checkpoint(
     shutil.copy(whole_run.root / "settings.json", root / "settings.json")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x", "--run=tiny", "--resume"])
-    with stopped_behind(monkeypatch, stop_behind):
+    with stopped_after(monkeypatch, stop_after):
         script.run(read_settings(settings_class, "doc"))
     assert not (root / stage).exists()
     partial_log = read_rows(root / f"{stage}.partial" / "log.jsonl")
-    assert len(partial_log) == stop_behind + 1
+    assert len(partial_log) == stop_after + 1
 
     script.run(read_settings(settings_class, "doc"))
     for file in (MODEL_FILES | {"rollouts.jsonl"}) - {"log.jsonl"}:
@@ -592,7 +592,7 @@ def test_a_mixed_stage_goes_on_with_its_counts(
     ]
     succeed(copied_run.cwd, "train_rl.py", *arguments, "--out=whole")
     monkeypatch.setattr(sys, "argv", ["x", *arguments, "--out=resumed", "--resume"])
-    with stopped_behind(monkeypatch, 1):
+    with stopped_after(monkeypatch, 1):
         train_rl.run(read_settings(train_rl.RLSettings, "doc"))
     train_rl.run(read_settings(train_rl.RLSettings, "doc"))
 

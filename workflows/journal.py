@@ -127,7 +127,7 @@ class Journal:
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if lines:
-                # Cut off where they end: what is written next must not go on behind half a line.
+                # Cut off where they end: what is written next must not go on after half a line.
                 os.truncate(self.path, size)
         return answers
 

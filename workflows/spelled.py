@@ -29,7 +29,7 @@ from workflows.batches import in_batches
 TEMPERATURE = 0.6  # the authors draw one answer to each question
 ACTION = re.compile(f"{re.escape(TAGS['search'])}(.*?){re.escape(TAGS['end_search'])}", re.S)
 LIMIT_REACHED = "Reach the limit of search times."
-# Tokens that the authors let a model write before its first result, behind one, and at the limit.
+# Tokens that the authors let a model write before its first result, after one, and at the limit.
 FIRST_TURN = 2048
 LATER_TURN = 1024
 LAST_TURN = 2048
@@ -62,7 +62,7 @@ def authors_prompt(codec: Codec, question: str) -> list[int]:
 def authors_answer(text: str) -> str:
     """Return the answer that the authors' code reads in what a model wrote, "" where none is.
 
-    It stands behind the thoughts, in the last box that is closed; else behind a phrase such as "The
+    It stands after the thoughts, in the last box that is closed; else after a phrase such as "The
     answer is", or it is the last whole sentence. Who searches after the thoughts has not answered.
     """
     _, closed, conclusion = text.rpartition(TAGS["end_think"])
@@ -95,8 +95,8 @@ class Turn:
     start: int  # tokens of the row before it
     most_tokens: int
     may_search: bool = True
-    # Letters behind the tag that ended it, of the tag's last token: some have ">" and line breaks.
-    behind_tag: str = ""
+    # Letters after the tag that ended it, of the tag's last token: some have ">" and line breaks.
+    after_tag: str = ""
 
 
 class SpelledAgent:
@@ -146,7 +146,7 @@ class SpelledAgent:
                 turn.may_search = False
             row.finished = spent or row.trajectory.ids[-1] in self.codec.eos_ids
             return
-        turn.behind_tag = written[action.end() :]
+        turn.after_tag = written[action.end() :]
         if len(row.trajectory.queries) == self.settings.max_actions:
             limit = f"\n\n{TAGS['result']} {LIMIT_REACHED} {TAGS['end_result']}\n\n"
             self._put(row, limit, LAST_TURN, may_search=False)
@@ -163,7 +163,7 @@ class SpelledAgent:
     def _put(self, row: Row, result: str, most_tokens: int, may_search: bool = True) -> None:
         """Add a result and begin a turn, or end a row that has no room for it and another word."""
         # Line breaks that stand there already are not written twice.
-        ids = self.codec.encode_exactly(result.removeprefix(row.workflow.behind_tag))
+        ids = self.codec.encode_exactly(result.removeprefix(row.workflow.after_tag))
         if len(row.trajectory.ids) + len(ids) >= self.settings.max_len:
             row.finished = True
             return

@@ -211,7 +211,7 @@ class Decoder(SlotDecoder):
             self.slot = rows
 
     def _read_in_all_slots(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Read a token in each slot; return the logits behind it, (slots, vocab).
+        """Read a token in each slot; return the logits after it, (slots, vocab).
 
         tokens, positions: (slots,). Queries look at the whole cache, so that no shape changes.
         """

@@ -20,7 +20,7 @@ from torch import Tensor
 from backends.decoder import SamplingParams
 from backends.torch.network import Transformer
 
-# Tokens between two looks at which rows still write. Those behind the end of a row are not kept.
+# Tokens between two looks at which rows still write. Those after the end of a row are not kept.
 STEPS_BETWEEN_LOOKS = 8
 # Tokens that the cache has room for at a time; then it grows, and a step is recorded anew.
 STEPS_OF_A_CACHE = 128
@@ -81,7 +81,7 @@ class FixedSlots:
 
         logits: (rows, vocab), float32, of the token that comes next.
         draw: tokens by log-probabilities, rows and uniforms.
-        read: the logits behind tokens (rows,) at positions (rows,).
+        read: the logits after tokens (rows,) at positions (rows,).
         """
         logprobs = (logits / self.divisors).log_softmax(-1)  # (rows, vocab)
         uniforms = self.uniforms.index_select(1, self.steps_done)[:, 0]
@@ -96,7 +96,7 @@ class FixedSlots:
         stopped = self.is_stop[self.kind_of_row, tokens]
         self.running &= ~stopped & (self.steps_done < self.limits)
 
-        # A row that does not run writes behind its end, where nobody looks.
+        # A row that does not run writes after its end, where nobody looks.
         next_logits = read(tokens, self.position)
         logits.copy_(torch.where(self.running[:, None], next_logits, logits))
         self.position += self.running

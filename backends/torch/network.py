@@ -37,7 +37,7 @@ class PackedTexts(NamedTuple):
     """All parts of a packed row of texts, for attention in one call.
 
     Only where `Transformer.attends_to_texts_at_once`.
-    ends: (texts + 1,), int32, the column behind each text, after a 0.
+    ends: (texts + 1,), int32, the column after each text, after a 0.
     longest: tokens of the longest one.
     """
 

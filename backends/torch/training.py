@@ -47,7 +47,7 @@ def logprobs(
 def _pick_in_pieces(
     network: Transformer, states: Tensor, ids: Tensor, temperatures: Tensor
 ) -> Tensor:
-    """Return the log-probabilities of ids behind some hidden states, (needed,).
+    """Return the log-probabilities of ids after some hidden states, (needed,).
 
     Logits are by far the largest numbers of a checkpoint with a large vocabulary. Where there are
     many, they are computed piece by piece, and again for their gradient.

@@ -728,7 +728,7 @@ def test_the_scripts_with_an_adapter(
         assert done.status == 0, done.err
         return done.out
 
-    run("train_sft.py", "--resume")  # behind the base model
+    run("train_sft.py", "--resume")  # after the base model
     run("train_rl.py")
     assert begun_stages == STAGES
     assert all((root / stage / weights_name).is_file() for stage in STAGES)

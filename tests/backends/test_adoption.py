@@ -198,7 +198,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_a_prompt_is_as_in_transformers(family: Any) -> None:
     """Its ids are those that transformers gives to the whole text, system turn or none.
 
-    Guards: a lone space token before the question, and another one behind it.
+    Guards: a lone space token before the question, and another one after it.
     """
     codec = family.lm.codec
     if not codec.has_chat_template:

@@ -72,7 +72,7 @@ def test_each_row_has_its_own_stops_limit_and_temperature(
     """Rows that wait, that stop early and that are greedy, in one call; then they read and go on.
 
     Guards: stops of a neighbour, a waiting row that writes or loses its logits, and a position
-    that moves on behind a stop.
+    that moves on after a stop.
     """
     uniforms = np.random.default_rng(3).random((len(PROMPTS), 20))
     endless, _ = lm.decoder(PROMPTS).decode([], [20] * len(PROMPTS), 1.0, uniforms)

@@ -333,7 +333,7 @@ def test_ask_on_mlx(codec: Codec, tmp_path: Path) -> None:
 
 # ---- folders and other libraries -----------------------------------------------------------------
 def mlx_lm_greedy(network: Any, prompt: list[int], tokens: Any) -> Any:
-    """Return what mlx_lm writes behind a prompt."""
+    """Return what mlx_lm writes after a prompt."""
     from mlx_lm.generate import generate_step
 
     steps = generate_step(mx.array(prompt), network, max_tokens=tokens)
@@ -685,7 +685,7 @@ def test_observations_are_learned_at_temperature_1(codec: Codec) -> None:
 def test_entropies_equal_those_of_the_logits(
     codec: Codec, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nats of the distribution behind each learned token, at temperature 1; 0 elsewhere."""
+    """Nats of the distribution after each learned token, at temperature 1; 0 elsewhere."""
     lm = tiny_lm(codec, noise=0.1)
     vocab_size = lm.network.config.vocab_size
     monkeypatch.setattr(batching, "LOGITS_AT_ONCE", tokens_at_once * vocab_size)

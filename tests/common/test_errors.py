@@ -161,7 +161,7 @@ def test_a_signal_while_a_script_is_imported(tmp_path: Path, script: str) -> Non
 
 
 def test_a_reader_that_leaves() -> None:
-    """`--help | head -1` ends without a word. Guards: BrokenPipeError behind the first line."""
+    """`--help | head -1` ends without a word. Guards: BrokenPipeError after the first line."""
     program = "from common.settings import RunSettings, main; main(print, RunSettings, 'A doc.')"
     done = run_python(f'set -o pipefail; "{sys.executable}" -c "{program}" --help | true')
     assert done.returncode in (0, 128 + signal.SIGPIPE)

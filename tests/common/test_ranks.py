@@ -57,7 +57,7 @@ def rl_batches(lm: LM) -> list[Batch]:
 
 
 def train_steps(lm: LM) -> dict[str, Any]:
-    """Return loss and gradients of a step of each kind, and the weights behind it.
+    """Return loss and gradients of a step of each kind, and the weights after it.
 
     The last kind has one text, which leaves nothing to the second process.
     """
@@ -154,10 +154,10 @@ def test_the_first_asks_services_and_its_errors_are_everyones() -> None:
 
 
 # ---- how they end --------------------------------------------------------------------------------
-def test_a_signal_to_one_process_stops_all_behind_the_same_step(
+def test_a_signal_to_one_process_stops_all_after_the_same_step(
     codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the step is saved; with --resume they go on behind it.
+    """And the step is saved; with --resume they go on after it.
 
     Guards: a process that waits for ever for one that has stopped.
     """

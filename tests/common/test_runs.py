@@ -93,7 +93,7 @@ def test_resume_keeps_the_checkpoint_of_its_first_stage(
 
 @pytest.mark.parametrize("arguments", [{"stage": "sft2", "resume": True}, {"stage": "sft3"}])
 def test_what_outlived_its_stage_is_removed(root: Path, arguments: dict[str, Any]) -> None:
-    """A kill behind the last save of a stage; also where nothing is left to train.
+    """A kill after the last save of a stage; also where nothing is left to train.
 
     Guards: the checkpoint of a finished stage that stayed for good. What a user keeps stays.
     """
@@ -249,7 +249,7 @@ def test_a_command_clears_its_way(root: Path, begin: Any) -> None:
 
 
 def test_the_data_of_another_base_model_goes_first(root: Path, begin: Any) -> None:
-    """Guards: a kill behind a new base model, and SFT went on with the data of the old one."""
+    """Guards: a kill after a new base model, and SFT went on with the data of the old one."""
     for name in ("coa.jsonl", "cot.jsonl"):
         (root / "data" / name).write_text("")
     begin()
@@ -412,7 +412,7 @@ def test_a_checkpoint_of_other_settings(codec: Codec, tmp_path: Path) -> None:
 
 
 def test_pace_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """Behind the second step that this command makes, by the bar's own clock."""
+    """After the second step that this command makes, by the bar's own clock."""
     bar = tqdm(desc="rl1", total=12, initial=3)
     bar.start_t -= 8
     for step in range(3, 12):

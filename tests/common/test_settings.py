@@ -100,13 +100,13 @@ def test_the_home_folder_is_written_out(read: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_value_that_looks_like_an_option(read: Any) -> None:
-    """Behind an equals sign anything may stand, and a question is one value."""
+    """After an equals sign anything may stand, and a question is one value."""
     assert read("--ask=-x=1", settings_class=AskSettings).ask == "-x=1"
     assert read("--ask", "Who is it - Eva?", settings_class=AskSettings).ask == "Who is it - Eva?"
 
 
 def test_a_config_file_stands_anywhere(read: Any, tmp_path: Path) -> None:
-    """Guards: a bare flag that takes the file behind it as its value."""
+    """Guards: a bare flag that takes the file after it as its value."""
     path = tmp_path / "mine.py"
     path.write_text('run = "mine"\n')
     assert read("--quick", path, "--seed=1").run == "mine"
@@ -256,12 +256,12 @@ def test_help_names_every_setting(
     out = capsys.readouterr().out
     assert end.value.code == 0
     assert out.startswith("The doc.")
-    # A setting begins a line, behind the frame.
+    # A setting begins a line, after the frame.
     _, *entries = re.split(r"\n\W* --(?=\w)", out)
     comments = {}
     for entry in entries:
         words = re.findall(r"[^\s│|]+", entry.partition("(default:")[0])
-        # The name and what kind of value it takes; the comment is behind them.
+        # The name and what kind of value it takes; the comment is after them.
         comments[words[0]] = words[2:]
     fields = [item.name for item in dataclasses.fields(settings_class) if item.init]
     assert sorted(comments) == sorted(fields)

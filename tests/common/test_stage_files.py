@@ -46,7 +46,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def saves_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a stage save a checkpoint behind each step, without waiting for the disk."""
+    """Let a stage save a checkpoint after each step, without waiting for the disk."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(stage_files, "SECONDS_BETWEEN_SAVES", 0.0)
     monkeypatch.setattr(stage_files, "SHARE_OF_SAVING", 1.0)
@@ -110,7 +110,7 @@ def whole(root: Path, codec: Codec) -> dict[str, Any]:
 def test_a_stage_goes_on_from_its_checkpoint(
     root: Path, codec: Codec, whole: Any, saves_each_step: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A step behind the last checkpoint is made again, and is in each log once."""
+    """A step after the last checkpoint is made again, and is in each log once."""
     capsys.readouterr()
     with pytest.raises(KeyboardInterrupt):
         train(codec, act=stop_at(3))
@@ -118,7 +118,7 @@ def test_a_stage_goes_on_from_its_checkpoint(
     assert [path.name for path in list_checkpoints(root / "sft1")] == ["2", "3"]
     log = root / "sft1.partial" / "log.jsonl"
     seconds = read_rows(log)[-1]["seconds"]
-    # A loss of power leaves such things behind the end of a file.
+    # A loss of power leaves such things after the end of a file.
     for name in stage_files.LOG_FILES:
         with open(root / "sft1.partial" / name, "ab") as file:
             file.write(b'{"step": 3, "lo' + bytes(40))
@@ -282,7 +282,7 @@ def test_each_checkpoint_has_its_best_weights(codec: Codec, tmp_path: Path) -> N
     checkpoint = Checkpoint(lm, lm.backend.Optimizer(lm.network), folder, StageSettings())
     best_weights = BestWeights(lm, folder, 0)
     assert best_weights.best is None
-    # The best change in steps 0, 2, 4, 6; the checkpoints behind 3 and 5 steps stay.
+    # The best change in steps 0, 2, 4, 6; the checkpoints after 3 and 5 steps stay.
     for step, reward in enumerate([0.1, 0.1, 0.2, 0.0, 0.3, 0.3, 0.4]):
         lm.network.model.norm.weight.data[0] = step
         best_weights.keep_if_best(step, reward)

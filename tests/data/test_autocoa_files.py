@@ -204,7 +204,7 @@ def learned_text(codec: Codec, trajectory: Trajectory) -> Any:
 
 
 def test_a_released_pair_with_a_shared_beginning(chat: Any, tmp_path: Path) -> None:
-    """It stands behind <think> in the human's turn, and may hold a search.
+    """It stands after <think> in the human's turn, and may hold a search.
 
     Only the two ends are learned. Guards: the beginning taken for a part of the question.
     """
@@ -246,7 +246,7 @@ def check_shared_beginning(chosen: Any, rejected: Any) -> None:
 
 
 def test_a_thought_may_speak_of_the_box(nano: Any) -> None:
-    """It is plain text there, and the answer is the box behind the thought.
+    """It is plain text there, and the answer is the box after the thought.
 
     Guards: rows of reasoning models, left out as tags in the wrong place.
     """

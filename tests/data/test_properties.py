@@ -275,7 +275,7 @@ def test_any_observation(holds_for: Try) -> None:
 
 # ---- boxes and trajectories ----------------------------------------------------------------------
 def test_answers_in_boxes(holds_for: Try) -> None:
-    """An answer with its own braces is read from its box, whatever comes behind it."""
+    """An answer with its own braces is read from its box, whatever comes after it."""
 
     def check(answer: str, rest: str) -> None:
         assert answer_in_box(f" {answer}}}{rest}") == answer
@@ -345,7 +345,7 @@ def read_or_refuse(read: Callable[[], Any]) -> Any:
 
 
 def write_lines(path: Path, rows: list[Any]) -> Path:
-    """Write rows as JSON lines, behind a byte order mark."""
+    """Write rows as JSON lines, after a byte order mark."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.write_text("\ufeff" + text, encoding="utf-8")
     return path

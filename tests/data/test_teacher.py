@@ -40,7 +40,7 @@ def nano() -> Any:
 
 
 def segments(codec: Codec, trajectory: Trajectory) -> Any:
-    """Return (role, text) of the runs of one role behind the prompt."""
+    """Return (role, text) of the runs of one role after the prompt."""
     found = []
     tokens = zip(trajectory.ids, trajectory.role, strict=True)
     for role, run in itertools.groupby(tokens, key=lambda token: token[1]):
@@ -50,7 +50,7 @@ def segments(codec: Codec, trajectory: Trajectory) -> Any:
 
 
 def segment_texts(codec: Codec, trajectory: Trajectory) -> list[Any]:
-    """Return the texts of the runs of one role behind the prompt."""
+    """Return the texts of the runs of one role after the prompt."""
     return [text for _, text in segments(codec, trajectory)]
 
 
@@ -165,7 +165,7 @@ def test_a_miss_is_kept_and_reworded(nano: Any) -> None:
 
 
 def test_a_comparison_notes_what_it_read(nano: Any) -> None:
-    """Both notes stand behind what was read, before the conclusion."""
+    """Both notes stand after what was read, before the conclusion."""
     compared = [question for question in QUESTIONS if question.conclusion]
     assert len(compared) > 20
     for question, chain in write_chains(nano, compared, set(), SEARCH)[0]:
@@ -503,7 +503,7 @@ def test_a_question_that_finds_nothing_is_dropped(nano: Any) -> None:
         (Observation("This search is not in the cache.", Provenance.MISSED), 0),
     ],
 )
-def test_a_chain_behind_a_failed_search_is_dropped(
+def test_a_chain_after_a_failed_search_is_dropped(
     nano: Any, first_observation: Any, kept: int
 ) -> None:
     """Wikipedia did not answer: that it holds nothing of the title would be made up.

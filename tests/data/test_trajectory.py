@@ -339,7 +339,7 @@ def build_with_insertion(codec: Codec, text: str, before: Any) -> Any:
 )
 def test_a_stray_tag_is_malformed(codec: Codec, text: str, before: str | None) -> None:
     """Unbalanced or doubled tags, results that the policy invents, an action without its
-    observation, two answers, an action or words behind the answer.
+    observation, two answers, an action or words after the answer.
     """
     assert not codec.is_well_formed(build_with_insertion(codec, text, before))
 

@@ -57,7 +57,7 @@ def test_the_authors_prompt() -> None:
 
 
 def test_rows_of_autocoa(tmp_path: Path) -> None:
-    """The question is what stands behind the instructions, whatever it says itself."""
+    """The question is what stands after the instructions, whatever it says itself."""
     texts = ["Who directed Silver River?", "Question: who? answer: Eva"]
     rows = [authors_row(text, level="easy") for text in texts]
     path = write(tmp_path / "train.parquet", *rows)
@@ -99,7 +99,7 @@ def test_rows_of_research(tmp_path: Path) -> None:
 
 
 def test_a_column_of_questions_comes_first(tmp_path: Path) -> None:
-    """In a file with passages behind the question, the prompt does not end with it."""
+    """In a file with passages after the question, the prompt does not end with it."""
     row = authors_row(question="Who?", prompt=[{"role": "user", "content": "Who? Context: .."}])
     assert one_question(write(tmp_path / "rag.parquet", row)).question == "Who?"
 

@@ -76,7 +76,7 @@ class CountedDecoder:
 
 # ---- what it learns ------------------------------------------------------------------------------
 def test_the_observation_alone_is_learned(codec: Codec) -> None:
-    """Behind the opening tag, which is the prompt's last token; the closing tag is learned too."""
+    """After the opening tag, which is the prompt's last token; the closing tag is learned too."""
     trajectory = training_trajectory(codec, EXAMPLES[0], 64)
     prompt = query_prompt(codec, "Silver River")
     begin = [codec.search_id, *codec.encode("Silver River"), codec.end_search_id]
@@ -191,7 +191,7 @@ def test_it_stops_at_the_end_of_a_text(codec: Codec) -> None:
 
 # ---- how unsure it is ----------------------------------------------------------------------------
 def entropy_by_hand(lm: LM, prompt: list[int], written: list[int]) -> float:
-    """Return the mean entropy behind the written ids, by NumPy in float64 from torch's logits."""
+    """Return the mean entropy after the written ids, by NumPy in float64 from torch's logits."""
     import torch
 
     ids = torch.tensor([prompt + written])

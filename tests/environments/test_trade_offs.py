@@ -53,7 +53,7 @@ def made_up_run(name: str, sft3_is_right: list[float]) -> None:
         made_up.record(row, {"rl1_call_cost": price, "world_model": "world_model_half"})
         made_up.scores[row] = [1.0, 1.0]
         made_up.search_known[row] = searched
-    # The real steps behind it know nothing of the world model.
+    # The real steps after it know nothing of the world model.
     made_up.record("half_80", {"sweep_share": 0.5, "world_model": "world_model_half"})
     made_up.record("half_80_real_16", {"sweep_share": 1.0, "world_model": "world_model"})
     made_up.scores["half_80_real_16"] = [1.0, 0.0]

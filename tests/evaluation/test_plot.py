@@ -223,7 +223,7 @@ def test_the_moving_mean(root: Path) -> None:
     assert end == pytest.approx((14, 12.5))
 
 
-def test_rl2_is_drawn_behind_rl1() -> None:
+def test_rl2_is_drawn_after_rl1() -> None:
     """The ablations start from another model, at step 0."""
     log = [{"step": step, **dict.fromkeys(plot.RL_PANELS, 0.5)} for step in range(4)]
     stages = ["rl1", "rl2", "rl2_alone"]

@@ -59,7 +59,7 @@ class Answerer:
 
 # ---- interrupted evaluations ---------------------------------------------------------------------
 def test_a_line_that_was_cut_is_asked_again(tmp_path: Path) -> None:
-    """What is written next must not go on behind it."""
+    """What is written next must not go on after it."""
     answerer = Answerer()
     sets = sets_of("a", "b")
     first = Predictions(tmp_path, {"ReAct": "w1"}, resume=False)
@@ -73,7 +73,7 @@ def test_a_line_that_was_cut_is_asked_again(tmp_path: Path) -> None:
 
 
 def test_a_loss_of_power_leaves_nothing_that_stops_it(tmp_path: Path) -> None:
-    """NUL bytes behind the last answers: they go, and the answers stay."""
+    """NUL bytes after the last answers: they go, and the answers stay."""
     answerer = Answerer()
     sets = sets_of("a", "b")
     first = Predictions(tmp_path, {"ReAct": "w1"}, resume=False)
@@ -197,7 +197,7 @@ def evaluate(tmp_path: Path) -> Any:
     return run
 
 
-def test_answers_behind_a_failed_search_are_asked_again(evaluate: Any) -> None:
+def test_answers_after_a_failed_search_are_asked_again(evaluate: Any) -> None:
     assert evaluate() == (["1", "1"], 6)
 
 

@@ -137,7 +137,7 @@ def test_steps_take_questions_in_turn(
     assert asked == [["A?", "B?"], ["C?", "A?"]]
 
 
-def test_a_stage_goes_on_behind_the_questions_of_the_one_before(
+def test_a_stage_goes_on_after_the_questions_of_the_one_before(
     codec: Codec, lm: LM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards: an RL-2 that asks again what RL-1 has asked of the same pool."""
@@ -275,7 +275,7 @@ def test_the_two_stages(
     stages: list[str],
     loaded: list[str],
 ) -> None:
-    """RL-1 asks a world model and RL-2 the tool, of one pool in which RL-2 goes on behind RL-1.
+    """RL-1 asks a world model and RL-2 the tool, of one pool in which RL-2 goes on after RL-1.
 
     The adapter is made before the reference is copied (guards: a second base in memory). The
     reference is what the command begins with; --resume after RL-1 goes on from RL-1 with the same
@@ -451,7 +451,7 @@ def test_a_group_with_a_lost_search_is_skipped(
     provenance: Any,
     given: dict[str, float],
 ) -> None:
-    """What is rewarded behind a search that failed says nothing of the policy.
+    """What is rewarded after a search that failed says nothing of the policy.
 
     Guards: its tokens in the penalty and in the auxiliary loss, which skipped groups may be in.
     """
@@ -641,7 +641,7 @@ def test_a_minibatch_splits_groups_as_rows(codec: Codec, lm: LM) -> None:
     )
     first, second = packed["parts"]
     assert packed["ids"][: first[1]].tolist() == trajectories[0].ids
-    # "Eva" and "Carl" stand behind one beginning.
+    # "Eva" and "Carl" stand after one beginning.
     assert second[1] - second[0] == len(trajectories[2].ids) + 3
     assert packed["norm"] == sum(sum(trajectories[row].mask) for row in (0, 2, 3))
     shared = packed["mask"][second[0] : second[1]] * packed["positive"][second[0] : second[1]]
@@ -800,7 +800,7 @@ def test_without_the_coefficient_a_step_is_the_plain_policy_gradient(codec: Code
         assert (weight == expected[name]).all(), name
 
 
-# ---- over a checkpoint, and behind an alarm ------------------------------------------------------
+# ---- over a checkpoint, and after an alarm ------------------------------------------------------
 @pytest.fixture(scope="module")
 def searching_policy(codec: Codec) -> LM:
     """Return a tiny network that has learned a little to search and to answer."""
@@ -818,7 +818,7 @@ def train_mixed(
 ) -> list[Any]:
     """Train some steps of a mixed stage, and return its log.
 
-    steps_kept: stop behind these steps and one more, and go on from the checkpoint; 0: in one go.
+    steps_kept: stop after these steps and one more, and go on from the checkpoint; 0: in one go.
     """
     settings = RLSettings(questions=2, rollouts=4, max_len=90, resume=True, rl_lr=1e-3)
 
@@ -848,7 +848,7 @@ def test_a_budget_holds_over_a_checkpoint(
 ) -> None:
     """A mixed stage that is stopped and resumed is the whole one: weights, calls and counts.
 
-    The budget is spent behind the interruption, in both. Guards: a budget that begins anew with
+    The budget is spent after the interruption, in both. Guards: a budget that begins anew with
     --resume, and calls of the step that is made again, counted twice.
     """
     monkeypatch.chdir(tmp_path)
@@ -876,7 +876,7 @@ def test_a_budget_holds_over_a_checkpoint(
 def test_memory_of_a_thousand_steps(
     searching_policy: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stays as it is behind the first steps, but for the log's lines and noise.
+    """It stays as it is after the first steps, but for the log's lines and noise.
 
     Guards: a cache, a graph or a memo that grows with each step.
     """
@@ -925,7 +925,7 @@ def test_a_stage_of_two_processes_is_that_of_one(
 def rig_alarm(codec: Codec, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each step learn from two rollouts that are written here, and an alarm ring at step 2.
 
-    By the held-out reward, which is looked at in each step, the weights behind one step are best.
+    By the held-out reward, which is looked at in each step, the weights after one step are best.
     """
     replay(monkeypatch, sampled(codec, lm, ["Eva", "Ada"]), [[1.0, 0.0]])
     held_out_rewards = [0.1, 0.5, 0.3]
@@ -960,7 +960,7 @@ def test_an_alarm_ends_a_stage_with_the_best_weights(
 ) -> None:
     """They are those of a stage of one step; without the flag the same alarm ends nothing.
 
-    So it is over a kill behind the alarm, when steps are made again whose weights were kept. The
+    So it is over a kill after the alarm, when steps are made again whose weights were kept. The
     searches on held-out questions are counted, and keep to the budget.
     """
     monkeypatch.chdir(tmp_path)
@@ -975,7 +975,7 @@ def test_an_alarm_ends_a_stage_with_the_best_weights(
 
     whole = train_real(searching_policy, "whole", steps=4, stop_on_alarm=True)
     line = (
-        "whole: stopped by an alarm at step 2 (entropy fell); it ends with the weights behind "
+        "whole: stopped by an alarm at step 2 (entropy fell); it ends with the weights after "
         "1 steps, whose held-out reward of 0.500 was the best"
     )
     assert line in capsys.readouterr().out.splitlines()
@@ -984,7 +984,7 @@ def test_an_alarm_ends_a_stage_with_the_best_weights(
     assert [row["loss"] for row in whole] == [row["loss"] for row in free[:3]]
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs.Checkpoint, "save_if_due", save_behind_first_step)
+        patch.setattr(runs.Checkpoint, "save_if_due", save_after_first_step)
         patch.setattr(runs.Checkpoint, "finish", stop_here)
         train_real(searching_policy, "resumed", steps=4, stop_on_alarm=True)
     assert (root / "resumed.checkpoint" / "best" / "1").is_dir()
@@ -1000,7 +1000,7 @@ def test_an_alarm_ends_a_stage_with_the_best_weights(
     assert weights["whole"] != weights["free"]
 
 
-def save_behind_first_step(checkpoint: Any, steps: int) -> None:
+def save_after_first_step(checkpoint: Any, steps: int) -> None:
     """Stand for Checkpoint.save_if_due where the first step alone took half a minute."""
     if steps == 1:
         checkpoint.save(steps)
@@ -1011,7 +1011,7 @@ def stop_here(checkpoint: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_no_stage_is_begun_behind_an_alarm(
+def test_no_stage_is_begun_after_an_alarm(
     trained_folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """The command ends well, and says how to go on."""
@@ -1025,7 +1025,7 @@ def test_no_stage_is_begun_behind_an_alarm(
 
 
 def test_held_out_questions_are_asked_by_no_step() -> None:
-    """They stand behind the pool's questions; one whose words a step asks too is left out."""
+    """They stand after the pool's questions; one whose words a step asks too is left out."""
     texts = ["A?", "B?", "C?", "B?", "D?", "E?"]
     pool = [question(text) for text in texts]
     asked = []

@@ -166,7 +166,7 @@ def test_each_token_is_the_one_that_its_number_draws(lm: LM) -> None:
 
 
 def next_probabilities(lm: LM, ids: list[int], temperature: float) -> np.ndarray:
-    """Return the distribution behind each place of a text, (places, vocab), in float64."""
+    """Return the distribution after each place of a text, (places, vocab), in float64."""
     if lm.backend.NAME == "torch":
         with torch.no_grad():
             logits = lm.network.logits(lm.network(torch.tensor([ids])))[0].numpy()

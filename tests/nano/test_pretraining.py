@@ -119,7 +119,7 @@ def skill_of(prompt: list[int], searches: Any) -> Any:
     return "query" if searches else "reading"
 
 
-def test_queries_and_readings_behind_other_facts(nano: Any) -> None:
+def test_queries_and_readings_after_other_facts(nano: Any) -> None:
     """The skills that a workflow puts together are learned at every fact of a question.
 
     What was said before is given. What is learned is the ask and its query; or the ask, what is
@@ -236,8 +236,8 @@ def test_titles_can_only_be_copied(nano: Any) -> None:
     trajectory = copy_titles(source, random.Random(1))
     lines = trajectory.observations[0].text.split(LINE_BREAK)
     numbered_titles = [line.split(":")[0] for line in lines]
-    behind = trajectory.ids.index(nano.end_result_id) + 1
-    copies = nano.decode(trajectory.ids[behind:]).split(" says")
+    after = trajectory.ids.index(nano.end_result_id) + 1
+    copies = nano.decode(trajectory.ids[after:]).split(" says")
     assert sorted(copy.strip() for copy in copies if copy) == sorted(numbered_titles)
     learned = learned_texts(nano, trajectory)
     for title in numbered_titles:

@@ -54,7 +54,7 @@ def test_pools_are_apart() -> None:
 def test_a_pool_is_a_function_of_seed_and_name() -> None:
     """Whatever was asked before, a pool is the same, and a larger one begins with the smaller.
 
-    Guards: RL-2 alone, or behind --resume, trained on other questions than the whole command.
+    Guards: RL-2 alone, or after --resume, trained on other questions than the whole command.
     """
     task = NanoTask(TaskRunSettings(train_scale=1, eval_questions=2))
     rl2 = task.questions("rl2", 60)
@@ -313,7 +313,7 @@ def test_long_questions_are_left_out_everywhere(
 ) -> None:
     """Of the pools and of evaluation, with their file and line; pools keep their order.
 
-    Guards: one long question, at which SFT ended behind its first stage, and RL and evaluation in
+    Guards: one long question, at which SFT ended after its first stage, and RL and evaluation in
     their midst.
     """
     rows = [{**QUESTION, "id": str(n), "question": f"Which {'very ' * n}?"} for n in range(40)]

@@ -58,7 +58,7 @@ def test_an_endpoint_is_asked_once(
 
 
 def test_the_protocol(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Path, key, the name behind #, budget and stops are sent as OpenAI has them."""
+    """Path, key, the name after #, budget and stops are sent as OpenAI has them."""
     endpoint = FakeEndpoint(serve, lambda request: "fine")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     chat = judge_chat(endpoint, tmp_path, "small")

@@ -250,7 +250,7 @@ def test_a_slow_client(serve_index: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_head_that_does_not_come(
     serve_index: Any, monkeypatch: pytest.MonkeyPatch, before: bytes
 ) -> None:
-    """The connection is closed, also behind a request that was answered.
+    """The connection is closed, also after a request that was answered.
 
     Guards: clients that say nothing, who in time hold all connections that a process may have.
     """

@@ -84,7 +84,7 @@ def test_what_does_not_hold_is_asked_again(path: Path) -> None:
 def test_a_damaged_line_is_asked_again(path: Path, damage: bytes) -> None:
     """In batches of the same members, so that not even a rounding differs.
 
-    Guards: a line that is written behind one that was cut.
+    Guards: a line that is written after one that was cut.
     """
     ask(path, Model())
     lines = path.read_bytes().splitlines(keepends=True)

@@ -109,7 +109,7 @@ def test_an_action_that_is_spelled(lm: LM, monkeypatch: pytest.MonkeyPatch) -> N
     assert lm.codec.decode(shown).count("search_result>") == 4
 
 
-def test_behind_the_limit_nothing_is_searched(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_the_limit_nothing_is_searched(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it writes then is taken as it is, another call too, and it is told once."""
     action = "<begin_search>Eva</end_search>"
     rest = f" Well. {action} It is Eva.</think> \\boxed{{Eva Moss}}"
@@ -141,7 +141,7 @@ class LetterCodec:
 
 
 def test_line_breaks_in_the_token_that_ends_a_tag() -> None:
-    """Guards: four before a result, where the authors, who cut behind the tag, write two."""
+    """Guards: four before a result, where the authors, who cut after the tag, write two."""
     codec: Any = LetterCodec()
     agent = SpelledAgent(codec, SETTINGS)
     row = Row(Trajectory(), workflow=Turn(0, 2048))
@@ -155,7 +155,7 @@ def test_line_breaks_in_the_token_that_ends_a_tag() -> None:
 
 
 def test_an_empty_query_is_none(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is searched for, nor is what the turn asks behind it."""
+    """Nothing is searched for, nor is what the turn asks after it."""
     line = "<begin_search> </end_search> Hm <begin_search>Eva</end_search></think> \\boxed{Eva}"
     script(lm, monkeypatch, line)
     ((found, trajectory),) = answer_spelled(lm, ["Who?"], library(PASSAGES, 1), SETTINGS, seed=0)
@@ -178,7 +178,7 @@ def test_turns_have_lengths_of_their_own(lm: LM, monkeypatch: pytest.MonkeyPatch
 def test_what_ends_a_row(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own end, a result without room, and no room at all; each row is its own.
 
-    What looks like a call behind the thoughts is none.
+    What looks like a call after the thoughts is none.
     """
     action = "<begin_search>Silver River</end_search>"
     script(lm, monkeypatch, "</think> Eva.", "so " * 80 + action, "so " * 300, f"</think> {action}")
@@ -224,7 +224,7 @@ def test_sampling_depends_on_seed_and_question(lm: LM) -> None:
     ],
 )
 def test_the_answer_that_the_authors_read(text: str, answer: str) -> None:
-    """The last box behind the thoughts, a phrase, or the last whole sentence.
+    """The last box after the thoughts, a phrase, or the last whole sentence.
 
     A box ends at its first brace and counts only where it is closed, as in their code.
     """

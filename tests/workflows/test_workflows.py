@@ -151,7 +151,7 @@ def test_a_workflow_calls_as_often_as_an_agent(
 def test_the_lines_of_an_instruct_models_workflow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each step is on a line of its own, also behind one that was cut or that ended the turn.
+    """Each step is on a line of its own, also after one that was cut or that ended the turn.
 
     The answer is what follows `Answer:`. Guards: "the writer ofSearch:"; "The answer is not known
     yet" taken for an answer.
@@ -465,7 +465,7 @@ def test_a_reader_that_never_ends(codec: Codec) -> None:
 
 
 def test_reading_what_is_given(lm: LM) -> None:
-    """Each question gets its own passages, whole, behind a thought; no search is run."""
+    """Each question gets its own passages, whole, after a thought; no search is run."""
     given = ["Silver River 1: A film.", "Iron Hill 1: A film. It was directed by Ada Falk."]
     questions = ["Who directed Silver River?", "Who?"]
     settings = RolloutSettings(max_len=300, max_thought=8)
@@ -478,7 +478,7 @@ def test_reading_what_is_given(lm: LM) -> None:
 
 
 def test_an_answer_at_once(lm: LM) -> None:
-    """The box is opened behind the question, and what is written in it is the answer."""
+    """The box is opened after the question, and what is written in it is the answer."""
     questions = ["Who?", "Who directed Silver River?", "A"]
     codec = lm.codec
     settings = RolloutSettings(batch_rows=2, max_answer=5)
