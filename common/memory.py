@@ -211,9 +211,12 @@ def _workload(settings: Any, kind: Kind) -> Workload:
 
 
 def _tokens_at_once(settings: Any, kind: Kind) -> int:
-    """Return the tokens of the largest micro-batch; a trajectory or a pair is never cut."""
-    longest = 2 * settings.max_len if kind == "sft" else settings.max_len
-    return max(settings.micro_tokens, longest)
+    """Return the tokens of the largest micro-batch.
+
+    A pair is never cut, nor are the rollouts of a question, which may share no more than that.
+    """
+    texts_together = settings.rollouts if kind == "rl" else 2
+    return max(settings.micro_tokens, texts_together * settings.max_len)
 
 
 def _counted_memory(lm: LM, settings: Any, workload: Workload) -> dict[str, int]:

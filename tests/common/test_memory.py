@@ -297,6 +297,15 @@ def test_a_step_is_timed_with_its_own_optimizer(
     assert optimizers == [muon]
 
 
+def test_the_rollouts_of_a_question_are_one_micro_batch(
+    capsys: pytest.CaptureFixture[str], codec: Codec
+) -> None:
+    """Guards: the logits of one rollout counted, where a trie of five is never cut."""
+    settings = RLSettings(rollouts=5, max_len=100, micro_tokens=200, kl=0.1)
+    memory.report(tiny_lm(codec), settings, "rl", nll_loss)
+    assert "micro-batches of 500 tokens" in capsys.readouterr().out
+
+
 def test_measuring_leaves_the_weights(codec: Codec) -> None:
     """Guards: a run that begins with what its report trained."""
     lm = tiny_lm(codec)
