@@ -59,8 +59,8 @@ class Prediction(ScoredAnswer):
 
     row: str
     set: str
-    asked: str  # question_hash
-    made: str  # provenance_hash
+    question_hash: str  # of all in the question that an answer or its score depends on
+    provenance_hash: str  # of the weights and settings that made the answer
     # What a language model says: 1.0 right, 0.0 wrong, None where its verdict can't be read.
     judge: NotRequired[float | None]
 
@@ -111,7 +111,11 @@ def recall_known_facts(
     known_facts = _read_known_facts(path, provenance, questions_hash) if may_reuse else None
     if known_facts is None:
         known_facts, _ = recall(base, list(questions), settings, journal)
-        row = {"made": provenance, "asked": questions_hash, "known": sorted(known_facts)}
+        row = {
+            "provenance_hash": provenance,
+            "questions_hash": questions_hash,
+            "known": sorted(known_facts),
+        }
         if ranks.is_first():
             write_text(path, json.dumps(row))
     journal.remove()
@@ -124,7 +128,7 @@ def _read_known_facts(path: Path, provenance: str, questions_hash: str) -> set[s
         return None
     try:
         content = parse_json(path.read_text())
-        if content["made"] != provenance or content["asked"] != questions_hash:
+        if content["provenance_hash"] != provenance or content["questions_hash"] != questions_hash:
             return None
         return set(content["known"])
     except (ValueError, KeyError, TypeError):
@@ -245,8 +249,8 @@ class Predictions:
                 "row": row,
                 "set": set_name,
                 **answer,
-                "asked": question_hash(question),
-                "made": self._provenance[row],
+                "question_hash": question_hash(question),
+                "provenance_hash": self._provenance[row],
             }
             self._answers[self._key(row, set_name, question)] = prediction
             predictions.append(prediction)
@@ -280,7 +284,7 @@ class Predictions:
             prediction
             for prediction in self._answers.values()
             if _identity(prediction) not in identities
-            and prediction.get("made") == self._provenance.get(prediction["row"])
+            and prediction.get("provenance_hash") == self._provenance.get(prediction["row"])
         ]
         write_jsonl(self.path, current + earlier)
         self.partial_path.unlink(missing_ok=True)
@@ -310,8 +314,8 @@ def _stored_key(prediction: Prediction) -> PredictionKey:
         prediction["row"],
         prediction["set"],
         prediction["id"],
-        prediction.get("asked"),
-        prediction.get("made"),
+        prediction.get("question_hash"),
+        prediction.get("provenance_hash"),
     )
 
 

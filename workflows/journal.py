@@ -58,7 +58,7 @@ class Line(TypedDict):
     So those that follow have the same members as in one go, and not even a rounding differs.
     """
 
-    made: str  # a hash of all that the answers depend on
+    provenance_hash: str  # of all that the answers depend on
     kind: str  # of the questions: one text may be asked in several ways
     questions: list[str]
     answers: list[str]
@@ -76,7 +76,7 @@ class Journal:
         """
         self.path = path
         self._at_once = batch_rows * ranks.count()
-        self._made = short_hash([provenance, self._at_once])
+        self._provenance_hash = short_hash([provenance, self._at_once])
         self._answers: dict[tuple[str, str], str] = ranks.of_first(lambda: self._read(resume))
 
     def answers(
@@ -107,7 +107,9 @@ class Journal:
     def _keep(self, kind: str, questions: list[str], answers: list[str]) -> None:
         for question, answer in zip(questions, answers, strict=True):
             self._answers[kind, question] = answer
-        line = Line(made=self._made, kind=kind, questions=questions, answers=answers)
+        line = Line(
+            provenance_hash=self._provenance_hash, kind=kind, questions=questions, answers=answers
+        )
         if ranks.is_first():
             append_jsonl(self.path, [line])
             sync(self.path)
@@ -119,7 +121,7 @@ class Journal:
         size = 0  # of the lines that hold
         for line in lines if resume else []:
             row = _parse(line)
-            if row is None or row["made"] != self._made:
+            if row is None or row["provenance_hash"] != self._provenance_hash:
                 break
             size += len(line)
             for question, answer in zip(row["questions"], row["answers"], strict=True):
@@ -138,7 +140,7 @@ def _parse(line: bytes) -> Line | None:
         return None
     try:
         row = parse_json(line)
-        texts = [row["made"], row["kind"], *row["questions"], *row["answers"]]
+        texts = [row["provenance_hash"], row["kind"], *row["questions"], *row["answers"]]
         is_whole = len(row["questions"]) == len(row["answers"])
     except (ValueError, KeyError, TypeError):
         return None

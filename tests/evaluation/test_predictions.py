@@ -313,7 +313,7 @@ def test_known_facts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(recalled) == 3
     recall_again(provenance="other weights", count=2)
     assert recalled[3:] == [["q0", "q1"]]
-    path.write_text('{"made": "other weights"')
+    path.write_text('{"provenance_hash": "other weights"')
     assert recall_again(provenance="other weights", count=2) == {"a", "b"}
     assert len(recalled) == 5
 

@@ -73,12 +73,12 @@ def test_what_does_not_hold_is_asked_again(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        b'{"made": "w", "kind": "k", "ques',
+        b'{"provenance_hash": "w", "kind": "k", "ques',
         b"\xff\n",
         b"3\n",
         b"{}\n",
-        b'{"made": "w", "kind": "k", "questions": ["a"], "answers": []}\n',
-        b'{"made": "w", "kind": "k", "questions": ["a"], "answers": [1]}\n',
+        b'{"provenance_hash": "w", "kind": "k", "questions": ["a"], "answers": []}\n',
+        b'{"provenance_hash": "w", "kind": "k", "questions": ["a"], "answers": [1]}\n',
     ],
 )
 def test_a_damaged_line_is_asked_again(path: Path, damage: bytes) -> None:
