@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check PyTorch on this machine's GPU: bash gpu_check.sh (some minutes; out/gpu_check.json).
+# Check PyTorch on this machine's GPU: bash gpu_check.sh (under ten minutes; out/gpu_check.json).
 #   bash gpu_check.sh --quick    trains the short form on it too, and compares its speed
 #   bash gpu_check.sh cpu        the same checks at a tiny size
 set -euo pipefail

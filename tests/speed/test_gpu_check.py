@@ -1,40 +1,119 @@
 """The checks of a GPU, at a tiny size on a CPU."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.profiler import ProfilerActivity, profile
 
-from speed import gpu_check
-from speed.gpu_check import CHECKS, Finding, Place, run_checks
+import backends.torch as torch_backend
+from common.memory import training_bytes
+from speed.check_training import CPU_SIZES, LOSSES, Place, repeat_step, take_step
+from speed.findings import Finding, run_checks
+from speed.gpu_check import CHECKS, activation_bytes, count_launches, open_place, run_bench
 
 
-def test_all_checks_pass_on_a_cpu(tmp_path: Path) -> None:
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    """Return the CPU, at a tiny size."""
+    return open_place("cpu", tmp_path)
+
+
+def test_all_checks_pass_on_a_cpu(place: Place, tmp_path: Path) -> None:
     """The script that runs on a GPU is the same, so that what breaks it is found here."""
-    findings = run_checks("cpu", tmp_path / "report.json")
+    findings = run_checks(CHECKS, place, tmp_path / "report.json")
     assert [finding for finding in findings if finding.passed is False] == []
     checked = [finding.check for finding in findings if finding.passed]
-    # One in seven of 36.
-    assert len([name for name in checked if name.startswith("two steps of")]) == 6
-    assert {"loss, CPU and device", "a checkpoint goes on, on the CPU"} <= set(checked)
+    ways = [name for name in checked if name.startswith("two steps of")]
+    # One in seven of 60.
+    assert len(ways) == 9
+    assert {name.split()[3].rstrip(",") for name in ways} == set(LOSSES)
+    assert {
+        "loss, CPU and device: how far apart",
+        "a checkpoint goes on, on the CPU",
+        "step 0 of two runs of one seed: weights behind it",
+        "launches of kernels and graphs, a token",
+    } <= set(checked)
     assert len(json.loads((tmp_path / "report.json").read_text())) == len(findings)
     ended = [finding for finding in findings if finding.check.startswith("seconds of")]
     assert len(ended) == len(CHECKS)
 
 
-def test_a_check_that_breaks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_launches_are_those_of_a_token(place: Place) -> None:
+    """They do not depend on how long the prompts are, and on how many tokens are written.
+
+    Guards: the network's copy for decoding, the prompts and the first steps, counted as tokens.
+    """
+
+    def operations(length: int, decoded: int) -> str:
+        place.sizes = replace(CPU_SIZES, length=length, decoded=decoded)
+        return list(count_launches(place))[-1].seen
+
+    assert operations(12, 4) == operations(30, 12)
+
+
+def break_gradient(step: int) -> Callable[..., Any]:
+    """Return an optimizer's step that is another one in the second run of a seed."""
+    take = torch_backend.Optimizer.step
+    steps = []
+
+    def other_step(optimizer: Any, gradients: Any, *rates: float) -> None:
+        steps.append(optimizer)
+        if len(steps) == step:
+            name = next(iter(gradients))
+            gradients[name] = -gradients[name]
+        take(optimizer, gradients, *rates)
+
+    return other_step
+
+
+def test_a_step_that_is_not_repeated_is_found(
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is a line of the report, behind what it found, and the next one goes on."""
+    """Guards: a comparison of losses alone, which are those before the step."""
+    monkeypatch.setattr(torch_backend.Optimizer, "step", break_gradient(step=2))
+    loss, norm, weights = repeat_step(place)
+    assert [loss.passed, norm.passed, weights.passed] == [True, True, False]
 
-    def breaks(place: Place) -> Iterator[Finding]:
-        yield Finding("before", "1", "2", passed=False)
-        raise RuntimeError("CUDA error: out of luck\nat some place")
 
-    monkeypatch.setattr(gpu_check, "CHECKS", (breaks, gpu_check.describe_machine))
-    run_checks("cpu", tmp_path / "report.json")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "FAILED  before: 2 (expected: 1)"
-    assert lines[1] == "FAILED  breaks: RuntimeError: CUDA error: out of luck (expected: no error)"
-    assert lines[-2] == "        device: cpu"
+def test_activations_stay_below_their_bound(place: Place, tmp_path: Path) -> None:
+    """A training step on a CPU holds more than half of it and not more, by torch's own count.
+
+    Guards: a bound that nothing could pass, or that nothing could fail.
+    """
+    place.sizes = replace(CPU_SIZES, width=256, layers=4, texts=8, length=64)
+    lm = place.large_network()
+    optimizer = lm.backend.Optimizer(lm.network, muon=False)
+    take_step(lm, "nll", place.texts(), 1e-4, optimizer)
+    lm.network.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        take_step(lm, "nll", place.texts(), 1e-4, optimizer)
+    trace = tmp_path / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    changes = [
+        (event["ts"], event["args"]["Bytes"])
+        for event in json.loads(trace.read_text())["traceEvents"]
+        if event.get("name") == "[memory]"
+    ]
+    held = 0
+    peak = 0
+    for _, change in sorted(changes):
+        held += change
+        peak = max(peak, held)
+    gradients = training_bytes(lm.network.config, place.settings(), False, 4)["gradients"]
+    bound = activation_bytes(lm.network.config, tokens=8 * 64)
+    assert bound / 2 < peak - gradients < bound
+
+
+@pytest.mark.slow
+def test_bench_is_a_part_of_the_check(place: Place) -> None:
+    """A tiny agent is trained and timed beside transformers, as on a GPU."""
+    options = ["--repeats=1", "--questions=2", "--rollouts=2", "--only=answer,sft"]
+    findings: list[Finding] = list(run_bench(place, ["--width=64", "--layers=1"], options))
+    assert [finding.check for finding in findings] == [
+        "bench.py: answer, times as fast as transformers",
+        "bench.py: sft, times as fast as transformers",
+    ]
