@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
 # Check PyTorch on this machine's GPU: bash gpu_check.sh (under ten minutes; out/gpu_check.json).
-#   bash gpu_check.sh --quick    trains the short form on it too, and compares its speed
-#   bash gpu_check.sh cpu        the same checks at a tiny size
+#   bash gpu_check.sh --quick          trains the short form on it too, and compares its speed
+#   bash gpu_check.sh cpu              the same checks at a tiny size
+#   bash gpu_check.sh --backend=mlx    MLX on Apple silicon (out/metal_check.json)
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
+if [ "${1:-}" = --backend=mlx ]; then
+  shift
+  exec .venv/bin/python -m speed.metal_check "$@"
+fi
 if [ "${1:-}" = --quick ]; then
   .venv/bin/python -m speed.gpu_check
   bash run.sh --quick --run=gpu_check --backend=torch --device=cuda

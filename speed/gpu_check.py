@@ -2,6 +2,7 @@
 
     bash gpu_check.sh                   # CUDA, under ten minutes; out/gpu_check.json
     bash gpu_check.sh --quick           # then the whole story on it too: run.sh --quick, bench.py
+    bash gpu_check.sh --backend=mlx     # MLX on Apple silicon: metal_check.py
     python -m speed.gpu_check cpu       # the same checks, tiny, on a CPU
 
 A check that breaks is one line of the report, and the others go on. No GPU has run this yet.

@@ -67,7 +67,15 @@ def test_no_script_waits_for_slow_libraries() -> None:
     slow = {"huggingface_hub", "mlx", "torch", "transformers"}
     for name, tree in TREES.items():
         # What names a framework is imported where it is chosen.
-        if name.startswith(("backends.torch", "backends.mlx", "speed.beside_", "speed.gpu_check")):
+        if name.startswith(
+            (
+                "backends.torch",
+                "backends.mlx",
+                "speed.beside_",
+                "speed.gpu_check",
+                "speed.metal_check",
+            )
+        ):
             continue
         at_the_top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         imported = imported_names(ast.Module(at_the_top, []))
