@@ -48,7 +48,7 @@ class Sizes:
     texts: int  # of an optimizer step
     length: int  # tokens of a text
     decoded: int  # tokens that each row writes
-    skipped_ways: int  # of training, behind each one that is tried
+    skipped_ways: int  # of training, after each one that is tried
 
 
 CPU_SIZES = Sizes(width=64, layers=2, texts=4, length=12, decoded=3, skipped_ways=6)
@@ -120,7 +120,7 @@ def train_in_all_ways(place: Place) -> Iterator[Finding]:
 
 
 def repeat_step(place: Place) -> Iterator[Finding]:
-    """Take the first step of two runs of one seed, and compare the weights behind it.
+    """Take the first step of two runs of one seed, and compare the weights after it.
 
     The loss is that before the step, so that it says nothing of the backward pass and the
     optimizer. A GPU may add gradients up in another order each time, and AdamW's first step goes
@@ -154,7 +154,7 @@ def repeat_step(place: Place) -> Iterator[Finding]:
         norms_apart <= (1e-5 if on_gpu else 0.0),
     )
     yield Finding(
-        f"{name}: weights behind it",
+        f"{name}: weights after it",
         "moved, and at most 5% of the way apart" if on_gpu else "moved, the same to the bit",
         f"moved {moved:.3g}, {apart / moved if moved else math.nan:.2%} of it apart",
         moved > 0 and apart <= (0.05 * moved if on_gpu else 0.0),

@@ -296,7 +296,7 @@ def _decode(place: Place, lm: LM) -> float:
 
 
 def _write(place: Place, lm: LM, in_fixed_slots: bool) -> tuple[list[list[int]], float]:
-    """Return what rows write greedily behind different texts, and the seconds that it took."""
+    """Return what rows write greedily after different texts, and the seconds that it took."""
     prompts = [text.ids for text in place.texts()]
     decoder = lm.decoder(prompts)
     decoder.in_fixed_slots = in_fixed_slots

@@ -114,7 +114,7 @@ def compare_decoding(place: Place) -> Iterator[Finding]:
 def _write(
     lm: LM, texts: list[Trajectory], temperature: float, uniforms: np.ndarray
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Return what rows write behind the first halves of texts, and its log-probabilities.
+    """Return what rows write after the first halves of texts, and its log-probabilities.
 
     uniforms: (texts, tokens).
     """

@@ -23,7 +23,7 @@ def passes(place: Any) -> Iterator[Finding]:
 
 
 def test_a_check_that_breaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is a line of the report, behind what it found, and the next one goes on."""
+    """It is a line of the report, after what it found, and the next one goes on."""
     findings = run_checks((breaks, passes), NO_PLACE, tmp_path / "report.json")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "FAILED  before: 2 (expected: 1)"
@@ -32,7 +32,7 @@ def test_a_check_that_breaks(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(json.loads((tmp_path / "report.json").read_text())) == len(findings) == len(lines)
 
 
-def test_checks_behind_the_end_are_skipped(
+def test_checks_after_the_end_are_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The table and the last line say so; a check that nobody made has not failed.

@@ -34,7 +34,7 @@ def test_all_checks_pass_on_a_cpu(place: Place, tmp_path: Path) -> None:
     assert {
         "loss, CPU and device: how far apart",
         "a checkpoint goes on, on the CPU",
-        "step 0 of two runs of one seed: weights behind it",
+        "step 0 of two runs of one seed: weights after it",
         "launches of kernels and graphs, a token",
     } <= set(checked)
     assert len(json.loads((tmp_path / "report.json").read_text())) == len(findings)
