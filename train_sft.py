@@ -115,14 +115,15 @@ def run(settings: SFTSettings) -> None:
     runs.settle_by_device(settings, runs.begins_run(settings))
     refuse_nothing_to_learn(settings, plan)
     task = open_task(settings)
-    plan.refuse_changed_data(settings)
     if "base" in plan.todo:
         lm = task.new_model(settings)
     else:
         lm = plan.load_start(settings)
+    task.leave_out_long_questions(lm.codec, settings.longest_prompt)
+    plan.refuse_changed_data(settings)
+    if "base" not in plan.todo:
         # Before the estimate of memory, which depends on the adapter.
         lm.begin_stage(settings, settings.seed, plan.todo[0])
-    task.leave_out_long_questions(lm.codec, settings.longest_prompt)
     if not memory.report(lm, settings, "sft", nll_loss):
         return
     plan.prepare_folders(settings)
