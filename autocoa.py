@@ -372,7 +372,7 @@ def write_until_pause(
     controller: Controller, decoder: Any, rows: list[Row], temperature: float
 ) -> None:
     """Let the model write on every row until most of them wait for something."""
-    # Without a token to write, a row would wait for ever.
+    # The decoder takes limits of 1 or more.
     budgets = [max(1, controller.budget(row)) for row in rows]
     stops = [controller.stops(row) for row in rows]
     # An imagined observation is greedy: one text gets one observation, as from a tool.

@@ -306,7 +306,7 @@ def train_steps(
     mean_loss: float | None = None
     for step in stage.steps():
         started = time.time()
-        factor = lr_scale * learning_rate_factor(step, len(steps))
+        factor = learning_rate_factor(step, len(steps), lr_scale)
         batches = make_batches(steps[step])
         figures = lm.backend.train_step(
             lm.network,
@@ -334,10 +334,10 @@ def train_steps(
         )
 
 
-def learning_rate_factor(step: int, steps: int) -> float:
+def learning_rate_factor(step: int, steps: int, lr_scale: float) -> float:
     """Return a step's multiplier of the learning rate: up over 5% of the steps, down to a tenth."""
     warmup = min(1.0, (step + 1) / (0.05 * steps + 1))
-    return warmup * (1 - 0.9 * step / steps)
+    return lr_scale * warmup * (1 - 0.9 * step / steps)
 
 
 def moving_mean(mean: float | None, value: float) -> float:

@@ -195,7 +195,7 @@ def _report_unseen_length(longest: int, max_len: int) -> None:
     if max_len > longest:
         print(
             f"max_len {max_len}: the checkpoint was made for texts of {longest} tokens "
-            "at most (max_position_embeddings); after that it may write nonsense"
+            "at most (max_position_embeddings); beyond that it may write nonsense"
         )
 
 
@@ -213,7 +213,7 @@ def _workload(settings: Any, kind: Kind) -> Workload:
 def _tokens_at_once(settings: Any, kind: Kind) -> int:
     """Return the tokens of the largest micro-batch.
 
-    A pair is never cut, nor are the rollouts of a question, which may share no more than that.
+    A pair is never cut, nor are the rollouts of a question, which at worst share nothing.
     """
     texts_together = settings.rollouts if kind == "rl" else 2
     return max(settings.micro_tokens, texts_together * settings.max_len)

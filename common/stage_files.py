@@ -269,7 +269,7 @@ class BestWeights:
     def __init__(self, lm: LM, folder: Path, steps_done: int) -> None:
         """Find the best of the steps that are done, and remove what else is there.
 
-        steps_done: those that a stage goes on after; what was measured later is measured again.
+        steps_done: the steps after which a stage goes on; what came later is measured again.
         """
         self.lm = lm
         self.folder = folder

@@ -284,7 +284,8 @@ class Predictions:
             prediction
             for prediction in self._answers.values()
             if _identity(prediction) not in identities
-            and prediction.get("provenance_hash") == self._provenance.get(prediction["row"])
+            and prediction["row"] in self._provenance
+            and prediction.get("provenance_hash") == self._provenance[prediction["row"]]
         ]
         write_jsonl(self.path, current + earlier)
         self.partial_path.unlink(missing_ok=True)
@@ -302,6 +303,10 @@ def _read_lines(path: Path) -> list[bytes]:
 
 def _parse_prediction(line: bytes) -> Prediction:
     prediction = parse_json(line)
+    # Files of versions before 0.3.0 have other names for the hashes.
+    for old_name, name in (("asked", "question_hash"), ("made", "provenance_hash")):
+        if old_name in prediction:
+            prediction[name] = prediction.pop(old_name)
     if not {"row", "set", "id", "em", "queries"} <= prediction.keys():
         raise KeyError
     # A field of another type, such as a list, can't be looked up.

@@ -96,7 +96,7 @@ class FixedSlots:
         stopped = self.is_stop[self.kind_of_row, tokens]
         self.running &= ~stopped & (self.steps_done < self.limits)
 
-        # A row that does not run writes after its end, where nobody looks.
+        # A row that does not run writes beyond its end, where nobody looks.
         next_logits = read(tokens, self.position)
         logits.copy_(torch.where(self.running[:, None], next_logits, logits))
         self.position += self.running

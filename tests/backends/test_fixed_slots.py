@@ -69,10 +69,9 @@ def test_turns_of_an_agent(lm: LM, seed: int, monkeypatch: pytest.MonkeyPatch) -
 def test_each_row_has_its_own_stops_limit_and_temperature(
     lm: LM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that wait, that stop early and that are greedy, in one call; then they read and go on.
+    """Rows that end at once, that stop early and that are greedy, in one call; then they go on.
 
-    Guards: stops of a neighbour, a waiting row that writes or loses its logits, and a position
-    that moves on after a stop.
+    Guards: stops of a neighbour, and a position that moves on after a stop.
     """
     uniforms = np.random.default_rng(3).random((len(PROMPTS), 20))
     endless, _ = lm.decoder(PROMPTS).decode([], [20] * len(PROMPTS), 1.0, uniforms)

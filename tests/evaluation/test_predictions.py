@@ -216,6 +216,24 @@ def test_without_resume_and_rows_all_is_asked_again(evaluate: Any) -> None:
     assert evaluate(resume=False, rows=["A"]) == (["0", "1", "2"], 3)
 
 
+def test_answers_with_the_old_names_of_their_hashes_stay(tmp_path: Path) -> None:
+    """Guards: a new name in the file, by which hours of kept answers were lost."""
+    answerer = Answerer()
+    sets = sets_of("a", count=1)
+
+    def evaluate_again() -> None:
+        predictions = Predictions(tmp_path, {"A": "w"}, resume=True, sets=sets)
+        predictions.finish({"A": answerer.answer(predictions, "A", sets)})
+
+    evaluate_again()
+    path = tmp_path / "predictions.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace("question_hash", "asked").replace("provenance_hash", "made"))
+    evaluate_again()
+    assert answerer.asked_ids == ["a0"]
+    assert path.read_text() == text
+
+
 def test_the_records_of_other_sets_stay(tmp_path: Path) -> None:
     """Guards: `--data=b.jsonl` removed the hours of `--data=a.jsonl`."""
     answerer = Answerer()
