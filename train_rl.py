@@ -321,7 +321,7 @@ def sample_rollouts(policy: LM, settings: RLSettings, stage: RLStage, step: int)
         temperature=settings.temperature,
         streams=streams,
     )
-    rewards = rewards_of(policy.codec, repeated, trajectories, settings, stage)
+    rewards = rewards_of(policy.codec, repeated, trajectories, settings, stage.call_cost)
     shape = (settings.questions, settings.rollouts)
     return RolloutBatch(questions, trajectories, rewards.reshape(shape))
 
@@ -331,16 +331,19 @@ def rewards_of(
     questions: Sequence[Question],
     trajectories: Sequence[Trajectory],
     settings: RLSettings,
-    stage: RLStage,
+    call_cost: float,
 ) -> np.ndarray:
-    """Return the reward of each question's trajectory in a stage: (trajectories,)."""
+    """Return the reward of each question's trajectory: (trajectories,).
+
+    call_cost: of the stage, taken off for each call.
+    """
     rewards = [
         reward(
             codec,
             trajectory,
             question.golden_answers,
             settings.format_penalty,
-            stage.call_cost,
+            call_cost,
             SCORES[settings.reward],
         )
         for trajectory, question in zip(trajectories, questions, strict=True)
@@ -425,7 +428,7 @@ def look_at_held_out(
     environment.begin_held_out(step)
     texts = [question.question for question in stage.held_out]
     trajectories = answer_questions(policy, texts, environment.search, settings)
-    rewards = rewards_of(policy.codec, stage.held_out, trajectories, settings, stage)
+    rewards = rewards_of(policy.codec, stage.held_out, trajectories, settings, stage.call_cost)
     held_out_reward = float(rewards.mean())
     progress.best_weights.keep_if_best(step, held_out_reward)
     return {"held_out_reward": held_out_reward}

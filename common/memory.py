@@ -180,7 +180,7 @@ def report(lm: LM, settings: Any, kind: Kind, loss: Callable[..., Any] | None) -
     parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in memory.items())
     sizes = f"{workload.rows} rows of {settings.max_len}"
     if workload.trains:
-        sizes = f"micro-batches of {_tokens_at_once(settings, kind)} tokens, {sizes}"
+        sizes = f"micro-batches of up to {_tokens_at_once(settings, kind)} tokens, {sizes}"
     hint = "" if settings.dry_run else "; --dry-run measures the whole"
     print(f"memory in MB: {parts} ({sizes}); activations are not counted{hint}", flush=True)
     if not settings.dry_run:

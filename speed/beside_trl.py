@@ -172,7 +172,7 @@ def rewards(
     for ids, answers in zip(completions, golden, strict=True):
         box = []
         if codec.boxed_id in ids:
-            after = ids[len(ids) - ids[::-1].index(codec.boxed_id) :]
-            box = list(itertools.takewhile(lambda token: token not in codec.eos_ids, after))
+            tail = ids[len(ids) - ids[::-1].index(codec.boxed_id) :]
+            box = list(itertools.takewhile(lambda token: token not in codec.eos_ids, tail))
         values.append(exact_match(codec.decode(box), answers))
     return values

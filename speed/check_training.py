@@ -18,11 +18,12 @@ from autocoa import contrastive_loss, grpo_loss, nll_loss, sequence_loss
 from backends.config import nano_config
 from common.settings import ModelSettings
 from data.batches import Batch, language_batches, pair_batches
+from data.rollout_batch import RolloutBatch
 from data.trajectory import Role, Trajectory
 from model import LM
 from nano.tokenizer import train_tokenizer
 from speed.findings import SECONDS_TO_END, Finding
-from train_rl import RLSettings, RolloutBatch, update_batches
+from train_rl import RLSettings, update_batches
 
 LORA: dict[str, Any] = {"lora_rank": 8}
 CHECKPOINTING: dict[str, Any] = {"checkpointing": True}

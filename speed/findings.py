@@ -6,6 +6,7 @@ that have not begun are skipped.
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -98,6 +99,17 @@ def table_of(findings: Sequence[Finding]) -> list[str]:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def check_device(checks: Sequence[Check], open_place: Callable[[Path], Any], report: Path) -> None:
+    """Run all checks, print a table of them, and end the script.
+
+    open_place: returns the place, given a folder for checkpoints.
+    """
+    report.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        findings = run_checks(checks, open_place(Path(folder)), report)
+    end_with_table(findings, report)
 
 
 def end_with_table(findings: Sequence[Finding], report: Path) -> None:

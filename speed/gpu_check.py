@@ -13,9 +13,9 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from speed.check_training import (
     take_step,
     train_in_all_ways,
 )
-from speed.findings import Check, Finding, at_most, end_with_table, run_checks
+from speed.findings import Check, Finding, at_most, check_device
 from speed.trees import ROOT
 
 GPU_SIZES = Sizes(width=1024, layers=12, texts=32, length=512, decoded=64, skipped_ways=0)
@@ -334,11 +334,7 @@ def main() -> None:
     """Check the device that is named, CUDA by itself; exit 1 where a check failed."""
     device = (sys.argv[1:] or ["cuda"])[0]
     model.choose_backend("torch").pick_device(device)
-    report = Path("out", "gpu_check.json")
-    report.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        findings = run_checks(CHECKS, open_place(device, Path(folder)), report)
-    end_with_table(findings, report)
+    check_device(CHECKS, partial(open_place, device), Path("out", "gpu_check.json"))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ and the others go on. Nobody has tried this on Apple silicon yet: what it sees t
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from speed.check_training import (
     take_step,
     train_in_all_ways,
 )
-from speed.findings import Check, Finding, at_most, end_with_table, run_checks
+from speed.findings import Check, Finding, at_most, check_device
 
 # Smaller than CUDA's: macOS ends a command that keeps the GPU busy for too long.
 GPU_SIZES = Sizes(width=512, layers=4, texts=8, length=128, decoded=64, skipped_ways=0)
@@ -144,11 +144,7 @@ def main() -> None:
     model.choose_backend("mlx").pick_device(device)
     if device == "auto" and not mx.is_available(mx.gpu):
         print("mlx finds no GPU on this machine: these are the same checks, tiny, on its CPU")
-    report = Path("out", "metal_check.json")
-    report.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        findings = run_checks(CHECKS, open_place(device, Path(folder)), report)
-    end_with_table(findings, report)
+    check_device(CHECKS, partial(open_place, device), Path("out", "metal_check.json"))
 
 
 if __name__ == "__main__":

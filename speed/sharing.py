@@ -5,14 +5,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autocoa import random_stream, reward
+from autocoa import random_stream
 from common.settings import build_settings
 from data.batches import build_trie
 from data.questions import Question
+from data.rollout_batch import RolloutBatch, repeat_questions
 from data.trajectory import Trajectory
+from evaluation.rl_log import sampled_logprobs
 from speed.ours import Ours
 from tasks import Task
-from train_rl import SCORES, RLSettings, RolloutBatch, groups_to_skip
+from train_rl import RLSettings, groups_to_skip, rewards_of
 from workflows.agent import answer_questions
 
 TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.25, 1.5)
@@ -78,33 +80,22 @@ def cut_into_groups(
     """
     settings = build_settings(RLSettings, ours.settings.given)
     each = len(rollouts) // len(questions)
-    rewards = [
-        reward(
-            ours.lm.codec,
-            rollout,
-            questions[number // each].golden_answers,
-            settings.format_penalty,
-            settings.call_cost,
-            SCORES[settings.reward],
-        )
-        for number, rollout in enumerate(rollouts)
-    ]
-    of_groups = [question for question in questions for _ in range(each // size)]
-    return RolloutBatch(of_groups, rollouts, np.array(rewards).reshape(-1, size))
+    repeated = repeat_questions(questions, each)
+    rewards = rewards_of(ours.lm.codec, repeated, rollouts, settings, settings.call_cost)
+    of_groups = repeat_questions(questions, each // size)
+    return RolloutBatch(of_groups, rollouts, rewards.reshape(-1, size))
 
 
 def shared_tokens(batch: RolloutBatch, temperature: float) -> SharedTokens:
     """Return what the groups of rollouts share, all of them and those that learn."""
-    rollouts = batch.trajectories
-    size = batch.rewards.shape[1]
-    groups = [rollouts[first : first + size] for first in range(0, len(rollouts), size)]
+    groups = batch.groups
     skipped = groups_to_skip(batch)
     learning = [group for group, is_skipped in zip(groups, skipped, strict=True) if not is_skipped]
     equal = [all(rollout.ids == group[0].ids for rollout in group) for group in groups]
-    logprobs = [np.array(rollout.logprobs)[np.array(rollout.mask) > 0] for rollout in rollouts]
+    logprobs = sampled_logprobs(batch.trajectories)
     return SharedTokens(
         temperature,
-        size,
+        batch.rewards.shape[1],
         # The log-probs of sampled tokens estimate entropy without bias.
         entropy=float(-np.concatenate(logprobs).mean()),
         equal_groups=float(np.mean(equal)),

@@ -17,9 +17,10 @@ import autocoa
 import backends.torch as torch_backend
 from data.batches import language_batches, learn_observations, pair_batches
 from data.questions import Question
+from data.rollout_batch import RolloutBatch
 from data.trajectory import Codec, Role, Trajectory
 from model import LM
-from train_rl import RLSettings, RolloutBatch, update_batches
+from train_rl import RLSettings, update_batches
 
 
 @dataclass

@@ -24,9 +24,10 @@ from backends.torch.network import Transformer
 from common.settings import LossName
 from data.batches import Batch, language_batches, pair_batches
 from data.questions import Question
+from data.rollout_batch import RolloutBatch
 from data.trajectory import Codec, Trajectory
 from model import LM
-from train_rl import RLSettings, RolloutBatch, update_batches
+from train_rl import RLSettings, update_batches
 
 
 class OneDevice(TorchDispatchMode):

@@ -24,10 +24,11 @@ from common.signals import Stopped, stopping_on_signals
 from common.stage_files import list_checkpoints
 from data.batches import Batch, language_batches, pair_batches
 from data.questions import Question
+from data.rollout_batch import RolloutBatch
 from data.trajectory import Codec, Observation, Trajectory
 from model import LM
 from services.retrieval import Retriever
-from train_rl import RLSettings, RolloutBatch, update_batches
+from train_rl import RLSettings, update_batches
 
 
 def be_second(patch: pytest.MonkeyPatch) -> None:

@@ -22,13 +22,14 @@ from common import memory, runs
 from common.errors import UserError
 from data.batches import language_batches, pack_texts, pair_batches, real_observation_mask
 from data.questions import Question
+from data.rollout_batch import RolloutBatch
 from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
 from environments import choice
-from environments.environment import internal_environment, scheduled_environment
+from environments.environment import Environment, internal_environment, scheduled_environment
 from evaluation import rl_log
 from model import LM
 from tools import Library
-from train_rl import RLSettings, RLStage, RolloutBatch
+from train_rl import RLSettings, RLStage
 
 PARTS = [("think", "Hm"), ("search", "Silver River"), ("result", "It was directed by Eva Moss.")]
 
@@ -929,14 +930,20 @@ def rig_alarm(codec: Codec, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     replay(monkeypatch, sampled(codec, lm, ["Eva", "Ada"]), [[1.0, 0.0]])
     held_out_rewards = [0.1, 0.5, 0.3]
+    steps_looked_at = []
+    begin_held_out = Environment.begin_held_out
+
+    def begin(environment: Environment, step: int) -> None:
+        steps_looked_at.append(step)
+        begin_held_out(environment, step)
 
     def rewards_of(*arguments: Any) -> Any:
-        (*_, its_stage) = arguments
-        return np.array([held_out_rewards[its_stage.environment.tool.step]])
+        return np.array([held_out_rewards[steps_looked_at[-1]]])
 
     def alarms(steps: Any, max_actions: int) -> dict[str, str]:
         return {"entropy": "entropy fell"} if len(steps) > 2 else {}
 
+    monkeypatch.setattr(Environment, "begin_held_out", begin)
     monkeypatch.setattr(train_rl, "rewards_of", rewards_of)
     monkeypatch.setattr(train_rl, "alarms", alarms)
     monkeypatch.setattr(train_rl, "HELD_OUT_EVERY", 1)

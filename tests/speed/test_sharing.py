@@ -7,13 +7,13 @@ import pytest
 
 from common.settings import build_settings
 from data.questions import Question
+from data.rollout_batch import RolloutBatch
 from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
 from model import LM
 from speed.drawing import draw_sharing
 from speed.ours import Ours
 from speed.settings import BenchSettings
 from speed.sharing import HEADING, SharedTokens, Shares, cut_into_groups, line_of, shared_tokens
-from train_rl import RolloutBatch
 
 
 def text(*ids: int, written: int = 2) -> Trajectory:
