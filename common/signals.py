@@ -1,7 +1,8 @@
 """SIGINT (Ctrl-C), SIGTERM and SIGHUP: a command ends where nothing is lost, with one line.
 
 A signal raises Stopped at once, but for a stage that is being trained: that ends when its step is
-done and saved. A second signal ends it at once too.
+done and saved. A second signal ends it at once too, but a second SIGHUP does nothing: a terminal
+that closes sends one, and its shell sends another.
 """
 
 import contextlib
@@ -83,6 +84,7 @@ def end_deferral(number: int | None = None) -> None:
 
 def _receive(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGHUP:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         _leave_terminal()
     if not _request.is_deferred or _request.number is not None:
         raise Stopped(number)

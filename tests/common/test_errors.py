@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,16 +185,17 @@ def test_a_terminal_that_is_not_utf_8(tmp_path: Path) -> None:
 def test_a_terminal_that_is_gone(tmp_path: Path) -> None:
     """SIGHUP comes with it, and work is saved although nothing can be printed any more.
 
-    Guards: an error of writing to the terminal, before the checkpoint was saved.
+    Guards: an error of writing to the terminal, before the checkpoint was saved; the SIGHUP of the
+    terminal's shell, which comes after the terminal's own, taken for a wish to stop at once.
     """
     program = """
-import sys, time
+import os, sys, time
 from common.errors import run_guarded
 from common.signals import defer_stop, end_deferral, waiting_signal
 def work():
     defer_stop()
     print("ready", flush=True)
-    while waiting_signal() is None:
+    while waiting_signal() is None or not os.path.exists("all_sent"):
         time.sleep(0.01)
     print("a step", flush=True)
     print("a bar", file=sys.stderr, flush=True)
@@ -211,9 +213,16 @@ run_guarded(work, can_resume=True)
         start_new_session=True,
     )
     os.close(terminal_of_child)
-    assert os.read(terminal, 5) == b"ready"
+    # A terminal hands a line over in pieces, and the child must have written all of it.
+    line = b""
+    while not line.endswith(b"\n"):
+        line += os.read(terminal, 100)
+    assert line == b"ready\r\n"
     os.close(terminal)
     process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGHUP)
+    (tmp_path / "all_sent").touch()
     assert process.wait(20) == 128 + signal.SIGHUP
     assert (tmp_path / "saved").exists()
 
