@@ -5,6 +5,7 @@ import random
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -222,29 +223,49 @@ TRL_VALUES = {
 }
 
 
+# Two questions with two rollouts each, which begin alike, and the rewards of these.
+TRL_ROLLOUTS = ([1, 2, 3], [1, 2, 4, 5, 6], [7, 8], [7, 9, 2, 3])
+TRL_REWARDS = np.array([[1.0, 0.0], [0.5, -0.5]])
+
+
+def trl_logprobs(ids: Any, place: Any) -> tuple[Any, Any, Any]:
+    """Return made-up log-probabilities of tokens: old, new, and by the policy before.
+
+    place: of each token in its rollout, from 0.
+    """
+    old = -0.5 - 0.1 * ids
+    new = old + 0.4 * np.sin(3 * ids + 2 * place)
+    reference = old - 0.3 * np.cos(ids + place)
+    return old, new, reference
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch", "mlx.core"])
 @pytest.mark.parametrize(("name", "beta"), TRL_VALUES)
-def test_losses_are_trls(name: Any, beta: float) -> None:
-    """Two questions with two rollouts each, which begin alike: TRL's values, in each framework.
+def test_losses_are_trls(name: Any, beta: float, framework: str) -> None:
+    """TRL's values, in each framework.
 
     Guards: a length, a number of rollouts or a clipping that is another than theirs.
     """
+    xp = pytest.importorskip(framework)
+    as_array = xp.as_tensor if framework == "torch" else xp.array
     chains = []
-    for ids in ([1, 2, 3], [1, 2, 4, 5, 6], [7, 8], [7, 9, 2, 3]):
+    for ids in TRL_ROLLOUTS:
         chain = Trajectory()
         chain.add([50], Role.PROMPT, 0)
-        chain.add(ids, Role.THINK, 1, [-0.5 - 0.1 * token for token in ids])
+        old, _, _ = trl_logprobs(np.array(ids), np.arange(len(ids)))
+        chain.add(list(ids), Role.THINK, 1, old.tolist())
         chains.append(chain)
 
     def score(network: Any, batch: Any, temperature: float) -> Any:
-        return batch["old"] - 0.3 * np.cos(batch["ids"] + batch["depth"] - 1)
+        _, _, reference = trl_logprobs(batch["ids"], batch["depth"] - 1)
+        return reference
 
     reference: Any = SimpleNamespace(backend=SimpleNamespace(score=score), network=None)
     settings = RLSettings(loss=name, kl=beta, max_len=10, rollouts=2, micro_tokens=1)
-    rewards = np.array([[1.0, 0.0], [0.5, -0.5]])
     batches = update_batches(
-        RolloutBatch([], chains, rewards),
+        RolloutBatch([], chains, TRL_REWARDS),
         np.arange(4),
-        autocoa.group_advantages(rewards, leave_one_out=name == "reinforce"),
+        autocoa.group_advantages(TRL_REWARDS, leave_one_out=name == "reinforce"),
         np.zeros(2, bool),
         reference,
         settings,
@@ -253,17 +274,73 @@ def test_losses_are_trls(name: Any, beta: float) -> None:
     loss = autocoa.grpo_loss
     if name in ("gspo", "reinforce"):
         loss = autocoa.sequence_loss
-    mx = pytest.importorskip("mlx.core")
-    for xp, as_array in ((np, np.asarray), (torch, torch.as_tensor), (mx, mx.array)):
-        total = 0.0
-        for batch in batches:
-            logp = batch["old"] + 0.4 * np.sin(3 * batch["ids"] + 2 * (batch["depth"] - 1))
-            arrays = dict(batch)
-            for key, value in batch.items():
-                if isinstance(value, np.ndarray):
-                    arrays[key] = as_array(value)
-            total += float(loss(xp, as_array(logp.astype(np.float32)), arrays))
-        assert total == pytest.approx(TRL_VALUES[name, beta], abs=1e-6), xp
+    total = 0.0
+    for batch in batches:
+        _, new, _ = trl_logprobs(batch["ids"], batch["depth"] - 1)
+        arrays = dict(batch)
+        for key, value in batch.items():
+            if isinstance(value, np.ndarray):
+                arrays[key] = as_array(value)
+        total += float(loss(xp, as_array(new.astype(np.float32)), arrays))
+    assert total == pytest.approx(TRL_VALUES[name, beta], abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "beta"), TRL_VALUES)
+def test_values_are_those_of_trl(name: str, beta: float) -> None:
+    """TRL itself, where it is installed (requirements-bench.txt), still gives TRL_VALUES."""
+    pytest.importorskip("trl")
+    from trl import GRPOTrainer, RLOOTrainer  # pyrefly: ignore[missing-import]
+
+    def pad(rows: Any) -> Any:
+        tensors = [torch.as_tensor(row) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+
+    ids = [np.array(row) for row in TRL_ROLLOUTS]
+    logprobs = [trl_logprobs(row, np.arange(len(row))) for row in ids]
+    old, new, reference = (pad(rows) for rows in zip(*logprobs, strict=True))
+    mask = pad([np.ones_like(row) for row in ids])
+    rewards = torch.as_tensor(TRL_REWARDS)
+    # Less the mean of the group, or less that of the others.
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    trainer = GRPOTrainer
+    if name == "reinforce":
+        advantages = rewards - rewards.flip(1)
+        trainer = RLOOTrainer
+    unclipped = name == "reinforce"
+    state = MagicMock(
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="sequence" if name == "gspo" else "token",
+        loss_type="grpo" if name == "gspo" else name,
+        beta=beta,
+        epsilon_low=1e9 if unclipped else 0.2,
+        epsilon_high=1e9 if unclipped else 0.28,
+        max_completion_length=10,
+        use_vllm=False,
+        _entropy_bonus_enabled=False,
+    )
+    state.model.training = False
+    state.args.delta = None
+    state.args.use_bias_correction_kl = False
+    state.accelerator.num_processes = 1
+    state.accelerator.gather = lambda values: values
+    state.accelerator.reduce = lambda values, reduction: values
+    state._get_per_token_logps_and_entropies.return_value = (new, torch.zeros_like(new), None)
+    prompts = torch.full((4, 1), 50)
+    inputs = {
+        "prompt_ids": prompts,
+        "prompt_mask": torch.ones_like(prompts),
+        "completion_ids": pad(ids),
+        "completion_mask": mask,
+        "advantages": advantages.flatten(),
+        "old_per_token_logps": old,
+        "old_logps": (old * mask).sum(1),
+        "ref_per_token_logps": reference,
+        "num_items_in_batch": mask.sum(),
+    }
+    value = trainer._compute_loss(state, None, inputs)
+    assert value.item() == pytest.approx(TRL_VALUES[name, beta], abs=1e-6)
 
 
 @pytest.mark.parametrize(
