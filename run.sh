@@ -49,7 +49,7 @@ if [ $table = 1 ]; then
 fi
 if [ $world_models = 1 ]; then
   practise $all_96 --start=sft2 --out=real_96
-  practise $all_96 --start=sft2 --out=auxiliary_96 --observation_coef=0.1
+  practise $all_96 --start=sft3 --out=auxiliary_96 --observation_coef=0.1
 
   # The paper's: the policy imagines, which SFT-3 taught it; then the same about SFT's world.
   run train_sft.py --stage=sft3 --resume --out=sft3_paper --sft3_epochs=2 --sft3_observation_coef=1

@@ -20,6 +20,7 @@ from evaluation.seed_results import SeedResults
 from evaluation.statistics import (
     BOOTSTRAP_DRAWS,
     bootstrap_figure,
+    one_group_p,
     paired_gain,
     seed_interval,
     sign_flip_p,
@@ -318,7 +319,7 @@ def recall_without_tool(seeds: Sequence[SeedResults]) -> list[Comparison]:
         measure=f"{FROM_MEMORY}: questions whose facts were all in the pretraining",
         needs=RECALLED,
         gain=bootstrap_figure(len(seen), lambda numbers: _difference(seen[numbers], none)),
-        p=np.nan,
+        p=one_group_p(seen, RECALLED),
         by_seed={seed: _difference(answers, none) for seed, answers in seen_of.items()},
     )
     collapses = Comparison(

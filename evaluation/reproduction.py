@@ -301,6 +301,8 @@ def stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
 def run(settings: ReproductionSettings) -> None:
     """Train what is left, write the page, and print what is left still."""
     refuse_settings_of_others(settings)
+    if not settings.page:
+        print_what_is_kept(settings)
     try:
         if not settings.page and not settings.dry_run:
             train_seeds(settings)
@@ -311,6 +313,17 @@ def run(settings: ReproductionSettings) -> None:
             left = steps_left(seed, settings)
             if left:
                 print(f"{run_name(seed, settings)}: left: {', '.join(names_of(left))}")
+
+
+def print_what_is_kept(settings: ReproductionSettings) -> None:
+    """Say which seeds have nothing left to train; all five come with a clone."""
+    done = [seed for seed in settings.seeds if not steps_left(seed, settings)]
+    if done:
+        print(
+            f"seeds {', '.join(done)}: all rows are kept in {results_folder(settings)}; to train "
+            f"one anew, remove its file there and {Path('out', run_name('N', settings))}, or give "
+            "--seeds others"
+        )
 
 
 def names_of(steps: Sequence[Step]) -> list[str]:

@@ -23,6 +23,7 @@ from evaluation.claims import (
     SFT123,
     Claim,
     Comparison,
+    Verdict,
     compare,
     judge_claims,
 )
@@ -67,7 +68,7 @@ GAINS = (
     (RL12, SFT12),
     (RL2_FROM_SFT2, SFT12),
 )
-MOST_SHOWN_COMPARISONS = 2  # of a claim
+MOST_SHOWN_COMPARISONS = 2  # of a claim; of more, those that do not hold
 MOST_SHOWN_ACTIONS = 4  # columns of the table of actions; the last one is for more as well
 
 HEADER = """# The paper's claims, on nano
@@ -79,13 +80,28 @@ are of a model of 7 billion parameters on six sets of real questions; they are t
 compare with, not the values.
 """
 
+TABLE_NOTE = """
+
+*Known* facts are those that the seed's base model answers by itself. Claim 7 is about facts that \
+its pretraining held, whether it learned them or not.
+"""
+
 CLAIMS_NOTE = """
 
 Figures are in points of exact match, but for calls, which are in percent. A comparison holds \
 where both intervals lie above what it needs, and does not where both lie below. A claim holds \
 where all its comparisons hold; one that does not is enough against it. Claim 1 has sixteen \
-comparisons, of which the deciding one is shown. p is of a two-sided permutation test over \
-questions: how likely so large a difference from what is needed is by chance.
+comparisons, each agent over each workflow; those are shown that do not hold. The paper's words \
+name no numbers: what "little", "near", "a sixth", "high", "recalls" and "collapses" need is this \
+project's choice, made before the figures of five seeds were seen.
+
+p is two-sided and over questions alone: how likely so large a difference from what is needed is \
+by chance. A verdict asks for more, since the next seed may come out otherwise, so that a \
+comparison with a small p may be undecided. Rows are compared question by question (a \
+permutation test of signs, or of which row gave which answer). Two comparisons are of different \
+questions and so not paired: many actions against few, and seen facts against unseen (a \
+permutation test of two groups). What is recalled has a binomial test; calls are counted, not \
+drawn.
 """
 
 CALLS_NOTE = """
@@ -210,7 +226,7 @@ def format_rows(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) 
                 ]
             )
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + TABLE_NOTE
 
 
 def format_sets(seeds: Sequence[SeedResults], rows: Sequence[str]) -> str:
@@ -234,7 +250,8 @@ def format_claims(claims: Sequence[Claim]) -> str:
         verdict = f"**{claim.verdict}**"
         shown = list(claim.comparisons)
         if len(shown) > MOST_SHOWN_COMPARISONS:
-            shown = [claim.deciding]
+            short_of_it = [item for item in shown if item.verdict != Verdict.HOLDS]
+            shown = sorted(short_of_it, key=lambda item: item.gain.points) or [claim.deciding]
         for comparison in shown:
             lines.append(table_row([name, verdict, *comparison_cells(comparison)]))
             name = ""

@@ -313,6 +313,20 @@ def two_groups_p(first: np.ndarray, second: np.ndarray, needs: float = 0) -> flo
     return (as_large + 1) / (BOOTSTRAP_DRAWS + 1)
 
 
+def one_group_p(scores: np.ndarray, needs: float) -> float:
+    """Return how likely a share as far from `needs` percent is by chance: two-sided, binomial.
+
+    scores: (answers,), 0 or 1. Without two of them it is NaN.
+    """
+    count = len(scores)
+    if count < 2:
+        return np.nan
+    share = needs / 100
+    draws = np.random.default_rng(0).binomial(count, share, SIGN_FLIPS) / count
+    as_far = int((np.abs(draws - share) >= abs(scores.mean() - share) - 1e-9).sum())
+    return (as_far + 1) / (SIGN_FLIPS + 1)
+
+
 def _welch_distance(values: np.ndarray, size: int) -> float:
     """Return by how many standard errors the mean of the first `size` values is another."""
     first, second = values[:size], values[size:]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -38,7 +39,7 @@ from evaluation.figures import ActingFigures, RowFigures, SetFigures, row_to_jso
 from evaluation.reproduction import JOBS, PRACTICE, ReproductionSettings, run, steps_left
 from evaluation.reproduction_page import NAMES, draw_figures, format_claims
 from evaluation.seed_results import SeedResults, read_results
-from evaluation.statistics import seed_interval, sign_flip_p
+from evaluation.statistics import one_group_p, seed_interval, sign_flip_p
 
 MEANS = SetFigures(em=0, f1=0, cover=0, overlap=0, malformed=0, forced=0, actions=0)
 
@@ -69,6 +70,17 @@ def test_sign_flips_against_all_of_them(needs: float) -> None:
     exact = np.mean(np.abs(means) >= abs(differences.sum()) - 1e-9)
     p = sign_flip_p([(answers(first), answers(second))], needs)  # type: ignore[list-item]
     assert p == pytest.approx(exact, abs=0.01)
+
+
+@pytest.mark.parametrize("right", [9, 11])
+def test_a_share_against_the_binomial_distribution(right: int) -> None:
+    """Of 20 answers, against the sum over all numbers of right ones that are as far from 12."""
+    share = 0.6
+    chances = [math.comb(20, k) * share**k * (1 - share) ** (20 - k) for k in range(21)]
+    exact = sum(chances[k] for k in range(21) if abs(k - 12) >= abs(right - 12))
+    scores = np.array([1.0] * right + [0.0] * (20 - right))
+    assert one_group_p(scores, needs=60.0) == pytest.approx(exact, abs=0.015)
+    assert np.isnan(one_group_p(scores[:1], needs=60.0))
 
 
 def test_interval_over_seeds() -> None:
@@ -166,6 +178,14 @@ def test_one_agent_that_loses_is_enough() -> None:
     claim = judge_claims([seed_results(seed, rows) for seed in range(2)])[0]
     assert claim.verdict == Verdict.FAILS
     assert claim.deciding.measure == "RL-2 alone over ReAct workflow"
+    # The page has all that stand against it, the worst first, and none of those that hold.
+    page = format_claims([claim])
+    shown = re.findall(r"\| ([^|]*) over ([^|]*): (\S+) \(", page)
+    assert shown == [
+        ("RL-2 alone", "ReAct workflow", "-50.0"),
+        ("SFT-1", "ReAct workflow", "-5.0"),
+        ("RL-2 alone", "model only", "+0.0"),
+    ]
     # Without it, those that are there hold or not; but not all are there.
     del rows["RL-2 alone"], rows["SFT-1"]
     claim = judge_claims([seed_results(seed, rows) for seed in range(2)])[0]
@@ -332,14 +352,20 @@ def test_all_rows_of_two_seeds(
     assert "| EM, % | single |" in page
 
 
-def test_what_is_done_is_not_done_again(folder: Path) -> None:
-    """A finished seed is kept, and asks for nothing even where its folder is gone."""
+def test_what_is_done_is_not_done_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished seed is kept, asks for nothing even where its folder is gone, and says why."""
     settings = ReproductionSettings(seeds=["3"])
     run(settings)
+    assert "kept in docs/reproduction;" not in capsys.readouterr().out
     done = len(calls(folder))
     page = (folder / "docs" / "reproduction.md").read_text()
     shutil.rmtree(folder / "out")
     run(settings)
+    line, *_ = capsys.readouterr().out.splitlines()
+    assert line == (
+        "seeds 3: all rows are kept in docs/reproduction; to train one anew, remove its file there "
+        "and out/seedN, or give --seeds others"
+    )
     assert len(calls(folder)) == done
     assert (folder / "docs" / "reproduction.md").read_text() == page
     kept = folder / "docs" / "reproduction" / "seed3.json"

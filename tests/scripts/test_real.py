@@ -34,8 +34,9 @@ CONFIG = str(ROOT / "config" / "smollm2.py")
 TINY = [
     "--run=real",
     "--model=checkpoint",
-    "--train_data=hotpotqa_train.jsonl,nq_train.jsonl",
-    "--eval_data=hotpotqa_dev.jsonl,nq_dev.jsonl",
+    # FlashRAG's form, and verl's.
+    "--train_data=hotpotqa_train.jsonl,nq_train.parquet",
+    "--eval_data=hotpotqa_dev.jsonl,nq_dev.parquet",
     "--corpus=passages.jsonl.gz",
     *TINY_COUNTS,
     "--eval_questions=3",
@@ -62,6 +63,9 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Any:
         for number, contents in enumerate(PASSAGES)
     ]
     (cwd / "passages.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    for split in ("train", "dev"):
+        done = run_here(cwd, "data.export", f"nq_{split}.jsonl", f"nq_{split}.parquet")
+        assert done.status == 0, done.err
     scripts = {name: run_here(cwd, f"{name}.py", CONFIG, *TINY) for name in SCRIPTS}
     failed = [(name, done.err[-2000:]) for name, done in scripts.items() if done.status]
     assert failed == []
