@@ -1,4 +1,4 @@
-"""What the checks of CUDA and of Metal share: a place, random texts, and the checks of training.
+"""What the checks of CUDA and of Metal share: a place, random texts, training and writing.
 
 See gpu_check.py and metal_check.py. Nothing here names a framework.
 """
@@ -6,7 +6,7 @@ See gpu_check.py and metal_check.py. Nothing here names a framework.
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,18 +16,22 @@ import numpy as np
 import model
 from autocoa import contrastive_loss, grpo_loss, nll_loss, sequence_loss
 from backends.config import nano_config
+from backends.decoder import Decoder
 from common.settings import ModelSettings
 from data.batches import Batch, language_batches, pair_batches
 from data.rollout_batch import RolloutBatch
 from data.trajectory import Role, Trajectory
 from model import LM
 from nano.tokenizer import train_tokenizer
-from speed.findings import SECONDS_TO_END, Finding
+from speed.findings import SECONDS_TO_END, Finding, at_most
 from train_rl import RLSettings, update_batches
 
 LORA: dict[str, Any] = {"lora_rank": 8}
 CHECKPOINTING: dict[str, Any] = {"checkpointing": True}
 STEPS_TO_LEARN = 20  # in which an adapter on 4 bits must halve its loss
+STEPS_TO_WRITE = 20  # in which a network learns what it is asked to write
+
+Prompts = list[list[int]]
 
 # SFT's, and those of --loss; grpo and dr_grpo are dapo's function with other weights.
 CheckedLoss = Literal["nll", "contrastive", "dapo", "gspo", "reinforce"]
@@ -197,6 +201,67 @@ def learn_on_4_bits(place: Place) -> Iterator[Finding]:
     losses = [take_step(lm, "nll", texts, 1e-2, optimizer)["loss"] for _ in range(STEPS_TO_LEARN)]
     seen = f"{losses[0]:.2f}, then {losses[-1]:.2f}"
     yield Finding("--bits=4 learns", "half the loss", seen, losses[-1] < losses[0] / 2)
+
+
+# ---- writing -------------------------------------------------------------------------------------
+def compare_with_writing_on_cpu(place: Place) -> Iterator[Finding]:
+    """Write the same texts on the CPU and on the device."""
+    folder = learn_to_write(place)
+
+    def on_cpu(prompts: Prompts) -> Decoder:
+        return model.load(folder, place.settings(device="cpu")).decoder(prompts)
+
+    def on_device(prompts: Prompts) -> Decoder:
+        return model.load(folder, place.settings()).decoder(prompts)
+
+    yield from compare_decoders(place, "CPU and device", [on_cpu, on_device])
+
+
+def learn_to_write(place: Place) -> Path:
+    """Return the folder of a network that has learned the texts.
+
+    A new network would repeat its last token, whatever attention reads.
+    """
+    texts = place.texts()
+    learner = place.network(128, 4, device="cpu")
+    optimizer = learner.backend.Optimizer(learner.network, muon=False)
+    for _ in range(STEPS_TO_WRITE):
+        take_step(learner, "nll", texts, 3e-3, optimizer)
+    folder = place.folder / "writer"
+    learner.save(folder)
+    place.compute_here()
+    return folder
+
+
+def compare_decoders(
+    place: Place, names: str, openers: Sequence[Callable[[Prompts], Decoder]]
+) -> Iterator[Finding]:
+    """Let two decoders write second halves of texts, greedily and by the same random numbers.
+
+    names: of the two, as the report has them.
+    openers: each returns a decoder that has read the first halves.
+    """
+    texts = place.texts()
+    half = place.sizes.length // 2
+    prompts = [text.ids[:half] for text in texts]
+    limits = [place.sizes.length - half] * len(texts)
+    uniforms = np.random.default_rng(0).random((len(texts), place.sizes.length))
+    for name, temperature in (("write greedily", 0.0), ("sample", 1.0)):
+        written = []
+        logprobs = []
+        for open_decoder in openers:
+            ids, logprobs_of_ids = open_decoder(prompts).decode([], limits, temperature, uniforms)
+            written.append(ids)
+            logprobs.append(np.array(logprobs_of_ids))
+        same = sum(one == other for one, other in zip(*written, strict=True))
+        yield Finding(
+            f"texts that {names} {name} alike",
+            f"all {len(texts)}",
+            str(same),
+            same == len(texts),
+        )
+        apart = float(np.abs(logprobs[0] - logprobs[1]).max())
+        yield at_most(f"log-probabilities of what {names} {name}: how far apart", apart, 1e-4)
 
 
 # ---- what they share -----------------------------------------------------------------------------

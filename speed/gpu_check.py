@@ -23,13 +23,17 @@ from torch.profiler import ProfilerActivity, profile
 
 import model
 from backends.config import ModelConfig
+from backends.decoder import Decoder
 from common.errors import run_guarded
 from common.memory import logits_bytes, training_bytes
 from model import LM
 from speed.check_training import (
     CPU_SIZES,
     Place,
+    Prompts,
     Sizes,
+    compare_decoders,
+    compare_with_writing_on_cpu,
     learn_on_4_bits,
     repeat_step,
     resume_on_cpu,
@@ -127,7 +131,7 @@ def decode_with_each_attention(place: Place) -> Iterator[Finding]:
     lm = place.large_network(dtype="bfloat16")
     for is_on in (False, True):
         torch.backends.cuda.enable_cudnn_sdp(is_on)
-        seconds = min(_decode(place, lm) for _ in range(2))
+        seconds = min(_write(place, lm, place.on_gpu) for _ in range(2))
         name = f"a token of {place.sizes.texts} rows, cuDNN's attention {'on' if is_on else 'off'}"
         yield Finding(name, "", f"{1000 * seconds / place.sizes.decoded:.2f} ms")
     torch.backends.cuda.enable_cudnn_sdp(not place.on_gpu)
@@ -140,7 +144,7 @@ def count_launches(place: Place) -> Iterator[Finding]:
     its prompts, with the same steps in which kernels are chosen and a graph is recorded.
     """
     lm = place.large_network()
-    _decode(place, lm)
+    _write(place, lm, place.on_gpu)
     shorter = place.sizes.decoded // 2
     tokens = place.sizes.decoded - shorter
     before = _count_calls(place, lm, shorter)
@@ -175,26 +179,34 @@ def _sum_of(counts: dict[str, int], words: tuple[str, ...]) -> int:
     return sum(count for name, count in counts.items() if any(word in name for word in words))
 
 
-def compare_fixed_slots(place: Place) -> Iterator[Finding]:
-    """Decode in slots that rows share, and in fixed ones, as a GPU does (fixed_slots.py)."""
+def compare_ways_to_write(place: Place) -> Iterator[Finding]:
+    """Write on the CPU and on the device, there in slots that rows share and in fixed ones.
+
+    Fixed slots are how a GPU decodes (fixed_slots.py).
+    """
+    # pick_device has turned TF32 on.
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    lm = place.large_network()
-    written = []
-    for in_fixed_slots in (False, True):
-        for _ in range(2):
-            ids, seconds = _write(place, lm, in_fixed_slots)
-        written.append(ids)
-        name = f"a token of {place.sizes.texts} rows, {'fixed' if in_fixed_slots else 'shared'}"
-        yield Finding(f"{name} slots", "", f"{1000 * seconds / place.sizes.decoded:.2f} ms")
+    yield from compare_with_writing_on_cpu(place)
+    lm = model.load(place.folder / "writer", place.settings())
+
+    def open_decoder(in_fixed_slots: bool, prompts: Prompts) -> Decoder:
+        decoder = lm.decoder(prompts)
+        decoder.in_fixed_slots = in_fixed_slots
+        return decoder
+
+    openers = [partial(open_decoder, in_fixed_slots) for in_fixed_slots in (False, True)]
+    yield from compare_decoders(place, "shared and fixed slots", openers)
     torch.set_float32_matmul_precision(before)
-    same = sum(a == b for a, b in zip(*written, strict=True))
-    yield Finding(
-        "texts that both ways write alike",
-        f"all {place.sizes.texts}",
-        str(same),
-        same == place.sizes.texts,
-    )
+
+
+def time_slots(place: Place) -> Iterator[Finding]:
+    """Time a token in slots that rows share, and in fixed ones."""
+    lm = place.large_network()
+    for name, in_fixed_slots in (("shared", False), ("fixed", True)):
+        seconds = min(_write(place, lm, in_fixed_slots) for _ in range(2))
+        name = f"a token of {place.sizes.texts} rows, {name} slots"
+        yield Finding(name, "", f"{1000 * seconds / place.sizes.decoded:.2f} ms")
 
 
 # ---- 5. Memory -----------------------------------------------------------------------------------
@@ -289,22 +301,16 @@ def _run_script(place: Place, script: str, *options: str) -> None:
 
 
 # ---- what the checks share -----------------------------------------------------------------------
-def _decode(place: Place, lm: LM) -> float:
-    """Return the seconds in which all rows write some tokens, each another text."""
-    _, seconds = _write(place, lm, place.on_gpu)
-    return seconds
-
-
-def _write(place: Place, lm: LM, in_fixed_slots: bool) -> tuple[list[list[int]], float]:
-    """Return what rows write greedily after different texts, and the seconds that it took."""
+def _write(place: Place, lm: LM, in_fixed_slots: bool) -> float:
+    """Return the seconds in which rows write greedily, each after another text."""
     prompts = [text.ids for text in place.texts()]
     decoder = lm.decoder(prompts)
     decoder.in_fixed_slots = in_fixed_slots
     _synchronize(place)
     started = time.perf_counter()
-    ids, _ = decoder.decode([], [place.sizes.decoded] * len(prompts), 0.0)
+    decoder.decode([], [place.sizes.decoded] * len(prompts), 0.0)
     _synchronize(place)
-    return ids, time.perf_counter() - started
+    return time.perf_counter() - started
 
 
 def _synchronize(place: Place) -> None:
@@ -323,7 +329,8 @@ CHECKS: tuple[Check, ...] = (
     learn_on_4_bits,
     compare_memory,
     decode_with_each_attention,
-    compare_fixed_slots,
+    compare_ways_to_write,
+    time_slots,
     count_launches,
     climb_speed_ladder,
     compare_with_transformers,

@@ -20,12 +20,11 @@ import numpy as np
 
 import model
 from common.errors import run_guarded
-from data.trajectory import Trajectory
-from model import LM
 from speed.check_training import (
     CPU_SIZES,
     Place,
     Sizes,
+    compare_with_writing_on_cpu,
     learn_on_4_bits,
     repeat_step,
     resume_on_cpu,
@@ -36,7 +35,6 @@ from speed.findings import Check, Finding, at_most, check_device
 
 # Smaller than CUDA's: macOS ends a command that keeps the GPU busy for too long.
 GPU_SIZES = Sizes(width=512, layers=4, texts=8, length=128, decoded=64, skipped_ways=0)
-STEPS_TO_WRITE = 20  # in which a network learns what it is asked to write
 
 
 def open_place(device: str, folder: Path) -> Place:
@@ -78,58 +76,13 @@ def compare_with_cpu(place: Place) -> Iterator[Finding]:
     yield at_most("loss, CPU and device: how far apart", abs(losses[0] - losses[1]), 1e-5)
 
 
-def compare_decoding(place: Place) -> Iterator[Finding]:
-    """Write the same texts on the CPU and on the GPU, greedily and by the same random numbers.
-
-    The network has learned the texts first: a new one would repeat its last token, whatever
-    attention reads.
-    """
-    texts = place.texts()
-    learner = place.network(128, 4, device="cpu")
-    optimizer = learner.backend.Optimizer(learner.network, muon=False)
-    for _ in range(STEPS_TO_WRITE):
-        take_step(learner, "nll", texts, 3e-3, optimizer)
-    folder = place.folder / "writer"
-    learner.save(folder)
-    uniforms = np.random.default_rng(0).random((len(texts), place.sizes.length))
-    for name, temperature in (("write greedily", 0.0), ("sample", 1.0)):
-        written = []
-        logprobs = []
-        for device in ("cpu", place.device):
-            lm = model.load(folder, place.settings(device=device))
-            ids, logprobs_of_ids = _write(lm, texts, temperature, uniforms)
-            written.append(ids)
-            logprobs.append(np.array(logprobs_of_ids))
-        same = sum(one == other for one, other in zip(*written, strict=True))
-        yield Finding(
-            f"texts that CPU and device {name} alike",
-            f"all {len(texts)}",
-            str(same),
-            same == len(texts),
-        )
-        apart = float(np.abs(logprobs[0] - logprobs[1]).max())
-        yield at_most(f"log-probabilities of what they {name}: how far apart", apart, 1e-4)
-
-
-def _write(
-    lm: LM, texts: list[Trajectory], temperature: float, uniforms: np.ndarray
-) -> tuple[list[list[int]], list[list[float]]]:
-    """Return what rows write after the first halves of texts, and its log-probabilities.
-
-    uniforms: (texts, tokens).
-    """
-    prompts = [text.ids[: len(text.ids) // 2] for text in texts]
-    limits = [len(text.ids) - len(prompt) for text, prompt in zip(texts, prompts, strict=True)]
-    return lm.decoder(prompts).decode([], limits, temperature, uniforms)
-
-
 # ---- the report ----------------------------------------------------------------------------------
 CHECKS: tuple[Check, ...] = (
     describe_machine,
     compare_with_cpu,
     train_in_all_ways,
     learn_on_4_bits,
-    compare_decoding,
+    compare_with_writing_on_cpu,
     repeat_step,
     resume_on_cpu,
 )

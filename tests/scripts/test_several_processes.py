@@ -77,7 +77,7 @@ def train_and_judge(cwd: Path, *launcher: str, options: tuple[str, ...] = ()) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 def test_two_processes_do_what_one_does(tmp_path: Path, backend: str) -> None:
-    """Losses, files and answers; under each backend's own launcher."""
+    """Losses, files, and which questions each row answers; under each backend's own launcher."""
     launcher = TORCHRUN if backend == "torch" else MLX_LAUNCH
     options = (f"--backend={backend}",)
     alone = train_and_judge(tmp_path / "alone", options=options)
@@ -108,7 +108,7 @@ def test_two_processes_end_together_and_go_on(tmp_path: Path) -> None:
 
     The end has the bytes of a run in one go by two processes.
     """
-    whole = train_and_judge(tmp_path / "whole", *TORCHRUN)
+    whole = train_and_judge(tmp_path / "whole", *TORCHRUN, options=("--backend=torch",))
     cwd = tmp_path / "interrupted"
     cwd.mkdir()
     root = cwd / "out" / "tiny"
@@ -125,7 +125,7 @@ def test_two_processes_end_together_and_go_on(tmp_path: Path) -> None:
         done = run_in_shell(cwd, *TORCHRUN, *arguments, timeout=900)
         assert done.status == 0, done.err[-2000:]
 
-    errors = interrupt("base", kill_second, "train_sft.py", *TINY)
+    errors = interrupt("base", kill_second, "train_sft.py", *TINY, "--backend=torch")
     # Rank 0's own line; torchrun too names the signal that ended the other one.
     assert errors.count("\nerror: another process has ended") == 1
     assert "go on with: the same torchrun command and --resume" in errors

@@ -13,7 +13,14 @@ import backends.torch as torch_backend
 from common.memory import training_bytes
 from speed.check_training import CPU_SIZES, LOSSES, Place, repeat_step, take_step
 from speed.findings import Finding, run_checks
-from speed.gpu_check import CHECKS, activation_bytes, count_launches, open_place, run_bench
+from speed.gpu_check import (
+    CHECKS,
+    activation_bytes,
+    compare_ways_to_write,
+    count_launches,
+    open_place,
+    run_bench,
+)
 
 
 @pytest.fixture
@@ -36,6 +43,8 @@ def test_all_checks_pass_on_a_cpu(place: Place, tmp_path: Path) -> None:
         "a checkpoint goes on, on the CPU",
         "step 0 of two runs of one seed: weights after it",
         "launches of kernels and graphs, a token",
+        "texts that CPU and device sample alike",
+        "texts that shared and fixed slots write greedily alike",
     } <= set(checked)
     assert len(json.loads((tmp_path / "report.json").read_text())) == len(findings)
     ended = [finding for finding in findings if finding.check.startswith("seconds of")]
@@ -106,6 +115,22 @@ def test_activations_stay_below_their_bound(place: Place, tmp_path: Path) -> Non
     gradients = training_bytes(lm.network.config, place.settings(), False, 4)["gradients"]
     bound = activation_bytes(lm.network.config, tokens=8 * 64)
     assert bound / 2 < peak - gradients < bound
+
+
+def test_slots_that_read_the_wrong_place_are_found(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a network that repeats one token, and so writes the same wherever it looks."""
+    read = torch_backend.Decoder._read_in_all_slots
+
+    def read_elsewhere(decoder: Any, tokens: Any, positions: Any) -> Any:
+        return read(decoder, tokens, positions - 1)
+
+    monkeypatch.setattr(torch_backend.Decoder, "_read_in_all_slots", read_elsewhere)
+    findings = {finding.check: finding.passed for finding in compare_ways_to_write(place)}
+    assert findings.pop("texts that shared and fixed slots write greedily alike") is False
+    assert findings.pop("texts that shared and fixed slots sample alike") is False
+    assert findings["texts that CPU and device sample alike"]
 
 
 @pytest.mark.slow
