@@ -284,6 +284,9 @@ USAGE = "usage: python tools.py ask CORPUS QUERY ..  or  python tools.py serve C
 def main(arguments: list[str]) -> None:
     """Run one of the two commands. Raises UserError for bad arguments."""
     refuse_other_encoding(arguments)
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if len(arguments) < 3 or arguments[0] not in ("ask", "serve"):
         raise UserError(USAGE)
     command, corpus = arguments[:2]

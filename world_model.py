@@ -370,6 +370,8 @@ def command(arguments: list[str]) -> None:
         from environments.fidelity_report import FidelitySettings, fidelity
 
         main(fidelity, FidelitySettings, __doc__)
+    elif word in ("-h", "--help"):
+        print(f"{__doc__}\nThe settings: python world_model.py distill --help, and fidelity --help")
     else:
         raise UserError(USAGE)
 

@@ -67,7 +67,7 @@ def tree_settings(settings: BenchSettings) -> dict[str, Any]:
 def _compare_whole(settings: BenchSettings, tree: Tree, other: Tree) -> Comparison:
     """Run all scripts from the first to the last in both trees in turns."""
     pairs = [(whole_story(tree), whole_story(other)) for _ in range(settings.repeats)]
-    note = f"CPU seconds; EM of the last row: {last_em(tree):.1f} and {last_em(other):.1f}"
+    note = f"CPU seconds; EM of the last row: {last_em(tree)} and {last_em(other)}"
     return Comparison("whole", "run", settings.against, pairs, note)
 
 
@@ -161,7 +161,8 @@ def whole_story(tree: Tree) -> Timing:
     return Timing(cpu_seconds_of_children() - before, 1, 0.0)
 
 
-def last_em(tree: Tree) -> float:
-    """Return the exact match, in percent, of the last row of the table that a tree has made."""
+def last_em(tree: Tree) -> str:
+    """Return the exact match of the last row of the table that a tree has made, with its 95%."""
     rows = json.loads((tree.folder / "out" / WHOLE_RUN / "eval.json").read_text())["rows"]
-    return list(rows.values())[-1]["avg"]["em"]
+    average = list(rows.values())[-1]["avg"]
+    return f"{average['em']:.1f} ({average['em_low']:.1f} to {average['em_high']:.1f})"

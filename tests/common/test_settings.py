@@ -268,6 +268,20 @@ def test_help_names_every_setting(
     assert [name for name, comment in comments.items() if len(comment) < 2] == []
 
 
+@pytest.mark.parametrize(
+    "script",
+    ["autocoa", "bench", "eval", "plot", "tools", "train_rl", "train_sft", "world_model"],
+)
+def test_help_of_each_script(script: str) -> None:
+    """It begins with the script's first line. (test_layout.py sees to it that it comes at once.)"""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / f"{script}.py"), "--help"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    title = (ROOT / f"{script}.py").read_text().splitlines()[0]
+    assert done.stdout.startswith(title.lstrip('r"').split(":")[0])
+
+
 def test_help_has_comments_and_defaults(
     read: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

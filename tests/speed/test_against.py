@@ -44,7 +44,8 @@ if "start" in given:
             print(json.dumps(row), file=log)
 if name == "eval.py":
     root.mkdir(parents=True, exist_ok=True)
-    rows = {"model only": {"avg": {"em": 1.0}}, "the last": {"avg": {"em": EM}}}
+    average = {"em": EM, "em_low": EM - 2, "em_high": EM + 3}
+    rows = {"model only": {"avg": {"em": 1.0}}, "the last": {"avg": average}}
     (root / "eval.json").write_text(json.dumps({"rows": rows}))
 while time.process_time() < CPU_SECONDS:
     pass
@@ -149,7 +150,9 @@ def test_the_whole_story_of_two_commits(lm: LM, calls: Path) -> None:
     ((ours, theirs),) = whole.pairs
     # Each of theirs works for 0.2 seconds.
     assert 0 < ours.seconds < 0.8 < theirs.seconds
-    assert whole.note == "CPU seconds; EM of the last row: 40.0 and 30.0"
+    assert (
+        whole.note == "CPU seconds; EM of the last row: 40.0 (38.0 to 43.0) and 30.0 (28.0 to 33.0)"
+    )
 
 
 def test_an_unknown_name_is_refused(lm: LM, calls: Path) -> None:
