@@ -273,7 +273,7 @@ def test_help_names_every_setting(
     ["autocoa", "bench", "eval", "plot", "tools", "train_rl", "train_sft", "world_model"],
 )
 def test_help_of_each_script(script: str) -> None:
-    """It begins with the script's first line. (test_layout.py sees to it that it comes at once.)"""
+    """It begins with the script's first line; test_layout.py sees to it that it comes at once."""
     done = subprocess.run(
         [sys.executable, str(ROOT / f"{script}.py"), "--help"], capture_output=True, text=True
     )
