@@ -53,6 +53,7 @@ class FixedSlots:
         self.longest = int(length.max())
         self.limits = upload(limits)
         self.position = upload(length)
+        self.any_greedy = bool((temperatures == 0).any())
         self.is_greedy = upload(temperatures == 0)
         # Dividing by 1 changes nothing, where dividing by 0 would.
         self.divisors = upload(np.where(temperatures == 0, 1, temperatures))[:, None]
@@ -85,8 +86,9 @@ class FixedSlots:
         """
         logprobs = (logits / self.divisors).log_softmax(-1)  # (rows, vocab)
         uniforms = self.uniforms.index_select(1, self.steps_done)[:, 0]
-        drawn = draw(logprobs, self.rows, uniforms)
-        tokens = torch.where(self.is_greedy, logprobs.argmax(-1), drawn)
+        tokens = draw(logprobs, self.rows, uniforms)
+        if self.any_greedy:
+            tokens = torch.where(self.is_greedy, logprobs.argmax(-1), tokens)
 
         written = tokens.masked_fill(~self.running, -1)
         self.ids.index_copy_(1, self.steps_done, written[:, None])
