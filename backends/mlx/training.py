@@ -42,34 +42,36 @@ def logprobs(
         # Zeros that still depend on the weights, so that there is a gradient.
         return zeros + 0 * x.sum()
     states = x[batch["parent"][node]]  # (needed, hidden)
-    temperatures = mx.broadcast_to(mx.array(temperature), (node.size, 1))
-    picked = _pick_in_pieces(network, states, batch["ids"][node], temperatures)
+    picked = _pick_in_pieces(network, states, batch["ids"][node], temperature)
     return zeros.at[node].add(picked)
 
 
 def _pick_in_pieces(
-    network: Transformer, states: mx.array, ids: mx.array, temperatures: mx.array
+    network: Transformer, states: mx.array, ids: mx.array, temperature: float | mx.array
 ) -> mx.array:
     """Return the log-probabilities of ids after some hidden states, (needed,).
 
     Logits are by far the largest numbers of a checkpoint with a large vocabulary. Where there are
     many, they are computed piece by piece, and again for their gradient.
-    states: (needed, hidden). ids: (needed,). temperatures: (needed, 1).
+    states: (needed, hidden). ids: (needed,). temperature: of all, or (needed, 1).
     """
 
-    def pick(states: mx.array, ids: mx.array, temperatures: mx.array) -> mx.array:
-        logits = network.logits(states) / temperatures  # (.., vocab)
+    def pick(states: mx.array, ids: mx.array, temperature: float | mx.array) -> mx.array:
+        logits = network.logits(states)  # (.., vocab)
+        if isinstance(temperature, mx.array) or temperature != 1:
+            logits = logits / temperature
         return -nn.losses.cross_entropy(logits, ids)
 
     at_once = tokens_of_logits(network.config.vocab_size)
     if ids.size <= at_once:
-        return pick(states, ids, temperatures)
+        return pick(states, ids, temperature)
     picked = []
     for start in range(0, ids.size, at_once):
         piece = slice(start, start + at_once)
+        own = temperature[piece] if isinstance(temperature, mx.array) else temperature
         # Ids have no gradient, so they are no arguments of what is computed again.
         pick_again = checkpoint(
-            network.head, lambda x, piece=piece: pick(x, ids[piece], temperatures[piece])
+            network.head, lambda x, piece=piece, own=own: pick(x, ids[piece], own)
         )
         picked.append(pick_again(states[piece]))
     return mx.concatenate(picked)

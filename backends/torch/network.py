@@ -184,10 +184,10 @@ class Attention(nn.Module):
         if isinstance(parts, PackedTexts):
             y = _attend_to_texts(q, k, v, parts)
         elif parts:
-            read = [
-                _attend(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], part_mask)
-                for start, end, part_mask in parts
-            ]
+            # Not by slices: the gradient of each would be an array of the whole row.
+            sizes = [end - start for start, end, _ in parts]
+            split = zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True)
+            read = [_attend(*heads, part.mask) for heads, part in zip(split, parts, strict=True)]
             y = torch.cat(read, 2)
         else:
             y = _attend(q, k, v, mask)

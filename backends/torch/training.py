@@ -38,32 +38,35 @@ def logprobs(
     """
     x = _hidden_states(network, batch)
     states = x[batch["parent"][node]]  # (needed, hidden)
-    if not isinstance(temperature, Tensor):
-        temperature = torch.full((len(node), 1), temperature, device=node.device)
     picked = _pick_in_pieces(network, states, batch["ids"][node], temperature)
     return torch.zeros(batch["ids"].shape, device=node.device).index_put((node,), picked)
 
 
 def _pick_in_pieces(
-    network: Transformer, states: Tensor, ids: Tensor, temperatures: Tensor
+    network: Transformer, states: Tensor, ids: Tensor, temperature: float | Tensor
 ) -> Tensor:
     """Return the log-probabilities of ids after some hidden states, (needed,).
 
     Logits are by far the largest numbers of a checkpoint with a large vocabulary. Where there are
     many, they are computed piece by piece, and again for their gradient.
-    states: (needed, hidden). ids: (needed,). temperatures: (needed, 1).
+    states: (needed, hidden). ids: (needed,). temperature: of all, or (needed, 1).
     """
 
-    def pick(states: Tensor, ids: Tensor, temperatures: Tensor) -> Tensor:
-        logits = network.logits(states) / temperatures  # (.., vocab)
+    def pick(states: Tensor, ids: Tensor, temperature: float | Tensor) -> Tensor:
+        logits = network.logits(states)  # (.., vocab)
+        # SFT's is 1, and a division of so many numbers takes as long as a layer of a small network.
+        if isinstance(temperature, Tensor) or temperature != 1:
+            logits = logits / temperature
         return -functional.cross_entropy(logits, ids, reduction="none")
 
     at_once = tokens_of_logits(network.config.vocab_size)
     if len(ids) <= at_once:
-        return pick(states, ids, temperatures)
-    pieces = zip(
-        states.split(at_once), ids.split(at_once), temperatures.split(at_once), strict=True
-    )
+        return pick(states, ids, temperature)
+    ids_of_pieces = ids.split(at_once)
+    temperatures: Sequence[float | Tensor] = [temperature] * len(ids_of_pieces)
+    if isinstance(temperature, Tensor):
+        temperatures = temperature.split(at_once)
+    pieces = zip(states.split(at_once), ids_of_pieces, temperatures, strict=True)
     picked = [
         checkpoint(pick, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces
     ]
