@@ -13,7 +13,7 @@ what is done with trajectories:
 4. `--ask`: one question, answered before your eyes.
 """
 
-# First, so that Ctrl-C is one line from here on.
+# Imported first: from here on Ctrl-C is one line, and not a traceback.
 from common.errors import UserError
 
 # isort: split
@@ -90,9 +90,11 @@ def group_advantages(
 # ---- 2. Losses -----------------------------------------------------------------------------------
 # xp is numpy, torch or mlx.core. A micro-batch holds texts as tries (data/batches.py), in which a
 # token that several texts begin with stands once: a node. logp (nodes,) is the log-probability of
-# each. The batch holds `mask` (nodes,), 1 where a token is learned, and `norm`, which makes
-# micro-batches add up to the mean of a whole optimizer step. All losses are called alike, so
-# nll_loss has xp too.
+# each. The batch holds `mask` (nodes,), 0 where nothing is learned, 1 where a token is, and less
+# where it has less weight (SFT-3's observations). `norm` makes micro-batches add up to the mean of
+# a whole optimizer step. A batch of SFT has no more than that: the tokens of some chains, one after
+# the other, with the mask that was written with them. All losses are called alike, so nll_loss has
+# xp too.
 def nll_loss(xp: Any, logp: Array, batch: Batch) -> Array:
     """Return the next-token loss of SFT-2 and SFT-3, a mean over the tokens that are learned."""
     return -(logp * batch["mask"]).sum() / batch["norm"]
@@ -101,16 +103,16 @@ def nll_loss(xp: Any, logp: Array, batch: Batch) -> Array:
 def contrastive_loss(xp: Any, logp: Array, batch: Batch) -> Array:
     """Return the loss of SFT-1: -log sigmoid(P(chosen|c) - P(rejected|c)) - alpha P(chosen|c).
 
-    P is the mean log-probability of a continuation's tokens (paper 3.2). Without the last term
-    both probabilities would fall together.
+    The paper's P (3.2) is the mean log-probability of a continuation's tokens. Without the last
+    term both fall together where the learning rate is high (docs/ablations.md).
 
-    batch: `rows` (2 n, nodes), each the mean over one continuation's nodes: n chosen ones, then the
-    rejected ones of the same pairs.
+    batch: `path_weights` (2 n, nodes), each the mean over one continuation's nodes: n chosen ones,
+    then the rejected ones of the same pairs.
     """
-    score = batch["rows"] @ logp  # (2 n,)
+    score = batch["path_weights"] @ logp  # (2 n,)
     pairs = score.shape[0] // 2
     gap = score[:pairs] - score[pairs:]
-    # logaddexp(0, -gap) is -log sigmoid(gap), without overflow.
+    # logaddexp(0, -gap) is -log sigmoid(gap), without overflow; it takes arrays alone, so 0 * gap.
     preference = xp.logaddexp(0 * gap, -gap)
     return (preference - batch["alpha"] * score[:pairs]).sum() / batch["norm"]
 
@@ -129,16 +131,17 @@ def grpo_loss(xp: Any, logp: Array, batch: Batch) -> Array:
     With one optimizer step a batch the ratio is 1 and nothing is clipped: it is the plain policy
     gradient. Clipping acts from the second minibatch on.
 
-    batch: `mask`, 1 for tokens of the policy; `old`, log-probs when sampled; `positive` and
+    batch: `mask`, 1 for tokens of the policy; `old`, log-probs that the decoder gave when it
+    sampled them; `positive` and
     `negative`, the sums of weighted advantages, 0 where nothing is learned; `clip_low`,
-    `clip_high`, `norm`; what add_penalties reads.
+    `clip_high`, `norm`; what add_auxiliary_terms reads.
     """
     ratio = xp.exp((logp - batch["old"]) * batch["mask"])  # (nodes,)
     raised = xp.clip(ratio, None, 1 + batch["clip_high"])
     lowered = xp.clip(ratio, 1 - batch["clip_low"], None)
     gain = batch["positive"] * raised + batch["negative"] * lowered
     loss = -(gain * batch["mask"]).sum() / batch["norm"]
-    return add_penalties(xp, loss, logp, batch)
+    return add_auxiliary_terms(xp, loss, logp, batch)
 
 
 def sequence_loss(xp: Any, logp: Array, batch: Batch) -> Array:
@@ -148,18 +151,18 @@ def sequence_loss(xp: Any, logp: Array, batch: Batch) -> Array:
     tokens' ratios, and is clipped; for --loss=reinforce it is their product, the ratio of the
     probabilities of the rollout, and is not.
 
-    batch: `mask` and `old` as for grpo_loss; `rows` (rollouts, nodes), the weights with which a
-    rollout adds up its tokens' log-ratios: 1 / its length, or 1; `advantages` (rollouts,);
-    `clip_low`, `clip_high`, `norm`; what add_penalties reads.
+    batch: `mask` and `old` as for grpo_loss; `path_weights` (rollouts, nodes), the weights with
+    which a rollout adds up its tokens' log-ratios: 1 / its length, or 1; `advantages` (rollouts,);
+    `clip_low`, `clip_high`, `norm`; what add_auxiliary_terms reads.
     """
-    ratio = xp.exp(batch["rows"] @ ((logp - batch["old"]) * batch["mask"]))  # (rollouts,)
+    ratio = xp.exp(batch["path_weights"] @ ((logp - batch["old"]) * batch["mask"]))  # (rollouts,)
     clipped = xp.clip(ratio, 1 - batch["clip_low"], 1 + batch["clip_high"])
     gain = xp.minimum(ratio * batch["advantages"], clipped * batch["advantages"])
     loss = -gain.sum() / batch["norm"]
-    return add_penalties(xp, loss, logp, batch)
+    return add_auxiliary_terms(xp, loss, logp, batch)
 
 
-def add_penalties(xp: Any, loss: Array, logp: Array, batch: Batch) -> Array:
+def add_auxiliary_terms(xp: Any, loss: Array, logp: Array, batch: Batch) -> Array:
     """Return a loss of the policy with KL to the reference, and with what the tool said.
 
     batch: `mask`; `beta`, the weight of KL, and where it is not 0 `ref`, the log-probs of the
@@ -239,7 +242,7 @@ class Controller(Protocol):
 
 
 def rollout(
-    decoder: Callable[[list[list[int]]], Any],
+    make_decoder: Callable[[list[list[int]]], Any],
     codec: Codec,
     prompts: Sequence[list[int]],
     search: Search | Imagine | None,
@@ -250,8 +253,8 @@ def rollout(
 ) -> list[Trajectory]:
     """Roll out an agent on each prompt: Algorithm 1 of the paper, `batch_rows` at a time.
 
-    decoder: makes a backend's Decoder for some prompts; rollouts that are one text are computed
-        once.
+    make_decoder: makes a backend's Decoder for some prompts; rollouts that are one text are
+        computed once.
     search: answers actions, or IMAGINE: the policy writes the observation as well,
         greedily, and it still counts as the environment's (role OBSERVATION, mask 0). None where
         max_actions is 0.
@@ -273,8 +276,8 @@ def rollout(
     agent = Agent(codec, settings, imagines=search == IMAGINE)
     first = next_rows(rows, settings.batch_rows, decoder_is_empty=True)
     waiting = rows[len(first) :]
-    own_decoder = decoder(list(prompts[: len(first)]))
-    run_rows(agent, own_decoder, first, search, temperature, waiting, settings.batch_rows, report)
+    decoder = make_decoder(list(prompts[: len(first)]))
+    run_rows(agent, decoder, first, search, temperature, waiting, settings.batch_rows, report)
     return [row.trajectory for row in rows]
 
 
@@ -485,7 +488,10 @@ class Agent:
         row.trajectory.add(ids[start:], row.state, 1, logprobs[start:])
 
     def _act(self, row: Row) -> None:
-        """Run the action that has just ended, or force an answer if calls are spent."""
+        """Ask for the observation of the action that has ended; force an answer if calls are spent.
+
+        The tool is asked for all rows at once, by the loop.
+        """
         row.state = Role.THINK
         if len(row.trajectory.queries) >= self.settings.max_actions:
             self._force_answer(row)

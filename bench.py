@@ -29,7 +29,7 @@ Every command prints one line of JSON at its end, adds it to out/<run>/bench.jso
 out/<run>/figures/bench.png, against.png, growth.png or sharing.png.
 """
 
-# First, so that Ctrl-C is one line from here on.
+# Imported first: from here on Ctrl-C is one line, and not a traceback.
 from common.errors import UserError, run_guarded
 
 # isort: split

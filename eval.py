@@ -22,7 +22,7 @@ calculator, and with --judge what a language model says of the answers. Averages
 with a 95% bootstrap interval over questions.
 """
 
-# First, so that Ctrl-C is one line from here on.
+# Imported first: from here on Ctrl-C is one line, and not a traceback.
 from common.errors import UserError
 
 # isort: split

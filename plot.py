@@ -23,7 +23,7 @@ trajectories.html    what the policy wrote, token by token, coloured by who wrot
 Stages that are not there are left out, and so is a stage that is still training.
 """
 
-# First, so that Ctrl-C is one line from here on.
+# Imported first: from here on Ctrl-C is one line, and not a traceback.
 from common.errors import UserError
 
 # isort: split

@@ -18,9 +18,9 @@ ends it there, with the weights that did best on held-out questions of its pool.
 
 Where this departs from textbook GRPO: advantages are not divided by their standard deviation
 (--advantage_std does it); the loss is DAPO's mean over all tokens of a step, not over those of each
-trajectory first (--loss); clipping is wider above than below; KL to the policy that RL begins with
-is optional (--kl); and groups whose rollouts all got the same reward are skipped, since their
-gradient is zero. So are those in which a search failed.
+trajectory first (--loss); clipping is wider above than below; KL to the policy that the command
+begins with is optional (--kl); and groups whose rollouts all got the same reward are skipped,
+since their gradient is zero. So are those in which a search failed.
 
 The nano path has a world for SFT and another for RL-2, where nothing that SFT learned by heart is
 of use. RL-1 asks RL-2's questions too, and RL-2 goes on after them. Only a policy that imagines
@@ -29,7 +29,7 @@ Those begin at what the model does not know by heart: where it knows, recalling 
 search whose result it has to make up, and it would stop searching.
 """
 
-# First, so that Ctrl-C is one line from here on.
+# Imported first: from here on Ctrl-C is one line, and not a traceback.
 from common.errors import UserError, resume_command
 
 # isort: split
@@ -489,11 +489,18 @@ def split_minibatches(
 
 
 def token_weight(loss: LossName, length: int, max_len: int) -> tuple[float, float]:
-    """Return the weight of each of the policy's tokens of a rollout, and its share of `norm`.
+    """Return what a rollout's tokens weigh in the loss, and what the rollout adds to its divisor.
 
-    In gspo the weight is that of a token in its rollout's log-ratio, and in reinforce too.
+    The loss is a sum of weighted gains, divided by what all rollouts of the step add together:
 
-    length: of the policy's tokens of the rollout.
+    loss        a token's weight    added to the divisor
+    dapo        1                   length: a mean over all tokens
+    grpo        1 / length          1: a mean over rollouts of means over their tokens
+    dr_grpo     1                   max_len
+    gspo        1 / length          1; weights are of log-ratios, whose mean makes the ratio
+    reinforce   1                   1; of log-ratios, whose sum makes it
+
+    length: how many tokens of the rollout are the policy's.
     Sources: arXiv 2503.14476 (dapo), 2402.03300 (grpo), 2503.20783 (dr_grpo), 2507.18071 (gspo),
     2402.14740 (reinforce).
     """
@@ -637,7 +644,7 @@ class StepWeights:
         for number, (rollout, path) in enumerate(paths.items()):
             path_weights[number, path] = self.weights[rollout]
         advantages = self.advantages[list(paths)].astype(np.float32)
-        return {"rows": path_weights, "advantages": advantages}
+        return {"path_weights": path_weights, "advantages": advantages}
 
     def observation_weights(self, paths: Mapping[int, np.ndarray], nodes: int) -> Batch:
         """Return for each node what observation_loss reads, where it has a weight."""

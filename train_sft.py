@@ -7,8 +7,8 @@ base    nano: pretraining from scratch on head articles and single skills, so th
         reasoning model to begin with; a checkpoint from elsewhere is the base model as it is
 sft1    when to act: pairs that part inside the reasoning; one side acts, the other thinks on
 sft2    how to act: whole trajectories, observations masked
-sft3    the same without the mask: the policy learns what the tool would say, and becomes its own
-        world model
+sft3    the same without the mask, observations at a tenth of the weight: the policy learns what the
+        tool would say, and becomes its own world model
 
 Without --stage all are trained anew, or with --resume from where an interrupted run stands.
 --stage trains one of them from the stage before; --start and --out name other folders, for
@@ -16,7 +16,7 @@ ablations. Each stage leaves a Hugging Face folder with log.jsonl and rollouts.j
 out/<run>/<stage>/.
 """
 
-# First, so that Ctrl-C is one line from here on.
+# Imported first: from here on Ctrl-C is one line, and not a traceback.
 from common.errors import UserError
 
 # isort: split
@@ -87,7 +87,8 @@ class SFTSettings(StageSettings, AnswerSettings, NewModelSettings, OptimizerSett
     pair_directions: PairDirections = "both"
     # Questions for chains of action; those that the teacher can't solve make none.
     coa: int = 5000
-    # Questions for chains of thought. On the nano path three fifths practise planning instead.
+    # Questions for chains of thought. On the nano path three fifths of them repeat the planning and
+    # the relations of pretraining instead, which the other chains would make it forget.
     cot: int = 1000
     # Passes over the chains in SFT-2; SFT-1 goes over its pairs once.
     epochs: AboveZero = 2
@@ -225,11 +226,12 @@ def train_on_pairs(
 def describe_pairs(lm: LM, pairs: Sequence[Pair], micro_tokens: int) -> str:
     """Return how likely the two sides of some pairs are, in nats a token.
 
-    It shows what the auxiliary term of the loss is for: without it both fall together.
+    It shows what the auxiliary term of the loss is for: without it both fall together where the
+    learning rate is high.
     """
     scores = np.zeros(2)  # of all chosen sides, of all rejected ones
     for batch in pair_batches(pairs, micro_tokens, alpha=0.0):
-        sides = batch["rows"] @ lm.backend.score(lm.network, batch)  # (2 n,)
+        sides = batch["path_weights"] @ lm.backend.score(lm.network, batch)  # (2 n,)
         scores += sides.reshape(2, -1).sum(1)
     # Of several processes each has scored its share.
     chosen, rejected = np.sum(ranks.gather(scores), axis=0) / max(1, len(pairs))

@@ -13,7 +13,7 @@ answers are known (environments/fidelity.py). It prints a table and writes out/<
 figures/fidelity.png and figures/imagined.html, imagined observations beside the real ones.
 """
 
-# First, so that Ctrl-C is one line from here on.
+# Imported first: from here on Ctrl-C is one line, and not a traceback.
 from common.errors import UserError, run_guarded
 
 # isort: split

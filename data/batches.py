@@ -219,8 +219,8 @@ def pair_batches(pairs: Sequence[Pair], micro_tokens: int, alpha: float) -> list
 
     Of several processes each gets those of its share.
 
-    "rows": (2 n, nodes), which means over nodes are the chosen sides' scores, then the rejected
-    ones' of the same pairs.
+    "path_weights": (2 n, nodes), which means over nodes are the chosen sides' scores, then the
+    rejected ones' of the same pairs.
     alpha: the weight of the loss's auxiliary term.
     """
     norm = float(len(pairs))
@@ -228,12 +228,12 @@ def pair_batches(pairs: Sequence[Pair], micro_tokens: int, alpha: float) -> list
     batches = []
     for group in own_micro_batches([len(trie.ids) for trie in tries], micro_tokens):
         batch = pack([tries[index] for index in group])
-        rows = np.zeros((2 * len(group), len(batch["ids"])), np.float32)
+        weights = np.zeros((2 * len(group), len(batch["ids"])), np.float32)
         for number, index in enumerate(group):
             start = batch["parts"][number][0]
             for row, path in zip((number, len(group) + number), tries[index].paths, strict=True):
-                rows[row, start + path] = tries[index].mask[path]
-        batch["rows"] = rows / rows.sum(1, keepdims=True)
+                weights[row, start + path] = tries[index].mask[path]
+        batch["path_weights"] = weights / weights.sum(1, keepdims=True)
         batch["alpha"] = alpha
         batch["norm"] = norm
         batches.append(batch)

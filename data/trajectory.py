@@ -120,7 +120,7 @@ class Trajectory:
 
 # The shape of a trajectory, a letter for each token: S and E open and close an action, [ and ] an
 # observation; K closes the thoughts, A opens the answer; $ ends the text; o is inside an
-# observation, x anything else that the policy wrote.
+# observation, x anything else that the policy wrote; and ! a second <think>, which fits nowhere.
 WELL_FORMED = re.compile(
     r"""
     ( x* S x+ E    # a thought, then an action that is not empty
@@ -432,13 +432,17 @@ class Codec:
             self.boxed_id: "A",
         } | dict.fromkeys(self.eos_ids, "$")
         is_observation = [role == Role.OBSERVATION for role in trajectory.role]
-        before = [False, *is_observation]
-        after = [*is_observation[1:], False]
+        previous_is_observation = [False, *is_observation]
+        next_is_observation = [*is_observation[1:], False]
         shape = []
         for position, (token, role) in enumerate(zip(trajectory.ids, trajectory.role, strict=True)):
             if role == Role.PROMPT:
                 continue
-            inside = before[position] and is_observation[position] and after[position]
+            inside = (
+                previous_is_observation[position]
+                and is_observation[position]
+                and next_is_observation[position]
+            )
             shape.append("o" if inside else letters.get(token, "x"))
         return "".join(shape)
 

@@ -9,7 +9,7 @@ of memory that the server has after a tenth of the time and at its end. The clie
 the same cores.
 """
 
-# First, so that Ctrl-C is one line from here on.
+# Imported first: from here on Ctrl-C is one line, and not a traceback.
 from common.errors import UserError, run_guarded
 
 # isort: split

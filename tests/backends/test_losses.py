@@ -120,10 +120,10 @@ def example(name: str) -> Any:
     batch = {"mask": mask, "norm": 11.0}
     if name == "contrastive":
         batch["alpha"] = 0.2
-        batch["rows"] = np.zeros((len(rollouts), EXAMPLE_NODES))
+        batch["path_weights"] = np.zeros((len(rollouts), EXAMPLE_NODES))
         for row, rollout in enumerate(rollouts):
             learned = [node for node in rollout.nodes if mask[node]]
-            batch["rows"][row, learned] = 1 / len(learned)
+            batch["path_weights"][row, learned] = 1 / len(learned)
     if name.startswith("grpo"):
         batch["old"] = logp + rng.uniform(-0.9, 0.9, logp.shape)
         batch["positive"] = over_nodes(rollouts, [max(one.advantage, 0) for one in rollouts])

@@ -146,9 +146,9 @@ def test_pairs_are_chosen_rows_then_rejected_rows() -> None:
     for batch in batches:
         count = len(batch["parts"])
         own = [lengths.pop(0) for _ in range(count)]
-        assert batch["rows"].shape == (2 * count, len(batch["ids"]))
+        assert batch["path_weights"].shape == (2 * count, len(batch["ids"]))
         # The mean of a row's ids is the one id that its continuation repeats.
-        assert (batch["rows"] @ batch["ids"]).tolist() == pytest.approx(
+        assert (batch["path_weights"] @ batch["ids"]).tolist() == pytest.approx(
             [*own, *[10 + length for length in own]]
         )
         assert (batch["alpha"], batch["norm"]) == (0.2, 4.0)
