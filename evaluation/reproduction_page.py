@@ -32,19 +32,7 @@ from evaluation.markdown import gain_text, table_head, table_row
 from evaluation.seed_results import SeedResults
 from evaluation.statistics import by_actions, em_of, seed_interval
 
-# The rows as the paper names them, with its average EM of a 7B model over six sets.
-NAMES = {
-    FROM_MEMORY: "model only",
-    REACT: "ReAct workflow",
-    SFT1: "SFT-1",
-    SFT2_ALONE: "SFT-2",
-    SFT12: "SFT-1&2",
-    SFT123: "SFT-1&2&3",
-    RL2_ALONE: "RL-2 alone",
-    RL1: "SFT-1&2&3 + RL-1",
-    RL12: "SFT-1&2&3 + RL-1&2",
-    RL2_FROM_SFT2: "SFT-1&2 + RL-2",
-}
+# The paper's average EM of a 7B model over six sets, by the rows of eval.py's table; in its order.
 PAPER_EM = {
     FROM_MEMORY: 11.8,
     REACT: 15.2,
@@ -141,7 +129,7 @@ def pool_row(seeds: Sequence[SeedResults], row: str) -> RowFigures:
 def pool_calls(seeds: Sequence[SeedResults]) -> dict[str, plot.PracticeCost]:
     """Return what each row that practised gave and asked, over the seeds that have it."""
     costs = {}
-    for row in NAMES:
+    for row in PAPER_EM:
         having = [results for results in seeds if row in results.calls]
         if having:
             costs[row] = plot.PracticeCost(
@@ -167,7 +155,7 @@ def write_page(seeds: Sequence[SeedResults], page: Path, pictures: Path, quick: 
 
     quick: it is of the short form.
     """
-    rows = [row for row in NAMES if any(row in results.answers for results in seeds)]
+    rows = [row for row in PAPER_EM if any(row in results.answers for results in seeds)]
     pooled = {row: pool_row(seeds, row) for row in rows}
     costs = pool_calls(seeds)
     names = ", ".join(results.seed for results in seeds)
@@ -216,7 +204,7 @@ def format_rows(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) 
         lines.append(
             table_row(
                 [
-                    NAMES[row],
+                    row,
                     f"{figures.average.em:.1f} ({figures.em_low:.1f} to {figures.em_high:.1f})",
                     _interval(*seed_interval(list(by_seed.values()))),
                     ", ".join(f"{seed}: {em:.1f}" for seed, em in by_seed.items()),
@@ -236,7 +224,7 @@ def format_sets(seeds: Sequence[SeedResults], rows: Sequence[str]) -> str:
     for row in rows:
         by_seed = [results.figures[row].sets for results in seeds if row in results.figures]
         means = [_mean([figures[name].em for figures in by_seed]) for name in sets]
-        lines.append(table_row([NAMES[row], *(f"{em:.1f}" for em in means)]))
+        lines.append(table_row([row, *(f"{em:.1f}" for em in means)]))
     return "\n".join(lines) + "\n"
 
 
@@ -271,8 +259,8 @@ def format_gains(seeds: Sequence[SeedResults]) -> str:
             lines.append(
                 table_row(
                     [
-                        NAMES[first],
-                        NAMES[second],
+                        first,
+                        second,
                         gain_text(comparison.gain),
                         _interval(*comparison.seed_interval),
                         f"{comparison.p:.4f}",
@@ -314,7 +302,7 @@ def format_actions(pooled: Mapping[str, RowFigures]) -> str:
     titles[-1] += " or more"
     lines = table_head(titles)
     for row, figures in pooled.items():
-        cells = [NAMES[row]]
+        cells = [row]
         for count in counts:
             groups = [
                 group
@@ -337,7 +325,7 @@ def format_calls(costs: Mapping[str, plot.PracticeCost]) -> str:
         lines.append(
             table_row(
                 [
-                    NAMES[row],
+                    row,
                     f"{cost.em.points:.1f}",
                     f"{cost.raw_calls:,.0f}",
                     f"{cost.raw_calls / all_real:.2f}" if all_real else "-",
@@ -355,9 +343,8 @@ def draw_figures(
     pictures: Path,
 ) -> str:
     """Draw the pooled rows, and return the part of the page that shows the figures."""
-    named = {NAMES[row]: figures for row, figures in pooled.items()}
     acting: dict[str, list[dict[str, Any]]] = {
-        NAMES[row]: [
+        row: [
             dict(answer)
             for results in seeds
             for answers in results.answers.get(row, {}).values()
@@ -367,8 +354,8 @@ def draw_figures(
         if row in pooled
     }
     figures = {
-        "reproduction_table.png": ("Exact match", plot.draw_table(named)),
-        "reproduction_search.png": ("Known and unknown facts", plot.draw_search(named)),
+        "reproduction_table.png": ("Exact match", plot.draw_table(pooled)),
+        "reproduction_search.png": ("Known and unknown facts", plot.draw_search(pooled)),
     }
     if acting:
         figures["reproduction_actions.png"] = ("By number of actions", plot.draw_actions(acting))
@@ -390,9 +377,9 @@ def _chain(seeds: Sequence[SeedResults], rows: Sequence[str]) -> dict[str, plot.
         return {}
     start, *practised = rows
     answers = [results.answers[start] for results in complete]
-    chain = {NAMES[start]: plot.PracticeCost(em_of(answers), raw_calls=0, distinct_calls=0)}
+    chain = {start: plot.PracticeCost(em_of(answers), raw_calls=0, distinct_calls=0)}
     costs = pool_calls(complete)
-    return chain | {NAMES[row]: costs[row] for row in practised}
+    return chain | {row: costs[row] for row in practised}
 
 
 def _interval(low: float, high: float) -> str:

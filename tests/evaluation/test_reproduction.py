@@ -37,7 +37,7 @@ from evaluation.claims import (
 )
 from evaluation.figures import ActingFigures, RowFigures, SetFigures, row_to_json
 from evaluation.reproduction import JOBS, PRACTICE, ReproductionSettings, run, steps_left
-from evaluation.reproduction_page import NAMES, draw_figures, format_claims
+from evaluation.reproduction_page import draw_figures, format_claims
 from evaluation.seed_results import SeedResults, read_results
 from evaluation.statistics import one_group_p, seed_interval, sign_flip_p
 
@@ -347,7 +347,7 @@ def test_all_rows_of_two_seeds(
         assert (folder / picture).is_file()
     assert "left:" not in capsys.readouterr().out
     # a, b and d for the world model, then a twice and c in practice; twelve where all was real.
-    assert f"| {NAMES[RL12]} | 50.0 | 6 | 0.50 | 4 |" in page
+    assert f"| {RL12} | 50.0 | 6 | 0.50 | 4 |" in page
     assert "distilling left out: +75.0 (does not hold)" in page
     assert "| EM, % | single |" in page
 
