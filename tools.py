@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.errors import UserError, refuse_other_encoding, run_guarded
-from common.terminal import printable
+from common.terminal import asks_for_help, printable
 from data.passages import neutralize
 from data.trajectory import Observation, Trajectory
 from services.bm25 import BM25, open_index, wikipedia_leads
@@ -284,7 +284,7 @@ USAGE = "usage: python tools.py ask CORPUS QUERY ..  or  python tools.py serve C
 def main(arguments: list[str]) -> None:
     """Run one of the two commands. Raises UserError for bad arguments."""
     refuse_other_encoding(arguments)
-    if arguments[:1] in (["-h"], ["--help"]):
+    if asks_for_help(arguments):
         print(__doc__)
         return
     if len(arguments) < 3 or arguments[0] not in ("ask", "serve"):

@@ -10,7 +10,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 # What can steer a terminal, or turn the order of the letters around it: control characters, other
@@ -31,6 +31,11 @@ def printable(text: str) -> str:
     'Who?\\x1b[2J\\u202e'
     """
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Return whether a command without settings is asked what it does."""
+    return len(arguments) == 1 and arguments[0] in ("-h", "--help")
 
 
 class PrintableOutput:

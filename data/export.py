@@ -19,6 +19,7 @@ from pathlib import Path
 
 from common.errors import UserError, run_guarded
 from common.files import write_jsonl
+from common.terminal import asks_for_help
 from data import verl
 from data.autocoa_files import write_sft_files
 from data.flashrag import flashrag_row
@@ -34,6 +35,9 @@ USAGE = (
 
 def main(arguments: list[str]) -> None:
     """Run the command. Raises UserError for bad arguments, and for data that is not there."""
+    if asks_for_help(arguments):
+        print(__doc__)
+        return
     if len(arguments) > 1 and verl.is_parquet(arguments[-1]):
         export_questions(arguments[:-1], Path(arguments[-1]))
     elif len(arguments) > 1 and verl.is_parquet(arguments[0]):

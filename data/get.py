@@ -12,6 +12,7 @@ from typing import Any
 
 from common.errors import UserError, run_guarded
 from common.files import write_jsonl
+from common.terminal import asks_for_help
 from data.flashrag import gold_titles
 
 USAGE = "usage: python -m data.get SET [FOLDER]"
@@ -75,6 +76,9 @@ def _question_row(row: dict[str, Any], name: str) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """Run the command. Raises UserError for bad arguments."""
+    if asks_for_help(arguments):
+        print(__doc__)
+        return
     if not 1 <= len(arguments) <= 2:
         raise UserError(USAGE)
     get(*arguments)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, run_guarded
-from common.terminal import own_output, printable
+from common.terminal import asks_for_help, own_output, printable
 from data.autocoa_files import read_json_rows
 from data.sft_data import read_codec
 from data.trajectory import TAGS, Codec, Role, Trajectory
@@ -108,6 +108,9 @@ def _color_by_loss(pieces: list[Piece]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run the command. Raises UserError for bad arguments."""
+    if asks_for_help(arguments):
+        print(__doc__)
+        return
     if len(arguments) == 1:
         show(arguments[0], 1)
     elif len(arguments) == 2 and arguments[1].isdecimal():

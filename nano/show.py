@@ -7,6 +7,7 @@ import random
 import sys
 
 from common.errors import UserError, run_guarded
+from common.terminal import asks_for_help
 from nano.questions import SETS, draw_questions
 from nano.world import World, measure_hardness
 from services.bm25 import BM25
@@ -32,6 +33,9 @@ def show(world: World, seed: int) -> None:
 
 def main(arguments: list[str]) -> None:
     """Show the world of --seed=N. Raises UserError for anything else."""
+    if asks_for_help(arguments):
+        print(__doc__)
+        return
     seed = arguments[0].removeprefix("--seed=") if arguments else "0"
     if not seed.isdecimal():
         raise UserError(USAGE)
