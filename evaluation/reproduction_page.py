@@ -238,8 +238,8 @@ def format_claims(claims: Sequence[Claim]) -> str:
         verdict = f"**{claim.verdict}**"
         shown = list(claim.comparisons)
         if len(shown) > MOST_SHOWN_COMPARISONS:
-            short_of_it = [item for item in shown if item.verdict != Verdict.HOLDS]
-            shown = sorted(short_of_it, key=lambda item: item.gain.points) or [claim.deciding]
+            not_holding = [item for item in shown if item.verdict != Verdict.HOLDS]
+            shown = sorted(not_holding, key=lambda item: item.gain.points) or [claim.deciding]
         for comparison in shown:
             lines.append(table_row([name, verdict, *comparison_cells(comparison)]))
             name = ""

@@ -203,9 +203,9 @@ def compare_ways_to_write(place: Place) -> Iterator[Finding]:
 def time_slots(place: Place) -> Iterator[Finding]:
     """Time a token in slots that rows share, and in fixed ones."""
     lm = place.large_network()
-    for name, in_fixed_slots in (("shared", False), ("fixed", True)):
+    for kind, in_fixed_slots in (("shared", False), ("fixed", True)):
         seconds = min(_write(place, lm, in_fixed_slots) for _ in range(2))
-        name = f"a token of {place.sizes.texts} rows, {name} slots"
+        name = f"a token of {place.sizes.texts} rows, {kind} slots"
         yield Finding(name, "", f"{1000 * seconds / place.sizes.decoded:.2f} ms")
 
 
