@@ -31,6 +31,7 @@ WAYS_OUT = {
     sqlite3.SQLITE_FULL: "make room on that disk",
     sqlite3.SQLITE_CANTOPEN: READ_ONLY,
 }
+SECONDS_TO_WAIT = 30  # for other processes that use the file
 # What json.loads raises for a row that is no JSON.
 DAMAGE = (ValueError, TypeError, RecursionError)
 
@@ -98,16 +99,31 @@ class Cache:
 
     def _open(self) -> None:
         self.database = sqlite3.connect(
-            self.path, timeout=30, check_same_thread=False, isolation_level=None
+            self.path, timeout=SECONDS_TO_WAIT, check_same_thread=False, isolation_level=None
         )
         self.database.text_factory = lambda raw: raw.decode(errors="replace")
-        # With a write-ahead log, writers do not wait for readers.
-        self.database.execute("PRAGMA journal_mode=WAL")
+        self._write_ahead()
         self.database.execute(
             "CREATE TABLE IF NOT EXISTS answers (asked TEXT PRIMARY KEY, said TEXT, fetched REAL)"
         )
         # A table of another program has other columns.
         self.database.execute("SELECT asked, said, fetched FROM answers LIMIT 1").fetchall()
+
+    def _write_ahead(self) -> None:
+        """Switch to a write-ahead log, with which writers do not wait for readers.
+
+        SQLite does not wait for processes that switch at the same time, so this does.
+        """
+        end = time.monotonic() + SECONDS_TO_WAIT
+        while True:
+            try:
+                self.database.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not is_busy or time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
 
     def _set_aside(self, error: sqlite3.DatabaseError) -> None:
         """Rename a file that can't be read, and begin an empty one.
