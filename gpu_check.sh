@@ -9,6 +9,8 @@ if [ "${1:-}" = --backend=mlx ]; then
   shift
   exec .venv/bin/python -m speed.metal_check "$@"
 fi
+# model.py sets it for the scripts, before they import torch; speed/gpu_check.py imports it at once.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 if [ "${1:-}" = --quick ]; then
   # A check that fails does not keep the story from being tried.
   status=0

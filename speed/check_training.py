@@ -5,7 +5,6 @@ See gpu_check.py and metal_check.py. Nothing here names a framework.
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from data.rollout_batch import RolloutBatch
 from data.trajectory import Role, Trajectory
 from model import LM
 from nano.tokenizer import train_tokenizer
-from speed.findings import SECONDS_TO_END, Finding, at_most
+from speed.findings import Finding, at_most, broken
 from train_rl import RLSettings, update_batches
 
 LORA: dict[str, Any] = {"lora_rank": 8}
@@ -68,8 +67,6 @@ class Place:
     on_gpu: bool
     sizes: Sizes
     folder: Path  # for checkpoints
-    # When the last check has to end, on the clock of time.monotonic.
-    end: float = field(default_factory=lambda: time.monotonic() + SECONDS_TO_END)
     tokenizer: Any = field(default_factory=lambda: train_tokenizer(600, [" Who made it?"] * 9))
 
     def settings(self, **changes: Any) -> ModelSettings:
@@ -104,20 +101,28 @@ class Place:
 
 # ---- the checks ----------------------------------------------------------------------------------
 def train_in_all_ways(place: Place) -> Iterator[Finding]:
-    """Take two steps of each loss, optimizer, adapter and number type: figures stay finite."""
+    """Take two steps of each loss, optimizer, adapter and number type: figures stay finite.
+
+    One way that breaks is a finding, and the others go on.
+    """
     texts = place.texts()
     dtypes = ("float32", "bfloat16")
     ways = itertools.product(dtypes, ({}, LORA, CHECKPOINTING), LOSSES, (True, False))
     for dtype, changes, loss, muon in list(ways)[:: 1 + place.sizes.skipped_ways]:
-        lm = place.network(64, 2, dtype=dtype)
-        lm.begin_stage(place.settings(dtype=dtype, **changes), seed=0)
-        optimizer = lm.backend.Optimizer(lm.network, muon=muon)
-        figures = [take_step(lm, loss, texts, 1e-3, optimizer) for _ in range(2)]
+        way = ", ".join([loss, "Muon" if muon else "AdamW", dtype, *changes])
+        name = f"two steps of {way}"
+        try:
+            lm = place.network(64, 2, dtype=dtype)
+            lm.begin_stage(place.settings(dtype=dtype, **changes), seed=0)
+            optimizer = lm.backend.Optimizer(lm.network, muon=muon)
+            figures = [take_step(lm, loss, texts, 1e-3, optimizer) for _ in range(2)]
+        except Exception as error:
+            yield broken(name, error)
+            continue
         losses = [row["loss"] for row in figures]
         norms = [row["grad_norm"] for row in figures]
-        name = ", ".join([loss, "Muon" if muon else "AdamW", dtype, *changes])
         yield Finding(
-            f"two steps of {name}",
+            name,
             "finite losses and gradients above 0",
             f"losses {_digits(losses)}, gradients {_digits(norms)}",
             all(map(math.isfinite, losses + norms)) and min(norms) > 0,

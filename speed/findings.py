@@ -1,10 +1,11 @@
 """What checks of a device find: one line each as they go, a table at the end, and a file.
 
 A check that breaks is one line of the report, and the others go on. When the time is over, those
-that have not begun are skipped.
+that have not begun are skipped, and one that goes on is stopped.
 """
 
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -15,8 +16,8 @@ from typing import Any
 
 from common.files import write_text
 
-# After so many seconds no check is begun, and after so many the longest one is stopped: all of it
-# takes less than ten minutes.
+# After so many seconds no check is begun, and after so many the last one is stopped, so that all of
+# it takes less than ten minutes.
 SECONDS_TO_BEGIN = 480.0
 SECONDS_TO_END = 580.0
 COLUMN_WIDTH = 60  # characters of a column of the table; a longer cell is not cut
@@ -44,9 +45,19 @@ class Finding:
 Check = Callable[[Any], Iterator[Finding]]
 
 
+class TimeIsOver(BaseException):
+    """Stops a check. It is no Exception, so that no check takes it for a failure of its own."""
+
+
 def at_most(check: str, value: float, limit: float, unit: str = "") -> Finding:
     """Return the finding that a value is not above a limit."""
     return Finding(check, f"at most {limit:,.3g}{unit}", f"{value:,.3g}{unit}", value <= limit)
+
+
+def broken(check: str, error: Exception) -> Finding:
+    """Return the finding that a check, or a part of it, ended with an error."""
+    first_line = (str(error).splitlines() or [""])[0]
+    return Finding(check, "no error", f"{type(error).__name__}: {first_line}", False)
 
 
 def run_checks(
@@ -77,8 +88,9 @@ def _find(check: Check, place: Any, end: float) -> Iterator[Finding]:
     try:
         yield from check(place)
     except Exception as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        yield Finding(name, "no error", f"{type(error).__name__}: {first_line}", False)
+        yield broken(name, error)
+    except TimeIsOver:
+        yield Finding(name, "", "stopped, since the time is over", skipped=True)
     yield Finding(f"seconds of {name}", "", f"{time.monotonic() - started:.1f}")
 
 
@@ -107,9 +119,16 @@ def check_device(checks: Sequence[Check], open_place: Callable[[Path], Any], rep
     open_place: returns the place, given a folder for checkpoints.
     """
     report.parent.mkdir(exist_ok=True)
+    signal.signal(signal.SIGALRM, _stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_END)
     with tempfile.TemporaryDirectory() as folder:
         findings = run_checks(checks, open_place(Path(folder)), report)
+    signal.setitimer(signal.ITIMER_REAL, 0)
     end_with_table(findings, report)
+
+
+def _stop(_number: int, _frame: object) -> None:
+    raise TimeIsOver
 
 
 def end_with_table(findings: Sequence[Finding], report: Path) -> None:

@@ -113,20 +113,24 @@ def _parts(network: Transformer, batch: Mapping[str, Any]) -> list[Part] | Packe
     parts = []
     for (start, end), is_text in zip(batch["parts"], batch["is_text"], strict=True):
         # In a text each token sees all before it, which attention does faster without a mask.
-        mask = None if is_text else _ancestors(batch["end"][start:end], start, end)
+        mask = None
+        if not is_text:
+            is_seen = _ancestors(batch["end"][start:end], start, end)
+            # In the type of the queries: CUDA's kernels take no other.
+            mask = torch.zeros(is_seen.shape, device=is_seen.device, dtype=network.dtype)
+            mask.masked_fill_(~is_seen, -torch.inf)
         parts.append(Part(start, end, mask))
     return parts
 
 
 def _ancestors(end: Tensor, start: int, stop: int) -> Tensor:
-    """Return which nodes of a trie each of them sees, (1, 1, nodes, nodes): 0, else -inf.
+    """Return which nodes of a trie each of them sees, (1, 1, nodes, nodes) of bool.
 
     end: (nodes,), as in Trie.
     """
     node = torch.arange(start, stop, device=end.device)
     is_seen = (node[None] <= node[:, None]) & (node[:, None] < end[None])  # (query, key)
-    mask = torch.zeros(is_seen.shape, device=end.device)
-    return mask.masked_fill_(~is_seen, -torch.inf)[None, None]
+    return is_seen[None, None]
 
 
 def train_step(

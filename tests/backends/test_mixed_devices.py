@@ -1,8 +1,11 @@
-"""Nothing of a step stays on the CPU by mistake: shown without a GPU.
+"""A step as a GPU makes it, shown without one: devices, number types and downloads.
 
 The network is on torch's device "meta", which knows shapes and no values. A download raises there,
 but for the few that a step is meant to make, which are replaced. Torch lets some operations of
 "meta" take a tensor of the CPU too, such as a product of matrices; OneDevice refuses them all.
+
+Not on fake tensors of CUDA (FakeTensorMode): where torch is built without CUDA, as for these tests,
+x[None] of one raises "PyTorch is not linked with support for cuda devices".
 """
 
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_lm
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,6 +31,8 @@ from data.rollout_batch import RolloutBatch
 from data.trajectory import Codec, Trajectory
 from model import LM
 from train_rl import RLSettings, update_batches
+
+DTYPES = ("float32", "bfloat16")
 
 
 class OneDevice(TorchDispatchMode):
@@ -68,6 +73,20 @@ def texts(codec: Codec) -> list[Trajectory]:
 
 
 @pytest.fixture
+def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """Return the types of queries and mask of each call of attention."""
+    made: list[tuple[Any, Any]] = []
+    attend = functional.scaled_dot_product_attention
+
+    def watch(q: torch.Tensor, k: Any, v: Any, attn_mask: Any = None, **options: Any) -> Any:
+        made.append((q.dtype, q.dtype if attn_mask is None else attn_mask.dtype))
+        return attend(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watch)
+    return made
+
+
+@pytest.fixture
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let downloads be ones; return how many values each had."""
     made: list[int] = []
@@ -85,9 +104,9 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
-def elsewhere(lm: LM) -> Transformer:
+def elsewhere(lm: LM, dtype: str) -> Transformer:
     """Return a network of the same shape on a device that has no values."""
-    return torch_backend.build(lm.network.config, device="meta")
+    return torch_backend.build(lm.network.config, "meta", dtype)
 
 
 def rl_batches(lm: LM, texts: list[Trajectory], loss: LossName) -> list[Batch]:
@@ -118,22 +137,22 @@ def test_a_product_on_two_devices_is_found(grad: Any) -> None:
 @pytest.mark.parametrize("loss", ["nll", "pairs", "dapo", "gspo", "reinforce"])
 @pytest.mark.parametrize("muon", [True, False])
 @pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_training_step(
-    codec: Codec,
+    lm: LM,
     texts: list[Trajectory],
     downloads: list[int],
+    attention_calls: list[tuple[Any, Any]],
     loss: str,
     muon: bool,
     recompute: bool,
+    dtype: str,
 ) -> None:
     """Forward, loss, backward and optimizer; two downloads, however many micro-batches there are.
 
-    Guards: a wait for each parameter, and for each trie.
+    Guards: a wait for each parameter, and for each trie; a mask in float32 beside queries in
+    bfloat16, which a CPU takes and CUDA does not.
     """
-    lm = tiny_lm(codec)
-    network = elsewhere(lm)
-    network.recompute = recompute
-    optimizer = torch_backend.Optimizer(network, muon)
     functions = {
         "nll": (autocoa.nll_loss, language_batches(texts, 60)),
         "pairs": (
@@ -145,33 +164,77 @@ def test_a_training_step(
         "reinforce": (autocoa.sequence_loss, rl_batches(lm, texts, "reinforce")),
     }
     function, batches = functions[loss]
+    network = elsewhere(lm, dtype)
+    network.recompute = recompute
+    optimizer = torch_backend.Optimizer(network, muon)
     torch_backend.train_step(network, optimizer, function, batches, 1e-3, 1e-2)
     assert downloads == [len(batches), 1 + len(list(network.parameters()))]
+    for query_type, mask_type in attention_calls:
+        assert mask_type == query_type
 
 
-def test_a_decoder(codec: Codec, texts: list[Trajectory], downloads: list[int]) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_probabilities_and_entropies(
+    lm: LM,
+    texts: list[Trajectory],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+) -> None:
+    """What RL, KL and world models measure without gradient: a download for each batch."""
+    downloaded = []
+
+    def download(tensor: torch.Tensor) -> torch.Tensor:
+        downloaded.append(tensor.device.type)
+        return torch.ones(tensor.shape)
+
+    batches = rl_batches(lm, texts, "dapo")
+    monkeypatch.setattr(torch.Tensor, "cpu", download)
+    network = elsewhere(lm, dtype)
+    for batch in batches:
+        training.score(network, batch)
+        training.entropies(network, batch)
+    assert downloaded == ["meta"] * 2 * len(batches)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_decoder(
+    lm: LM,
+    texts: list[Trajectory],
+    downloads: list[int],
+    attention_calls: list[tuple[Any, Any]],
+    dtype: str,
+) -> None:
     """Prompts, draws, forks, what a tool says, and rows that are done; a download a step."""
-    decoder = Decoder(elsewhere(tiny_lm(codec)), [text.ids for text in texts])
+    decoder = Decoder(elsewhere(lm, dtype), [text.ids for text in texts])
     rows = len(texts)
-    uniforms = np.full((rows, 3), 0.5)
-    decoder.decode([], [3] * rows, 1.0, uniforms)
+    decoder.decode([], [3] * rows, 1.0, np.full((rows, 3), 0.5))
     # The tokens of each step, then the log-probabilities of all.
     assert downloads == [rows] * 6
     decoder.feed([[5, 6], [7], [], []])
     decoder.keep([0, 0, 2])
     decoder.decode([], [2] * 3, 0.0)
     assert decoder.logits.device.type == "meta"
+    for query_type, mask_type in attention_calls:
+        assert mask_type == query_type
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_fixed_slots(
-    codec: Codec, texts: list[Trajectory], downloads: list[int], monkeypatch: pytest.MonkeyPatch
+    lm: LM,
+    texts: list[Trajectory],
+    downloads: list[int],
+    attention_calls: list[tuple[Any, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
 ) -> None:
     """As a GPU decodes: a look each eight steps, then ids and log-probabilities at once."""
     monkeypatch.setattr(Decoder, "in_fixed_slots", True)
-    decoder = Decoder(elsewhere(tiny_lm(codec)), [text.ids for text in texts])
+    decoder = Decoder(elsewhere(lm, dtype), [text.ids for text in texts])
     rows = len(texts)
     steps = 2 * STEPS_BETWEEN_LOOKS
     decoder.decode([7], [steps] * rows, 1.0, np.full((rows, steps), 0.5))
     # The ones that stand for downloads say that a row still writes.
     assert downloads == [1, 1, rows * steps, rows * steps]
     assert decoder.logits.device.type == "meta"
+    for query_type, mask_type in attention_calls:
+        assert mask_type == query_type

@@ -162,7 +162,7 @@ OWN = {
     "flat",
 }
 # The choices of devices and the kinds of 4 bits differ; so does what a mask holds.
-OTHER_WORDS = {"pick_device", "quantize", "Part", "Decoder._mask", "_ancestors"}
+OTHER_WORDS = {"pick_device", "quantize", "Part", "Decoder._mask"}
 
 
 def test_twins_have_the_same_names() -> None:

@@ -1,13 +1,15 @@
 """The report of checks: what breaks, what comes too late, and the table."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from speed.findings import Finding, end_with_table, run_checks, table_of
+import speed.findings as findings_module
+from speed.findings import Finding, check_device, end_with_table, run_checks, table_of
 
 NO_PLACE: Any = None
 
@@ -48,6 +50,32 @@ def test_checks_after_the_end_are_skipped(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-3].split() == "passes not begun, since the time is over skipped".split()
     assert lines[-1].startswith("0 checks passed, 0 failed, 2 were skipped")
+
+
+def test_a_check_that_hangs_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report has what it found, and the checks after it; nobody waits for it.
+
+    Guards: a promise of ten minutes that holds for one check alone.
+    """
+
+    def hangs(place: Any) -> Iterator[Finding]:
+        yield Finding("before", "1", "1", passed=True)
+        try:
+            time.sleep(60)
+        except Exception as error:
+            yield Finding("sleep", "", str(error), passed=False)
+
+    monkeypatch.setattr(findings_module, "SECONDS_TO_END", 0.3)
+    started = time.monotonic()
+    with pytest.raises(SystemExit) as end:
+        check_device((hangs, passes), lambda folder: NO_PLACE, tmp_path / "report.json")
+    assert time.monotonic() - started < 20
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "skipped hangs: stopped, since the time is over" in lines
+    assert lines[-1].startswith("2 checks passed, 0 failed, 1 were skipped")
 
 
 def test_the_table(tmp_path: Path) -> None:

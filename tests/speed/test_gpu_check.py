@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import backends.torch as torch_backend
 from common.memory import training_bytes
+from speed import check_training, gpu_check
 from speed.check_training import CPU_SIZES, LOSSES, Place, repeat_step, take_step
 from speed.findings import Finding, run_checks
 from speed.gpu_check import (
@@ -62,6 +63,44 @@ def test_launches_are_those_of_a_token(place: Place) -> None:
         return list(count_launches(place))[-1].seen
 
     assert operations(12, 4) == operations(30, 12)
+
+
+def test_too_many_launches_are_found(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up counts, since a CPU launches nothing: three kernels and a wait at each token.
+
+    Guards: limits that nothing could exceed.
+    """
+
+    def count_calls(_place: Any, _lm: Any, tokens: int) -> dict[str, int]:
+        return {
+            "cudaLaunchKernel": 100 + 3 * tokens,
+            "cudaStreamSynchronize": tokens,
+            "aten::mm": 9,
+        }
+
+    monkeypatch.setattr(gpu_check, "_count_calls", count_calls)
+    launches, waits, operations = count_launches(place)
+    assert (launches.seen, launches.passed) == ("3", False)
+    assert (waits.seen, waits.passed) == ("1", False)
+    assert operations.seen == "0"
+
+
+def test_a_way_of_training_that_breaks(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a finding of its own, and the other ways are tried all the same."""
+
+    def take_half(lm: Any, loss: str, *others: Any) -> dict[str, float]:
+        if loss == "nll":
+            raise RuntimeError("invalid dtype for bias")
+        return take_step(lm, loss, *others)
+
+    monkeypatch.setattr(check_training, "take_step", take_half)
+    findings = list(check_training.train_in_all_ways(place))
+    assert len(findings) == 9
+    broken = [finding for finding in findings if not finding.passed]
+    assert broken
+    for finding in broken:
+        assert finding.check.startswith("two steps of nll")
+        assert finding.seen == "RuntimeError: invalid dtype for bias"
 
 
 def break_gradient(step: int) -> Callable[..., Any]:
