@@ -132,9 +132,8 @@ def grpo_loss(xp: Any, logp: Array, batch: Batch) -> Array:
     gradient. Clipping acts from the second minibatch on.
 
     batch: `mask`, 1 for tokens of the policy; `old`, log-probs that the decoder gave when it
-    sampled them; `positive` and
-    `negative`, the sums of weighted advantages, 0 where nothing is learned; `clip_low`,
-    `clip_high`, `norm`; what add_auxiliary_terms reads.
+    sampled them; `positive` and `negative`, the sums of weighted advantages, 0 where nothing is
+    learned; `clip_low`, `clip_high`, `norm`; what add_auxiliary_terms reads.
     """
     ratio = xp.exp((logp - batch["old"]) * batch["mask"])  # (nodes,)
     raised = xp.clip(ratio, None, 1 + batch["clip_high"])

@@ -29,7 +29,7 @@ from common.errors import UserError
 from common.files import CHECKSUMS_FILE
 from common.settings import ModelSettings, RolloutSettings, read_settings
 from data.batches import language_batches, pack_texts
-from data.trajectory import Codec, Observation
+from data.trajectory import Codec, Observation, Trajectory
 from model import LM
 
 mx = pytest.importorskip("mlx.core")
@@ -470,18 +470,70 @@ def test_rollouts_in_bfloat16(codec: Codec, tmp_path: Path, backend: str) -> Non
         temperature=1.0,
         streams=[autocoa.random_stream(60, 0)],
     )
-    scores = lm.backend.score(lm.network, pack_texts([trajectory]))
-    policy = np.array(trajectory.mask) > 0
-    sampled = np.array(trajectory.logprobs)[policy]
-    np.testing.assert_allclose(sampled, scores[policy], atol=0.15)
+    assert sampler_gaps(lm, [trajectory]).max() < 0.15
+
+
+@on_each_backend
+def test_forks_in_bfloat16(codec: Codec, tmp_path: Path, backend: str) -> None:
+    """Twelve rollouts that share slots and part: the trainer's log-probs are near the sampler's.
+
+    Guards: a fork whose copy is of another type, or of another place.
+    """
+    tiny_lm(codec, noise=0.05).save(tmp_path / "x")
+    lm = load(tmp_path / "x", backend, dtype="bfloat16")
+    prompts = [codec.prompt(question) for question in ("Who?", "What is it?") for _ in range(6)]
+    together = autocoa.rollout(
+        lm.decoder,
+        codec,
+        prompts,
+        lambda actions, _: [Observation("Eva")] * len(actions),
+        RolloutSettings(max_len=60),
+        temperature=0.7,
+        streams=[autocoa.random_stream(60, number % 6 // 2) for number in range(12)],
+    )
+    assert 2 < len({tuple(trajectory.ids) for trajectory in together}) < 12
+    gaps = sampler_gaps(lm, together, 0.7)
+    assert len(gaps) > 100
+    assert gaps.max() < 0.6
+    assert gaps.mean() < 0.03
+
+
+def sampler_gaps(lm: LM, trajectories: list[Trajectory], temperature: float = 1.0) -> Any:
+    """Return how far the log-probs of the loss are from the decoder's: (tokens of the policy,)."""
+    gaps = []
+    for trajectory in trajectories:
+        scores = lm.backend.score(lm.network, pack_texts([trajectory]), temperature)
+        policy = np.array(trajectory.mask) > 0
+        gaps.append(np.abs(np.array(trajectory.logprobs) - scores)[policy])
+    return np.concatenate(gaps)
 
 
 def test_bfloat16_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without a product for it would be slower; so would MLX on any CPU."""
-    for feature, dtype in (("avx2", "float32"), ("amx_bf16", "bfloat16")):
+    for feature, dtype in (
+        ("avx2", "float32"),
+        ("avx512f", "float32"),
+        ("avx512_bf16", "bfloat16"),
+        ("amx_bf16", "bfloat16"),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=feature: {name: True})
         assert model.fast_dtype(model_settings("torch")) == dtype
     assert model.fast_dtype(model_settings("mlx")) == "float32"
+
+
+def test_bfloat16_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metal has it, and CUDA where the GPU computes in it."""
+    for is_supported, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation, answer=is_supported: answer and not including_emulation,
+        )
+        assert BACKENDS["torch"].fast_dtype("cuda") == dtype
+    assert BACKENDS["torch"].fast_dtype("mps") == "bfloat16"
+    monkeypatch.setattr(mx, "is_available", lambda device: device == mx.gpu)
+    assert BACKENDS["mlx"].fast_dtype("auto") == "bfloat16"
+    assert BACKENDS["mlx"].fast_dtype("cpu") == "float32"
 
 
 # ---- 4 bits --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from conftest import mlx_twin, tiny_lm
 
 from autocoa import (
     IMAGINE,
+    contrastive_loss,
     group_advantages,
     grpo_loss,
     next_rows,
@@ -27,7 +28,7 @@ from autocoa import (
     sequence_loss,
 )
 from common.settings import RolloutSettings
-from data.batches import build_trie, learn_observations, pack, pack_texts
+from data.batches import build_trie, learn_observations, pack, pack_texts, pair_batches
 from data.questions import Question
 from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
 from model import LM
@@ -207,6 +208,27 @@ def test_each_token_is_the_one_that_its_number_draws(lm: LM, environment: str) -
             checked += 1
     assert checked > 300
     assert_rollouts_share(together)
+
+
+def test_a_rollout_is_that_of_the_slow_way(lm: LM) -> None:
+    """Written again without cache, slots and blocks: the whole text is read for each token.
+
+    What stands between the policy's tokens, which the tool said, is taken from the rollout.
+    """
+    temperature = 0.8
+    numbers = streams()[:GROUP]
+    together = rollout(
+        lm.decoder, lm.codec, prompts(lm.codec)[:GROUP], search, SETTINGS, temperature, numbers
+    )
+    for stream, trajectory in zip(numbers, together, strict=True):
+        ids: list[int] = []
+        for token, mask in zip(trajectory.ids, trajectory.mask, strict=True):
+            if not mask:
+                ids.append(token)
+                continue
+            ends = next_probabilities(lm, ids, temperature)[-1].cumsum()
+            ids.append(int((ends <= stream[len(ids)]).sum()))
+        assert ids == trajectory.ids
 
 
 def next_probabilities(lm: LM, ids: list[int], temperature: float) -> np.ndarray:
@@ -489,13 +511,18 @@ def assert_within(
         {"loss": "grpo", "micro_tokens": 1},
         {"loss": "grpo", "kl": 0.3},
         {"loss": "grpo", "minibatches": 2, "advantage_std": True},
+        {"loss": "grpo", "observation_coef": 0.2, "checkpointing": True},
         {"loss": "dr_grpo", "max_len": 20, "kl": 0.3},
+        {"loss": "dr_grpo", "max_len": 20, "observation_coef": 0.2, "minibatches": 2},
         {"loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "micro_tokens": 1},
         {"loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "kl": 0.3},
         {"loss": "gspo", "clip_low": 0.02, "clip_high": 0.03, "minibatches": 2},
+        {"loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "observation_coef": 0.2},
+        {"loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "lora_rank": 16},
         {"loss": "reinforce", "kl": 0.03},
         {"loss": "reinforce", "micro_tokens": 1},
         {"loss": "reinforce", "advantage_std": True},
+        {"loss": "reinforce", "observation_coef": 0.2, "checkpointing": True},
     ],
     ids=str,
 )
@@ -567,6 +594,33 @@ def test_an_update_is_the_textbooks(codec: Codec, backend: str, given: Any) -> N
     if settings.loss != "reinforce":
         assert clipped_above > 0
         assert clipped_below > 0
+
+
+def test_pairs_of_sft_1_are_two_texts(lm: LM) -> None:
+    """The loss on a pair's trie is the paper's formula on two texts, each read by itself."""
+    rng = np.random.default_rng(2)
+    alpha = 0.3
+    pairs = []
+    expected = 0.0
+    for shared, chosen, rejected in ((3, 4, 2), (5, 1, 6), (2, 3, 3)):
+        beginning = rng.integers(20, 300, shared).tolist()
+        sides = []
+        scores = []
+        for length in (chosen, rejected):
+            ids = beginning + rng.integers(20, 300, length).tolist()
+            mask = [0.0] * shared + [1.0] * length
+            sides.append(text(*ids, mask=mask))
+            probabilities = next_probabilities(lm, ids, 1.0)
+            places = np.arange(shared, shared + length)
+            scores.append(np.log(probabilities[places - 1, np.array(ids)[places]]).mean())
+        pairs.append((sides[0], sides[1]))
+        gap = scores[0] - scores[1]
+        expected += np.log1p(np.exp(-gap)) - alpha * scores[0]
+    total = 0.0
+    for batch in pair_batches(pairs, 12, alpha):
+        logp = lm.backend.score(lm.network, batch)
+        total += float(contrastive_loss(np, logp, batch))
+    assert total == pytest.approx(expected / len(pairs), abs=1e-5)
 
 
 def test_packed_texts_are_apart(lm: LM, codec: Codec) -> None:
