@@ -145,7 +145,7 @@ def retrieve_then_read(
 def oracle_passages(
     lm: LM, questions: list[Question], context: EvalContext, name: str
 ) -> list[Answered]:
-    """Have the model read the passages with the answer: an upper bound of reading."""
+    """Have the model read the passages with the answer, and no others."""
     budget = context.settings.max_len // 2
     search = context.task.eval_search
     passages = [lm.codec.fit(gold_observation(question, search), budget) for question in questions]
@@ -499,8 +499,11 @@ def score_answer(
     """Return an answer with its scores."""
     answer, trajectory = answered
     golden = question.golden_answers
-    is_malformed = row.is_agent and not lm.codec.is_well_formed(trajectory)
-    is_forced = row.is_agent and trajectory.forced
+    malformed = None
+    forced = None
+    if row.is_agent:
+        malformed = float(not lm.codec.is_well_formed(trajectory))
+        forced = float(trajectory.forced)
     return {
         "id": question.id,
         "question": question.question,
@@ -512,8 +515,8 @@ def score_answer(
         "overlap": overlap_match(answer, golden),
         "actions": len(trajectory.queries),
         "queries": trajectory.queries,
-        "malformed": float(is_malformed),
-        "forced": float(is_forced),
+        "malformed": malformed,
+        "forced": forced,
         "lost": count_lost(trajectory.observations, cache),
         "text": lm.codec.decode(trajectory.ids),
     }

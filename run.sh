@@ -28,7 +28,7 @@ run() {
 practise() {
   run train_rl.py --resume --eval_every=16 "$@"
 }
-# All rows ask the same 96 steps' questions. RL-2 begins after those of RL-1's steps.
+# All rows but internal_sft ask the same 96 steps' questions. RL-2 begins after those of RL-1's steps.
 first_80="--stage=rl1 --rl1_steps=80"
 last_16="--stage=rl2 --rl1_steps=80 --rl2_steps=16"
 all_96="--stage=rl2 --rl1_steps=0 --rl2_steps=96"

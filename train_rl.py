@@ -1,6 +1,6 @@
 """GRPO in two stages (paper 3.3): practice in an imagined environment, then in the real one.
 
-    python train_rl.py                          # nano: 4 to 10 minutes on two cores
+    python train_rl.py                          # nano: 8 to 12 minutes on two cores
     python train_rl.py config/smollm2.py --model=.. --train_data=.. --eval_data=.. --corpus=..
     python train_rl.py --stage=rl2 --sweep="call_cost=0,0.1;kl=0,0.001"        # a grid, tabulated
 
@@ -19,14 +19,15 @@ ends it there, with the weights that did best on held-out questions of its pool.
 Where this departs from textbook GRPO: advantages are not divided by their standard deviation
 (--advantage_std does it); the loss is DAPO's mean over all tokens of a step, not over those of each
 trajectory first (--loss); clipping is wider above than below; KL to the policy that the command
-begins with is optional (--kl); and groups whose rollouts all got the same reward are skipped,
-since their gradient is zero. So are those in which a search failed.
+begins with is optional (--kl); and groups whose rollouts all got the same reward are left out. Their
+gradient is zero, but they do not count in the mean either, so that the others weigh more (DAPO draws
+new groups in their place). Left out are also groups in which a search failed.
 
 The nano path has a world for SFT and another for RL-2, where nothing that SFT learned by heart is
-of use. RL-1 asks RL-2's questions too, and RL-2 goes on after them. Only a policy that imagines
-may do better with the questions of SFT's world (--rl1_pool=rl1): it is the one it has read about.
-Those begin at what the model does not know by heart: where it knows, recalling always beats a
-search whose result it has to make up, and it would stop searching.
+of use. RL-1 asks RL-2's questions too, and RL-2 goes on after them. --rl1_pool=rl1 asks about SFT's
+world instead. It is meant for a policy that imagines, which has read about no other. These questions
+begin at facts that the base model does not know: where it knows, recalling always beats a search
+whose result the policy makes up, and RL would teach it to stop searching.
 """
 
 # Imported first: from here on Ctrl-C is one line, and not a traceback.
@@ -388,9 +389,9 @@ def rollouts_that_teach(
 def held_out_questions(task: Task, stage: str, settings: RLSettings) -> list[Question]:
     """Return questions of a stage's pool that no step asks; none without --stop_on_alarm.
 
-    They stand after the --rl_questions that the steps take theirs from, half as many as a step has
-    rollouts. Those of evaluation are no choice: their exact match would say how well weights do
-    that were chosen by them.
+    They are those after the first --rl_questions, which the steps draw from; there are half as many
+    as a step has rollouts. Questions of evaluation are not used: to choose weights by them would
+    make the exact match that is reported too high.
 
     Raises UserError where the pool has too few.
     """
@@ -590,10 +591,13 @@ def clip_range(settings: RLSettings) -> Batch:
 class StepWeights:
     """What the rollouts of one optimizer step weigh in its loss.
 
-    weights: of each of a rollout's tokens, by the rollout's number.
-    norm: what the loss divides by, for dapo the number of the policy's tokens of all rollouts, but
-        for those of skipped groups.
-    kl_norm: the same with skipped groups.
+    advantages: (rollouts of the step,), of each.
+    weights: by a rollout's number, what each of its tokens weighs.
+    norm: what the policy gradient divides by: the sum of the shares (token_weight) of all rollouts
+        but those of skipped groups; for dapo the number of their tokens.
+    kl_norm: what KL divides by: the same sum with skipped groups.
+    observed: by a rollout's number, for each token 1 where the real tool said it.
+    observation_norm: how many of these there are.
     """
 
     def __init__(
@@ -609,7 +613,7 @@ class StepWeights:
         self.advantages = advantages.ravel()
         self.observation_coef = settings.observation_coef
         self.weights: dict[int, float] = {}
-        self.observed: dict[int, list[int]] = {}  # 1 for each token that the real tool said
+        self.observed: dict[int, list[int]] = {}
         norm = 0.0
         kl_norm = 0.0
         for rollout in rollouts.tolist():

@@ -402,11 +402,7 @@ def make_data(base: LM, settings: SFTSettings, task: Task, journal: Journal) -> 
     # A pair comes from a question that exactly one of acting and thinking solves.
     solved = solved_by_acting(base, pair_questions, settings, task, journal)
     acting_right, thinking_right = contrastive_pairs(base.codec, pair_questions, recalled, solved)
-    # Both directions weigh the same, where there are enough of each.
-    half = settings.pairs // 2
-    pairs = rng.sample(acting_right, min(half, len(acting_right)))
-    pairs += rng.sample(thinking_right, min(half, len(thinking_right)))
-    rng.shuffle(pairs)
+    pairs = draw_pairs(acting_right, thinking_right, settings.pairs, rng)
 
     facts = facts_by_id(action_questions)
     source = (
@@ -417,6 +413,17 @@ def make_data(base: LM, settings: SFTSettings, task: Task, journal: Journal) -> 
     )
     sft_data = SFTData([chain for _, chain in chains], practice + thoughts, pairs)
     return keep_what_fits(sft_data, settings.max_len, source)
+
+
+def draw_pairs(
+    acting_right: Sequence[Pair], thinking_right: Sequence[Pair], count: int, rng: random.Random
+) -> list[Pair]:
+    """Return some pairs, at most `count`: half of each direction, where there are enough of each."""
+    half = (count + 1) // 2
+    pairs = rng.sample(acting_right, min(half, len(acting_right)))
+    pairs += rng.sample(thinking_right, min(half, len(thinking_right)))
+    rng.shuffle(pairs)
+    return pairs[:count]
 
 
 def _without_repeats(questions: Sequence[Question]) -> list[Question]:

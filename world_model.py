@@ -78,6 +78,17 @@ WORLD_MODEL_SETTINGS = (
     "max_observation",
     "gold_facts",
 )
+# So would other values of these; where a command gives none, it takes the world model that is there.
+DISTILLING_SETTINGS = (
+    "sources",
+    "logs_of",
+    "sweep_share",
+    "world_model_from",
+    "world_model_width",
+    "world_model_layers",
+    "world_model_epochs",
+    "world_model_scale",
+)
 
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
@@ -323,11 +334,12 @@ def ensure_world_model(settings: DistillSettings) -> None:
     if record is None or not (folder / COST_FILE).is_file():
         distill(settings)
         return
-    for name in WORLD_MODEL_SETTINGS:
+    given = [name for name in DISTILLING_SETTINGS if name in settings.given]
+    for name in (*WORLD_MODEL_SETTINGS, *given):
         if name in record.settings and record.settings[name] != getattr(settings, name):
             raise UserError(
                 f"--{name}: {folder} was distilled with {record.settings[name]!r}; repeat that, or "
-                "remove the folder to have another one distilled"
+                "have another one distilled: --world_model=NAME"
             )
 
 

@@ -140,7 +140,8 @@ def _golden_answers(row: dict[str, Any], where: str) -> list[str]:
             f"{where}: question {row['id']!r} has no answers; "
             "golden_answers must be a list of texts"
         )
-    # The scores read "the" as no answer at all, and would count an empty answer as right.
+    # The scores, which are SQuAD's, read "the" as no answer at all, and count an empty answer as
+    # right. Where a question has no other answer it stays.
     scorable = [text for text in answers if normalize(text)]
     return scorable or answers
 

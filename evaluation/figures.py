@@ -21,9 +21,14 @@ class SetFigures:
     f1: float
     cover: float  # the answer holds a golden one
     overlap: float  # the score of the authors' code
-    malformed: float
-    forced: float
+    malformed: float | None  # None for a workflow, whose text has no form; so is the next
+    forced: float | None
     actions: float  # of a question
+
+
+def percent_cell(percent: float | None) -> str:
+    """Return a figure as it stands in a table, "-" for None."""
+    return "-" if percent is None else f"{percent:.1f}%"
 
 
 @dataclass

@@ -48,8 +48,9 @@ class ScoredAnswer(ScoredQuestion):
     cover: float
     overlap: float
     queries: list[str]
-    malformed: float  # of agents: 1.0 where a tag was out of place, or the answer was forced
-    forced: float  # of agents: 1.0 where a budget ran out before an answer
+    # 1.0 where a tag was out of place, or the answer was forced; None for a workflow, as the next.
+    malformed: float | None
+    forced: float | None  # 1.0 where a budget ran out before an answer
     lost: int  # searches that failed, so that the question is asked again with --resume
     text: str  # of the whole trajectory, tags included
 

@@ -27,7 +27,7 @@ from evaluation.claims import (
     compare,
     judge_claims,
 )
-from evaluation.figures import ActingFigures, RowFigures, SetFigures
+from evaluation.figures import ActingFigures, RowFigures, SetFigures, percent_cell
 from evaluation.markdown import gain_text, table_head, table_row
 from evaluation.seed_results import SeedResults
 from evaluation.statistics import by_actions, em_of, seed_interval
@@ -209,7 +209,7 @@ def format_rows(seeds: Sequence[SeedResults], pooled: Mapping[str, RowFigures]) 
                     _interval(*seed_interval(list(by_seed.values()))),
                     ", ".join(f"{seed}: {em:.1f}" for seed, em in by_seed.items()),
                     f"{_share(acting.search_known)} / {_share(acting.search_unknown)}",
-                    f"{figures.average.malformed:.1f}%",
+                    percent_cell(figures.average.malformed),
                     f"{PAPER_EM[row]}",
                 ]
             )

@@ -42,16 +42,14 @@ def _percent(values: Sequence[float]) -> float:
     return 100 * _mean(values)
 
 
-def _mean_if_any(values: Sequence[float]) -> float | None:
-    if not values:
-        return None
-    return _mean(values)
+def _mean_if_any(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _mean(known) if known else None
 
 
-def _percent_if_any(values: Sequence[float]) -> float | None:
-    if not values:
-        return None
-    return _percent(values)
+def _percent_if_any(values: Iterable[float | None]) -> float | None:
+    mean = _mean_if_any(values)
+    return None if mean is None else 100 * mean
 
 
 # ---- one row of the table ------------------------------------------------------------------------
@@ -83,8 +81,8 @@ def _set_figures(rows: Sequence[Prediction]) -> SetFigures:
         f1=_percent([row["f1"] for row in rows]),
         cover=_percent([row["cover"] for row in rows]),
         overlap=_percent([row["overlap"] for row in rows]),
-        malformed=_percent([row["malformed"] for row in rows]),
-        forced=_percent([row["forced"] for row in rows]),
+        malformed=_percent_if_any(row["malformed"] for row in rows),
+        forced=_percent_if_any(row["forced"] for row in rows),
         actions=_mean([row["actions"] for row in rows]),
     )
 
@@ -95,8 +93,8 @@ def _average(sets: Sequence[SetFigures]) -> SetFigures:
         f1=_mean([figures.f1 for figures in sets]),
         cover=_mean([figures.cover for figures in sets]),
         overlap=_mean([figures.overlap for figures in sets]),
-        malformed=_mean([figures.malformed for figures in sets]),
-        forced=_mean([figures.forced for figures in sets]),
+        malformed=_mean_if_any(figures.malformed for figures in sets),
+        forced=_mean_if_any(figures.forced for figures in sets),
         actions=_mean([figures.actions for figures in sets]),
     )
 

@@ -43,6 +43,7 @@ from eval import (
     ask_what_is_missing,
     open_predictions,
 )
+from evaluation.figures import percent_cell
 from evaluation.markdown import em_text, gain_text, table_head, table_row
 from evaluation.statistics import SetPredictions, average_figures, em_of, paired_gain
 from tasks import open_task
@@ -339,7 +340,7 @@ class SweepTable:
                 _gain(by_seed, first),
                 f"{figures.f1:.1f}",
                 f"{figures.actions:.2f}",
-                f"{figures.malformed:.1f}%",
+                percent_cell(figures.malformed),
             ]
             if has_seeds:
                 by_seed_em = [f"{seed}: {em_of([one]).points:.1f}" for seed, one in by_seed.items()]

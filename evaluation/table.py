@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
-from evaluation.figures import RowFigures
+from evaluation.figures import RowFigures, percent_cell
 
 
 class WorkflowName(StrEnum):
@@ -76,7 +76,7 @@ def _average_cells(row: RowFigures) -> list[str]:
         _number(row.average.actions, 2),
         _number(row.acting.search_known, 2),
         _number(row.acting.search_unknown, 2),
-        _number(row.average.malformed, 1) + "%",
+        percent_cell(row.average.malformed),
     ]
 
 

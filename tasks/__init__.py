@@ -17,7 +17,7 @@ class Task(Protocol):
 
     evaluation: dict[str, list[Question]]  # questions to be judged on, by the name of their set
     search: Library  # the tools of SFT
-    rl_search: Library  # the tools of RL-2, the real environment
+    rl_search: Library  # the tools of RL, the real environment
     eval_search: Library  # the tools of evaluation
     # Whether the base model solves questions in a ReAct workflow. If so, the pairs of SFT-1 are
     # made of what it solves that way; else of what the teacher's searches find.

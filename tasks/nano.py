@@ -58,9 +58,9 @@ POOLS = {
 
 
 class NanoTask:
-    """Three encyclopedias: of SFT and RL-1, of RL-2, and of evaluation.
+    """Three encyclopedias: of SFT, of RL, and of evaluation. (RL-1 asks about SFT's by --rl1_pool=rl1.)
 
-    RL-2 has one of its own, where what SFT learned by heart is of no use, as it will be of none in
+    RL has one of its own, where what SFT learned by heart is of no use, as it will be of none in
     evaluation. Evaluation's is one that training never sees.
     """
 

@@ -617,8 +617,15 @@ def test_a_mixed_stage_goes_on_with_its_counts(
     [
         (["--max_real_calls=5"], "--max_real_calls: only a mixed environment"),
         (["--rl1_pool=rl1"], "--rl1_pool=rl1: its questions are about SFT's world"),
-        (["--seed=5"], "--seed: out/tiny/world_model was distilled with 0; repeat that, or remove"),
+        (
+            ["--seed=5"],
+            "--seed: out/tiny/world_model was distilled with 0; repeat that, or have another one "
+            "distilled: --world_model=NAME",
+        ),
         (["--top_k=1"], "--top_k: out/tiny/world_model was distilled with "),
+        (["--sweep_share=0.4"], "--sweep_share: out/tiny/world_model was distilled with "),
+        (["--sources=logs"], "--sources: out/tiny/world_model was distilled with ['sweep']"),
+        (["--world_model_width=32"], "--world_model_width: out/tiny/world_model was distilled wi"),
         (["--world_model=sft2"], "--world_model: out/tiny/sft2 holds a stage of the run"),
     ],
 )

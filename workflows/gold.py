@@ -1,4 +1,4 @@
-"""The passages that an answer comes from: an upper bound of reading."""
+"""The passages that an answer comes from, for a workflow that reads them alone."""
 
 from data.passages import join_passages, neutralize
 from data.questions import SEARCH, Question

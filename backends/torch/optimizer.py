@@ -21,7 +21,8 @@ class Optimizer:
 
     Muon (Jordan 2024) takes the momentum of a matrix to the nearest orthogonal one, by five
     Newton-Schulz steps, and scales it by sqrt(max(1, rows / columns)). Matrices of one shape go
-    through the iteration together.
+    through the iteration together. AdamW has no weight decay here, which makes it Adam (Kingma and
+    Ba 2014); its betas are 0.9 and 0.98.
 
     muon: False: AdamW for all, as for pretrained models.
     seed: of dropout.

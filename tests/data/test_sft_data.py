@@ -129,3 +129,17 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "base" / "tokenizer.json").write_text("cut")
     with pytest.raises(UserError, match=r"the tokenizer of .*base can't be read"):
         read_codec(tmp_path / "base")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 40])
+def test_pairs_are_of_both_directions(codec: Codec, count: int) -> None:
+    """As many as asked for, or all there are of the two; an odd number is not cut by one.
+
+    Guards: --pairs=1, which left none.
+    """
+    acting = [(Trajectory([number]), Trajectory()) for number in range(10)]
+    thinking = [(Trajectory([100 + number]), Trajectory()) for number in range(10)]
+    drawn = train_sft.draw_pairs(acting, thinking, count, random.Random(0))
+    ids = [pair[0].ids[0] for pair in drawn]
+    assert len(set(ids)) == len(ids) == min(count, 20)
+    assert abs(sum(number < 100 for number in ids) - len(ids) / 2) <= 0.5

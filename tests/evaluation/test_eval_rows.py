@@ -205,7 +205,7 @@ def test_retrieve_then_read_loses_what_its_search_loses(lm: LM, task: Any) -> No
 
 
 def test_a_workflow_is_never_malformed(lm: LM) -> None:
-    """A script closes its tags; an agent has to by itself."""
+    """A script closes its tags, so that nobody asks whether it did; an agent has to by itself."""
     trajectory = Trajectory(forced=True)
     trajectory.add(lm.codec.prompt("Who?"), Role.PROMPT, 0)
     trajectory.queries = ["Iron Hill"]
@@ -213,10 +213,8 @@ def test_a_workflow_is_never_malformed(lm: LM) -> None:
     for name in (WorkflowName.REACT, "SFT-1"):
         answered = Answered("The town", trajectory)
         found[name] = benchmark.score_answer(row_named(name), lm, NAMED, answered, "live")
-    assert (found[WorkflowName.REACT]["malformed"], found[WorkflowName.REACT]["forced"]) == (
-        0.0,
-        0.0,
-    )
+    workflow = found[WorkflowName.REACT]
+    assert (workflow["malformed"], workflow["forced"]) == (None, None)
     assert (found["SFT-1"]["malformed"], found["SFT-1"]["forced"]) == (1.0, 1.0)
     record = found["SFT-1"]
     assert (record["em"], record["f1"], record["cover"]) == (1.0, 1.0, 1.0)

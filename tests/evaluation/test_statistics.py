@@ -11,7 +11,7 @@ import pytest
 from common.errors import UserError
 from data.questions import Fact, Lookup, Question
 from evaluation import statistics
-from evaluation.figures import Estimate, JudgeFigures, SuccessFigures, row_to_json
+from evaluation.figures import Estimate, JudgeFigures, SuccessFigures, percent_cell, row_to_json
 from evaluation.statistics import (
     bootstrap_interval,
     paired_gain,
@@ -62,6 +62,15 @@ PREDICTIONS = {
     "chain": [prediction(1.0, "Ada Falk", "nothing", forced=1.0)],
 }
 ALL_FACTS = {"Silver River|director", "Iron Hill|mayor", "Eva Moss|spouse", "Ada Falk|job"}
+
+
+def test_a_workflow_has_no_form() -> None:
+    """Guards: 0.0% malformed of a row in which nobody has looked."""
+    rows = [prediction(1.0) | {"malformed": None, "forced": None} for _ in range(2)]
+    row = summarize({"single": rows}, {"single": QUESTIONS["single"]}, known_facts=set())
+    assert (row.average.malformed, row.average.forced) == (None, None)
+    assert percent_cell(row.average.malformed) == "-"
+    assert percent_cell(2.51) == "2.5%"
 
 
 # ---- one row -------------------------------------------------------------------------------------
