@@ -55,7 +55,7 @@ from model import LM
 from services.chat import Chat
 from services.judge import judge
 from tasks import Task, open_task
-from workflows.agent import Answered, answer_questions
+from workflows.agent import Answered, roll_out_questions
 from workflows.gold import gold_observation
 from workflows.journal import AnswerSettings, provenance_hash
 from workflows.prompts import REACT_EXAMPLES
@@ -100,7 +100,7 @@ class EvalContext:
 def agent(lm: LM, questions: list[Question], context: EvalContext, name: str) -> list[Answered]:
     """Let the model decide by itself when to search: an agent."""
     search = context.task.eval_search
-    trajectories = answer_questions(lm, texts_of(questions), search, context.settings, name)
+    trajectories = roll_out_questions(lm, texts_of(questions), search, context.settings, name)
     return [Answered(lm.codec.answer(trajectory), trajectory) for trajectory in trajectories]
 
 

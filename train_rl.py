@@ -14,20 +14,20 @@ Who writes the observations is one setting a stage (environments/environment.py)
 of RL-1), the tool (`real`), or both (`mixed`). A stage logs how many searches the tool answered.
 
 A stage looks out for what goes wrong before its reward falls (common/alarms.py). --stop_on_alarm
-ends it there, with the weights that did best on held-out questions of its pool.
+ends it there, with the weights that did best on validation questions of its pool.
 
 Where this departs from textbook GRPO: advantages are not divided by their standard deviation
 (--advantage_std does it); the loss is DAPO's mean over all tokens of a step, not over those of each
 trajectory first (--loss); clipping is wider above than below; KL to the policy that the command
-begins with is optional (--kl); and groups whose rollouts all got the same reward are left out. Their
-gradient is zero, but they do not count in the mean either, so that the others weigh more (DAPO draws
-new groups in their place). Left out are also groups in which a search failed.
+begins with is optional (--kl); and groups whose rollouts all got the same reward are left out.
+Their gradient is zero, but they do not count in the mean either, so that the others weigh more
+(DAPO draws new groups in their place). Left out are also groups in which a search failed.
 
 The nano path has a world for SFT and another for RL-2, where nothing that SFT learned by heart is
-of use. RL-1 asks RL-2's questions too, and RL-2 goes on after them. --rl1_pool=rl1 asks about SFT's
-world instead. It is meant for a policy that imagines, which has read about no other. These questions
-begin at facts that the base model does not know: where it knows, recalling always beats a search
-whose result the policy makes up, and RL would teach it to stop searching.
+of use. RL-1 asks RL-2's questions too, and RL-2 goes on after them. --rl1_pool=rl1 asks about
+SFT's world instead. It is meant for a policy that imagines, which has read about no other. These
+questions begin at facts that the base model does not know: where it knows, recalling always beats
+a search whose result the policy makes up, and RL would teach it to stop searching.
 """
 
 # Imported first: from here on Ctrl-C is one line, and not a traceback.
@@ -88,11 +88,11 @@ from evaluation.rl_log import (
 )
 from model import LM
 from tasks import Task, open_task
-from workflows.agent import answer_questions
+from workflows.agent import roll_out_questions
 
 WARMUP_STEPS = 3  # steps over which the learning rate rises
 EVAL_QUESTIONS = 60  # evaluation questions of each set that --eval_every looks at
-HELD_OUT_EVERY = 6  # steps between two looks of --stop_on_alarm at held-out questions
+VALIDATE_EVERY = 6  # steps between two looks of --stop_on_alarm at validation questions
 SCORES = {"exact_match": exact_match, "f1": f1, "overlap": overlap_match}  # by --reward
 
 
@@ -142,7 +142,7 @@ class RLSettings(StageSettings, EnvironmentSettings):
     observation_coef: float = 0.0
     # Evaluate every this many steps, and log the exact match; 0: never. Nothing is chosen by it.
     eval_every: int = 0
-    # End a stage when an alarm rings, with the weights that did best on held-out questions of its
+    # End a stage when an alarm rings, with the weights that did best on validation questions of its
     # pool; they are asked every 6 steps. No later stage is started.
     stop_on_alarm: bool = False
     # Settings and the values to try, such as "call_cost=0,0.1;kl=0,0.001": each combination is
@@ -165,7 +165,7 @@ class RLStage:
     seed_number: int  # (run's seed, this, step) is the seed of what a step draws
     evaluation: list[Question]  # what --eval_every looks at
     eval_search: Search
-    held_out: list[Question]  # what --stop_on_alarm chooses weights by; empty without it
+    validation: list[Question]  # what --stop_on_alarm chooses weights by; empty without it
 
 
 def run(settings: RLSettings) -> None:
@@ -185,7 +185,7 @@ def run(settings: RLSettings) -> None:
     task = open_task(settings)
     reference, policy = plan.load_reference_and_policy(settings)
     task.leave_out_long_questions(policy.codec, settings.longest_prompt)
-    held_out = {stage: held_out_questions(task, stage, settings) for stage in plan.todo}
+    validation = {stage: validation_questions(task, stage, settings) for stage in plan.todo}
     # --dry-run times a step by the simplest loss.
     if not memory.report(policy, settings, "rl", nll_loss):
         return
@@ -194,7 +194,7 @@ def run(settings: RLSettings) -> None:
 
     for name in plan.todo:
         folder = plan.folder_of(name)
-        stage = open_stage(name, folder, settings, task, policy.codec, held_out[name])
+        stage = make_stage(name, folder, settings, task, policy.codec, validation[name])
         is_stopped = train_grpo(policy, reference, settings, stage)
         last = plan.todo[-1]
         if is_stopped and name != last:
@@ -202,13 +202,13 @@ def run(settings: RLSettings) -> None:
             return
 
 
-def open_stage(
+def make_stage(
     name: str,
     folder: Path,
     settings: RLSettings,
     task: Task,
     codec: Codec,
-    held_out: list[Question],
+    validation: list[Question],
 ) -> RLStage:
     """Return RL-1 or RL-2, with its environment. name: rl1 or rl2."""
     is_first = name == "rl1"
@@ -224,13 +224,13 @@ def open_stage(
         steps=settings.rl1_steps if is_first else settings.rl2_steps,
         pool=task.questions(pool_name(name, settings), settings.rl_questions),
         first_question=first_question,
-        environment=open_environment(name, settings, task, codec, held_out),
+        environment=open_environment(name, settings, task, codec, validation),
         call_cost=settings.rl1_call_cost if is_first else settings.call_cost,
         rate_scale=settings.rl1_scale if is_first else 1.0,
         seed_number=1 if is_first else 2,
         evaluation=evaluation,
         eval_search=task.eval_search,
-        held_out=held_out,
+        validation=validation,
     )
 
 
@@ -242,12 +242,12 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
     """
     policy.begin_stage(settings, settings.seed, stage.folder.name)
     optimizer = policy.backend.Optimizer(policy.network, muon=False, seed=settings.seed)
-    progress = StageRun(policy, optimizer, stage.folder, settings, stage.steps)
+    stage_run = StageRun(policy, optimizer, stage.folder, settings, stage.steps)
     environment = stage.environment
-    environment.tool.restore(progress.log_files.calls)
-    for step in progress.steps():
+    environment.tool.restore(stage_run.log_files.calls)
+    for step in stage_run.steps():
         record: dict[str, Any] = {"step": step}
-        record |= look_at_held_out(policy, settings, stage, progress, step)
+        record |= validate(policy, settings, stage, stage_run, step)
         environment.begin_step(step)
         started = time.time()
 
@@ -263,7 +263,7 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
         updated = time.time()
 
         # 3. Log: what the step looked like, and its first group to read.
-        steps_before = progress.log_files.steps
+        steps_before = stage_run.log_files.steps
         record |= describe_rollouts(policy.codec, batch)
         record |= describe_change(policy, reference, watched, before)
         record |= describe_groups(skipped, steps_before)
@@ -272,25 +272,25 @@ def train_grpo(policy: LM, reference: LM, settings: RLSettings, stage: RLStage) 
         refuse_divergence(record, stage, step)
         if settings.eval_every and (step + 1) % settings.eval_every == 0:
             record["eval_em"] = evaluate(policy, stage, settings)
-        rung = alarms([*steps_before, record], settings.max_actions)
-        progress.warn(rung)
-        progress.log(summarize(record), **record, alarms=list(rung))
-        progress.keep_rollouts(first_group(policy.codec, batch, step))
-        progress.keep_calls(environment.tool.take_rows())
-        if rung and settings.stop_on_alarm:
-            progress.stop_with_best(step, rung)
-    progress.finish()
+        ringing = alarms([*steps_before, record], settings.max_actions)
+        stage_run.warn(ringing)
+        stage_run.log(summarize(record), **record, alarms=list(ringing))
+        stage_run.keep_rollouts(first_group(policy.codec, batch, step))
+        stage_run.keep_calls(environment.tool.take_rows())
+        if ringing and settings.stop_on_alarm:
+            stage_run.stop_with_best(step, ringing)
+    stage_run.finish()
     print(
         f"{stage.folder.name}: {environment.tool.raw_calls:,} searches were answered by the tool, "
         f"{environment.tool.distinct_calls:,} different ones"
     )
-    return progress.is_stopped
+    return stage_run.is_stopped
 
 
 def evaluate(policy: LM, stage: RLStage, settings: RLSettings) -> float:
     """Return the policy's exact match on evaluation questions, greedily and with their own tool."""
     texts = [question.question for question in stage.evaluation]
-    trajectories = answer_questions(policy, texts, stage.eval_search, settings)
+    trajectories = roll_out_questions(policy, texts, stage.eval_search, settings)
     scores = [
         exact_match(policy.codec.answer(trajectory), question.golden_answers)
         for trajectory, question in zip(trajectories, stage.evaluation, strict=True)
@@ -314,7 +314,7 @@ def sample_rollouts(policy: LM, settings: RLSettings, stage: RLStage, step: int)
         for question in range(settings.questions)
         for rollout in range(settings.rollouts)
     ]
-    trajectories = answer_questions(
+    trajectories = roll_out_questions(
         policy,
         texts,
         stage.environment.search,
@@ -385,8 +385,8 @@ def rollouts_that_teach(
     return teaches
 
 
-# ---- 4. Held-out questions: what --stop_on_alarm goes back to ------------------------------------
-def held_out_questions(task: Task, stage: str, settings: RLSettings) -> list[Question]:
+# ---- 4. Validation questions: what --stop_on_alarm goes back to ----------------------------------
+def validation_questions(task: Task, stage: str, settings: RLSettings) -> list[Question]:
     """Return questions of a stage's pool that no step asks; none without --stop_on_alarm.
 
     They are those after the first --rl_questions, which the steps draw from; there are half as many
@@ -402,37 +402,37 @@ def held_out_questions(task: Task, stage: str, settings: RLSettings) -> list[Que
     questions = task.questions(pool, settings.rl_questions + count)
     asked = {question.question for question in questions[: settings.rl_questions]}
     spare = questions[settings.rl_questions :]
-    held_out = [question for question in spare if question.question not in asked]
-    if len(spare) < count or not held_out:
+    validation = [question for question in spare if question.question not in asked]
+    if len(spare) < count or not validation:
         way_out = "give more --train_data"
         if len(questions) > count:
             way_out += f", or take --rl_questions={len(questions) - count}"
         raise UserError(
             f"--stop_on_alarm: pool {pool!r} has {len(questions)} questions, which leaves "
-            f"{len(held_out)} of {count} that no step asks; {way_out}"
+            f"{len(validation)} of {count} that no step asks; {way_out}"
         )
-    return held_out
+    return validation
 
 
-def look_at_held_out(
-    policy: LM, settings: RLSettings, stage: RLStage, progress: StageRun, step: int
+def validate(
+    policy: LM, settings: RLSettings, stage: RLStage, stage_run: StageRun, step: int
 ) -> dict[str, float]:
     """Measure the weights before some steps, keep the best, and return what the log says of it.
 
     The policy answers greedily and in the stage's environment, so that what it asks of the tool
     counts as all calls do.
     """
-    is_due = step % HELD_OUT_EVERY == 0 or progress.best_weights.best is None
+    is_due = step % VALIDATE_EVERY == 0 or stage_run.best_weights.best is None
     if not (settings.stop_on_alarm and is_due):
         return {}
     environment = stage.environment
-    environment.begin_held_out(step)
-    texts = [question.question for question in stage.held_out]
-    trajectories = answer_questions(policy, texts, environment.search, settings)
-    rewards = rewards_of(policy.codec, stage.held_out, trajectories, settings, stage.call_cost)
-    held_out_reward = float(rewards.mean())
-    progress.best_weights.keep_if_best(step, held_out_reward)
-    return {"held_out_reward": held_out_reward}
+    environment.begin_validation(step)
+    texts = [question.question for question in stage.validation]
+    trajectories = roll_out_questions(policy, texts, environment.search, settings)
+    rewards = rewards_of(policy.codec, stage.validation, trajectories, settings, stage.call_cost)
+    validation_reward = float(rewards.mean())
+    stage_run.best_weights.keep_if_best(step, validation_reward)
+    return {"validation_reward": validation_reward}
 
 
 # ---- 5. The update -------------------------------------------------------------------------------

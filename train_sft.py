@@ -192,8 +192,8 @@ def train_on_chains(
     lm.begin_stage(settings, settings.seed, name)
     rng = random.Random(f"{name} {settings.seed}")
     steps = shuffled_epochs(chains, epochs, settings.batch_tokens, rng)
-    with open_stage(lm, settings, task, plan.folder_of(name), len(steps)) as stage:
-        train_on_texts(stage, settings, steps, lr_scale)
+    with running_stage(lm, settings, task, plan.folder_of(name), len(steps)) as stage_run:
+        train_on_texts(stage_run, settings, steps, lr_scale)
 
 
 def train_on_pairs(
@@ -215,9 +215,9 @@ def train_on_pairs(
 
     watched = pairs[:WATCHED_PAIRS]
     before = describe_pairs(lm, watched, settings.micro_tokens)
-    with open_stage(lm, settings, task, folder, len(steps)) as stage:
+    with running_stage(lm, settings, task, folder, len(steps)) as stage_run:
         lr_scale = settings.sft1_scale
-        train_steps(stage, settings, steps, contrastive_loss, make_batches, lr_scale)
+        train_steps(stage_run, settings, steps, contrastive_loss, make_batches, lr_scale)
     after = describe_pairs(lm, watched, settings.micro_tokens)
     if watched:
         print(f"{folder.name}: log-probability of a token: {before}; afterwards {after}")
@@ -247,22 +247,22 @@ def make_base_model(lm: LM, settings: SFTSettings, task: Task, folder: Path) -> 
         lm.save(folder)
         return
     steps = optimizer_steps(texts, settings.batch_tokens, rng)
-    with open_stage(lm, settings, task, folder, len(steps)) as stage:
-        train_on_texts(stage, settings, steps)
+    with running_stage(lm, settings, task, folder, len(steps)) as stage_run:
+        train_on_texts(stage_run, settings, steps)
 
 
 @contextmanager
-def open_stage(
+def running_stage(
     lm: LM, settings: SFTSettings, task: Task, folder: Path, steps: int
 ) -> Iterator[StageRun]:
     """Begin a stage of some optimizer steps; afterwards leave trajectories to be read, and save."""
     lm.network.recompute = settings.checkpointing
     optimizer = lm.backend.Optimizer(lm.network, muon=settings.muon, seed=settings.seed)
-    stage = StageRun(lm, optimizer, folder, settings, steps)
-    yield stage
+    stage_run = StageRun(lm, optimizer, folder, settings, steps)
+    yield stage_run
     samples = task.questions("sample", SAMPLES)[: settings.batch_rows // 4]
-    stage.keep_rollouts(sample_rows(lm, samples, task.search, settings))
-    stage.finish()
+    stage_run.keep_rollouts(sample_rows(lm, samples, task.search, settings))
+    stage_run.finish()
 
 
 # ---- 3. The loop that all supervised training shares ---------------------------------------------
@@ -278,7 +278,7 @@ def shuffled_epochs(
 
 
 def train_on_texts(
-    stage: StageRun,
+    stage_run: StageRun,
     settings: OptimizerSettings,
     steps: Sequence[Sequence[Trajectory]],
     lr_scale: float = 1.0,
@@ -288,11 +288,11 @@ def train_on_texts(
     def make_batches(texts: Sequence[Trajectory]) -> list[Batch]:
         return language_batches(texts, settings.micro_tokens)
 
-    train_steps(stage, settings, steps, nll_loss, make_batches, lr_scale)
+    train_steps(stage_run, settings, steps, nll_loss, make_batches, lr_scale)
 
 
 def train_steps(
-    stage: StageRun,
+    stage_run: StageRun,
     settings: OptimizerSettings,
     steps: Sequence[Sequence[Any]],
     loss: Callable[..., Any],
@@ -304,15 +304,15 @@ def train_steps(
     lr_scale: a multiplier of the stage's learning rates.
     Raises UserError where the loss is not finite, before the weights change.
     """
-    lm = stage.lm
+    lm = stage_run.lm
     mean_loss: float | None = None
-    for step in stage.steps():
+    for step in stage_run.steps():
         started = time.time()
         factor = learning_rate_factor(step, len(steps), lr_scale)
         batches = make_batches(steps[step])
         figures = lm.backend.train_step(
             lm.network,
-            stage.optimizer,
+            stage_run.optimizer,
             loss,
             batches,
             lr=settings.lr * factor,
@@ -320,13 +320,13 @@ def train_steps(
         )
         if not math.isfinite(figures["loss"] + figures["grad_norm"]):
             raise UserError(
-                f"{stage.name}: loss is {figures['loss']} at step {step}; the stage before is "
+                f"{stage_run.name}: loss is {figures['loss']} at step {step}; the stage before is "
                 "kept; lower --lr and --muon_lr"
             )
         mean_loss = moving_mean(mean_loss, figures["loss"])
         tokens = sum(ranks.gather(sum(len(batch["ids"]) for batch in batches)))
         speed = tokens / (time.time() - started)
-        stage.log(
+        stage_run.log(
             f"loss {mean_loss:.3f}, {speed:,.0f} tok/s",
             step=step,
             **figures,
@@ -418,7 +418,7 @@ def make_data(base: LM, settings: SFTSettings, task: Task, journal: Journal) -> 
 def draw_pairs(
     acting_right: Sequence[Pair], thinking_right: Sequence[Pair], count: int, rng: random.Random
 ) -> list[Pair]:
-    """Return some pairs, at most `count`: half of each direction, where there are enough of each."""
+    """Return some pairs, at most `count`: half of each direction, where there are enough."""
     half = (count + 1) // 2
     pairs = rng.sample(acting_right, min(half, len(acting_right)))
     pairs += rng.sample(thinking_right, min(half, len(thinking_right)))

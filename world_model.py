@@ -78,7 +78,7 @@ WORLD_MODEL_SETTINGS = (
     "max_observation",
     "gold_facts",
 )
-# So would other values of these; where a command gives none, it takes the world model that is there.
+# So would other values of these; where a command gives none, it takes the world model there is.
 DISTILLING_SETTINGS = (
     "sources",
     "logs_of",

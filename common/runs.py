@@ -494,7 +494,7 @@ class StageRun:
                     print(f"{self.name}: alarm: {line}", flush=True)
 
     def stop_with_best(self, step: int, alarms: Mapping[str, str]) -> None:
-        """Let this step be the last, and go back to the best weights on held-out questions.
+        """Let this step be the last, and go back to the best weights on validation questions.
 
         alarms: why, {name: a line}.
         """

@@ -4,7 +4,7 @@ out/nano/
     rl2.partial/         log.jsonl, rollouts.jsonl, calls.jsonl
     rl2.checkpoint/24/   weights, optimizer, and how long each log was after 24 steps
     rl2.checkpoint/36/   the same after 36 steps; the last two checkpoints are kept
-    rl2.checkpoint/best/16/    weights after 16 steps, which did best on held-out questions
+    rl2.checkpoint/best/16/    weights after 16 steps, which did best on validation questions
 
 A checkpoint knows its files, and the logs up to it, by their checksums. --resume takes the newest
 one of which all is as it was saved.
@@ -250,14 +250,14 @@ class Checkpoint:
 # ---- the best weights ----------------------------------------------------------------------------
 @dataclass
 class Best:
-    """Which weights of a stage did best on held-out questions."""
+    """Which weights of a stage did best on validation questions."""
 
     steps: int  # of the stage, after which they were measured
     reward: float  # mean of these questions
 
 
 class BestWeights:
-    """The weights of an unfinished stage that did best on held-out questions.
+    """The weights of an unfinished stage that did best on validation questions.
 
     Weights that were the best once stay in <folder>.checkpoint/best/<steps> as long as one of the
     stage's checkpoints is older than what has replaced them: a stage that goes on from there needs

@@ -23,7 +23,7 @@ from data.teacher import write_chains
 from data.trajectory import Codec, Provenance, Role, Trajectory
 from data.trajectory_rows import TrajectoryRow
 from environments.examples import parts_by_role
-from environments.simulator import prompt_of
+from environments.simulator import prompt_of, questions_by_prompt
 from tasks import Task
 from tools import split_action
 
@@ -102,9 +102,7 @@ def training_cases(
 
     questions: those that the chains may answer.
     """
-    question_of_prompt = {
-        tuple(codec.prompt(question.question)): question for question in questions
-    }
+    question_of_prompt = questions_by_prompt(codec, questions)
     cases = []
     for chain in chains:
         cases += cases_of(codec, question_of_prompt.get(prompt_of(chain)), chain)

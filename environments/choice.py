@@ -21,7 +21,7 @@ from environments.environment import (
 )
 from environments.examples import calls_of
 from environments.mixed import entropy_threshold
-from environments.simulator import SimulatorLibrary
+from environments.simulator import SimulatorLibrary, questions_by_prompt
 from tasks import Task
 from world_model import (
     DistillSettings,
@@ -87,16 +87,16 @@ def open_environment(
     settings: EnvironmentSettings,
     task: Task,
     codec: Codec,
-    held_out: Sequence[Question] = (),
+    validation: Sequence[Question] = (),
 ) -> Environment:
     """Return the environment of a stage, with the answers of the tool that cost nothing to know.
 
     They are the calls that a world model was distilled from; of a policy that imagines SFT's world,
     those of SFT's chains.
 
-    held_out: questions that the stage asks beside its pool.
+    validation: questions that the stage asks beside its pool.
     """
-    environment = _choose_environment(stage, settings, task, codec, held_out)
+    environment = _choose_environment(stage, settings, task, codec, validation)
     name = environment_name(stage, settings)
     calls: dict[str, str] = {}
     if name in ("distilled", "mixed") and not settings.gold_facts:
@@ -118,7 +118,7 @@ def _choose_environment(
     settings: EnvironmentSettings,
     task: Task,
     codec: Codec,
-    held_out: Sequence[Question],
+    validation: Sequence[Question],
 ) -> Environment:
     """Return the environment of a stage, with the tools of the world that it asks about."""
     library = task.rl_search
@@ -133,9 +133,7 @@ def _choose_environment(
     steps = settings.rl1_steps if stage == "rl1" else settings.rl2_steps
     if settings.gold_facts:
         pool = task.questions(pool_name(stage, settings), settings.rl_questions)
-        question_of_prompt = {
-            tuple(codec.prompt(question.question)): question for question in [*pool, *held_out]
-        }
+        question_of_prompt = questions_by_prompt(codec, [*pool, *validation])
         simulator = SimulatorLibrary(
             library, imagined, question_of_prompt, settings.noise_share, steps
         )

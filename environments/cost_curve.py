@@ -9,11 +9,11 @@ It reads the logs and predictions of some runs, prints a table in Markdown and w
 out/<run>/cost_curve.json, which plot.py draws. Rows that were not trained or not evaluated are left
 out.
 
-All rows but the paper's in SFT's world practise on the same questions at the same price of a call. A
-row's calls are those of its
-stages and of the world model that it practises in. Its seconds are those of rollouts and updates,
-of distilling the world model, and where it starts at SFT-3, of SFT-3. Times to an EM are read off a
-line through the looks that --eval_every took: its start, then every so many steps.
+All rows but the paper's in SFT's world practise on the same questions at the same price of a call.
+A row's calls are those of its stages and of the world model that it practises in. Its seconds are
+those of rollouts and updates, of distilling the world model, and where it starts at SFT-3, of
+SFT-3. Times to an EM are read off a line through the looks that --eval_every took: its start, then
+every so many steps.
 """
 
 from collections.abc import Sequence

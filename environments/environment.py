@@ -28,7 +28,7 @@ class Environment:
     tool: CountedTool  # the real tool and its counts; an imagined environment never asks it
     # What changes from step to step: the tool's share of a mixed environment, or the share of noise
     # of a simulator.
-    schedule: Schedule | SimulatorLibrary | None = None
+    changes_by_step: Schedule | SimulatorLibrary | None = None
     # What the tool is known to say without a new call, query -> observation: on these queries
     # imagined observations are checked while RL runs.
     known_answers: dict[str, str] = field(default_factory=dict)
@@ -36,11 +36,11 @@ class Environment:
     def begin_step(self, step: int) -> None:
         """Prepare for the rollouts of a step."""
         self.tool.step = step
-        if self.schedule is not None:
-            self.schedule.step = step
+        if self.changes_by_step is not None:
+            self.changes_by_step.step = step
 
-    def begin_held_out(self, step: int) -> None:
-        """Prepare for held-out questions, which a step asks before its rollouts.
+    def begin_validation(self, step: int) -> None:
+        """Prepare for validation questions, which a step asks before its rollouts.
 
         They always meet the environment of the first step, so that none of their rewards is lower
         for a world that has become harder.

@@ -10,7 +10,7 @@ It learns from the searches of SFT's chains, which cost nothing new: one whose o
 evidence of a fact was useful, and any other noisy.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from data.questions import Question
 from data.teacher import find_evidence
@@ -36,9 +36,7 @@ def simulator_examples(
 
     questions: those that the chains may be about; chains about others are left out.
     """
-    question_of_prompt = {
-        tuple(codec.prompt(question.question)): question for question in questions
-    }
+    question_of_prompt = questions_by_prompt(codec, questions)
     examples = []
     for chain in chains:
         question = question_of_prompt.get(prompt_of(chain))
@@ -49,6 +47,13 @@ def simulator_examples(
             hint = hint_of(question, USEFUL if is_useful else NOISY)
             examples.append(Example(query, observation, hint))
     return examples
+
+
+def questions_by_prompt(
+    codec: Codec, questions: Iterable[Question]
+) -> dict[tuple[int, ...], Question]:
+    """Return questions by the ids of the prompts that ask them."""
+    return {tuple(codec.prompt(question.question)): question for question in questions}
 
 
 def prompt_of(trajectory: Trajectory) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from evaluation.rl_log import sampled_logprobs
 from speed.ours import Ours
 from tasks import Task
 from train_rl import RLSettings, groups_to_skip, rewards_of
-from workflows.agent import answer_questions
+from workflows.agent import roll_out_questions
 
 TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.25, 1.5)
 # Each divides the last, so that all are cut from one sample.
@@ -68,7 +68,7 @@ def sample(
         random_stream(settings.max_len, settings.seed, *divmod(number, most))
         for number in range(len(texts))
     ]
-    return answer_questions(ours.lm, texts, task.rl_search, settings, None, temperature, streams)
+    return roll_out_questions(ours.lm, texts, task.rl_search, settings, None, temperature, streams)
 
 
 def cut_into_groups(

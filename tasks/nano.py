@@ -58,10 +58,11 @@ POOLS = {
 
 
 class NanoTask:
-    """Three encyclopedias: of SFT, of RL, and of evaluation. (RL-1 asks about SFT's by --rl1_pool=rl1.)
+    """Three encyclopedias: of SFT, of RL, and of evaluation.
 
     RL has one of its own, where what SFT learned by heart is of no use, as it will be of none in
-    evaluation. Evaluation's is one that training never sees.
+    evaluation. (RL-1 asks about SFT's by --rl1_pool=rl1.) Evaluation's is one that training never
+    sees.
     """
 
     # The base model's ReAct workflow solves questions, so its outcomes make the pairs of SFT-1.

@@ -23,7 +23,7 @@ class Answered(NamedTuple):
     trajectory: Trajectory
 
 
-def answer_questions(
+def roll_out_questions(
     lm: LM,
     questions: Sequence[str],
     search: Search | Imagine | None,
@@ -60,7 +60,7 @@ def sample_rows(
     """Return lines of rollouts.jsonl: greedy trajectories to read, with their exact match."""
     rows = []
     texts = [question.question for question in questions]
-    trajectories = answer_questions(lm, texts, search, settings)
+    trajectories = roll_out_questions(lm, texts, search, settings)
     for question, trajectory in zip(questions, trajectories, strict=True):
         score = exact_match(lm.codec.answer(trajectory), question.golden_answers)
         rows.append(trajectory_row(lm.codec, question, trajectory, score))

@@ -12,7 +12,7 @@ from data.boxes import answer_in_box
 from data.trajectory import Codec
 from model import LM
 from nano.pretraining import TO_QUERY, TO_READ
-from workflows.agent import Answered, answer_questions
+from workflows.agent import Answered, roll_out_questions
 from workflows.react import Phrases, react
 from workflows.writing import continue_prompts
 
@@ -47,7 +47,7 @@ def answer_from_memory(
 ) -> list[Answered]:
     """Answer as an agent does, with a chain of thought, but without a tool; greedily."""
     without_tool = dataclasses.replace(settings, max_actions=0)
-    trajectories = answer_questions(lm, questions, None, without_tool, description)
+    trajectories = roll_out_questions(lm, questions, None, without_tool, description)
     return [Answered(lm.codec.answer(trajectory), trajectory) for trajectory in trajectories]
 
 

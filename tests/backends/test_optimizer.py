@@ -18,7 +18,7 @@ from common.settings import ModelSettings
 from data.batches import language_batches
 from data.trajectory import Codec
 from model import LM
-from train_sft import SFTSettings, open_stage, train_steps
+from train_sft import SFTSettings, running_stage, train_steps
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
@@ -259,7 +259,7 @@ def test_a_bad_loss_stops_the_stage(
     settings = SFTSettings()
     with (
         pytest.raises(UserError, match="sft2: loss is nan at step 0"),
-        open_stage(tiny_lm(codec), settings, no_task, folder, len(steps)) as stage,
+        running_stage(tiny_lm(codec), settings, no_task, folder, len(steps)) as stage,
     ):
         train_steps(stage, settings, steps, bad_loss, make_batches)
     assert not folder.exists()

@@ -1,11 +1,13 @@
 """The SFT data that a run keeps as token ids (data/sft_data.py)."""
 
+import random
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import train_sft
 from common.errors import UserError
 from common.files import CHECKSUMS_FILE
 from data.sft_data import (

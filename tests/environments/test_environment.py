@@ -104,10 +104,10 @@ def test_steps_move_the_schedule() -> None:
     assert steps == [500] * shares[1] + [999] * 100
 
 
-def test_held_out_questions_meet_the_first_step() -> None:
+def test_validation_questions_meet_the_first_step() -> None:
     """So that a later look at them is no harder. Their calls are logged with the step."""
     environment = open_environment("scheduled")
-    environment.begin_held_out(999)
+    environment.begin_validation(999)
     assert provenances(search(environment, "A")) == "i"
     environment.begin_step(999)
     search(environment, "A")

@@ -68,7 +68,7 @@ def test_a_simulator_is_told_the_facts_of_the_question_that_it_serves(codec: Cod
         ]
 
 
-def test_a_simulator_is_told_the_facts_of_held_out_questions(
+def test_a_simulator_is_told_the_facts_of_validation_questions(
     codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards: a look at questions that are none of the pool's, which ended the stage."""

@@ -99,7 +99,7 @@ def test_rewards_and_order_of_a_step(codec: Codec, lm: LM, monkeypatch: pytest.M
     """Rollouts of a question stand together; each is scored by its own question's answers."""
     asked = []
 
-    def answer_questions(
+    def roll_out_questions(
         policy: Any, texts: Any, search: Any, settings: Any, temperature: Any, streams: Any
     ) -> list[Any]:
         asked.extend(texts)
@@ -109,7 +109,7 @@ def test_rewards_and_order_of_a_step(codec: Codec, lm: LM, monkeypatch: pytest.M
             for text, answer in zip(texts, answers, strict=True)
         ]
 
-    monkeypatch.setattr(train_rl, "answer_questions", answer_questions)
+    monkeypatch.setattr(train_rl, "roll_out_questions", roll_out_questions)
     two = stage()
     two.pool = [question(), question("Who starred in it?", "Ada")]
     settings = RLSettings(questions=2, rollouts=3)
@@ -124,13 +124,13 @@ def test_steps_take_questions_in_turn(
     """Each step goes on where the one before it ended, and begins again at the end of the pool."""
     asked = []
 
-    def answer_questions(
+    def roll_out_questions(
         policy: Any, texts: Any, search: Any, settings: Any, temperature: Any, streams: Any
     ) -> list[Any]:
         asked.append(list(texts))
         return [codec.build(text, [("answer", "Eva")]) for text in texts]
 
-    monkeypatch.setattr(train_rl, "answer_questions", answer_questions)
+    monkeypatch.setattr(train_rl, "roll_out_questions", roll_out_questions)
     three = stage()
     three.pool = [question(text) for text in ("A?", "B?", "C?")]
     for step in range(2):
@@ -144,13 +144,13 @@ def test_a_stage_goes_on_after_the_questions_of_the_one_before(
     """Guards: an RL-2 that asks again what RL-1 has asked of the same pool."""
     asked = []
 
-    def answer_questions(
+    def roll_out_questions(
         policy: Any, texts: Any, search: Any, settings: Any, temperature: Any, streams: Any
     ) -> list[Any]:
         asked.append(list(texts))
         return [codec.build(text, [("answer", "Eva")]) for text in texts]
 
-    monkeypatch.setattr(train_rl, "answer_questions", answer_questions)
+    monkeypatch.setattr(train_rl, "roll_out_questions", roll_out_questions)
     second = stage("rl2", number=2)
     second.pool = [question(text) for text in ("A?", "B?", "C?", "D?", "E?")]
     second.first_question = 3
@@ -169,13 +169,13 @@ def test_each_rollout_has_a_random_stream_of_its_own(
     """
     given: list[np.ndarray] = []
 
-    def answer_questions(
+    def roll_out_questions(
         policy: Any, texts: Any, search: Any, settings: Any, temperature: Any, streams: Any
     ) -> list[Any]:
         given.extend(streams)
         return [codec.build(text, [("answer", "Eva")]) for text in texts]
 
-    monkeypatch.setattr(train_rl, "answer_questions", answer_questions)
+    monkeypatch.setattr(train_rl, "roll_out_questions", roll_out_questions)
     expected = []
     for seed, number, step in itertools.product((0, 1), (1, 2), (0, 1, 2)):
         settings = RLSettings(questions=2, rollouts=3, max_len=90, seed=seed)
@@ -929,24 +929,24 @@ def rig_alarm(codec: Codec, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     By the held-out reward, which is looked at in each step, the weights after one step are best.
     """
     replay(monkeypatch, sampled(codec, lm, ["Eva", "Ada"]), [[1.0, 0.0]])
-    held_out_rewards = [0.1, 0.5, 0.3]
+    validation_rewards = [0.1, 0.5, 0.3]
     steps_looked_at = []
-    begin_held_out = Environment.begin_held_out
+    begin_validation = Environment.begin_validation
 
     def begin(environment: Environment, step: int) -> None:
         steps_looked_at.append(step)
-        begin_held_out(environment, step)
+        begin_validation(environment, step)
 
     def rewards_of(*arguments: Any) -> Any:
-        return np.array([held_out_rewards[steps_looked_at[-1]]])
+        return np.array([validation_rewards[steps_looked_at[-1]]])
 
     def alarms(steps: Any, max_actions: int) -> dict[str, str]:
         return {"entropy": "entropy fell"} if len(steps) > 2 else {}
 
-    monkeypatch.setattr(Environment, "begin_held_out", begin)
+    monkeypatch.setattr(Environment, "begin_validation", begin)
     monkeypatch.setattr(train_rl, "rewards_of", rewards_of)
     monkeypatch.setattr(train_rl, "alarms", alarms)
-    monkeypatch.setattr(train_rl, "HELD_OUT_EVERY", 1)
+    monkeypatch.setattr(train_rl, "VALIDATE_EVERY", 1)
 
 
 def train_real(policy: LM, name: str, steps: int = 3, stop_on_alarm: bool = False) -> list[Any]:
@@ -968,7 +968,7 @@ def test_an_alarm_ends_a_stage_with_the_best_weights(
     """They are those of a stage of one step; without the flag the same alarm ends nothing.
 
     So it is over a kill after the alarm, when steps are made again whose weights were kept. The
-    searches on held-out questions are counted, and keep to the budget.
+    searches on validation questions are counted, and keep to the budget.
     """
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "out" / "nano"
@@ -976,7 +976,7 @@ def test_an_alarm_ends_a_stage_with_the_best_weights(
     train_real(searching_policy, "one_step", steps=1)
     free = train_real(searching_policy, "free", steps=4)
     assert [row["alarms"] for row in free] == [[], [], ["entropy"], ["entropy"]]
-    assert not any("held_out_reward" in row for row in free)
+    assert not any("validation_reward" in row for row in free)
     assert free[-1]["real_calls"] == 0
     assert "stopped" not in capsys.readouterr().out
 
@@ -986,7 +986,7 @@ def test_an_alarm_ends_a_stage_with_the_best_weights(
         "1 steps, whose held-out reward of 0.500 was the best"
     )
     assert line in capsys.readouterr().out.splitlines()
-    assert [row["held_out_reward"] for row in whole] == [0.1, 0.5, 0.3]
+    assert [row["validation_reward"] for row in whole] == [0.1, 0.5, 0.3]
     assert [row["real_calls"] for row in whole] == [1, 2, 2]
     assert [row["loss"] for row in whole] == [row["loss"] for row in free[:3]]
 
@@ -1031,7 +1031,7 @@ def test_no_stage_is_begun_after_an_alarm(
     assert line in capsys.readouterr().out.splitlines()
 
 
-def test_held_out_questions_are_asked_by_no_step() -> None:
+def test_validation_questions_are_asked_by_no_step() -> None:
     """They stand after the pool's questions; one whose words a step asks too is left out."""
     texts = ["A?", "B?", "C?", "B?", "D?", "E?"]
     pool = [question(text) for text in texts]
@@ -1043,15 +1043,15 @@ def test_held_out_questions_are_asked_by_no_step() -> None:
 
     task: Any = types.SimpleNamespace(questions=questions)
     settings = RLSettings(questions=2, rollouts=3, rl_questions=3, rl1_pool="rl1")
-    assert train_rl.held_out_questions(task, "rl1", settings) == []
+    assert train_rl.validation_questions(task, "rl1", settings) == []
     assert asked == []
     settings.stop_on_alarm = True
-    assert train_rl.held_out_questions(task, "rl1", settings) == pool[4:]
-    assert train_rl.held_out_questions(task, "rl2", settings) == pool[4:]
+    assert train_rl.validation_questions(task, "rl1", settings) == pool[4:]
+    assert train_rl.validation_questions(task, "rl2", settings) == pool[4:]
     assert asked == ["rl1", "rl2"]
     settings.rl_questions = 4
     with pytest.raises(UserError, match=r"--stop_on_alarm: pool 'rl2'.*take --rl_questions=3"):
-        train_rl.held_out_questions(task, "rl2", settings)
+        train_rl.validation_questions(task, "rl2", settings)
 
 
 @pytest.mark.parametrize(("minibatches", "sizes"), [(1, [7]), (3, [3, 2, 2]), (9, [1] * 7)])

@@ -43,13 +43,13 @@ def test_both_sides_ask_the_same_questions(ours: Ours, monkeypatch: pytest.Monke
     questions that train_rl.py leaves out.
     """
     asked: list[list[str]] = []
-    answer_questions = workflows.agent.answer_questions
+    roll_out_questions = workflows.agent.roll_out_questions
 
     def answer(lm: Any, texts: list[str], *arguments: Any, **more: Any) -> Any:
         asked.append(texts)
-        return answer_questions(lm, texts, *arguments, **more)
+        return roll_out_questions(lm, texts, *arguments, **more)
 
-    monkeypatch.setattr(workflows.agent, "answer_questions", answer)
+    monkeypatch.setattr(workflows.agent, "roll_out_questions", answer)
     # Scripts run in this process, which is quicker, and in which questions are seen.
     monkeypatch.setattr(Tree, "_execute", execute_here)
     run_stage = libraries.run_stage

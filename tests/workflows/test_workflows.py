@@ -22,7 +22,7 @@ from data.trajectory import Codec, Observation, Provenance, Role, Trajectory
 from model import LM
 from workflows import reflexion as reflexion_module
 from workflows import tags, words
-from workflows.agent import Answered, answer_questions
+from workflows.agent import Answered, roll_out_questions
 from workflows.gold import gold_observation
 from workflows.prompts import REACT_EXAMPLES
 from workflows.react import react
@@ -78,7 +78,7 @@ def test_rollouts_come_back_in_the_order_of_their_questions(lm: LM) -> None:
         "Who was born in 1950?",
     ]
     settings = RolloutSettings(max_actions=0, batch_rows=2, max_len=60)
-    trajectories = answer_questions(lm, questions, None, settings)
+    trajectories = roll_out_questions(lm, questions, None, settings)
     for question, trajectory in zip(questions, trajectories, strict=True):
         prompt = lm.codec.prompt(question)
         assert trajectory.ids[: len(prompt)] == prompt
@@ -94,9 +94,9 @@ def test_a_stream_stays_with_its_question(lm: LM) -> None:
     questions = ["Who directed Silver River in 1950?", "Who?", "Who directed it?"]
     settings = RolloutSettings(max_len=60, max_answer=4)
     streams = [random_stream(60, number) for number in range(len(questions))]
-    together = answer_questions(lm, questions, None, settings, temperature=1.0, streams=streams)
+    together = roll_out_questions(lm, questions, None, settings, temperature=1.0, streams=streams)
     for question, stream, trajectory in zip(questions, streams, together, strict=True):
-        (alone,) = answer_questions(
+        (alone,) = roll_out_questions(
             lm, [question], None, settings, temperature=1.0, streams=[stream]
         )
         assert trajectory.ids == alone.ids
@@ -499,7 +499,7 @@ def test_the_seed_of_sampling_is_the_callers(lm: LM) -> None:
     found = []
     for seed in (0, 0, 1):
         streams = [np.random.default_rng(seed).random(settings.max_len)]
-        (trajectory,) = answer_questions(
+        (trajectory,) = roll_out_questions(
             lm, ["Who?"], None, settings, temperature=1.0, streams=streams
         )
         found.append(trajectory.ids)
