@@ -71,7 +71,7 @@ def stage(name: str = "rl1", steps: int = 1, number: int = 1) -> Any:
         seed_number=number,
         evaluation=[],
         eval_search=Library({"search": find_nothing}),
-        held_out=[question("Who starred in it?", "Ada")],
+        validation=[question("Who starred in it?", "Ada")],
     )
 
 
