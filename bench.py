@@ -51,7 +51,7 @@ from speed.growth import Curve, lines_of, measure_growth
 from speed.index import index_command
 from speed.libraries import compare_with_libraries
 from speed.ours import Ours
-from speed.pairs import HEADING, Comparison, line_of, to_json
+from speed.pairs import HEADING, Ceilings, Comparison, line_of, to_json
 from speed.settings import BenchSettings
 from speed.sharing import HEADING as SHARING_HEADING
 from speed.sharing import SharedTokens, measure_sharing
@@ -68,20 +68,23 @@ def compare(settings: BenchSettings) -> None:
     from speed.drawing import draw_comparisons
 
     ours = open_stage(settings, "sft3" if settings.against else "rl2")
-    ceiling = ceiling_of(ours)
+    ceiling = ceiling_of(ours, ours.dtype)
+    ceilings = Ceilings(ceiling, ceiling)
+    if ours.other_dtype != ours.dtype:
+        ceilings = Ceilings(ceiling, ceiling_of(ours, ours.other_dtype))
     comparisons: list[Comparison] = []
     print(HEADING)
 
     def report(comparison: Comparison) -> None:
         comparisons.append(comparison)
-        print(line_of(comparison, ceiling), flush=True)
+        print(line_of(comparison, ceilings), flush=True)
 
     if settings.against:
         compare_with_commit(ours, report)
     else:
         compare_with_libraries(ours, report)
     if comparisons:
-        rows = [to_json(comparison, ceiling) for comparison in comparisons]
+        rows = [to_json(comparison, ceilings) for comparison in comparisons]
         keep(ours, ceiling, {"comparisons": rows})
         name = "against.png" if settings.against else "bench.png"
         save_figure(draw_comparisons(comparisons), figures_folder(settings) / name)
@@ -100,7 +103,7 @@ def grow(settings: BenchSettings) -> None:
         print(lines_of(curve), flush=True)
 
     measure_growth(ours, open_task(settings), report)
-    keep(ours, ceiling_of(ours), {"curves": [asdict(curve) for curve in curves]})
+    keep(ours, ceiling_of(ours, ours.dtype), {"curves": [asdict(curve) for curve in curves]})
     save_figure(draw_growth(curves), figures_folder(settings) / "growth.png")
 
 
@@ -118,7 +121,7 @@ def share(settings: BenchSettings) -> None:
         print(sharing_line(shared), flush=True)
 
     measure_sharing(ours, open_task(settings), report)
-    keep(ours, ceiling_of(ours), {"sharing": [asdict(shared) for shared in shares]})
+    keep(ours, ceiling_of(ours, ours.dtype), {"sharing": [asdict(shared) for shared in shares]})
     save_figure(draw_sharing(shares), figures_folder(settings) / "sharing.png")
 
 
@@ -138,11 +141,11 @@ def open_stage(settings: BenchSettings, default: str = "rl2") -> Ours:
     return Ours(lm, folder, settings)
 
 
-def ceiling_of(ours: Ours) -> float:
-    """Return the GFLOP/s of a large matrix product in the network's number type."""
+def ceiling_of(ours: Ours, dtype: str) -> float:
+    """Return the GFLOP/s of a large matrix product in a number type."""
     backend = ours.lm.backend
-    ceiling = measure_ceiling(backend, ours.dtype, backend.pick_device(ours.settings.device))
-    print(f"a large matrix product: {ceiling:,.0f} GFLOP/s in {ours.dtype}")
+    ceiling = measure_ceiling(backend, dtype, backend.pick_device(ours.settings.device))
+    print(f"a large matrix product: {ceiling:,.0f} GFLOP/s in {dtype}")
     return ceiling
 
 

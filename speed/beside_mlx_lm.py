@@ -30,7 +30,7 @@ class MlxLm:
         self.ours = ours
         self.codec = ours.lm.codec
         self.network: Any = mlx_lm.load(str(ours.folder))[0]
-        self.network.set_dtype(getattr(mx, ours.settings.other_dtype or ours.dtype))
+        self.network.set_dtype(getattr(mx, ours.other_dtype))
 
     def answer(self, prompt: list[int], count: int) -> Timing:
         """Write so many tokens after one prompt, greedily."""

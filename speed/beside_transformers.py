@@ -29,7 +29,7 @@ class Transformers:
         self.ours = ours
         self.codec = ours.lm.codec
         self.device = ours.lm.network.device
-        self.dtype = getattr(torch, ours.settings.other_dtype or ours.dtype)
+        self.dtype = getattr(torch, ours.other_dtype)
         network: Any = AutoModelForCausalLM.from_pretrained(ours.folder, dtype=self.dtype)
         self.network = network.eval().to(self.device)
 

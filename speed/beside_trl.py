@@ -94,7 +94,7 @@ def grpo_steps(
     completion_tokens: of a rollout at most.
     """
     settings = ours.settings
-    is_bfloat16 = (settings.other_dtype or ours.dtype) == "bfloat16"
+    is_bfloat16 = ours.other_dtype == "bfloat16"
     questions = [question for step in steps for question in step]
     rows = len(steps[0]) * settings.rollouts
     prompt_tokens = max(len(ours.lm.codec.prompt(question.question)) for question in questions)

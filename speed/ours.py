@@ -34,6 +34,11 @@ class Ours:
         """The number type that the network computes with."""
         return str(self.lm.network.dtype).split(".")[-1]
 
+    @property
+    def other_dtype(self) -> str:
+        """The number type of the other side."""
+        return self.settings.other_dtype or self.dtype
+
     def answer(self, prompt: list[int], count: int) -> Timing:
         """Write so many tokens after one prompt, greedily."""
         start = time.perf_counter()

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass
@@ -85,6 +85,13 @@ def count_same_texts(comparison: Comparison) -> str:
     return f"{same} of {len(our.texts)} texts are the same"
 
 
+class Ceilings(NamedTuple):
+    """GFLOP/s of a large matrix product in the number type of each side."""
+
+    ours: float
+    theirs: float
+
+
 # ---- what is printed -----------------------------------------------------------------------------
 HEADING = (
     f"{'':12}{'beside':18}{'unit':>8}{'ours':>11}{'theirs':>11}"
@@ -92,23 +99,21 @@ HEADING = (
 )
 
 
-def line_of(comparison: Comparison, ceiling: float) -> str:
-    """Return a comparison as a line of the table.
-
-    ceiling: GFLOP/s of a large matrix product; each side's own figure has its share after it.
-    """
+def line_of(comparison: Comparison, ceilings: Ceilings) -> str:
+    """Return a comparison as a line of the table, with each side's share of its ceiling."""
     ours, theirs = comparison.sides()
     ratio = comparison.ratio
     range_of_ratios = f"{ratio.median:.2f} ({ratio.lowest:.2f}-{ratio.highest:.2f})"
+    our_share = _share(ours, ceilings.ours)
+    their_share = _share(theirs, ceilings.theirs)
     return (
         f"{comparison.name:12}{comparison.other:18}{comparison.unit:>8}"
         f"{with_unit(_median_seconds(ours)):>11}{with_unit(_median_seconds(theirs)):>11}"
-        f"{range_of_ratios:>21}{_share(ours, ceiling):>16}{_share(theirs, ceiling):>15}"
-        f"  {comparison.note}"
+        f"{range_of_ratios:>21}{our_share:>16}{their_share:>15}  {comparison.note}"
     )
 
 
-def to_json(comparison: Comparison, ceiling: float) -> dict[str, Any]:
+def to_json(comparison: Comparison, ceilings: Ceilings) -> dict[str, Any]:
     """Return a comparison as it stands in bench.jsonl; ratios above 1: ours is faster."""
     ours, theirs = comparison.sides()
     return {
@@ -116,8 +121,8 @@ def to_json(comparison: Comparison, ceiling: float) -> dict[str, Any]:
         "unit": comparison.unit,
         "beside": comparison.other,
         "ratio": vars(comparison.ratio),
-        "ours": _side_to_json(ours, ceiling),
-        "theirs": _side_to_json(theirs, ceiling),
+        "ours": _side_to_json(ours, ceilings.ours),
+        "theirs": _side_to_json(theirs, ceilings.theirs),
         "note": comparison.note,
     }
 

@@ -13,7 +13,7 @@ from model import LM
 from speed.against import time_stage
 from speed.flops import forward_flops, text_flops, trie_flops
 from speed.ours import Ours
-from speed.pairs import Comparison, Timing, line_of, take_turns, to_json
+from speed.pairs import Ceilings, Comparison, Timing, line_of, take_turns, to_json
 from speed.serving import measure
 from speed.settings import BenchSettings
 from speed.trees import Tree, check_out
@@ -39,10 +39,16 @@ def test_ratios_are_of_pairs_that_take_turns() -> None:
     comparison = take_turns("sft", "token", "x", lambda: side("ours"), lambda: side("theirs"), 3)
     assert turns == ["ours", "theirs"] * 4
     assert vars(comparison.ratio) == {"median": 2.0, "lowest": 2.0, "highest": 4.0}
-    row = to_json(comparison, ceiling=4.0)
+    ceilings = Ceilings(ours=4.0, theirs=2.0)
+    row = to_json(comparison, ceilings)
     assert row["ours"]["seconds_per_unit"] == {"median": 0.1, "lowest": 0.1, "highest": 0.3}
     assert (row["ours"]["gflops"], row["ours"]["share_of_ceiling"]) == (2.0, 0.5)
-    assert "2.00 (2.00-4.00)" in line_of(comparison, 4.0)
+    # The other side may compute in another number type, and has a ceiling of its own.
+    gflops = row["theirs"]["gflops"]
+    assert row["theirs"]["share_of_ceiling"] == gflops / 2
+    line = line_of(comparison, ceilings)
+    assert "2.00 (2.00-4.00)" in line
+    assert f"{gflops:.1f} ({gflops / 2:.0%})" in line
 
 
 def test_a_ratio_is_by_the_unit() -> None:
