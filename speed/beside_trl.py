@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer  # pyrefly: ignore[missing-import]
 from trl.trainer import grpo_trainer  # pyrefly: ignore[missing-import]
 
+from common.errors import UserError
 from data.questions import Question
 from data.scores import exact_match
 from data.trajectory import Codec
@@ -93,6 +94,10 @@ def grpo_steps(
     steps: the questions of each, as many in one as in the other.
     completion_tokens: of a rollout at most.
     """
+    if torch.cuda.device_count() > 1:
+        raise UserError(
+            "--only=rl: TRL would train on all GPUs; show it one, with CUDA_VISIBLE_DEVICES=0"
+        )
     settings = ours.settings
     is_bfloat16 = ours.other_dtype == "bfloat16"
     questions = [question for step in steps for question in step]

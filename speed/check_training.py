@@ -203,7 +203,7 @@ def learn_on_4_bits(place: Place) -> Iterator[Finding]:
     lm.begin_stage(settings, seed=0)
     optimizer = lm.backend.Optimizer(lm.network, muon=False)
     texts = place.texts()[:2]
-    losses = [take_step(lm, "nll", texts, 1e-2, optimizer)["loss"] for _ in range(STEPS_TO_LEARN)]
+    losses = [take_step(lm, "nll", texts, 2e-3, optimizer)["loss"] for _ in range(STEPS_TO_LEARN)]
     seen = f"{losses[0]:.2f}, then {losses[-1]:.2f}"
     yield Finding("--bits=4 learns", "half the loss", seen, losses[-1] < losses[0] / 2)
 

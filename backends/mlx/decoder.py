@@ -216,4 +216,5 @@ def draw(logprobs: mx.array, slot: mx.array, uniforms: mx.array) -> mx.array:
     target_in_block = mx.minimum(target - start, most)
     is_before = ends_in_block <= target_in_block
     first = block[:, 0] * width
-    return first + is_before.sum(-1)
+    # A GPU adds up in parallel, and the last end may be lower than the one before it.
+    return mx.minimum(first + is_before.sum(-1), vocab_size - 1)

@@ -262,4 +262,5 @@ def draw(logprobs: Tensor, slot: Tensor, uniforms: Tensor) -> Tensor:
     target_in_block = torch.minimum(target - start, most)
     is_before = ends_in_block <= target_in_block
     first = block[:, 0] * width
-    return first + is_before.sum(-1)
+    # A GPU adds up in parallel, and the last end may be lower than the one before it.
+    return (first + is_before.sum(-1)).clamp(max=vocab_size - 1)

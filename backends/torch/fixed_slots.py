@@ -24,6 +24,9 @@ from backends.torch.network import Transformer
 STEPS_BETWEEN_LOOKS = 8
 # Tokens that the cache has room for at a time; then it grows, and a step is recorded anew.
 STEPS_OF_A_CACHE = 128
+# A step is recorded where so many are left at least, an estimate. To record waits for the GPU, and
+# gives back the memory that PyTorch holds for later.
+STEPS_WORTH_A_GRAPH = 24
 
 
 class FixedSlots:
@@ -54,6 +57,7 @@ class FixedSlots:
         self.limits = upload(limits)
         self.position = upload(length)
         self.any_greedy = bool((temperatures == 0).any())
+        self.all_greedy = bool((temperatures == 0).all())
         self.is_greedy = upload(temperatures == 0)
         # Dividing by 1 changes nothing, where dividing by 0 would.
         self.divisors = upload(np.where(temperatures == 0, 1, temperatures))[:, None]
@@ -85,10 +89,13 @@ class FixedSlots:
         read: the logits after tokens (rows,) at positions (rows,).
         """
         logprobs = (logits / self.divisors).log_softmax(-1)  # (rows, vocab)
-        uniforms = self.uniforms.index_select(1, self.steps_done)[:, 0]
-        tokens = draw(logprobs, self.rows, uniforms)
-        if self.any_greedy:
-            tokens = torch.where(self.is_greedy, logprobs.argmax(-1), tokens)
+        if self.all_greedy:
+            tokens = logprobs.argmax(-1)
+        else:
+            uniforms = self.uniforms.index_select(1, self.steps_done)[:, 0]
+            tokens = draw(logprobs, self.rows, uniforms)
+            if self.any_greedy:
+                tokens = torch.where(self.is_greedy, logprobs.argmax(-1), tokens)
 
         written = tokens.masked_fill(~self.running, -1)
         self.ids.index_copy_(1, self.steps_done, written[:, None])
@@ -130,7 +137,8 @@ class FixedSlots:
                 if int(download(self.running.sum())) <= fewest:
                     return done
                 # Libraries have chosen their kernels in the first steps.
-                if done == start + STEPS_BETWEEN_LOOKS and self.ids.is_cuda:
+                is_first_look = done == start + STEPS_BETWEEN_LOOKS
+                if is_first_look and end - done >= STEPS_WORTH_A_GRAPH and self.ids.is_cuda:
                     make_step = record(step)
         return most
 

@@ -219,7 +219,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     rows, heads, length, head_dim = q.shape
     key_heads = k.shape[1]
     attend = functional.scaled_dot_product_attention
-    if mask is not None and key_heads < heads:
+    if key_heads < heads and _repeats_keys(q, mask):
+        k = k.repeat_interleave(heads // key_heads, 1)
+        v = v.repeat_interleave(heads // key_heads, 1)
+    elif mask is not None and key_heads < heads:
         # The query heads of one key head become rows of one query, so that its keys are read once.
         group = heads // key_heads
         grouped_q = q.reshape(rows, key_heads, group * length, head_dim)
@@ -230,13 +233,22 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             grouped_mask = mask.repeat(1, 1, group, 1)
         y = attend(grouped_q, k, v, attn_mask=grouped_mask)
         return y.reshape(q.shape)
-    if key_heads < heads and q.is_cuda and q.dtype == torch.float32:
-        # CUDA's frugal kernel for float32 takes no groups, and the one that does keeps T x T
-        # numbers.
-        k = k.repeat_interleave(heads // key_heads, 1)
-        v = v.repeat_interleave(heads // key_heads, 1)
     has_groups = k.shape[1] < heads
     return attend(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=has_groups)
+
+
+def _repeats_keys(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether each query head gets keys and values of its own, where groups of them share some.
+
+    On CUDA: its frugal kernels take no groups in float32, and none beside a mask; the one that does
+    keeps T x T numbers. Queries side by side, as on a CPU, would need a copy of the mask for each
+    head of a group, which every layer keeps for its gradient. One query a row needs none.
+    """
+    if not q.is_cuda:
+        return False
+    if mask is None:
+        return q.dtype == torch.float32
+    return q.shape[2] > 1
 
 
 def _attend_to_texts(q: Tensor, k: Tensor, v: Tensor, texts: PackedTexts) -> Tensor:
@@ -365,6 +377,8 @@ class Transformer(nn.Module):
     def attends_to_texts_at_once(self) -> bool:
         """Whether there is a kernel that takes PackedTexts: FlashAttention's, in bfloat16."""
         if self.device.type != "cuda" or self.dtype != torch.bfloat16:
+            return False
+        if self.config.head_dim % 8 or self.config.head_dim > 256:
             return False
         return torch.cuda.get_device_capability(self.device) >= (8, 0)
 

@@ -115,12 +115,20 @@ def _parts(network: Transformer, batch: Mapping[str, Any]) -> list[Part] | Packe
         # In a text each token sees all before it, which attention does faster without a mask.
         mask = None
         if not is_text:
-            is_seen = _ancestors(batch["end"][start:end], start, end)
-            # In the type of the queries: CUDA's kernels take no other.
-            mask = torch.zeros(is_seen.shape, device=is_seen.device, dtype=network.dtype)
-            mask.masked_fill_(~is_seen, -torch.inf)
+            mask = _additive(_ancestors(batch["end"][start:end], start, end), network.dtype)
         parts.append(Part(start, end, mask))
     return parts
+
+
+def _additive(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask as attention adds it to scores: 0 for what is seen, else -inf.
+
+    dtype: of the queries; CUDA's kernels take no other. They also want rows that begin at a
+    multiple of 8 numbers, and would copy others in each layer.
+    """
+    *rest, keys = is_seen.shape
+    mask = torch.zeros(*rest, -(-keys // 8) * 8, device=is_seen.device, dtype=dtype)
+    return mask[..., :keys].masked_fill_(~is_seen, -torch.inf)
 
 
 def _ancestors(end: Tensor, start: int, stop: int) -> Tensor:

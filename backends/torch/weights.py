@@ -1,5 +1,6 @@
 """Weights in and out: build a network, fill it, save it and copy it."""
 
+import functools
 import os
 from collections.abc import Mapping
 from copy import deepcopy
@@ -43,8 +44,9 @@ def pick_device(name: str) -> str:
     return name
 
 
+@functools.cache
 def _set_up_cuda() -> None:
-    """Choose how CUDA computes what it can in several ways."""
+    """Choose how CUDA computes what it can in several ways; once, so that a check may change it."""
     # float32 is multiplied in TF32, with three digits.
     torch.set_float32_matmul_precision("high")
     # cuDNN's attention plans anew for each length, and a decoder has another at every token.

@@ -157,6 +157,8 @@ OWN = {
     "_add_gradients",
     "_set_dropout_keys",
     "_packed_weights",
+    "_repeats_keys",
+    "_additive",
     "_to_array",
     "_load_file",
     "flat",

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import mlx_twin, tiny_lm
 
+import backends.torch.network as network_module
 from autocoa import (
     IMAGINE,
     contrastive_loss,
@@ -621,6 +622,30 @@ def test_pairs_of_sft_1_are_two_texts(lm: LM) -> None:
         logp = lm.backend.score(lm.network, batch)
         total += float(contrastive_loss(np, logp, batch))
     assert total == pytest.approx(expected / len(pairs), abs=1e-5)
+
+
+def test_attention_as_on_cuda(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each query head gets keys of its own, tries and prompts have the same figures."""
+    lm = tiny_lm(codec, noise=0.1)
+    assert lm.network.config.num_key_value_heads < lm.network.config.num_attention_heads
+    batch = group_batch(lm, 1.0)
+    packed = pack([build_trie(batch.trajectories[:4]), build_trie(batch.trajectories[4:5])])
+    prompts_of_batch = [trajectory.ids[:9] for trajectory in batch.trajectories]
+    figures = []
+    calls = []
+    for is_cuda in (False, True):
+
+        def repeats_keys(q: Any, mask: Any, answer: bool = is_cuda) -> bool:
+            calls.append(mask is None)
+            return answer
+
+        monkeypatch.setattr(network_module, "_repeats_keys", repeats_keys)
+        scores = lm.backend.score(lm.network, packed)
+        figures.append((scores, np.asarray(lm.decoder(prompts_of_batch).logits)))
+    np.testing.assert_allclose(figures[1][0], figures[0][0], atol=1e-5)
+    np.testing.assert_allclose(figures[1][1], figures[0][1], atol=1e-5)
+    # With masks and without, as in tries and in texts.
+    assert set(calls) == {True, False}
 
 
 def test_packed_texts_are_apart(lm: LM, codec: Codec) -> None:
