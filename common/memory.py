@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from backends.config import MATRICES, ModelConfig
+from common import ranks
 from common.batching import tokens_of_logits
 from common.settings import ModelSettings
 from data.batches import pack_texts
@@ -102,7 +103,9 @@ def training_bytes(
     optimizer = 8 * trained
     if muon:
         optimizer -= 4 * in_matrices
-    return {"weights": weights, "gradients": 4 * trained, "optimizer": optimizer}
+    # Where several processes add them up, their message stands beside them.
+    copies = 1 if ranks.count() == 1 else 2
+    return {"weights": weights, "gradients": copies * 4 * trained, "optimizer": optimizer}
 
 
 def frozen_bytes(config: ModelConfig, settings: ModelSettings, scale_bytes: int) -> int:

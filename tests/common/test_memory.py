@@ -16,7 +16,8 @@ import backends.torch as torch_backend
 import model
 from autocoa import nll_loss
 from backends.config import ModelConfig, nano_config
-from common import memory
+from backends.torch import weights
+from common import memory, ranks
 from common.errors import UserError
 from common.settings import ModelSettings
 from data.trajectory import Codec
@@ -380,15 +381,34 @@ def test_a_run_says_where_it_computes(lm: LM, monkeypatch: pytest.MonkeyPatch) -
         lm.backend.pick_device("cuda")
 
 
+def test_gradients_of_several_processes(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are held twice while the processes add them up."""
+    held = []
+    for processes in (1, 2, 8):
+        monkeypatch.setattr(ranks, "count", lambda count=processes: count)
+        held.append(
+            memory.training_bytes(lm.network.config, ModelSettings(), False, 0)["gradients"]
+        )
+    assert held == [held[0], 2 * held[0], 2 * held[0]]
+
+
 def test_cuda_is_set_up(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TF32 is on, and the attention that plans anew for each length is off."""
+    """TF32 is on, and the attention that plans anew for each length is off; that is done once.
+
+    Guards: a check that compares in all digits, and whose next network turns TF32 on again.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     precision = torch.get_float32_matmul_precision()
+    weights._set_up_cuda.cache_clear()
     try:
         assert lm.backend.pick_device("auto") == "cuda"
         assert torch.get_float32_matmul_precision() == "high"
         assert not torch.backends.cuda.cudnn_sdp_enabled()
+        torch.set_float32_matmul_precision("highest")
+        lm.backend.pick_device("cuda")
+        assert torch.get_float32_matmul_precision() == "highest"
     finally:
+        weights._set_up_cuda.cache_clear()
         torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.enable_cudnn_sdp(True)
 
