@@ -10,12 +10,14 @@ import pytest
 from torch.profiler import ProfilerActivity, profile
 
 import backends.torch as torch_backend
+from backends.torch.fixed_slots import STEPS_BETWEEN_LOOKS, STEPS_WORTH_A_GRAPH
 from common.memory import training_bytes
 from speed import check_training, gpu_check
 from speed.check_training import CPU_SIZES, LOSSES, Place, repeat_step, take_step
 from speed.findings import Finding, run_checks
 from speed.gpu_check import (
     CHECKS,
+    GPU_SIZES,
     activation_bytes,
     compare_ways_to_write,
     count_launches,
@@ -83,6 +85,12 @@ def test_too_many_launches_are_found(place: Place, monkeypatch: pytest.MonkeyPat
     assert (launches.seen, launches.passed) == ("3", False)
     assert (waits.seen, waits.passed) == ("1", False)
     assert operations.seen == "0"
+
+
+def test_launches_are_counted_of_recorded_steps() -> None:
+    """Both texts of the count are long enough for a graph, or it would be counted in one alone."""
+    shorter = GPU_SIZES.decoded // 2
+    assert shorter - STEPS_BETWEEN_LOOKS >= STEPS_WORTH_A_GRAPH
 
 
 def test_a_way_of_training_that_breaks(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
