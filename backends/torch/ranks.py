@@ -1,5 +1,6 @@
 """Several processes by torch.distributed, which torchrun has started (common/ranks.py)."""
 
+import atexit
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ def join_ranks() -> None:
     # Values go from CPU to CPU, gradients of a GPU from GPU to GPU.
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     ranks.join(distributed.get_rank(), distributed.get_world_size(), _gather)
+    # Messages travel by threads, and one that lets go of a value while Python ends aborts the
+    # process: half of the shortest scripts ended so.
+    atexit.register(distributed.destroy_process_group)
 
 
 def _gather(value: Any) -> list[Any]:

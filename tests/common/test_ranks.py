@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_here, tiny_lm
+from conftest import run_here, run_in_shell, tiny_lm
 from processes import DeadProcess, in_processes
 
 import autocoa
@@ -248,3 +248,31 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="nproc-per-node=2"):
         weights.pick_device("cuda")
+
+
+ENDS_AT_ONCE = """
+import atexit
+from torch import distributed
+from backends.torch.ranks import join_ranks
+from common import ranks
+
+# What is registered first runs last.
+atexit.register(lambda: print("still there" if distributed.is_initialized() else "left"))
+join_ranks()
+for number in range(20):
+    assert ranks.gather({"from": [number] * 100}) == [{"from": [number] * 100}] * 2
+"""
+
+
+def test_processes_leave_before_python_ends(tmp_path: Path) -> None:
+    """Under torchrun, in a script that ends right after a message: status 0, and nobody waits.
+
+    Guards: threads of messages that let go of a value while Python ends. That aborted the process,
+    and a run that was finished looked like one that had failed.
+    """
+    (tmp_path / "script.py").write_text(ENDS_AT_ONCE)
+    done = run_in_shell(
+        tmp_path, "-m", "torch.distributed.run", "--nproc-per-node=2", "--", "script.py"
+    )
+    assert done.status == 0, done.err[-2000:]
+    assert done.out.split("\n")[:2] == ["left", "left"]
