@@ -767,7 +767,7 @@ def test_bench_against_a_commit_has_the_runs_settings(
     Guards: a copy of the settings that forgets what was given.
     """
     monkeypatch.chdir(whole_run.cwd)
-    monkeypatch.setattr(bench, "ceiling_of", lambda ours: 1.0)
+    monkeypatch.setattr(bench, "ceiling_of", lambda ours, dtype: 1.0)
     stages = []
     monkeypatch.setattr(bench, "compare_with_commit", lambda ours, report: stages.append(ours))
     monkeypatch.setattr(sys, "argv", ["x", "--run=tiny", "--questions=2", "--against=HEAD"])
