@@ -135,7 +135,7 @@ def check_rollouts(server: SearchServer, codec: Codec, faults: list[str], count:
         codec,
         prompts,
         Library({"search": search}),
-        RolloutSettings(max_len=200),
+        RolloutSettings(max_len=200, batch_rows=count),
     )
     assert len(trajectories) == count
     lost = 0

@@ -1,15 +1,19 @@
 """bench.py's own part: ratios of pairs, counted operations, other trees."""
 
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import backends.torch as torch_backend
 from common.errors import UserError
 from common.files import write_jsonl
 from data.batches import build_trie
 from data.trajectory import Role, Trajectory
 from model import LM
+from speed import flops
 from speed.against import time_stage
 from speed.flops import forward_flops, text_flops, trie_flops
 from speed.ours import Ours
@@ -55,6 +59,20 @@ def test_a_ratio_is_by_the_unit() -> None:
     """The other side takes as long for half as many tokens."""
     pairs = [(Timing(1.0, 200, 0.0), Timing(1.0, 100, 0.0))]
     assert Comparison("sampling", "token", "x", pairs).ratio.median == 2.0
+
+
+def test_a_slow_product_ends_the_search_for_the_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No larger matrices where these are slow already: with MLX on Linux it took minutes."""
+    tried = []
+
+    def slow_product(size: int, _dtype: str, _device: str) -> Callable[[], None]:
+        tried.append(size)
+        return lambda: time.sleep(1.5 * flops.SLOW_PRODUCT)
+
+    monkeypatch.setattr(flops, "_torch_product", slow_product)
+    ceiling = flops.measure_ceiling(torch_backend, "float32", "cpu")
+    assert tried == [flops.CPU_SIZES[0]]
+    assert ceiling == pytest.approx(2 * tried[0] ** 3 / (1.5 * flops.SLOW_PRODUCT) / 1e9, rel=0.3)
 
 
 def test_operations_are_two_a_weight_and_token(lm: LM) -> None:
